@@ -1,0 +1,236 @@
+"""A run directory: attempts, and checkpoints that are there completely or not at all.
+
+    runs/NAME/config.json            what is run
+    runs/NAME/attempts/0, 1, ...     one folder each time the run was started
+    runs/NAME/checkpoints/step_000010/COMPLETE
+
+A checkpoint is written into a folder whose name ends in .tmp; COMPLETE, with the size and SHA-256 of every file, is
+written last; then the folder is renamed. Before the rename the attempt's number is compared with the newest one on
+disk: a process that was believed dead and still writes loses.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import socket
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Iterator
+
+
+class RunBusyError(ValueError):
+    """Another living process holds the run directory."""
+
+
+class FencedError(RuntimeError):
+    """A newer attempt owns the run directory; this one must stop without writing."""
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Where a run stands; stored with every checkpoint."""
+
+    phase: str
+    """"sft" or "rl"."""
+    step: int
+    """Completed steps of the phase."""
+    cursor: int = 0
+    """Prompts taken from the training data so far, over all epochs."""
+    sft_cursor: int = 0
+    """Sequences taken from the supervised data so far."""
+    bad_steps: int = 0
+    """Steps skipped in a row because of a NaN or infinity."""
+    sft_steps: int = 0
+    """Steps that the supervised phase took, once it is over."""
+
+    @property
+    def version(self) -> int:
+        """Version of the weights: training steps of both phases."""
+        return self.sft_steps + self.step
+
+    @property
+    def name(self) -> str:
+        return f"{'sft' if self.phase == 'sft' else 'step'}_{self.step:06d}"
+
+    @classmethod
+    def read(cls, folder: Path) -> RunState:
+        """The state stored in a checkpoint folder."""
+        return cls(**json.loads((folder / "state.json").read_text()))
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a small file so that it is there with this text or not at all, also after a power cut."""
+    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(tmp, "w") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(tmp, path)
+    fsync_folder(path.parent)
+
+
+def fsync_folder(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+class RunDirectory:
+    """runs/NAME."""
+
+    def __init__(self, path: Path, attempt: int | None = None) -> None:
+        self.path = Path(path)
+        self.attempt = attempt
+
+    # -- attempts ------------------------------------------------------------------------------------------------
+
+    @property
+    def attempts(self) -> Path:
+        return self.path / "attempts"
+
+    @property
+    def attempt_dir(self) -> Path:
+        assert self.attempt is not None
+        return self.attempts / str(self.attempt)
+
+    def newest_attempt(self) -> int:
+        """Number of the newest attempt, -1 if there is none."""
+        return max((int(p.name) for p in self.attempts.glob("*") if p.name.isdigit()), default=-1)
+
+    def acquire(self) -> None:
+        """Begin the next attempt; self.attempt is its number.
+
+        Raises:
+            RunBusyError: the newest attempt's process is still alive, or another one began at the same moment.
+        """
+        self.attempts.mkdir(parents=True, exist_ok=True, mode=0o700)
+        os.chmod(self.path, 0o700)
+        newest = self.newest_attempt()
+        owner = self.attempts / str(newest) / "owner.json"
+        if newest >= 0 and owner.is_file():
+            held = json.loads(owner.read_text())
+            if held["host"] == socket.gethostname() and process_start(held["pid"]) == held["start"]:
+                raise RunBusyError(
+                    f"{self.path} is held by process {held['pid']} on this machine (attempt {newest}): wait for it, end it, "
+                    f"or choose another name with --run.name"
+                )
+        try:
+            (self.attempts / str(newest + 1)).mkdir(mode=0o700)
+        except FileExistsError:
+            raise RunBusyError(f"{self.path}: another process began attempt {newest + 1} at the same moment") from None
+        self.attempt = newest + 1
+        write_atomic(
+            self.attempt_dir / "owner.json",
+            json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "start": process_start(os.getpid())}),
+        )
+
+    def release(self) -> None:
+        """The attempt is over: another may begin."""
+        (self.attempt_dir / "owner.json").unlink(missing_ok=True)
+
+    def check_fence(self) -> None:
+        """Raises FencedError where a newer attempt has begun."""
+        newest = self.newest_attempt()
+        if newest != self.attempt:
+            raise FencedError(f"{self.path}: attempt {newest} has begun; attempt {self.attempt} stops without writing")
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def begin_checkpoint(self, state: RunState) -> Path:
+        """An empty folder to save into (one process calls this)."""
+        tmp = self.checkpoints / f"{state.name}.{self.attempt}.tmp"
+        shutil.rmtree(tmp, ignore_errors=True)
+        tmp.mkdir(parents=True)
+        return tmp
+
+    def commit_checkpoint(self, tmp: Path, state: RunState) -> Path:
+        """Seal what was saved into `tmp` and give it its name. Raises FencedError, OSError (disk full)."""
+        (tmp / "state.json").write_text(json.dumps(asdict(state)))
+        files = sorted(p for p in tmp.rglob("*") if p.is_file())
+        with ThreadPoolExecutor(4) as pool:
+            sums = list(pool.map(_sum_and_sync, files))
+        manifest = {str(p.relative_to(tmp)): {"bytes": p.stat().st_size, "sha256": s} for p, s in zip(files, sums)}
+        write_atomic(tmp / "COMPLETE", json.dumps({"files": manifest}, indent=1))
+        for folder in {p.parent for p in files}:
+            fsync_folder(folder)
+        self.check_fence()
+        final = self.checkpoints / state.name
+        if final.exists():  # an earlier attempt's damaged one, skipped at load
+            shutil.rmtree(final)
+        os.replace(tmp, final)
+        fsync_folder(self.checkpoints)
+        return final
+
+    def prune(self, keep_last: int, keep_every: int) -> None:
+        """Remove old checkpoints and what interrupted saves left behind."""
+        for tmp in self.checkpoints.glob("*.tmp"):
+            if not tmp.name.endswith(f".{self.attempt}.tmp"):
+                shutil.rmtree(tmp, ignore_errors=True)
+        names = self.checkpoint_names()
+        for name in names[keep_last:]:
+            phase, step = name.split("_")
+            if not (phase == "step" and keep_every and int(step) % keep_every == 0):
+                shutil.rmtree(self.checkpoints / name, ignore_errors=True)
+
+    def checkpoint_names(self) -> list[str]:
+        """Checkpoint folders, newest first; nothing is said about their contents."""
+        names = [p.name for p in self.checkpoints.glob("*_*") if p.is_dir() and p.name.rpartition("_")[2].isdigit()]
+        return sorted(names, key=lambda n: (n.startswith("step"), n), reverse=True)
+
+    def checked_checkpoints(self) -> Iterator[tuple[Path, str | None]]:
+        """(folder, None) for complete checkpoints and (folder, reason) for damaged ones, newest first."""
+        for name in self.checkpoint_names():
+            folder = self.checkpoints / name
+            reason = damage(folder)
+            yield folder, reason
+
+
+def damage(folder: Path) -> str | None:
+    """Why a checkpoint cannot be used, or None."""
+    complete = folder / "COMPLETE"
+    if not complete.is_file():
+        return "COMPLETE is missing"
+    try:
+        files = json.loads(complete.read_text())["files"]
+    except (ValueError, KeyError):
+        return "COMPLETE cannot be read"
+    for name, want in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != want["bytes"]:
+            return f"{name} has {path.stat().st_size} bytes instead of {want['bytes']}"
+        if _sha256(path) != want["sha256"]:
+            return f"{name} was altered (SHA-256)"
+    return None
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def _sum_and_sync(path: Path) -> str:
+    with open(path, "rb") as f:
+        digest = hashlib.file_digest(f, "sha256").hexdigest()
+        os.fsync(f.fileno())
+    return digest
+
+
+def process_start(pid: int) -> str | None:
+    """Start time of a living process of this machine as the kernel writes it, None if there is none (or only a zombie)."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] == "Z" else fields[19]

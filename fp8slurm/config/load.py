@@ -1,0 +1,116 @@
+"""Recipes and the command line: defaults < recipe < flags."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Sequence
+
+import tyro
+from pydantic import ValidationError
+
+from fp8slurm.config.schema import RunConfig
+
+RECIPES = Path(__file__).parent / "recipes"
+
+# Spellings that people know from other trainers.
+ALIASES = {
+    "--fp8-format": "--fp8.format",
+    "--fp8-recipe": "--fp8.recipe",
+    "--fp8-param-gather": "--fp8.param-gather",
+    "--hf-checkpoint": "--model.hf-checkpoint",
+    "--prompt-data": "--data.train",
+    "--eval-data": "--data.eval",
+}
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that come with the package."""
+    return sorted(p.stem for p in RECIPES.glob("*.toml"))
+
+
+def read_recipe(recipe: str | Path) -> RunConfig:
+    """A recipe by its shipped name, or a TOML file by its path.
+
+    Raises:
+        ValueError: no such recipe, not TOML, an unknown key or a value out of range; all of them are named.
+    """
+    path = Path(recipe)
+    if path.suffix != ".toml":
+        path = RECIPES / f"{recipe}.toml"
+        if not path.is_file():
+            raise ValueError(f"--recipe {recipe}: no such recipe; there are {', '.join(recipe_names())}, or give the path of a .toml file")
+    if not path.is_file():
+        raise ValueError(f"--recipe {recipe}: there is no such file")
+    try:
+        values = tomllib.loads(path.read_text())
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path}: not a TOML file: {error}") from None
+    return build(values, str(path))
+
+
+def build(values: dict, origin: str) -> RunConfig:
+    """RunConfig from nested values; `origin` is named in errors. Raises ValueError."""
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise ValueError("\n".join(f"{origin}: {line}" for line in _explain(error))) from None
+
+
+def _explain(error: ValidationError) -> list[str]:
+    lines = []
+    for e in error.errors():
+        key = ".".join(str(k) for k in e["loc"])
+        if e["type"] == "extra_forbidden":
+            model: type | None = RunConfig
+            for part in e["loc"][:-1]:
+                model = RunConfig.model_fields[str(part)].annotation if model is RunConfig else None
+            known = ", ".join(model.model_fields) if model else ""
+            lines.append(f"unknown key {key}; known here: {known}")
+        else:
+            lines.append(f"{key} = {e['input']!r}: {e['msg']}")
+    return lines
+
+
+def parse(recipe: str | None, flags: Sequence[str], prog: str = "fp8slurm train") -> RunConfig:
+    """The configuration of a command line. Flags win over the recipe, the recipe over the defaults.
+
+    Raises:
+        ValueError: as read_recipe, or a flag's value is out of range.
+        SystemExit: a flag is unknown (2), or help was asked for (0).
+    """
+    default = read_recipe(recipe) if recipe else RunConfig()
+    args = []
+    for flag in flags:
+        name, eq, value = flag.partition("=")
+        args.append(ALIASES.get(name, name) + eq + value)
+    try:
+        return tyro.cli(RunConfig, prog=prog, args=args, default=default, description="Settings of a run; a recipe changes the defaults.")
+    except ValidationError as error:
+        raise ValueError("\n".join(_explain(error))) from None
+
+
+def to_toml(config: RunConfig) -> str:
+    """The whole configuration as TOML; read_recipe reads it back to an equal value."""
+    out = []
+    for section, values in config.model_dump(mode="json").items():
+        out.append(f"[{section}]")
+        for key, value in values.items():
+            if value is not None:
+                out.append(f"{key} = {_toml_value(value)}")
+        out.append("")
+    return "\n".join(out)
+
+
+def _toml_value(value: object) -> str:
+    import json
+
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(k)} = {_toml_value(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(_toml_value(v) for v in value) + "]"
+    if isinstance(value, str):
+        return json.dumps(value)
+    return repr(value)

@@ -1,0 +1,347 @@
+"""The typed configuration of a run. Every setting's help is the docstring under its field."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Section(BaseModel):
+    """A frozen group of settings; a key that it does not know is refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class RunSection(Section):
+    """The run itself."""
+
+    name: str = "run"
+    """Name of the run; its directory is ROOT/NAME."""
+    root: Path = Path("runs")
+    """Folder that holds the run directories."""
+    seed: int = 0
+    """Seed of the data order, the sampling and the initialisation."""
+    steps: int = Field(100, ge=0)
+    """Reinforcement-learning steps (0 with a warm start is plain SFT)."""
+    deterministic: bool = False
+    """Seeded sampling in one fixed batch: an interrupted and resumed run equals an uninterrupted one to the last bit (CPU)."""
+    max_bad_steps: int = Field(3, ge=1)
+    """Steps in a row with a NaN or infinite loss or gradient after which the job ends."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """Log level of rank 0 and of the agents."""
+    rank_log_level: Literal["debug", "info", "warning", "error"] = "warning"
+    """Log level of the other ranks."""
+
+
+class ModelSection(Section):
+    """What is trained."""
+
+    hf_checkpoint: Path | None = None
+    """Hugging Face checkpoint folder in BF16 or FP32; the trainer starts from it."""
+    rollout_checkpoint: Path | None = None
+    """Folder that the engine loads; its config.json says whether the engine runs in FP8 and in which blocks. Left out: made from hf_checkpoint."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Dtype of the trainer's parameters outside FP8 GEMMs."""
+
+
+class Fp8Section(Section):
+    """FP8 in the trainer."""
+
+    format: Literal["e4m3"] = "e4m3"
+    """FP8 number format of weights, activations and gradients."""
+    recipe: Literal["blockwise"] = "blockwise"
+    """Scaling recipe: 128x128 blocks for weights, 1x128 for activations and gradients."""
+    backend: Literal["transformer_engine", "emulated", "off"] = "transformer_engine"
+    """Who multiplies in FP8: TransformerEngine (GPU), its formula emulated (CPU), or nobody (plain BF16 or FP32)."""
+    param_gather: bool = False
+    """Keep the primary weights in FP8. Refused for now, with the reason."""
+    engine: Literal["auto", "fp8", "bf16"] = "auto"
+    """Precision of the engine when its checkpoint is made from hf_checkpoint: auto follows backend. Ignored if rollout_checkpoint is given."""
+
+
+class ParallelSection(Section):
+    """Megatron's parallel layout; the data-parallel size follows from the number of ranks."""
+
+    tensor_parallel_size: int = Field(1, ge=1)
+    """Ranks that share every layer's matrices."""
+    pipeline_parallel_size: int = Field(1, ge=1)
+    """Stages that share the layers."""
+    expert_parallel_size: int = Field(1, ge=1)
+    """Ranks that share the experts of a mixture-of-experts layer."""
+    expert_tensor_parallel_size: int = Field(1, ge=1)
+    """Ranks that share each expert's matrices."""
+    sequence_parallel: bool = False
+    """Split norms and residuals along the sequence among the tensor-parallel ranks."""
+
+
+class OptimSection(Section):
+    """AdamW and its schedule."""
+
+    lr: float = Field(1e-6, gt=0)
+    """Peak learning rate of the RL steps."""
+    min_lr: float = Field(0.0, ge=0)
+    """Learning rate at the end of a decaying schedule."""
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """Shape of the schedule after the warm-up, over run.steps."""
+    warmup_steps: int = Field(0, ge=0)
+    """Steps of linear warm-up from 0."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay."""
+    beta1: float = Field(0.9, ge=0, lt=1)
+    """AdamW beta1."""
+    beta2: float = Field(0.98, ge=0, lt=1)
+    """AdamW beta2."""
+    eps: float = Field(1e-8, gt=0)
+    """AdamW epsilon."""
+    clip_grad: float = Field(1.0, ge=0)
+    """Global gradient norm above which gradients are scaled down (0: never)."""
+    distributed: bool = True
+    """Shard optimizer state and FP32 master weights over the data-parallel ranks."""
+    cpu_offload: bool = False
+    """Keep Adam's state in host memory (Megatron's HybridDeviceOptimizer)."""
+
+
+class TrainSection(Section):
+    """How a batch goes through the trainer."""
+
+    tokens_per_micro_batch: int = Field(4096, ge=8)
+    """Token budget of one packed micro-batch; a longer sequence gets one of its own."""
+    updates_per_step: int = Field(1, ge=1)
+    """Optimizer updates made from the samples of one step."""
+    recompute: Literal["none", "full"] = "none"
+    """Activation recomputation in the backward pass."""
+
+
+class DataSection(Section):
+    """Prompts."""
+
+    train: Path | None = None
+    """JSONL or parquet file with the training prompts."""
+    eval: Path | None = None
+    """JSONL or parquet file with the held-out prompts."""
+    prompt_key: str = "prompt"
+    """Key of the prompt: text, or a list of messages with role and content."""
+    label_key: str = "label"
+    """Key of the reference answer."""
+    chat_template_kwargs: dict[str, bool | int | float | str] = Field(default_factory=dict)
+    """Arguments for the chat template, the same in rollout and evaluation (Qwen3: enable_thinking)."""
+    max_prompt_tokens: int = Field(2048, ge=1)
+    """Longer prompts are left out and counted."""
+    shuffle: bool = True
+    """Shuffle the prompts, anew in every epoch, from run.seed."""
+    on_bad_line: Literal["error", "skip"] = "error"
+    """What to do with a line that cannot be used: stop with file and line number, or skip and count it."""
+
+
+class RolloutSection(Section):
+    """Generation."""
+
+    prompts_per_step: int = Field(32, ge=1)
+    """Prompts (groups) that each RL step trains on."""
+    n_samples: int = Field(8, ge=1)
+    """Samples per prompt."""
+    max_tokens: int = Field(1024, ge=1)
+    """Longest response in tokens."""
+    temperature: float = Field(1.0, ge=0)
+    """Sampling temperature."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Nucleus sampling; below 1 the engine's log-probabilities are of the cut distribution only if it says so: keep 1 to train."""
+    top_k: int = -1
+    """Top-k sampling; -1 is off."""
+    truncated: Literal["mask", "penalize", "keep"] = "mask"
+    """A sample that hits max_tokens: left out of the loss, given reward 0, or treated like any other."""
+    drop_no_signal: bool = True
+    """Drop groups whose rewards are all equal and replace them."""
+    max_replacements: int = Field(0, ge=0)
+    """Rounds of replacement for dropped groups; after that the step goes on with what it has."""
+    stop_token_ids: list[int] = Field(default_factory=list)
+    """Further end tokens; those of the checkpoint's generation_config.json and config.json always stop a sample."""
+    max_staleness: Literal[0] = 0
+    """How many steps the rollout may run ahead of the trainer (only 0 so far)."""
+    save_every: int = Field(0, ge=0)
+    """Write rollouts/step_N.jsonl every so many steps (0: never)."""
+
+
+class RewardSection(Section):
+    """Rewards."""
+
+    kind: str = "exact"
+    """exact, digits, math, or a user's own function as module:function(response: str, label: str) -> float."""
+    digits_weight: float = Field(0.5, ge=0, le=1)
+    """For digits: the share of the per-digit part; the rest is the exact match."""
+    timeout_s: float = Field(5.0, gt=0)
+    """Time limit of one call; each runs in a process of its own kind, not in the agent."""
+    on_error: Literal["error", "zero"] = "error"
+    """A reward function that raises, hangs or returns NaN ends the run with the reason, or counts as 0."""
+
+
+class AlgorithmSection(Section):
+    """The policy-gradient objective (GRPO and its relatives)."""
+
+    divide_by_std: bool = True
+    """Divide group-centred rewards by the group's standard deviation."""
+    clip_low: float = Field(0.2, ge=0)
+    """The ratio is clipped below 1 - clip_low."""
+    clip_high: float = Field(0.28, ge=0)
+    """The ratio is clipped above 1 + clip_high."""
+    dual_clip: float = Field(0.0, ge=0)
+    """Bound on the loss where the advantage is negative, as a multiple of it (above 1; 0: off)."""
+    kl_coef: float = Field(0.0, ge=0)
+    """Weight of the KL loss against the reference model; at 0 no reference is loaded."""
+    kl_kind: Literal["k1", "k2", "k3"] = "k3"
+    """Estimator of the KL loss."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus."""
+    tis_cap: float = Field(2.0, ge=0)
+    """Truncated importance sampling: cap on exp(trainer - rollout log-probability) (0: off)."""
+    loss_mean: Literal["token", "sequence"] = "token"
+    """Mean over all tokens of an update, or over sequences of their token means."""
+
+
+class SftSection(Section):
+    """Supervised fine-tuning: a run of its own, or the warm start before RL."""
+
+    data: Path | None = None
+    """JSONL or parquet with prompt and response; left out: no supervised phase."""
+    response_key: str = "response"
+    """Key of the response text."""
+    max_steps: int = Field(0, ge=0)
+    """Most supervised steps."""
+    batch_size: int = Field(64, ge=1)
+    """Sequences a step."""
+    lr: float = Field(1e-3, gt=0)
+    """Learning rate (constant after sft.warmup_steps)."""
+    warmup_steps: int = Field(0, ge=0)
+    """Steps of linear warm-up from 0."""
+    stop_accuracy: float = Field(1.0, ge=0, le=1)
+    """Stop once the held-out greedy accuracy reaches this."""
+    eval_every: int = Field(0, ge=0)
+    """Steps between those evaluations (0: none)."""
+    eval_from: int = Field(0, ge=0)
+    """First step that may be evaluated."""
+
+
+class EngineSection(Section):
+    """SGLang engines."""
+
+    tensor_parallel_size: int = Field(1, ge=1)
+    """GPUs of one engine."""
+    per_node: int = Field(1, ge=1)
+    """Engines on each node."""
+    max_running_requests: int = Field(256, ge=1)
+    """Sequences generated at once."""
+    max_total_tokens: int | None = None
+    """Size of the KV cache in tokens; left out: SGLang decides from mem_fraction."""
+    mem_fraction: float = Field(0.8, gt=0, lt=1)
+    """Share of the GPU's memory for weights and KV cache."""
+    context_length: int | None = None
+    """Longest prompt plus response; left out: the model's."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Dtype outside the FP8 layers."""
+    ready_timeout_s: float = Field(600.0, gt=0)
+    """Deadline for the server to come up."""
+    request_timeout_s: float = Field(3600.0, gt=0)
+    """Deadline of one generation request."""
+    max_restarts: int = Field(3, ge=0)
+    """Restarts in a row after which the job ends."""
+    extra_args: list[str] = Field(default_factory=list)
+    """Further arguments of SGLang's server."""
+
+
+class SyncSection(Section):
+    """Weights from the trainer to the engines."""
+
+    bucket_bytes: int = Field(512 * 2**20, ge=2**16)
+    """Size of one bucket."""
+    verify: Literal["off", "first", "always"] = "first"
+    """Compare a digest of the raw bytes in the engine with what was sent: never, after the first update, after every one."""
+
+
+class CheckpointSection(Section):
+    """Checkpoints."""
+
+    every: int = Field(10, ge=1)
+    """Steps between checkpoints; the last step always gets one."""
+    keep_last: int = Field(2, ge=1)
+    """Newest checkpoints that are kept."""
+    keep_every: int = Field(0, ge=0)
+    """Checkpoints at multiples of this are kept for good (0: none)."""
+
+
+class EvalSection(Section):
+    """Evaluation on data.eval while training."""
+
+    every: int = Field(10, ge=0)
+    """Steps between evaluations (0: only at the start and the end)."""
+    max_tokens: int | None = None
+    """Longest response; left out: rollout.max_tokens."""
+    temperature: float = Field(0.0, ge=0)
+    """0 is greedy."""
+
+
+class ObserveSection(Section):
+    """What is written and shown."""
+
+    tensorboard: bool = True
+    """Write TensorBoard files to tb/."""
+    plot: bool = True
+    """Draw plot.png at the end."""
+
+
+class WatchdogSection(Section):
+    """Hangs."""
+
+    timeout_s: float = Field(1800.0, gt=0)
+    """Longest time without any progress before every task dumps its stacks and the job step ends."""
+
+
+class SlurmSection(Section):
+    """Where the tasks run."""
+
+    executor: Literal["local", "slurm"] = "local"
+    """local: on this machine through submitit's local executor; slurm: not there yet."""
+    nodes: int = Field(1, ge=1)
+    """Nodes."""
+    ranks_per_node: int = Field(1, ge=1)
+    """Megatron ranks a node, one a GPU."""
+    cpu_threads: int = Field(0, ge=0)
+    """OMP_NUM_THREADS of a rank (0: cores / ranks)."""
+    engine_threads: int = Field(0, ge=0)
+    """OMP_NUM_THREADS of an engine on the CPU (0: all cores)."""
+
+
+class ControlSection(Section):
+    """Experiments that must fail: they show that the figures measure what they say."""
+
+    shuffle_rewards: bool = False
+    """Hand the rewards of a step to the wrong samples."""
+    freeze_engine: bool = False
+    """Never send weights to the engine after the first update of the RL phase."""
+    negate_advantage: bool = False
+    """Turn the advantage's sign."""
+
+
+class RunConfig(Section):
+    """Everything about a run."""
+
+    run: RunSection = RunSection()
+    model: ModelSection = ModelSection()
+    fp8: Fp8Section = Fp8Section()
+    parallel: ParallelSection = ParallelSection()
+    optim: OptimSection = OptimSection()
+    train: TrainSection = TrainSection()
+    data: DataSection = DataSection()
+    rollout: RolloutSection = RolloutSection()
+    reward: RewardSection = RewardSection()
+    algorithm: AlgorithmSection = AlgorithmSection()
+    sft: SftSection = SftSection()
+    engine: EngineSection = EngineSection()
+    sync: SyncSection = SyncSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    eval: EvalSection = EvalSection()
+    observe: ObserveSection = ObserveSection()
+    watchdog: WatchdogSection = WatchdogSection()
+    slurm: SlurmSection = SlurmSection()
+    control: ControlSection = ControlSection()

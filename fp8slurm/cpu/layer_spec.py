@@ -1,0 +1,70 @@
+"""The transformer layer that stands in for TransformerEngine's on a CPU: Megatron's own modules, four of them ours."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import megatron.core.models.common.embeddings.rope_utils as rope_utils
+import torch
+from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_submodules,
+    get_mlp_module_spec_for_backend,
+)
+from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import TransformerLayer
+
+from fp8slurm.cpu.fp8_linear import FP8ColumnParallelLinear, FP8RowParallelLinear
+from fp8slurm.cpu.packed_attention import PackedDotProductAttention, apply_packed_rotary
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """torch's RMSNorm for Megatron: Megatron's own wrapper of it refuses sequence parallelism.
+
+    All that needs is a mark on the weight: finalize_model_grads sums its gradient over the tensor-parallel ranks.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+class _Backend(LocalSpecProvider):
+    def __init__(self, fp8: bool) -> None:
+        self.fp8 = fp8
+
+    def column_parallel_linear(self) -> type:
+        return FP8ColumnParallelLinear if self.fp8 else super().column_parallel_linear()
+
+    def row_parallel_linear(self) -> type:
+        return FP8RowParallelLinear if self.fp8 else super().row_parallel_linear()
+
+    def layer_norm(self, rms_norm: bool = False, for_qk: bool = False, has_residual: bool = False) -> type:
+        return RMSNorm
+
+    def grouped_mlp_modules(self, moe_use_grouped_gemm: bool) -> Any:
+        fc1, fc2 = self.column_parallel_linear(), self.row_parallel_linear()
+        return partial(SequentialMLP, submodules=MLPSubmodules(linear_fc1=fc1, linear_fc2=fc2, activation_func=None))
+
+
+def layer_spec(config: TransformerConfig, fp8: bool) -> TransformerBlockSubmodules:
+    """The layers of this pipeline stage; `fp8` puts the emulated FP8 linears in."""
+    rope_utils._apply_rotary_pos_emb_thd = apply_packed_rotary
+    backend = _Backend(fp8)
+    layer = get_gpt_layer_local_submodules(
+        num_experts=config.num_moe_experts, qk_layernorm=True, normalization="RMSNorm"
+    )
+    layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
+    attention = layer.self_attention.submodules
+    attention.linear_qkv, attention.linear_proj = backend.column_parallel_linear(), backend.row_parallel_linear()
+    attention.q_layernorm = attention.k_layernorm = RMSNorm
+    attention.core_attention = PackedDotProductAttention
+    layer.mlp = get_mlp_module_spec_for_backend(
+        backend=backend, num_experts=config.num_moe_experts, moe_grouped_gemm=False
+    )
+    spec = ModuleSpec(module=TransformerLayer, submodules=layer)
+    return TransformerBlockSubmodules(layer_specs=[spec] * get_num_layers_to_build(config), layer_norm=RMSNorm)

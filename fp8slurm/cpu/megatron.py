@@ -1,0 +1,189 @@
+"""Megatron-core on a machine without a GPU: its calls to CUDA are answered by the CPU; none of its maths is replaced.
+
+`install` comes before the first `import megatron.core`. Every patch says which call of Megatron 0.19 it answers and why.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import sys
+import types
+from typing import Any, Callable
+
+import torch
+
+CPU = torch.device("cpu")
+
+
+def install() -> None:
+    """Apply all patches, once. RuntimeError where a GPU is in use, or where megatron.core was imported before."""
+    if torch.cuda.is_available():
+        raise RuntimeError("the CPU shim for Megatron must not be installed where a GPU is in use")
+    if getattr(torch.cuda, "_fp8slurm_shim", False):
+        return
+    if any(name.startswith("megatron.core") for name in sys.modules):
+        raise RuntimeError("megatron.core was imported before the CPU shim for it")
+    _device_queries()
+    _streams()
+    _placement()
+    _random_state()
+    _missing_triton()
+    torch.cuda._fp8slurm_shim = True  # type: ignore[attr-defined]
+    _megatron()
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+def _device_queries() -> None:
+    # device=torch.cuda.current_device() in every module that makes a tensor: a device object serves as well as an index.
+    torch.cuda.current_device = lambda: CPU  # type: ignore[assignment,return-value]
+    # Barriers around checkpoints and pipeline exchanges: CPU operations are already done when they return.
+    torch.cuda.synchronize = _nothing
+    # memory reports of the schedules and the checkpoint reader
+    torch.cuda.reset_peak_memory_stats = _nothing
+
+
+class _Stream:
+    """A stream and an event at once: everything on the CPU is done in order and at once."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __enter__(self) -> _Stream:
+        return self
+
+    def __exit__(self, *args: Any) -> bool:
+        return False
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Stream)
+
+    __hash__ = object.__hash__
+    wait_stream = wait_event = synchronize = wait = record = _nothing
+
+    def record_event(self, *args: Any) -> _Stream:
+        return self
+
+    def query(self) -> bool:
+        return True
+
+
+def _streams() -> None:
+    # Overlapped gradient reduction, parameter gathers and the CPU-offloaded optimizer order their work by streams.
+    torch.cuda.Stream = torch.cuda.Event = _Stream  # type: ignore[misc,assignment]
+    torch.cuda.current_stream = torch.cuda.default_stream = lambda *a, **k: _Stream()  # type: ignore[assignment]
+    torch.cuda.stream = lambda s=None: contextlib.nullcontext()  # type: ignore[assignment]
+    torch.Tensor.record_stream = _nothing  # type: ignore[method-assign,assignment]
+    # profiler ranges in the attention and transformer layers
+    torch.cuda.nvtx.range_push = torch.cuda.nvtx.range_pop = _nothing  # type: ignore[assignment]
+
+
+def _is_cuda(device: Any) -> bool:
+    return device is not None and str(device).startswith("cuda")
+
+
+def _placement() -> None:
+    # `with torch.device(...)` knows factories by identity, from a list made at its first use: it has to be made of the
+    # real ones (transformers builds its models under such a context).
+    importlib.import_module("torch.utils._device")._device_constructors()
+
+    # torch.tensor(..., device="cuda") and its like, written out in the schedules, the optimizer and the MoE layers
+    def on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        @functools.wraps(factory)
+        def make(*args: Any, **kwargs: Any) -> torch.Tensor:
+            if _is_cuda(kwargs.get("device")):
+                kwargs["device"] = CPU
+            kwargs.pop("pin_memory", None)
+            return factory(*args, **kwargs)
+
+        return make
+
+    for name in ("tensor", "zeros", "ones", "empty", "empty_like"):
+        setattr(torch, name, on_cpu(getattr(torch, name)))
+    # tensor.cuda(), module.cuda() and tensor.to("cuda"): already where they belong
+    torch.Tensor.cuda = lambda self, *a, **k: self  # type: ignore[method-assign,assignment]
+    torch.Tensor.pin_memory = lambda self, *a, **k: self  # type: ignore[method-assign,assignment]
+    torch.nn.Module.cuda = lambda self, *a, **k: self  # type: ignore[method-assign,assignment]
+    to = torch.Tensor.to
+
+    def to_cpu(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = CPU
+        return to(self, *(CPU if isinstance(a, (str, torch.device)) and _is_cuda(a) else a for a in args), **kwargs)
+
+    torch.Tensor.to = to_cpu  # type: ignore[method-assign,assignment]
+    # The optimizers ask `param.type() == "torch.cuda.FloatTensor"` to sort parameters by dtype and refuse other answers.
+    type_ = torch.Tensor.type
+
+    def type_on_cuda(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs:
+            return type_(self, *args, **kwargs)
+        return type_(self).replace("torch.", "torch.cuda.", 1)
+
+    torch.Tensor.type = type_on_cuda  # type: ignore[method-assign,assignment]
+
+
+def _random_state() -> None:
+    # Megatron's tracker of random states forks the CUDA generator: here the CPU's is the one that is used.
+    def get_state(*args: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def set_state(state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        torch.set_rng_state(state)
+
+    torch.cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(int(seed))  # type: ignore[assignment]
+    torch.cuda.get_rng_state = torch.cuda.random.get_rng_state = get_state
+    torch.cuda.set_rng_state = torch.cuda.random.set_rng_state = set_state
+
+
+def _missing_triton() -> None:
+    # transformer/moe/paged_stash.py imports its Triton kernels unconditionally; they run on a GPU only. Where a real
+    # triton is installed the import works by itself.
+    if importlib.util.find_spec("triton") is None:
+        kernels = types.ModuleType("megatron.core.transformer.moe.ops.paged_stash")
+        kernels.GLOBAL_BLOCK_SIZE = 1024  # type: ignore[attr-defined]
+        kernels.paged_stash_copy_kernel = kernels.paged_stash_pop_kernel = None  # type: ignore[attr-defined]
+        sys.modules[kernels.__name__] = kernels
+
+
+def _megatron() -> None:
+    """Patches of Megatron's own functions that branch on `.is_cuda` or on TransformerEngine's optimizer."""
+    import megatron.core.tensor_parallel.random as random
+    import megatron.core.transformer.moe.token_dispatcher as dispatcher
+
+    # activation recomputation restores the CUDA generator through these two
+    random._get_cuda_rng_state = lambda *a, **k: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda state, *a, **k: torch.set_rng_state(state)
+    # The all-to-all dispatcher turns its split sizes into numpy only for tensors with `.is_cuda`.
+    dispatcher.maybe_move_tensor_to_cpu = lambda tensor, as_numpy=False, record_stream=False: (
+        tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+    )
+    _step_of_torch_adam()
+
+
+def _step_of_torch_adam() -> None:
+    """Without TransformerEngine the distributed optimizer wraps torch's AdamW, whose state has a `step` tensor.
+
+    Megatron keeps the step in the parameter groups. Loading state then fails on the missing key, and `load_state_dict`
+    hands all parameters one `step` tensor: each following step would advance it once for every parameter.
+    """
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    set_states = DistributedOptimizer._set_main_param_and_optimizer_states
+    load = DistributedOptimizer.load_state_dict
+
+    def set_states_but_step(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
+        set_states(self, model_param, {"step": None, **tensors})
+
+    def load_with_own_steps(self: Any, state_dict: dict[str, Any]) -> None:
+        load(self, state_dict)
+        for state in self.optimizer.state.values():
+            state["step"] = state["step"].clone()
+
+    DistributedOptimizer._set_main_param_and_optimizer_states = set_states_but_step
+    DistributedOptimizer.load_state_dict = load_with_own_steps

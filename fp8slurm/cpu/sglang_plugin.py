@@ -1,0 +1,168 @@
+"""SGLang's block FP8 on the CPU: W8A8 emulated in SGLang's own formulas, and sampling from a seed.
+
+Every patch answers one call of SGLang 0.5.21 that has no CPU implementation; no other model code is replaced.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from fp8slurm.fp8.block import E4M3, E4M3_MAX, BlockFP8
+from fp8slurm.fp8.reference import dequantize_reference
+
+GROUP = 128
+
+
+def apply() -> None:
+    """Patch SGLang in this process. Raises RuntimeError where a GPU is in use: there the real kernels have to run."""
+    if torch.cuda.is_available():
+        raise RuntimeError("the FP8 emulation is for machines without a GPU")
+    _allow_float32()
+    _patch_linear()
+    _patch_experts()
+    _patch_sampling()
+
+
+def fake_quantize_activations(x: torch.Tensor) -> torch.Tensor:
+    """[.., K] -> fp32 [.., K]: the values that SGLang's dynamic activation quantization leaves, K a multiple of 128.
+
+    Groups of 128 along K, scale = max(amax, 1e-10) / 448, code = e4m3(clamp(x / scale)), value = code * scale.
+    Source: per_token_group_quant_fp8 in sglang/kernels/ops/quantization/fp8_kernel.py.
+    """
+    groups = x.to(torch.float32).unflatten(-1, (-1, GROUP))
+    scale = groups.abs().amax(-1, keepdim=True).clamp_(min=1e-10).div_(E4M3_MAX)
+    codes = groups.div(scale).clamp_(-E4M3_MAX, E4M3_MAX).to(E4M3)
+    return codes.to(torch.float32).mul_(scale).flatten(-2)
+
+
+def _values(layer: torch.nn.Module, weight: str, block: list[int]) -> torch.Tensor:
+    """fp32 values of a block-FP8 parameter ([N, K] or [E, N, K]), kept on the layer until its weights change.
+
+    SGLang's loaders write through `.data`, which tensor versions do not see, so a load ends in `_loaded`, which raises
+    `fp8_loads`; the versions cover writes to the parameter itself.
+    """
+    codes, scales = getattr(layer, weight), getattr(layer, f"{weight}_scale_inv")
+    key = (layer.__dict__.get("fp8_loads", 0), codes._version, scales._version)
+    cache = layer.__dict__.setdefault("fp8_values", {})
+    if cache.get(weight, (None, None))[0] != key:
+        pairs = [(codes, scales)] if codes.dim() == 2 else list(zip(codes, scales))
+        values = [dequantize_reference(BlockFP8(c.data, s.data, (block[0], block[1]))) for c, s in pairs]
+        cache[weight] = (key, values[0] if codes.dim() == 2 else torch.stack(values))
+    return cache[weight][1]
+
+
+def _loaded(layer: torch.nn.Module) -> None:
+    """Forget the values of a layer whose weights were loaded."""
+    layer.__dict__["fp8_loads"] = layer.__dict__.get("fp8_loads", 0) + 1
+
+
+def _block_size(method: Any) -> list[int]:
+    if not method.block_quant or method.use_mxfp8 or method.weight_block_size[1] != GROUP:
+        raise ValueError(
+            f"on the CPU the engine emulates FP8 in blocks of [N, {GROUP}] with fp32 scales; this checkpoint's "
+            f"quantization_config has weight_block_size {method.weight_block_size}"
+        )
+    return method.weight_block_size
+
+
+def _allow_float32() -> None:
+    from sglang.srt.layers.quantization.fp8 import Fp8Config
+
+    # answers the loader's check: its kernels take 16-bit activations, the emulation takes fp32 as well
+    Fp8Config.get_supported_act_dtypes = classmethod(lambda cls: [torch.bfloat16, torch.float16, torch.float32])
+
+
+def _patch_linear() -> None:
+    from sglang.srt.layers.quantization.fp8 import Fp8LinearMethod
+
+    def forward(self: Any, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        # answers torch.ops.sgl_kernel.fp8_scaled_mm_cpu (AMX only, and weights only): products summed in fp32
+        weight = _values(layer, "weight", _block_size(self))
+        return F.linear(fake_quantize_activations(x), weight, None if bias is None else bias.float()).to(x.dtype)
+
+    def process(self: Any, layer: torch.nn.Module) -> None:
+        # answers the AMX repacking: codes and scales stay as loaded, so that they can be loaded again
+        _block_size(self)
+        _loaded(layer)
+
+    Fp8LinearMethod.apply = forward
+    Fp8LinearMethod.process_weights_after_loading = process
+
+
+def _patch_experts() -> None:
+    from sglang.srt.layers.moe.token_dispatcher import StandardCombineInput
+    from sglang.srt.layers.quantization.fp8 import Fp8MoEMethod
+
+    def forward(self: Any, layer: torch.nn.Module, dispatch_output: Any) -> Any:
+        # answers torch.ops.sgl_kernel.fused_experts_cpu (AMX only); rounds where SGLang's fused Triton kernel rounds
+        config = self.moe_runner_config
+        if config.activation != "silu" or config.apply_router_weight_on_input:
+            raise NotImplementedError("on the CPU FP8 experts are SwiGLU with the router's weights on the output")
+        x = dispatch_output.hidden_states
+        gate_up, down = (_values(layer, name, _block_size(self)) for name in ("w13_weight", "w2_weight"))
+        router_weights, expert_ids, _ = dispatch_output.topk_output
+        inputs, output = fake_quantize_activations(x), torch.zeros(x.shape, dtype=torch.float32)
+        for expert in expert_ids.unique().tolist():
+            if expert < 0:  # not on this rank
+                continue
+            token, choice = (expert_ids == expert).nonzero(as_tuple=True)
+            gate, up = F.linear(inputs[token], gate_up[expert]).to(x.dtype).float().chunk(2, dim=-1)
+            hidden = fake_quantize_activations((F.silu(gate) * up).to(x.dtype))
+            routed = F.linear(hidden, down[expert]) * router_weights[token, choice].float().unsqueeze(-1)
+            output.index_add_(0, token, routed.to(x.dtype).float())
+        return StandardCombineInput(hidden_states=output.to(x.dtype))
+
+    def process(self: Any, layer: torch.nn.Module) -> None:
+        # answers the AMX repacking of the experts
+        _block_size(self)
+        _loaded(layer)
+
+    Fp8MoEMethod.apply = forward
+    Fp8MoEMethod.process_weights_after_loading = process
+
+
+def _patch_sampling() -> None:
+    """Requests with a sampling_seed draw the same tokens in every run.
+
+    SGLang honours the seed only under --enable-deterministic-inference, which refuses the CPU's attention backend,
+    and draws by a hash kernel that its CPU build lacks, inside torch.compile.
+    """
+    from sglang.srt.layers import sampler
+    from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
+
+    original = SamplingBatchInfo.from_schedule_batch.__func__
+
+    def from_schedule_batch(cls: Any, batch: Any, vocab_size: int) -> Any:
+        info = original(cls, batch, vocab_size)
+        # every row needs a seed once one has: batches are merged row by row
+        for request in batch.reqs:
+            if request.sampling_params.sampling_seed is None:
+                request.sampling_params.sampling_seed = int(torch.randint(2**62, ()))
+        info.sampling_seed = torch.tensor([r.sampling_params.sampling_seed for r in batch.reqs], dtype=torch.int64)
+        return info
+
+    SamplingBatchInfo.from_schedule_batch = classmethod(from_schedule_batch)
+    # answers multinomial_with_seed, called by name by all samplers of that module
+    sampler.multinomial_with_seed = multinomial_with_seed
+
+
+def _mix(x: torch.Tensor) -> torch.Tensor:
+    """SplitMix64's finalizer on int64 (Steele et al. 2014), with logical shifts."""
+    x = (x ^ ((x >> 30) & (2**34 - 1))) * -0x40A7B892E31B1A47
+    x = (x ^ ((x >> 27) & (2**37 - 1))) * -0x6B2FB644ECCEEE15
+    return x ^ ((x >> 31) & (2**33 - 1))
+
+
+def multinomial_with_seed(logprobs: torch.Tensor, seed: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Draw one column for every row by the Gumbel trick; the noise is a hash of (seed, position, column).
+
+    logprobs [B, V] (any float, -inf allowed), seed int64 [B], positions int [B] -> int64 [B, 1].
+    """
+    columns = torch.arange(logprobs.shape[1], dtype=torch.int64)
+    row = _mix(_mix(seed.to(torch.int64)) + positions.to(torch.int64))
+    noise = _mix(row.unsqueeze(1) + columns * -0x61C8864680B583EB)
+    uniform = (((noise >> 11) & (2**53 - 1)).to(torch.float64) + 0.5) * 2.0**-53
+    return (logprobs.to(torch.float64) - uniform.log_().neg_().log_()).argmax(dim=1, keepdim=True)

@@ -1,0 +1,138 @@
+"""What SGLang's import asks of a GPU machine: stand-ins for its kernels, for triton and for torchvision's operators.
+
+All of it lives in this process: no installed file is changed. `install` runs before sglang is imported, in every
+process of the server.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import os
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def install() -> None:
+    """Make `import sglang` work without a GPU.
+
+    Raises RuntimeError where a GPU is in use or SGLang's CPU mode (SGLANG_USE_CPU_ENGINE=1) is not on: on such a
+    machine the real modules have to be loaded.
+    """
+    if torch.cuda.is_available() or os.environ.get("SGLANG_USE_CPU_ENGINE") != "1":
+        raise RuntimeError(
+            "the CPU stand-ins for SGLang are for its CPU mode (SGLANG_USE_CPU_ENGINE=1) on a machine without a GPU"
+        )
+    if any(isinstance(finder, _StubFinder) for finder in sys.meta_path):
+        return
+    # answers `import sgl_kernel` (its wheel is for CUDA) and `import triton`: SGLang decorates its GPU kernels with it
+    # at import time. A real triton is shadowed as well: without a driver it runs none of them, and is slow to import.
+    sys.meta_path.insert(0, _StubFinder())
+    declare_torchvision_operators()
+
+
+class _StubClass:
+    """Base of every class a stub hands out: can be built, called as a decorator argument, and subclassed."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.__dict__.update(kwargs)
+
+
+class _StubModule(types.ModuleType):
+    """A package any attribute of which exists: classes for capitalized names, submodules for the others.
+
+    Called, it is a decorator that changes nothing (`@triton.jit`, `@triton.autotune(...)`): no kernel is ever run.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        if name[0].isupper():
+            base = Exception if name.endswith("Error") or name == "OutOfResources" else _StubClass
+            value: Any = type(name, (base,), {"__module__": self.__name__})
+        else:
+            value = importlib.import_module(f"{self.__name__}.{name}")
+        setattr(self, name, value)
+        return value
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if len(args) == 1 and callable(args[0]) and not kwargs:
+            return args[0]
+        return lambda decorated: decorated
+
+
+def _name_triton(module: types.ModuleType) -> None:
+    """The few names of triton that are called, not only decorated with, while SGLang and torch are imported."""
+    if module.__name__ == "triton":
+        module.__version__ = "3.0.0+stub"
+        module.cdiv = lambda a, b: -(-a // b)
+        module.next_power_of_2 = lambda n: 1 << max(n - 1, 0).bit_length()
+    elif module.__name__ == "triton.language":
+        module.constexpr = type("constexpr", (), {"__init__": lambda self, value=None: setattr(self, "value", value)})
+    elif module.__name__ in ("triton.compiler.compiler", "triton.runtime.cache"):
+        module.triton_key = lambda: "stub"
+
+
+class _Kernels(types.ModuleType):
+    """sgl_kernel without its CPU and GPU libraries: imports succeed, a kernel that is called after all says its name.
+
+    Not a package, so that SGLang's own fallbacks for submodules (`sgl_kernel.scalar_type`) take effect.
+    """
+
+    __version__ = "0.0.0+stub"
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+        def missing(*args: Any, **kwargs: Any) -> Any:
+            raise NotImplementedError(f"{self.__name__}.{name} needs a GPU")
+
+        return missing
+
+
+class _StubFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Serves the stubs ahead of anything installed under the same names."""
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+        if fullname == "sgl_kernel":
+            return importlib.machinery.ModuleSpec(fullname, self)
+        if fullname.partition(".")[0] == "triton":
+            return importlib.machinery.ModuleSpec(fullname, self, is_package=True)
+        return None
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
+        return _Kernels(spec.name) if spec.name == "sgl_kernel" else _StubModule(spec.name)
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        _name_triton(module)
+
+
+_declared: list[torch.library.Library] = []  # a Library takes its operators along when it is collected
+
+
+def declare_torchvision_operators() -> None:
+    """Answers torchvision's import: it registers fake kernels for two operators of its C++ library.
+
+    A torchvision linked against CUDA does not load its library beside a CPU build of torch and then fails on them;
+    declaring the two is enough for it to import.
+    """
+    spec = importlib.util.find_spec("torchvision")
+    if spec is None or not spec.submodule_search_locations or _declared:
+        return
+    library = next(Path(spec.submodule_search_locations[0]).glob("_C*.so"), None)
+    try:
+        if library is not None:
+            torch.ops.load_library(str(library))
+            return
+    except OSError:
+        pass
+    fragment = torch.library.Library("torchvision", "FRAGMENT")
+    fragment.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    fragment.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    _declared.append(fragment)

@@ -1,0 +1,121 @@
+"""Main of the engine's server process: `python -m fp8slurm.engine.child`, started by engine/server.py only.
+
+One JSON line on stdin hands over what must not show in the process list: {"arguments": SGLang's command line,
+"api_key", "listen_fd": a bound and listening socket, "ready_fd": a pipe that gets one byte when the server is up}.
+Stdin stays open after it; its end means that the agent is gone, and takes this whole process group along.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import logging
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import threading
+from typing import Any
+
+PR_SET_PDEATHSIG = 1
+
+
+def main() -> None:
+    """Take over the handover and serve until killed."""
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # Slurm's warning is for the ranks and the agent
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR2})
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    handover = json.loads(_read_line(0))
+    threading.Thread(target=_die_with_the_agent, name="lifeline", daemon=True).start()
+    _hide_in_logs(handover["api_key"])
+    on_cpu = os.environ.get("SGLANG_USE_CPU_ENGINE") == "1"
+    if on_cpu:
+        from fp8slurm.cpu import sglang_stubs
+
+        sglang_stubs.install()
+    _serve(handover, on_cpu)
+
+
+def _serve(handover: dict[str, Any], on_cpu: bool) -> None:
+    import sglang.srt.managers.detokenizer_manager  # noqa: F401  (imported once, before the processes part)
+    import uvicorn
+    from sglang.srt.entrypoints.http_server import launch_server
+    from sglang.srt.server_args import prepare_server_args
+
+    from fp8slurm.engine import plugin
+
+    plugin.apply()
+    if on_cpu:
+        # Without a CUDA context the server's processes can be forked: they are up 10 s earlier than spawned ones,
+        # which import everything again. SGLang would set "spawn" by force.
+        multiprocessing.set_start_method("fork", force=True)
+        multiprocessing.set_start_method = lambda *args, **kwargs: None
+    listener = socket.socket(fileno=handover["listen_fd"])
+    serve = uvicorn.Server.run
+    # the agent bound the port: nobody can take it between choosing and listening
+    uvicorn.Server.run = lambda server, sockets=None: serve(server, sockets=[listener])
+
+    arguments = prepare_server_args([*handover["arguments"], "--api-key", handover["api_key"]])
+    launch_server(
+        arguments,
+        run_scheduler_process_func=run_scheduler,
+        launch_callback=lambda: os.write(handover["ready_fd"], b"1"),
+    )
+
+
+def run_scheduler(server_args: Any, *args: Any, **kwargs: Any) -> None:
+    """Entry of a scheduler process (one a tensor-parallel rank): our plugin first, then SGLang's own main."""
+    signal.signal(signal.SIGQUIT, signal.SIG_DFL)  # a forked process has the server's handler, which ends the family
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    _hide_in_logs(server_args.api_key)
+    from fp8slurm.engine import plugin
+
+    plugin.apply()
+    if os.environ.get("SGLANG_USE_CPU_ENGINE") == "1":
+        from fp8slurm.cpu import sglang_plugin
+
+        sglang_plugin.apply()
+    from sglang.srt.managers.scheduler import run_scheduler_process
+
+    run_scheduler_process(server_args, *args, **kwargs)
+
+
+def _read_line(fd: int) -> bytes:
+    """One line, byte by byte: nothing after it is consumed."""
+    line = b""
+    while not line.endswith(b"\n"):
+        byte = os.read(fd, 1)
+        if not byte:
+            sys.exit("the engine's child was started without a handover")
+        line += byte
+    return line
+
+
+def _die_with_the_agent() -> None:
+    """Wait for the end of stdin, then kill the process group.
+
+    PDEATHSIG alone is not enough: it does not reach grandchildren. The pipe alone is not either: a process that the
+    agent forked may hold its other end.
+    """
+    while os.read(0, 4096):
+        pass
+    os.killpg(os.getpgrp(), signal.SIGKILL)
+
+
+def _hide_in_logs(secret: str) -> None:
+    """Mask `secret` in every log record of this process: SGLang logs its settings, the API key among them."""
+    make = logging.getLogRecordFactory()
+
+    def factory(*args: Any, **kwargs: Any) -> logging.LogRecord:
+        record = make(*args, **kwargs)
+        text = record.getMessage()
+        if secret in text:
+            record.msg, record.args = text.replace(secret, "***"), ()
+        return record
+
+    logging.setLogRecordFactory(factory)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,231 @@
+"""Talks to one SGLang server: generation by token ids, control, and the weight-update session."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, Literal, Sequence
+
+import requests
+
+from fp8slurm.engine.digest import DIGEST_ACTION
+from fp8slurm.engine.server import EngineError
+
+UNVERSIONED = -1
+"""Weight version of an engine that still serves the weights of its checkpoint folder."""
+_CONCURRENT_REQUESTS = 128
+
+
+@dataclass(frozen=True)
+class GenerateRequest:
+    """One sample to generate."""
+
+    token_ids: list[int]
+    """The prompt."""
+    max_tokens: int
+    """Most tokens of the response."""
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    top_k: int = -1
+    """-1 is off."""
+    stop_token_ids: Sequence[int] = ()
+    """Tokens that end the response, besides the model's own end tokens."""
+    seed: int | None = None
+    """Same seed, weights and batch: same tokens. None draws anew."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One response. The lists are all as long as token_ids."""
+
+    token_ids: list[int]
+    """What was generated, the token that stopped it included."""
+    logprobs: list[float]
+    """Natural log-probability of every token at the request's temperature, not renormalized for top_p and top_k."""
+    finish_reason: str
+    """"stop", "length" or "abort"."""
+    weight_versions: list[int]
+    """Version of the weights that made every token; -1 before the first update."""
+
+
+class EngineClient:
+    """HTTP client of one server. EngineError: the server is gone or failed; ValueError: it refuses a request.
+
+    After an update that went wrong (`quarantine`) it refuses to generate: the server may hold half of it.
+    """
+
+    def __init__(self, url: str, api_key: str, timeout_s: float = 3600.0) -> None:
+        """timeout_s: deadline of one request, in seconds."""
+        self.url, self.timeout_s = url, timeout_s
+        self.weight_version = UNVERSIONED
+        self._quarantined: str | None = None
+        self._api_key = api_key
+        self._session = requests.Session()
+        self._session.trust_env = False  # a proxy is nothing for loopback
+        self._session.headers["Authorization"] = f"Bearer {api_key}"
+        adapter = requests.adapters.HTTPAdapter(pool_maxsize=_CONCURRENT_REQUESTS)
+        self._session.mount("http://", adapter)
+
+    # -- generation ----------------------------------------------------------------------------------------------
+
+    def generate(self, batch: Sequence[GenerateRequest], one_batch: bool = False) -> list[Generation]:
+        """Responses in the order of the requests.
+
+        one_batch sends all of them in one request. They are then computed in the same composition every time, and
+        seeded requests give the same bits; otherwise neighbours with the same prompt go together, all at once.
+        """
+        if not batch:
+            return []
+        self._refuse_in_quarantine()
+        if one_batch:
+            return self._generate(batch)
+        groups = [list(g) for _, g in groupby(batch, key=lambda request: request.token_ids)]
+        with ThreadPoolExecutor(min(len(groups), _CONCURRENT_REQUESTS)) as pool:
+            return [generation for group in pool.map(self._generate, groups) for generation in group]
+
+    def score(self, token_id_lists: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Log-probability of every token after the first of each sequence, given those before it (lengths minus 1)."""
+        if not token_id_lists:
+            return []
+        self._refuse_in_quarantine()
+        answer = self._post(
+            "/generate",
+            {
+                "input_ids": [list(ids) for ids in token_id_lists],
+                "sampling_params": {"max_new_tokens": 0, "temperature": 0.0},
+                "return_logprob": True,
+                "logprob_start_len": 0,
+            },
+        )
+        return [[entry[0] for entry in one["meta_info"]["input_token_logprobs"][1:]] for one in answer]
+
+    def _generate(self, batch: Sequence[GenerateRequest]) -> list[Generation]:
+        body = {
+            # a list of prompts is scheduled as one; one prompt with n > 1 is not
+            "input_ids": [list(request.token_ids) for request in batch],
+            "sampling_params": [_sampling_params(request) for request in batch],
+            "return_logprob": True,
+        }
+        return [self._generation(one) for one in self._post("/generate", body)]
+
+    def _generation(self, answer: dict[str, Any]) -> Generation:
+        meta = answer["meta_info"]
+        logprobs = meta["output_token_logprobs"]
+        ids = [entry[1] for entry in logprobs]
+        versions = [self.weight_version] * len(ids)
+        for span in meta.get("weight_versions") or ():
+            versions[span["start"] : span["end"]] = [_version(span["version"])] * (span["end"] - span["start"])
+        return Generation(ids, [entry[0] for entry in logprobs], meta["finish_reason"]["type"], versions)
+
+    # -- control -------------------------------------------------------------------------------------------------
+
+    def pause(self, mode: Literal["abort", "retract", "in_place"] = "abort") -> None:
+        """Stop generating: running requests are ended, put back into the queue, or kept as they are."""
+        self._post("/pause_generation", {"mode": mode})
+
+    def resume(self) -> None:
+        """Go on after pause()."""
+        self._post("/continue_generation", {})
+
+    def flush_cache(self) -> None:
+        """Forget all cached keys and values. Fails while requests run."""
+        self._post("/flush_cache")
+
+    def abort(self) -> None:
+        """End all requests now; they come back with what they have and finish_reason "abort"."""
+        self._post("/abort_request", {"abort_all": True})
+
+    def model_info(self) -> dict[str, Any]:
+        """SGLang's /model_info: model_path, weight_version and more."""
+        return self._request("GET", "/model_info").json()
+
+    def server_info(self) -> dict[str, Any]:
+        """SGLang's /server_info: its settings and the state of its schedulers, the API key masked."""
+        return json.loads(self._request("GET", "/server_info").text.replace(self._api_key, "***"))
+
+    def quarantine(self, reason: str) -> None:
+        """Refuse to generate from now on, for this reason; a restarted server gets a new client."""
+        self._quarantined = reason
+
+    def _refuse_in_quarantine(self) -> None:
+        if self._quarantined is not None:
+            raise EngineError(f"{self.url} must not generate: {self._quarantined}")
+
+    # -- weights -------------------------------------------------------------------------------------------------
+
+    def join_group(self, name: str, port: int, world_size: int, backend: str) -> None:
+        """Have the server's ranks join group `name` as ranks 1 to world_size - 1, by a store on 127.0.0.1:port."""
+        body = {"master_address": "127.0.0.1", "master_port": port, "rank_offset": 1, "world_size": world_size}
+        self._post("/init_weights_update_group", {**body, "group_name": name, "backend": backend})
+
+    def leave_group(self, name: str) -> None:
+        self._post("/destroy_weights_update_group", {"group_name": name})
+
+    def begin_update(self) -> bool:
+        """Open an update session; False if this server knows none (SGLang before 0.5.21)."""
+        return self._post("/begin_weight_update", {}, missing_is_none=True) is not None
+
+    def receive_bucket(self, group: str, names: list[str], dtypes: list[str], shapes: list[list[int]]) -> None:
+        """Have the server's ranks receive one flat broadcast from rank 0 of `group`; returns when it is loaded."""
+        body = {"names": names, "dtypes": dtypes, "shapes": shapes, "group_name": group, "flush_cache": False}
+        self._post("/update_weights_from_distributed", {**body, "load_format": "flattened_bucket"})
+
+    def end_update(self) -> None:
+        self._post("/end_weight_update", {})
+
+    def set_weight_version(self, version: int) -> None:
+        """Stamp tokens with `version` from now on."""
+        self._post("/update_weight_version", {"new_version": str(version), "abort_all_requests": False})
+        self.weight_version = version
+
+    def digest(self) -> list[dict[str, str]]:
+        """sha256 of the raw bytes of every parameter, by name: one dict a tensor-parallel rank (engine/plugin.py)."""
+        ranks = self._post("/weights_checker", {"action": DIGEST_ACTION})["ranks"]
+        ranks.sort(key=lambda rank: rank["parallelism_info"][0]["rank"])
+        return [rank["checksums"] for rank in ranks]
+
+    # -- http ----------------------------------------------------------------------------------------------------
+
+    def _post(self, path: str, body: dict[str, Any] | None = None, missing_is_none: bool = False) -> Any:
+        response = self._request("POST", path, body, missing_is_none)
+        if response is None:
+            return None
+        try:
+            return response.json()
+        except requests.exceptions.JSONDecodeError:
+            return response.text
+
+    def _request(self, method: str, path: str, body: Any = None, missing_is_none: bool = False) -> Any:
+        try:
+            response = self._session.request(method, self.url + path, json=body, timeout=self.timeout_s)
+        except requests.exceptions.Timeout as error:
+            raise EngineError(f"{self.url}{path} did not answer within {self.timeout_s:g} s") from error
+        except requests.exceptions.RequestException as error:
+            raise EngineError(f"{self.url}{path}: the connection broke: {error}") from error
+        if response.status_code == 404 and missing_is_none:
+            return None
+        if response.status_code == 400 and path == "/generate":
+            raise ValueError(f"the engine refused a request: {response.text[:1000]}")
+        if response.status_code != 200:
+            raise EngineError(f"{self.url}{path} answered {response.status_code}: {response.text[:1000]}")
+        return response
+
+
+def _sampling_params(request: GenerateRequest) -> dict[str, Any]:
+    params: dict[str, Any] = {
+        "max_new_tokens": request.max_tokens,
+        "temperature": request.temperature,
+        "top_p": request.top_p,
+        "top_k": request.top_k,
+        "stop_token_ids": list(request.stop_token_ids),
+    }
+    if request.seed is not None:
+        params["sampling_seed"] = request.seed
+    return params
+
+
+def _version(text: str) -> int:
+    return UNVERSIONED if text == "default" else int(text)

@@ -1,0 +1,338 @@
+"""The SGLang server as a supervised child process."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from fp8slurm.config.schema import EngineSection
+
+CPU_CACHE_TOKENS = 65536
+_SOCKET_PATH_LIMIT = 60  # zmq appends up to 40 characters, and a socket's path ends at 107
+
+
+class EngineError(RuntimeError):
+    """The server did not come up, or died; the message ends with the last meaningful lines of its log."""
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """What a server needs to know of a run, besides its model."""
+
+    section: EngineSection = EngineSection()
+    cpu: bool | None = None
+    """Run on the CPU, FP8 emulated; None: where no GPU is visible."""
+    deterministic: bool = False
+    """Only on GPUs does this change the server: seeds count there under --enable-deterministic-inference alone."""
+    seed: int = 0
+    """Seed of the samples that bring none of their own."""
+    cpu_threads: int = 0
+    """OMP_NUM_THREADS of each rank on the CPU (0: all cores / ranks)."""
+    gpus: tuple[int, ...] | None = None
+    """Devices that the server may use; None leaves CUDA_VISIBLE_DEVICES as it is."""
+
+    @classmethod
+    def from_config(cls, section: EngineSection) -> EngineSettings:
+        return cls(section)
+
+    @property
+    def on_cpu(self) -> bool:
+        if self.cpu is not None:
+            return self.cpu
+        import torch
+
+        return torch.cuda.device_count() == 0
+
+
+class Engine:
+    """One SGLang server on 127.0.0.1: start, wait_ready, use (engine/client.py), stop or restart.
+
+    It dies with this process, whatever ends it. Methods are for one thread at a time.
+    """
+
+    def __init__(self, model_dir: Path, log_dir: Path, settings: EngineSettings, name: str = "engine-0") -> None:
+        """model_dir: Hugging Face folder, whose config.json decides between FP8 and BF16. Logs to log_dir/name.log."""
+        self.model_dir, self.settings, self.name = Path(model_dir), settings, name
+        self.cpu = settings.on_cpu
+        self.log_path = Path(log_dir) / f"{name}.log"
+        self.api_key = secrets.token_urlsafe(32)
+        self.port = 0
+        self._started_at = 0.0
+        self._process: subprocess.Popen[bytes] | None = None
+        self._exited = threading.Event()
+        self._ready_pipe = -1
+        self._log_start = 0
+        self._temporary: Path | None = None
+
+    @property
+    def url(self) -> str:
+        """http://127.0.0.1:PORT; the port changes with every start."""
+        return f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        """Start the server without waiting for it. Raises RuntimeError if it runs, ValueError for a missing model."""
+        if self.alive():
+            raise RuntimeError(f"{self.name} is running already (pid {self._process.pid})")
+        if not (self.model_dir / "config.json").is_file():
+            raise ValueError(
+                f"model directory {self.model_dir} has no config.json; give a Hugging Face checkpoint folder "
+                "(--model.rollout-checkpoint)"
+            )
+        self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        self._temporary = _temporary_dir(self.log_path.parent, self.name)
+        self._exited = threading.Event()
+        self._started_at = time.time()
+        started: list[BaseException | None] = []
+        launched = threading.Event()
+        threading.Thread(
+            target=self._supervise, args=(launched, started), name=f"{self.name}-supervisor", daemon=True
+        ).start()
+        launched.wait()
+        if started[0] is not None:
+            raise started[0]
+
+    def wait_ready(self, timeout_s: float | None = None) -> None:
+        """Block until the server answers. Raises EngineError, the server stopped, if it dies or the deadline passes."""
+        timeout_s = self.settings.section.ready_timeout_s if timeout_s is None else timeout_s
+        readable, _, _ = select.select([self._ready_pipe], [], [], timeout_s)
+        if readable and os.read(self._ready_pipe, 1):
+            family = self._family()
+            _unlink_shared_memory(family)
+            threading.Thread(
+                target=_end_together, args=(family, self._exited), name=f"{self.name}-family", daemon=True
+            ).start()
+            return
+        what = "died while starting" if readable else f"was not ready after {timeout_s:g} s (engine.ready_timeout_s)"
+        self.stop()
+        raise EngineError(f"{self.name} {what}; the end of {self.log_path}:\n{self.log_tail()}")
+
+    def alive(self) -> bool:
+        """Whether the server process runs (it takes its own children along when one of them dies)."""
+        return self._process is not None and not self._exited.is_set()
+
+    def wait_exit(self, timeout_s: float) -> bool:
+        """Block until the server is gone, timeout_s at most; whether it is."""
+        return self._process is None or self._exited.wait(timeout_s)
+
+    def stop(self) -> None:
+        """End the server and all its processes, now; remove what it left in /dev/shm and in its temporary folder."""
+        if self._process is not None:
+            family = self._family()
+            _kill_group(self._process.pid)
+            self._exited.wait()
+            deadline = time.monotonic() + 30
+            while any(_runs(p) for p in family) and time.monotonic() < deadline:
+                time.sleep(0.02)
+            os.close(self._ready_pipe)
+            self._process = None
+            _unlink_orphans(self._started_at)
+        if self._temporary is not None:
+            shutil.rmtree(self._temporary, ignore_errors=True)
+
+    def restart(self) -> None:
+        """Stop, start and wait until ready: the weights are those of model_dir again, the port is another one."""
+        self.stop()
+        self.start()
+        self.wait_ready()
+
+    def log_tail(self, lines: int = 30) -> str:
+        """The last meaningful lines that this start of the server has logged."""
+        with self.log_path.open("rb") as file:
+            file.seek(self._log_start)
+            return meaningful_tail(file.read().decode(errors="replace"), lines)
+
+    def _supervise(self, launched: threading.Event, started: list[BaseException | None]) -> None:
+        """Thread that creates the server and waits for its end: PDEATHSIG follows the creating thread."""
+        try:
+            self._launch()
+            started.append(None)
+        except BaseException as error:
+            started.append(error)
+            return
+        finally:
+            launched.set()
+        process = self._process
+        process.wait()
+        _kill_group(process.pid)
+        self._exited.set()
+
+    def _launch(self) -> None:
+        listener = socket.create_server(("127.0.0.1", 0), backlog=512)
+        ready_read, ready_write = os.pipe()
+        self.port = listener.getsockname()[1]
+        handover = {
+            "arguments": server_arguments(self.model_dir, self.settings, self.port),
+            "api_key": self.api_key,
+            "listen_fd": listener.fileno(),
+            "ready_fd": ready_write,
+        }
+        # inherited: a signal to the whole job cannot end the server before it ignores it
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
+        with self.log_path.open("ab") as log, listener:
+            self._log_start = log.tell()
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "fp8slurm.engine.child"],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                pass_fds=(listener.fileno(), ready_write),
+                start_new_session=True,
+                env=self._environment(),
+            )
+        os.close(ready_write)
+        self._ready_pipe = ready_read
+        self._process.stdin.write(json.dumps(handover).encode() + b"\n")
+        self._process.stdin.flush()
+
+    def _environment(self) -> dict[str, str]:
+        package_root = str(Path(__file__).parents[2])
+        env = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(p for p in (package_root, os.environ.get("PYTHONPATH")) if p),
+            "PYTHONUNBUFFERED": "1",
+            "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "TMPDIR": str(self._temporary),
+            "GLOO_SOCKET_IFNAME": "lo",
+            # a file instead of a TCP port that listens on every interface
+            "SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE": f"file://{self._temporary}/rendezvous",
+        }
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+            env.pop(name, None)  # the agent's own process group is none of the server's business
+        if self.settings.gpus is not None:
+            env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, self.settings.gpus))
+        if self.cpu:
+            cores, ranks = sorted(os.sched_getaffinity(0)), self.settings.section.tensor_parallel_size
+            threads = self.settings.cpu_threads or max(1, len(cores) // ranks)
+            env |= {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": str(threads)}
+            env["TORCHDYNAMO_DISABLE"] = "1"  # torch.compile would call the C++ compiler, and the triton stub
+            if ranks > 1:  # SGLang wants to be told which cores are whose
+                shares = [cores[rank % len(cores) :: ranks] for rank in range(ranks)]
+                env["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(",".join(map(str, share)) for share in shares)
+        return env
+
+    def _family(self) -> list[psutil.Process]:
+        """The server's processes that are there now."""
+        try:
+            server = psutil.Process(self._process.pid)
+            return [server, *server.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            return []
+
+
+def server_arguments(model_dir: Path, settings: EngineSettings, port: int) -> list[str]:
+    """SGLang's command line for these settings, the API key left out."""
+    cpu, section = settings.on_cpu, settings.section
+    arguments = {
+        "--model-path": str(model_dir),
+        "--host": "127.0.0.1",
+        "--port": str(port),
+        "--dtype": section.dtype,
+        "--tp-size": str(section.tensor_parallel_size),
+        "--max-running-requests": str(section.max_running_requests),
+        "--mem-fraction-static": str(section.mem_fraction),
+        "--random-seed": str(settings.seed),
+        "--log-level-http": "warning",
+        "--context-length": section.context_length,
+        "--max-total-tokens": section.max_total_tokens or (CPU_CACHE_TOKENS if cpu else None),
+    }
+    # token ids go in and come out: the agent tokenizes
+    switches = ["--skip-tokenizer-init"]
+    if cpu:
+        arguments |= {"--device": "cpu", "--attention-backend": "torch_native", "--sampling-backend": "pytorch"}
+        # without --sleep-on-idle an idle server takes a whole core; without the radix cache a batch is computed the
+        # same way whatever was computed before it
+        switches += ["--disable-cuda-graph", "--disable-overlap-schedule", "--disable-radix-cache", "--sleep-on-idle"]
+        switches += ["--skip-server-warmup"]
+    elif settings.deterministic:
+        switches.append("--enable-deterministic-inference")
+    line = [text for name, value in arguments.items() if value is not None for text in (name, str(value))]
+    return [*line, *switches, *section.extra_args]
+
+
+def meaningful_tail(log: str, lines: int = 30) -> str:
+    """The lines of a server's log that say why it ended: the last before its other processes were ended for it."""
+    noise = re.compile(r"Warning: |warnings\.warn|^\s*$")
+    kept = [line for line in log.splitlines() if not noise.search(line)]
+    end = next((i for i, line in enumerate(kept) if "Received sigquit from a child process" in line), len(kept))
+    return "\n".join(kept[max(0, end - lines) : end])
+
+
+def _temporary_dir(log_dir: Path, name: str) -> Path:
+    """A folder for the server's sockets: beside its log, or in the system's if that path is too long for a socket."""
+    wanted = log_dir.resolve() / f".{name}"
+    if len(str(wanted)) > _SOCKET_PATH_LIMIT:
+        return Path(tempfile.mkdtemp(prefix="fp8slurm-"))
+    shutil.rmtree(wanted, ignore_errors=True)
+    wanted.mkdir(mode=0o700)
+    return wanted
+
+
+def _unlink_shared_memory(family: list[psutil.Process]) -> None:
+    """Remove SGLang's segments in /dev/shm that these processes have mapped; what is mapped stays usable.
+
+    Done once all of them have come up, so that nothing is left over even when they are killed without notice.
+    """
+    for process in family:
+        try:
+            maps = Path(f"/proc/{process.pid}/maps").read_text()
+        except OSError:
+            continue
+        for path in set(re.findall(r"/dev/shm/sgl_shm_\S+", maps)):
+            Path(path).unlink(missing_ok=True)
+
+
+def _unlink_orphans(since: float) -> None:
+    """Remove segments made after `since` (Unix time) whose creator, named in sgl_shm_KIND_PID_RANDOM, is dead."""
+    for path in Path("/dev/shm").glob("sgl_shm_*_*_*"):
+        pid = path.name.split("_")[-2]
+        try:
+            if path.stat().st_mtime >= since and pid.isdigit() and not psutil.pid_exists(int(pid)):
+                path.unlink()
+        except FileNotFoundError:  # somebody else's server removed its own
+            continue
+
+
+def _end_together(family: list[psutil.Process], exited: threading.Event) -> None:
+    """Thread that kills the server as soon as one of its processes ends; SGLang itself takes seconds for it."""
+    descriptors = {}
+    try:
+        for process in family:
+            if "resource_tracker" not in " ".join(process.cmdline()):
+                descriptors[os.pidfd_open(process.pid)] = process
+        select.select(list(descriptors), [], [])
+    except (psutil.NoSuchProcess, ProcessLookupError):
+        pass
+    for descriptor in descriptors:
+        os.close(descriptor)
+    if not exited.is_set():
+        _kill_group(family[0].pid)
+
+
+def _kill_group(pid: int) -> None:
+    try:
+        os.killpg(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

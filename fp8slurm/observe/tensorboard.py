@@ -1,0 +1,36 @@
+"""The records of metrics.jsonl as TensorBoard scalars."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Mapping
+
+from fp8slurm.observe.metrics import PHASES, Position, order
+
+
+class TensorBoard:
+    """Writes to folder/sft and folder/rl; scalars behind `resume_at` from an earlier attempt are hidden."""
+
+    def __init__(self, folder: Path, resume_at: Position | None = None) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writers = {}
+        for phase in PHASES:
+            purge = None
+            if resume_at is not None:
+                later = order((phase, 0)) > order((resume_at[0], 0))
+                purge = 0 if later else resume_at[1] + 1 if phase == resume_at[0] else None
+            self._writers[phase] = SummaryWriter(str(Path(folder) / phase), purge_step=purge)
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Every number of a record under its key, at its step."""
+        writer = self._writers[record["phase"]]
+        for key, value in record.items():
+            if key not in ("phase", "step") and value is not None and not isinstance(value, (str, bool)):
+                writer.add_scalar(key, value, record["step"])
+        writer.flush()
+
+    def close(self) -> None:
+        """Flush and close."""
+        for writer in self._writers.values():
+            writer.close()

@@ -1,0 +1,260 @@
+"""The agent of a node: owns its engines, runs its share of the rollouts and rewards, keeps the newest weights.
+
+It answers rank 0's commands one after the other (rl/channel.py). It holds the last whole update in host memory, so that
+an engine that died is back with the current weights without any rank taking notice.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Callable
+
+import torch
+import torch.distributed as dist
+
+from fp8slurm.checkpoint.run import RunDirectory, write_atomic
+from fp8slurm.config import RunConfig
+from fp8slurm.engine.client import EngineClient, GenerateRequest, Generation
+from fp8slurm.engine.server import Engine, EngineError
+from fp8slurm.rl.advantages import has_signal, settle_truncated
+from fp8slurm.rl.channel import AgentChannel
+from fp8slurm.rl.data import PromptOrder
+from fp8slurm.rl.precision import engine_in_fp8
+from fp8slurm.rl.rewards import RewardPool
+from fp8slurm.rl.rollout import Sampler, correct
+from fp8slurm.rl.types import SampleGroup
+from fp8slurm.rl.wire import encode_groups
+from fp8slurm.sync.bucket import WeightBucket, payload_bytes
+from fp8slurm.sync.groups import Group
+from fp8slurm.sync.stream import parse_description
+
+log = logging.getLogger(__name__)
+
+
+class Agent:
+    """One node's agent."""
+
+    def __init__(self, config: RunConfig, run: RunDirectory, number: int, agents: int, monitor: Any) -> None:
+        self.config, self.run, self.number, self.agents, self.monitor = config, run, number, agents, monitor
+        self.model_dir: Path | None = None
+        self.engine: Engine | None = None
+        self.held: list[WeightBucket] = []
+        self.version = -1
+        self.restarts = 0
+        monitor.on_exit = self.stop
+
+    # -- life ----------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Start the engine (without waiting for it) and read the data."""
+        c = self.config
+        self.model_dir = engine_checkpoint(c, self.run, self.number)
+        self.engine = Engine(self.model_dir, self.run.attempt_dir / "logs", engine_settings(c), f"engine_{self.number}")
+        self.engine.start()
+        self.sampler = Sampler.load(c)
+        self.train_prompts = self.sampler.prompts(c.data.train) if c.run.steps and c.data.train else []
+        self.eval_prompts = self.sampler.prompts(c.data.eval) if c.data.eval else []
+        self.order = PromptOrder(len(self.train_prompts), c.run.seed, c.data.shuffle) if self.train_prompts else None
+        self.rewarder = RewardPool(c.reward)
+
+    def stop(self) -> None:
+        """End the engine and everything that it started."""
+        if self.engine is not None:
+            self.engine.stop()
+        if hasattr(self, "rewarder"):
+            self.rewarder.close()
+
+    def serve(self, channel: AgentChannel, store: dist.Store, address: str) -> None:
+        """Answer commands until "stop"."""
+        assert self.engine is not None
+        self.store, self.channel = store, channel
+        self.stages: list[tuple[Group, list]] = []
+        for stage in range(self.config.parallel.pipeline_parallel_size):
+            specs = parse_description(store.get(f"sync/plan/{stage}").decode())
+            self.stages.append((Group(store, f"sync/{stage}", 1 + self.number, 1 + self.agents, address), specs))
+        self.engine.wait_ready()
+        self._connect()
+        while True:
+            command = channel.next()
+            kind = command.pop("kind")
+            log.debug("command %s %s", kind, command)
+            values, payload = getattr(self, f"do_{kind}")(**command)
+            channel.answer(values, payload)
+            self.monitor.beat()
+            if kind == "stop":
+                return
+
+    def _connect(self) -> None:
+        from fp8slurm.sync.engine_link import EngineLink
+
+        assert self.engine is not None
+        self.client = EngineClient(self.engine.url, self.engine.api_key, self.config.engine.request_timeout_s)
+        self.link = EngineLink(self.client, self.config.engine.tensor_parallel_size)
+        self.link.open()
+
+    def _with_engine(self, work: Callable[[], Any]) -> Any:
+        """Run `work`; where the engine died under it, bring it back with the current weights and run it again."""
+        assert self.engine is not None
+        while True:
+            try:
+                result = work()
+                self.restarts = 0
+                return result
+            except EngineError as error:
+                self.restarts += 1
+                if self.restarts > self.config.engine.max_restarts:
+                    raise
+                log.warning("engine %d failed (%s); restart %d", self.number, error, self.restarts)
+                self.link.close()
+                self.engine.restart()
+                self._connect()
+                if self.held:
+                    self.link.update(self.version, iter(self.held))
+
+    # -- commands ------------------------------------------------------------------------------------------------
+
+    def do_stop(self) -> tuple[dict, None]:
+        return {}, None
+
+    def do_update(self, version: int, verify: bool) -> tuple[dict, None]:
+        """Take an update from every pipeline stage's source and hand it on bucket by bucket."""
+        received: list[WeightBucket] = []
+
+        def receive():
+            for group, buckets in self.stages:
+                for specs in buckets:
+                    bucket = WeightBucket(version, specs, torch.empty(payload_bytes(specs), dtype=torch.uint8))
+                    group.broadcast(bucket.payload, 0)
+                    received.append(bucket)
+                    yield bucket
+
+        start = time.perf_counter()
+        incoming = receive()
+        try:
+            digests = self.link.update(version, incoming, verify=verify)
+            if digests is not None:
+                text = json.dumps({"version": version, "digests": digests}, indent=1)
+                write_atomic(self.run.attempt_dir / f"digests_{self.number}.json", text)
+        except EngineError as error:
+            log.warning("engine %d failed during the update to version %d: %s", self.number, version, error)
+            for _ in incoming:  # the trainer sends to all agents: take the rest all the same
+                pass
+            self.held, self.version = received, version
+            self._with_engine(_raise_once(error))
+        self.held, self.version = received, version
+        return {"seconds": {"update": time.perf_counter() - start}, "payload_bytes": sum(b.payload.numel() for b in received)}, None
+
+    def do_rollout(self, step: int, cursor: int, prompts: int, keep_all: bool = False) -> tuple[dict, torch.Tensor]:
+        """Generate and score this node's share of `prompts` groups from the data at `cursor`.
+
+        Groups without signal are replaced from the prompts that follow, rollout.max_replacements times at most.
+        """
+        assert self.order is not None
+        r = self.config.rollout
+        start = time.perf_counter()
+        kept: list[SampleGroup] = []
+        dropped = generated = 0
+        missing, rounds = prompts, r.max_replacements + 1
+        reward_seconds = 0.0
+        rewards: list[float] = []
+        for round_ in range(rounds):
+            positions = range(cursor, cursor + missing)
+            indices, cursor = self.order.take(cursor, missing)
+            share = [(p, self.train_prompts[i]) for p, i in list(zip(positions, indices))[self.number :: self.agents]]
+            groups = self.sampler.sample(self._generate, share, r.n_samples, r.max_tokens, r.temperature)
+            scoring = time.perf_counter()
+            self.rewarder.score(groups)
+            reward_seconds += time.perf_counter() - scoring
+            generated += sum(len(s.response_ids) for g in groups for s in g.samples)
+            rewards += [s.reward for g in groups for s in g.samples]
+            settle_truncated(groups, r.truncated)
+            good = groups if keep_all or not r.drop_no_signal else [g for g in groups if has_signal(g)]
+            dropped += len(groups) - len(good)
+            kept += good
+            self.store.set(f"kept/{self.channel.count}/{round_}/{self.number}", str(len(good)))
+            missing -= sum(
+                int(self.store.get(f"kept/{self.channel.count}/{round_}/{a}")) for a in range(self.agents)
+            )
+            if missing <= 0:
+                break
+        if r.save_every and step and step % r.save_every == 0:
+            self._save(step, kept)
+        answer = {
+            "cursor": cursor, "dropped": dropped, "generated": generated,
+            "rewards": [float(sum(rewards)), len(rewards)],
+            "seconds": {"rollout": time.perf_counter() - start, "reward": reward_seconds},
+        }  # fmt: skip
+        return answer, encode_groups(kept)
+
+    def do_evaluate(self) -> tuple[dict, None]:
+        """Greedy (or eval.temperature) accuracy of this node's share of the held-out prompts."""
+        start = time.perf_counter()
+        groups = self.sampler.greedy(self._generate, list(enumerate(self.eval_prompts))[self.number :: self.agents])
+        answer = {
+            "correct": sum(correct(groups, self.rewarder)), "questions": len(groups),
+            "truncated": sum(s.finish_reason == "length" for g in groups for s in g.samples),
+            "tokens": sum(len(s.response_ids) for g in groups for s in g.samples),
+            "seconds": {"eval": time.perf_counter() - start},
+        }  # fmt: skip
+        return answer, None
+
+    # -- parts ---------------------------------------------------------------------------------------------------
+
+    def _generate(self, requests: list[GenerateRequest]) -> list[Generation]:
+        return self._with_engine(lambda: self.client.generate(requests, one_batch=self.config.run.deterministic))
+
+    def _save(self, step: int, groups: list[SampleGroup]) -> None:
+        folder = self.run.path / "rollouts"
+        folder.mkdir(exist_ok=True)
+        name = f"step_{step:06d}.jsonl" if self.agents == 1 else f"step_{step:06d}.{self.number}.jsonl"
+        with open(folder / name, "w") as f:
+            for g in groups:
+                prompt = self.sampler.tokenizer.decode(list(g.prompt.token_ids))
+                for s in g.samples:
+                    row = {"index": g.prompt.index, "prompt": prompt, "label": g.prompt.label, "response": s.text, "reward": s.reward,
+                           "finish_reason": s.finish_reason, "tokens": s.response_ids, "logprobs": s.logprobs}  # fmt: skip
+                    f.write(json.dumps(row) + "\n")
+
+
+def _raise_once(error: Exception) -> Callable[[], None]:
+    """Work that fails the first time: makes _with_engine bring the engine back before anything else is asked of it."""
+    todo = [error]
+
+    def work() -> None:
+        if todo:
+            raise todo.pop()
+
+    return work
+
+
+def engine_settings(config: RunConfig) -> Any:
+    """What the engine needs to know of a run."""
+    from fp8slurm.engine.server import EngineSettings
+
+    settings = EngineSettings.from_config(config.engine)
+    return replace(
+        settings, deterministic=config.run.deterministic, seed=config.run.seed, cpu_threads=config.slurm.engine_threads
+    )
+
+
+def engine_checkpoint(config: RunConfig, run: RunDirectory, number: int) -> Path:
+    """The folder that the engine loads: given, or made from hf_checkpoint (in FP8 or as it is) by the node's agent."""
+    if config.model.rollout_checkpoint is not None:
+        return config.model.rollout_checkpoint
+    assert config.model.hf_checkpoint is not None
+    if not engine_in_fp8(config):
+        return config.model.hf_checkpoint
+    from fp8slurm.checkpoint import hf_to_fp8
+
+    target = run.path / "engine_model"
+    if number == 0:
+        if not target.exists():
+            hf_to_fp8(config.model.hf_checkpoint, target)
+    while not target.exists():
+        time.sleep(0.2)
+    return target
+

@@ -1,0 +1,357 @@
+"""The main loop, run by every training rank.
+
+A prompt's way: agent (data, engine, reward) -> samples to every rank -> advantages -> packing -> log-probabilities ->
+policy-gradient updates -> weights to the engines, under one new version.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Callable, Iterator
+
+import torch
+import torch.distributed as dist
+
+from fp8slurm.checkpoint.run import RunDirectory, RunState
+from fp8slurm.config import RunConfig
+from fp8slurm.models.names import NameTable
+from fp8slurm.observe.metrics import MetricsWriter
+from fp8slurm.rl import controls
+from fp8slurm.rl.advantages import advantages
+from fp8slurm.rl.channel import RankChannel
+from fp8slurm.rl.data import PromptOrder, load_sft, load_tokenizer
+from fp8slurm.rl.loss import gap_metrics, make_policy_loss, sft_loss
+from fp8slurm.rl.packing import pack, pack_sft
+from fp8slurm.rl.precision import engine_quantization
+from fp8slurm.rl.types import PackedBatch, SampleGroup
+from fp8slurm.rl.wire import decode_groups
+from fp8slurm.sync.groups import Group
+from fp8slurm.sync.stream import WeightStream
+from fp8slurm.trainer.schedule import learning_rate
+
+log = logging.getLogger(__name__)
+
+
+class TooManyBadSteps(RuntimeError):
+    """run.max_bad_steps steps in a row had a NaN or infinite loss or gradient."""
+
+
+def run(
+    config: RunConfig, run_dir: RunDirectory, trainer: Any, channel: RankChannel, store: dist.Store, address: str,
+    beat: Callable[[], None],
+) -> None:  # fmt: skip
+    """Train from the newest usable checkpoint to the last step; returns when everything is on disk."""
+    loop = Loop(config, run_dir, trainer, channel, store, address, beat)
+    loop.resume()
+    loop.connect()
+    if loop.state.phase == "sft":
+        loop.warm_start()
+    loop.reinforce()
+    channel.call("stop")
+    loop.close()
+
+
+class Loop:
+    """State and parts of the loop; the order of things is in `run`, `warm_start`, `reinforce` and `step`."""
+
+    def __init__(
+        self, config: RunConfig, run_dir: RunDirectory, trainer: Any, channel: RankChannel, store: dist.Store, address: str,
+        beat: Callable[[], None],
+    ) -> None:  # fmt: skip
+        self.config, self.run_dir, self.trainer, self.channel, self.store = config, run_dir, trainer, channel, store
+        self.address, self.beat = address, beat
+        self.first = trainer.rank == 0
+        self.state = RunState("sft" if config.sft.data is not None else "rl", 0)
+        self.seconds: dict[str, float] = {}
+        self.policy_loss = make_policy_loss(config.algorithm)
+        self.sent_version: int | None = None
+        self.sinks: list[Any] = []
+        self.saved = False
+
+    # -- start ---------------------------------------------------------------------------------------------------
+
+    def resume(self) -> None:
+        """Load the newest complete checkpoint, or the Hugging Face weights where there is none."""
+        name = ""
+        if self.first:
+            for folder, damage in self.run_dir.checked_checkpoints():
+                if damage is None:
+                    name = folder.name
+                    break
+                log.warning("checkpoint %s is skipped: %s", folder, damage)
+            self.store.set("resume", name)
+        self.store.wait(["resume"])
+        name = self.store.get("resume").decode()
+        self.trainer.load_hf(self.config.model.hf_checkpoint)
+        if self.config.algorithm.kl_coef:
+            self.trainer.snapshot_reference()
+        if name:
+            folder = self.run_dir.checkpoints / name
+            self.trainer.load(folder)
+            self.state = RunState.read(folder)
+            log.info("continuing from %s", folder)
+        if self.first:
+            self._open_metrics(resumed=bool(name))
+
+    def _open_metrics(self, resumed: bool) -> None:
+        """Go on behind the last record that the checkpoint covers: no step is missing, none is there twice."""
+        # The checkpoint between the phases is older than the record of RL step 0.
+        at = ("sft", self.state.sft_steps) if (self.state.phase, self.state.step) == ("rl", 0) else (self.state.phase, self.state.step)
+        at = at if resumed else None
+        self.sinks = [MetricsWriter(self.run_dir.path / "metrics.jsonl", at)]
+        if self.config.observe.tensorboard:
+            from fp8slurm.observe.tensorboard import TensorBoard
+
+            self.sinks.append(TensorBoard(self.run_dir.path / "tb", at))
+
+    def close(self) -> None:
+        for sink in self.sinks:
+            sink.close()
+
+    def connect(self) -> None:
+        """Plan the weight updates, tell the agents, and bring the engines to the trainer's weights."""
+        c, t = self.config, self.trainer
+        self.stream = WeightStream(
+            NameTable(t.spec), t.named_shards, engine_quantization(c), c.sync.bucket_bytes, getattr(torch, c.engine.dtype),
+            t.tensor_parallel_rank, t.tensor_parallel_size, t.tensor_parallel_group, takes_part=t.data_parallel_rank == 0,
+        )  # fmt: skip
+        self.group = None
+        if self.stream.is_source:
+            stage = t.pipeline_parallel_rank
+            self.store.set(f"sync/plan/{stage}", self.stream.describe())
+            self.group = Group(self.store, f"sync/{stage}", 0, 1 + self.channel.agents, self.address)
+        self.sync()
+
+    # -- phases --------------------------------------------------------------------------------------------------
+
+    def warm_start(self) -> None:
+        """Supervised steps until sft.max_steps, or until the held-out accuracy reaches sft.stop_accuracy."""
+        c, s = self.config, self.config.sft
+        examples = load_sft(c.data, s, load_tokenizer(c.model.hf_checkpoint))
+        order = PromptOrder(len(examples), c.run.seed)
+        while self.state.step < s.max_steps:
+            started, step = self._begin(), self.state.step + 1
+            indices, cursor = order.take(self.state.sft_cursor, s.batch_size)
+            with self.timed("train"):
+                batch = pack_sft([examples[i] for i in indices], **self._packing())
+                lr = learning_rate(step - 1, s.max_steps, s.lr, warmup_steps=s.warmup_steps)
+                result = self.trainer.train_step(batch[self.trainer.data_parallel_rank], sft_loss, lr)
+            self.state = replace(self.state, step=step, sft_cursor=cursor)
+            self._count_bad(result.ok)
+            record = {"lr": lr, "loss": result.loss, "grad_norm": result.grad_norm, **result.metrics}
+            done = step == s.max_steps
+            if s.eval_every and (done or (step >= s.eval_from and step % s.eval_every == 0)):
+                self.sync()
+                record |= self.evaluate()
+                done = done or record["eval/accuracy"] >= s.stop_accuracy
+            self._record(record, started)
+            if done:
+                break
+            if step % c.checkpoint.every == 0:
+                self.save()
+        log.info("supervised phase: %d steps", self.state.step)
+        self.state = replace(self.state, phase="rl", step=0, sft_steps=self.state.step)
+        self.trainer.new_optimizer()
+        self.save()
+
+    def reinforce(self) -> None:
+        """RL steps up to run.steps. Record 0 is the start, before any update."""
+        steps = self.config.run.steps
+        if not steps:
+            return
+        self.sync()
+        if self.state.step == 0:
+            started = self._begin()
+            self._record(self.probe_gap() | self.evaluate(), started)
+        while self.state.step < steps:
+            started = self._begin()
+            record = self.step(self.state.step + 1)
+            step = self.state.step
+            if step == steps or (self.config.eval.every and step % self.config.eval.every == 0):
+                record |= self.evaluate()
+            if step == steps:
+                record |= {key.replace("gap/", "final_gap/"): value for key, value in self.probe_gap().items()}
+            # The record first: a checkpoint without its record would leave a hole after a crash between the two.
+            self._record(record, started)
+            if step == steps or step % self.config.checkpoint.every == 0:
+                self.save()
+
+    def step(self, step: int) -> dict[str, float]:
+        """One RL step; returns its metrics."""
+        c = self.config
+        with self.timed("rollout"):
+            groups, record = self.rollout(step, c.rollout.prompts_per_step)
+        self.state = replace(self.state, step=step, cursor=int(record.pop("cursor")))
+        if not groups:
+            log.warning("step %d: no group with signal; no update", step)
+            return record | {"skipped": 1.0}
+        if c.control.shuffle_rewards:
+            controls.shuffle_rewards(groups, f"{c.run.seed}/{step}")
+        values = advantages(groups, c.algorithm)
+        if c.control.negate_advantage:
+            values = controls.negate(values)
+        t = self.trainer
+        updates = pack(groups, values, updates=c.train.updates_per_step, loss_mean=c.algorithm.loss_mean, **self._packing())
+        if not updates:
+            log.warning("step %d: no sample to train on; no update", step)
+            return record | {"skipped": 1.0}
+        mine = [ranks[t.data_parallel_rank] for ranks in updates]
+        with self.timed("logprobs"):
+            record |= self.recompute([b for update in mine for b in update])
+        o = c.optim
+        lr = learning_rate(step - 1, c.run.steps, o.lr, o.min_lr, o.warmup_steps, o.schedule)
+        with self.timed("train"):
+            results = [t.train_step(update, self.policy_loss, lr, with_entropy=True) for update in mine]
+        ok = [r for r in results if r.ok]
+        for key in results[0].metrics:
+            record[key] = sum(r.metrics[key] for r in ok) / max(1, len(ok))
+        record |= {
+            "lr": lr,
+            "loss": sum(r.loss for r in ok) / max(1, len(ok)),
+            "grad_norm": sum(r.grad_norm for r in ok) / max(1, len(ok)),
+            "skipped": float(len(ok) < len(results)),
+        }
+        self._count_bad(bool(ok))
+        if not c.control.freeze_engine:
+            self.sync()
+        return record
+
+    # -- parts ---------------------------------------------------------------------------------------------------
+
+    def rollout(self, step: int, prompts: int, keep_all: bool = False) -> tuple[list[SampleGroup], dict[str, float]]:
+        """Samples of all agents, in the order of the agents, and what they say about them."""
+        answers = self.channel.call("rollout", step=step, cursor=self.state.cursor, prompts=prompts, keep_all=keep_all)
+        groups = [g for _, payload in answers for g in decode_groups(payload)]
+        said = [a for a, _ in answers]
+        total, count = (sum(a["rewards"][i] for a in said) for i in (0, 1))
+        samples = [s for g in groups for s in g.samples]
+        record = {
+            "cursor": said[0]["cursor"],
+            "reward/mean": total / max(1, count),
+            "rollout/groups": len(groups),
+            "rollout/dropped": sum(a["dropped"] for a in said),
+            "rollout/tokens": sum(a["generated"] for a in said),
+            "rollout/response_length": sum(len(s.response_ids) for s in samples) / max(1, len(samples)),
+            "rollout/truncated": sum(s.finish_reason == "length" for s in samples) / max(1, len(samples)),
+            "tokens": sum((len(g.prompt.token_ids) + len(s.response_ids)) for g in groups for s in g.samples),
+        }
+        return groups, record
+
+    def recompute(self, batches: list[PackedBatch]) -> dict[str, float]:
+        """Fill in the trainer's (and the reference's) log-probabilities; returns the trainer-engine gap over all ranks."""
+        for batch, logprobs in zip(batches, self.trainer.logprobs(batches)):
+            batch.trainer_logprobs = logprobs
+        if self.config.algorithm.kl_coef:
+            for batch, logprobs in zip(batches, self.trainer.logprobs(batches, reference=True)):
+                batch.reference_logprobs = logprobs
+        pairs = [torch.stack([b.trainer_logprobs[b.loss_mask], b.rollout_logprobs[b.loss_mask]], 1) for b in batches]  # [N, 2]
+        mine = torch.cat(pairs) if self.trainer.is_data_parallel_leader else pairs[0][:0]
+        every = gather_rows(mine.float())
+        return gap_metrics(every[:, 0], every[:, 1])
+
+    def probe_gap(self) -> dict[str, float]:
+        """The gap of the present weights, on a rollout that nothing is trained on and that moves no cursor."""
+        groups, _ = self.rollout(0, self.config.rollout.prompts_per_step, keep_all=True)
+        updates = pack(groups, [[0.0] * len(g.samples) for g in groups], updates=1, **self._packing())
+        return self.recompute(updates[0][self.trainer.data_parallel_rank]) if updates else {}
+
+    def evaluate(self) -> dict[str, float]:
+        """Held-out accuracy; the sampling state of the run is not touched."""
+        if self.config.data.eval is None:
+            return {}
+        with self.timed("eval"):
+            said = [a for a, _ in self.channel.call("evaluate")]
+        questions = sum(a["questions"] for a in said)
+        return {
+            "eval/accuracy": sum(a["correct"] for a in said) / max(1, questions),
+            "eval/truncated": sum(a["truncated"] for a in said) / max(1, questions),
+        }
+
+    def sync(self) -> None:
+        """Send the trainer's weights to every engine, under a version that is the number of steps taken; once a version."""
+        version = self.state.version
+        if version == self.sent_version:
+            return
+        verify = self.config.sync.verify == "always" or (self.config.sync.verify == "first" and self.sent_version is None)
+        with self.timed("sync"):
+            self.channel.post("update", version=version, verify=verify)
+            for bucket in self.stream.buckets(version):
+                assert self.group is not None
+                self.group.broadcast(bucket.payload, 0)
+            self.channel.collect()
+        self.sent_version = version
+
+    def save(self) -> None:
+        """Write a checkpoint; a full disk is reported, and the run goes on with the older one."""
+        tag = f"save/{self.state.name}"
+        if self.first:
+            try:
+                self.store.set(tag, str(self.run_dir.begin_checkpoint(self.state)))
+            except OSError as error:
+                log.error("checkpoint %s cannot be written: %s", self.state.name, error)
+                self.store.set(tag, "")
+        self.store.wait([tag])
+        folder = self.store.get(tag).decode()
+        if not folder:
+            return
+        with self.timed("checkpoint"):
+            self.trainer.save(folder)
+            if self.first:
+                self.run_dir.commit_checkpoint(Path(folder), self.state)
+                self.run_dir.prune(self.config.checkpoint.keep_last, self.config.checkpoint.keep_every)
+        self.saved = True
+
+    def _packing(self) -> dict[str, int]:
+        return {
+            "data_parallel_size": self.trainer.data_parallel_size,
+            "tokens_per_micro_batch": self.config.train.tokens_per_micro_batch,
+            "pad_multiple": self.trainer.pad_multiple,
+        }
+
+    def _begin(self) -> float:
+        # The save after a step is counted with the step after it, whose record is still open.
+        self.seconds = {k: v for k, v in self.seconds.items() if k == "checkpoint"} if self.saved else {}
+        self.saved = False
+        return time.perf_counter()
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+        self.beat()
+
+    def _record(self, record: dict[str, float], started: float) -> None:
+        times = {f"time/{k}": v for k, v in self.seconds.items()}
+        whole = time.perf_counter() - started
+        line = {"phase": self.state.phase, "step": self.state.step, **record, **times, "time/step": whole}
+        if "tokens" in record:
+            line["throughput/tokens_per_s"] = record["tokens"] / whole
+        for sink in self.sinks:
+            sink.write(line)
+
+    def _count_bad(self, ok: bool) -> None:
+        self.state = replace(self.state, bad_steps=0 if ok else self.state.bad_steps + 1)
+        if self.state.bad_steps >= self.config.run.max_bad_steps:
+            self.save()
+            raise TooManyBadSteps(
+                f"{self.state.bad_steps} steps in a row had a NaN or infinite loss or gradient (run.max_bad_steps); the last good "
+                f"weights are in {self.run_dir.checkpoints / self.state.name}"
+            )
+
+
+def gather_rows(rows: torch.Tensor) -> torch.Tensor:
+    """float32 [N_r, C] of every rank -> [sum N_r, C], in the order of the ranks, on all of them."""
+    world = dist.get_world_size()
+    sizes = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(world)]
+    dist.all_gather(sizes, torch.tensor([rows.shape[0]], device=rows.device))
+    longest = max(int(s) for s in sizes)
+    padded = torch.zeros(longest, rows.shape[1], device=rows.device)
+    padded[: rows.shape[0]] = rows
+    parts = [torch.empty_like(padded) for _ in range(world)]
+    dist.all_gather(parts, padded)
+    return torch.cat([p[: int(n)] for p, n in zip(parts, sizes)]).cpu()

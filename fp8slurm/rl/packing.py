@@ -1,0 +1,180 @@
+"""Sequences into micro-batches: packed end to end, balanced by tokens, equally many on every data-parallel rank."""
+
+from __future__ import annotations
+
+import heapq
+from dataclasses import dataclass
+from typing import Literal, Sequence
+
+import torch
+
+from fp8slurm.rl.data import SftExample
+from fp8slurm.rl.types import PackedBatch, SampleGroup
+
+RankBatches = list[list[PackedBatch]]
+"""For one update: [data-parallel rank][micro-batch], as many micro-batches on every rank."""
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One sequence; the response is what is trained on."""
+
+    prompt_ids: Sequence[int]
+    response_ids: Sequence[int]
+    rollout_logprobs: Sequence[float]
+    advantage: float
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt_ids) + len(self.response_ids)
+
+
+def pack(
+    groups: list[SampleGroup],
+    advantages: list[list[float]],
+    *,
+    updates: int,
+    data_parallel_size: int,
+    tokens_per_micro_batch: int,
+    pad_multiple: int = 1,
+    loss_mean: Literal["token", "sequence"] = "token",
+) -> list[RankBatches]:
+    """The micro-batches of every update of a step: [update][data-parallel rank][micro-batch].
+
+    Updates are cut at group borders, in order, with as equal numbers of groups as possible; there are fewer than
+    `updates` where there are fewer groups. Samples with `train` False and samples without tokens are left out, and
+    groups without any other. The result is a function of the arguments alone.
+    """
+    rows = []
+    for group, values in zip(groups, advantages, strict=True):
+        group_rows = [
+            _Row(group.prompt.token_ids, sample.response_ids, sample.logprobs, advantage)
+            for sample, advantage in zip(group.samples, values, strict=True)
+            if sample.train and sample.response_ids
+        ]
+        if group_rows:
+            rows.append(group_rows)
+    updates = min(updates, len(rows))
+    borders = [len(rows) * u // updates for u in range(updates + 1)] if updates else [0]
+    return [
+        _pack_update(
+            [row for group_rows in rows[start:end] for row in group_rows],
+            data_parallel_size, tokens_per_micro_batch, pad_multiple, loss_mean,
+        )
+        for start, end in zip(borders, borders[1:])
+    ]  # fmt: skip
+
+
+def pack_sft(
+    examples: list[SftExample],
+    *,
+    data_parallel_size: int,
+    tokens_per_micro_batch: int,
+    pad_multiple: int = 1,
+    loss_mean: Literal["token", "sequence"] = "token",
+) -> RankBatches:
+    """The micro-batches of one supervised update: [data-parallel rank][micro-batch], without advantages."""
+    rows = [_Row(e.prompt_ids, e.response_ids, [0.0] * len(e.response_ids), 0.0) for e in examples]
+    return _pack_update(rows, data_parallel_size, tokens_per_micro_batch, pad_multiple, loss_mean)
+
+
+def _pack_update(rows: list[_Row], ranks: int, budget: int, pad_multiple: int, loss_mean: str) -> RankBatches:
+    bins = balanced_bins([row.length for row in rows], budget, ranks)
+    # Largest first, dealt to and fro: sums stay even, and micro-batches that run at the same time are of like size.
+    loads = sorted(range(len(bins)), key=lambda b: (-sum(rows[i].length for i in bins[b]), b))
+    dealt: list[list[int]] = [[] for _ in range(ranks)]
+    for position, b in enumerate(loads):
+        turn, rank = divmod(position, ranks)
+        dealt[rank if turn % 2 == 0 else ranks - 1 - rank].append(b)
+    weights = _token_weights(rows, loss_mean)
+    return [
+        [_batch([rows[i] for i in sorted(bins[b])], [weights[i] for i in sorted(bins[b])], pad_multiple) for b in own]
+        for own in dealt
+    ]
+
+
+def _token_weights(rows: list[_Row], loss_mean: str) -> list[float]:
+    """The weight of each token of each row's response; times its length they sum to 1."""
+    if loss_mean == "token":
+        total = sum(len(row.response_ids) for row in rows)
+        return [1 / total] * len(rows) if total else []
+    return [1 / (len(rows) * len(row.response_ids)) for row in rows]
+
+
+def balanced_bins(lengths: list[int], budget: int, multiple: int) -> list[list[int]]:
+    """Indices of `lengths` in bins of at most `budget` tokens; as many as a multiple of `multiple`, some maybe empty.
+
+    First-fit decreasing says how many bins are needed; then each sequence, longest first, goes to the emptiest bin.
+    Where that does not fit the first-fit bins stand. A sequence above the budget is alone in its bin.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    first_fit = _first_fit(lengths, order, budget)
+    count = max(1, -(-len(first_fit) // multiple)) * multiple
+    spread = _least_loaded(lengths, order, budget, count)
+    return spread if spread is not None else first_fit + [[] for _ in range(count - len(first_fit))]
+
+
+def _first_fit(lengths: list[int], order: list[int], budget: int) -> list[list[int]]:
+    bins: list[list[int]] = []
+    free: list[int] = []
+    for i in order:
+        b = next((b for b, room in enumerate(free) if room >= lengths[i]), len(bins))
+        if b == len(bins):
+            bins.append([])
+            free.append(budget)
+        bins[b].append(i)
+        free[b] -= lengths[i]
+    return bins
+
+
+def _least_loaded(lengths: list[int], order: list[int], budget: int, count: int) -> list[list[int]] | None:
+    bins: list[list[int]] = [[] for _ in range(count)]
+    heap = [(0, b) for b in range(count)]
+    for i in order:
+        load, b = heap[0]
+        if load and load + lengths[i] > budget:
+            return None
+        bins[b].append(i)
+        heapq.heapreplace(heap, (load + lengths[i], b))
+    return bins
+
+
+def _batch(rows: list[_Row], weights: list[float], pad_multiple: int) -> PackedBatch:
+    """One PackedBatch; without rows it is pad_multiple tokens of padding."""
+    tokens: list[int] = []
+    labels: list[int] = []
+    positions: list[int] = []
+    borders = [0]
+    loss_weights: list[float] = []
+    rollout: list[float] = []
+    advantages: list[float] = []
+    mask: list[bool] = []
+    for row, weight in zip(rows, weights, strict=True):
+        ids = [*row.prompt_ids, *row.response_ids]
+        # Position p predicts token p + 1: the response is predicted from the prompt's last position on.
+        before, n = len(row.prompt_ids) - 1, len(row.response_ids)
+        assert before >= 0 and len(row.rollout_logprobs) == n, (before, n, len(row.rollout_logprobs))
+        tokens += ids
+        labels += [*ids[1:], 0]
+        positions += range(len(ids))
+        borders.append(len(tokens))
+        loss_weights += [0.0] * before + [weight] * n + [0.0]
+        rollout += [0.0] * before + [*row.rollout_logprobs] + [0.0]
+        advantages += [0.0] * before + [row.advantage] * n + [0.0]
+        mask += [False] * before + [True] * n + [False]
+    pad = -len(tokens) % pad_multiple if tokens else pad_multiple
+    if pad:
+        borders.append(len(tokens) + pad)
+        tokens, labels, positions = tokens + [0] * pad, labels + [0] * pad, positions + list(range(pad))
+        loss_weights, rollout, advantages = (x + [0.0] * pad for x in (loss_weights, rollout, advantages))
+        mask += [False] * pad
+    return PackedBatch(
+        tokens=torch.tensor(tokens, dtype=torch.int64),
+        labels=torch.tensor(labels, dtype=torch.int64),
+        position_ids=torch.tensor(positions, dtype=torch.int64),
+        cu_seqlens=torch.tensor(borders, dtype=torch.int32),
+        loss_weights=torch.tensor(loss_weights, dtype=torch.float32),
+        rollout_logprobs=torch.tensor(rollout, dtype=torch.float32),
+        advantages=torch.tensor(advantages, dtype=torch.float32),
+        loss_mask=torch.tensor(mask, dtype=torch.bool),
+    )

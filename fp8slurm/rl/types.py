@@ -1,0 +1,68 @@
+"""One small type for each hand-off of the RL loop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A tokenized prompt."""
+
+    index: int
+    """Position in the data file: identifies the prompt across epochs and restarts."""
+    token_ids: tuple[int, ...]
+    """Prompt tokens, the chat template applied."""
+    label: str
+    """Reference answer, handed to the reward function."""
+
+
+@dataclass
+class Sample:
+    """One generated response. The per-token lists are all as long as `response_ids`."""
+
+    response_ids: list[int]
+    """Generated tokens, the end token included where there is one."""
+    logprobs: list[float]
+    """Log-probability of every generated token under the engine's weights at that moment (natural log)."""
+    weight_versions: list[int]
+    """Version of the weights that generated every token."""
+    finish_reason: str
+    """"stop" (an end token), "length" (max_tokens reached) or "abort"."""
+    text: str = ""
+    """The response decoded, end token left out."""
+    reward: float = 0.0
+    """What the reward function said."""
+    train: bool = True
+    """False where the sample stays out of the loss (a truncated one, by setting)."""
+
+
+@dataclass
+class SampleGroup:
+    """All samples of one prompt."""
+
+    prompt: Prompt
+    samples: list[Sample] = field(default_factory=list)
+
+
+@dataclass
+class PackedBatch:
+    """One micro-batch: sequences laid end to end, T tokens in S segments, no padding between them.
+
+    Position t of every [T] tensor belongs to the prediction made from tokens[0..t] of its segment: labels[t] is the
+    token that follows. The last position of a segment predicts nothing (labels 0, loss_weights 0). A tail that pads
+    T to a multiple is a segment of its own with loss_weights 0.
+    """
+
+    tokens: torch.Tensor  # int64 [T]
+    labels: torch.Tensor  # int64 [T]
+    position_ids: torch.Tensor  # int64 [T], restart at 0 in every segment
+    cu_seqlens: torch.Tensor  # int32 [S+1], 0 ... T
+    loss_weights: torch.Tensor  # float32 [T], sum to 1 over all micro-batches of all data-parallel ranks of one update
+    rollout_logprobs: torch.Tensor  # float32 [T], the engine's; 0 where loss_mask is False
+    advantages: torch.Tensor  # float32 [T]
+    loss_mask: torch.Tensor  # bool [T], True where a generated token that counts is predicted
+    trainer_logprobs: torch.Tensor | None = None  # float32 [T], recomputed before the first update of the step
+    reference_logprobs: torch.Tensor | None = None  # float32 [T]

@@ -1,0 +1,112 @@
+"""A thread in every task that ends it when a neighbour died or when nothing moves any more.
+
+Under Slurm `srun --kill-on-bad-exit` does the first part too; submitit's local executor does not, and a rank that waits
+for a dead one would wait for ever.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Callable
+
+from fp8slurm.checkpoint.run import process_start, write_atomic
+
+NEIGHBOUR_DIED = 75
+HUNG = 76
+TERMINATED = 143
+
+
+class Monitor:
+    """`beat` says that this task makes progress; `on_exit` runs before the process is ended from here."""
+
+    def __init__(self, attempt_dir: Path, index: int, timeout_s: float) -> None:
+        self.folder = attempt_dir / "tasks"
+        self.errors = attempt_dir / "errors"
+        self.stacks = attempt_dir / "stacks"
+        self.index, self.timeout_s = index, timeout_s
+        self.on_exit: Callable[[], None] = lambda: None
+        self._last = time.monotonic()
+        self._closing = threading.Event()
+        self._signals, self._wakeup = os.pipe()
+
+    def start(self) -> None:
+        """Begin to watch (call this from the main thread)."""
+        for folder in (self.folder, self.errors, self.stacks):
+            folder.mkdir(exist_ok=True)
+        me = {"host": socket.gethostname(), "pid": os.getpid(), "start": process_start(os.getpid())}
+        write_atomic(self.folder / f"{self.index}.json", json.dumps(me))
+        # A main thread that waits inside C++ (store, gloo) runs no Python signal handler: the wake-up pipe reaches this
+        # thread at once.
+        os.set_blocking(self._wakeup, False)
+        signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: None)
+        threading.Thread(target=self._watch, name="monitor", daemon=True).start()
+
+    def beat(self) -> None:
+        self._last = time.monotonic()
+
+    def done(self) -> None:
+        """This task ended well: its end does not alarm the others."""
+        (self.folder / f"{self.index}.done").touch()
+        self._closing.set()
+
+    def _dead_neighbour(self) -> str | None:
+        for path in self.folder.glob("*.json"):
+            if path.stem == str(self.index) or path.name.startswith("."):
+                continue
+            task = json.loads(path.read_text())
+            if task["host"] != socket.gethostname() or process_start(task["pid"]) == task["start"]:
+                continue
+            if not path.with_suffix(".done").exists():
+                return f"task {path.stem} (process {task['pid']})"
+        return None
+
+    def _watch(self) -> None:
+        while not self._closing.is_set():
+            if select.select([self._signals], [], [], 0.5)[0]:
+                number = signal.Signals(os.read(self._signals, 1)[0])
+                if number in (signal.SIGTERM, signal.SIGINT):
+                    self._end(TERMINATED, f"ended by {number.name}")
+            dead = self._dead_neighbour()
+            if dead:
+                time.sleep(0.2)  # its last words first
+                self._end(NEIGHBOUR_DIED, f"{dead} ended; this task ends with it")
+            if time.monotonic() - self._last > self.timeout_s:
+                with open(self.stacks / f"task_{self.index}.txt", "w") as f:
+                    faulthandler.dump_traceback(f, all_threads=True)
+                self._end(HUNG, f"no progress for watchdog.timeout_s = {self.timeout_s:g} s; stacks in {self.stacks}")
+
+    def _end(self, code: int, why: str) -> None:
+        print(f"task {self.index}: {why}", file=sys.stderr, flush=True)
+        record_error(self.errors, self.index, why, primary=code != NEIGHBOUR_DIED)
+        threading.Timer(10.0, os._exit, (code,)).start()  # on_exit must not keep a broken task alive
+        try:
+            self.on_exit()
+        finally:
+            os._exit(code)
+
+
+def record_error(folder: Path, index: int, text: str, primary: bool = True) -> None:
+    """Write a task's last words where the launcher looks for them; secondary ones are consequences of another's."""
+    path = folder / f"task_{index}.json"
+    if not path.exists():
+        write_atomic(path, json.dumps({"time": time.time(), "task": index, "primary": primary, "text": text}))
+
+
+def first_error(attempt_dir: Path) -> str | None:
+    """The error that brought the attempt down: the earliest that was nobody else's consequence."""
+    errors = [json.loads(p.read_text()) for p in (attempt_dir / "errors").glob("task_*.json")]
+    if not errors:
+        return None
+    first = min(errors, key=lambda e: (not e["primary"], e["time"]))
+    return f"task {first['task']}: {first['text']}"

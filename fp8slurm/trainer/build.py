@@ -1,0 +1,133 @@
+"""Megatron's objects from our configuration: transformer config, model, DDP, optimizer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fp8slurm.config.schema import RunConfig
+from fp8slurm.models.qwen3 import ModelSpec
+from fp8slurm.trainer.start import layer_spec
+
+
+def torch_dtype(config: RunConfig) -> torch.dtype:
+    """Dtype of parameters and activations outside FP8 GEMMs."""
+    return {"bfloat16": torch.bfloat16, "float32": torch.float32}[config.model.dtype]
+
+
+def transformer_config(config: RunConfig, spec: ModelSpec) -> Any:
+    """Megatron's TransformerConfig for this model, layout, precision and machine."""
+    from megatron.core.distributed import finalize_model_grads
+    from megatron.core.transformer import TransformerConfig
+
+    def sum_of_gradients(model: list[Any], num_tokens: Any = None, **groups: Any) -> None:
+        # Megatron would divide by the number of tokens; the objective here is the plain sum of the losses.
+        finalize_model_grads(model, None, **groups)
+
+    cuda = torch.cuda.is_available()
+    dtype = torch_dtype(config)
+    p = config.parallel
+    arguments = spec.transformer_config_arguments()
+    arguments |= {
+        "tensor_model_parallel_size": p.tensor_parallel_size,
+        "pipeline_model_parallel_size": p.pipeline_parallel_size,
+        "expert_model_parallel_size": p.expert_parallel_size,
+        "expert_tensor_parallel_size": p.expert_tensor_parallel_size,
+        "sequence_parallel": p.sequence_parallel,
+        "variable_seq_lengths": True,
+        "moe_token_dispatcher_type": "alltoall",  # the default refuses variable lengths, experts or not
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "autocast_dtype": dtype,
+        "bf16": dtype == torch.bfloat16,
+        "attention_softmax_in_fp32": True,
+        "perform_initialization": False,  # every parameter comes from a checkpoint
+        "use_cpu_initialization": not cuda,
+        "calculate_per_token_loss": True,  # gradients are summed, not averaged: see sum_of_gradients
+        "finalize_model_grads_func": sum_of_gradients,
+    }
+    for fusion in ("apply_rope_fusion", "gradient_accumulation_fusion", "bias_activation_fusion", "bias_dropout_fusion",
+                   "masked_softmax_fusion", "persist_layer_norm"):  # fmt: skip
+        arguments[fusion] = cuda and fusion in ("apply_rope_fusion", "persist_layer_norm", "bias_activation_fusion")
+    if spec.is_moe:
+        arguments |= {"moe_grouped_gemm": cuda, "moe_permute_fusion": cuda}
+    if config.train.recompute == "full":
+        arguments |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    if config.fp8.backend == "transformer_engine":
+        arguments |= {"fp8": config.fp8.format, "fp8_recipe": config.fp8.recipe}
+    return TransformerConfig(**arguments)
+
+
+def build_module(config: RunConfig, spec: ModelSpec, tconfig: Any) -> Any:
+    """This stage's GPTModel, its parameters uninitialised, without wrappers."""
+    from megatron.core import parallel_state
+    from megatron.core.models.gpt import GPTModel
+
+    module = GPTModel(
+        config=tconfig,
+        transformer_layer_spec=layer_spec(config, tconfig),
+        vocab_size=spec.vocab_size,
+        max_sequence_length=spec.max_position_embeddings,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        parallel_output=True,
+        share_embeddings_and_output_weights=spec.tie_word_embeddings,
+        position_embedding_type="rope",
+        rotary_base=spec.rope_theta,
+    )
+    return module.to(torch.cuda.current_device(), torch_dtype(config))
+
+
+def wrap_precision(module: Any, tconfig: Any) -> Any:
+    """The module as Megatron's schedules want it: behind Float16Module in BF16."""
+    from megatron.core.transformer.module import Float16Module
+
+    return Float16Module(tconfig, module) if tconfig.bf16 else module
+
+
+def build_ddp(config: RunConfig, module: Any, tconfig: Any) -> Any:
+    """Megatron's DistributedDataParallel: gradients in one fp32 buffer, summed over the data-parallel ranks."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, use_distributed_optimizer=config.optim.distributed
+    )
+    return DistributedDataParallel(tconfig, ddp_config, wrap_precision(module, tconfig))
+
+
+def build_optimizer(config: RunConfig, ddp: Any) -> Any:
+    """AdamW with fp32 master weights; its state is zero and the learning rate is set at every step."""
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+    o = config.optim
+    optimizer_config = OptimizerConfig(
+        optimizer="adam",
+        lr=o.lr,
+        min_lr=o.min_lr,
+        weight_decay=o.weight_decay,
+        adam_beta1=o.beta1,
+        adam_beta2=o.beta2,
+        adam_eps=o.eps,
+        clip_grad=o.clip_grad,
+        bf16=config.model.dtype == "bfloat16",
+        params_dtype=torch_dtype(config),
+        use_distributed_optimizer=o.distributed,
+        optimizer_cpu_offload=o.cpu_offload,
+        optimizer_offload_fraction=1.0 if o.cpu_offload else 0.0,
+        use_precision_aware_optimizer=o.cpu_offload,
+    )
+    optimizer = get_megatron_optimizer(optimizer_config, [ddp], use_gloo_process_groups=torch.cuda.is_available())
+    for part in optimizer.chained_optimizers:
+        _allocate_state(part.optimizer)
+    return optimizer
+
+
+def _allocate_state(adam: Any) -> None:
+    """torch's AdamW makes its state in the first step, but a checkpoint may be written or read before that."""
+    if not isinstance(adam, (torch.optim.Adam, torch.optim.AdamW)):
+        return
+    for group in adam.param_groups:
+        for p in group["params"]:
+            zeros = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            adam.state[p] = {"step": torch.tensor(0.0), **zeros}

@@ -1,0 +1,138 @@
+"""The trainer's part of a checkpoint, in Megatron's torch_dist format: model, reference, optimizer, random state.
+
+The caller makes the folder appear atomically; these functions are called on all ranks.
+"""
+
+from __future__ import annotations
+
+import queue
+import random
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+if TYPE_CHECKING:
+    from fp8slurm.trainer.trainer import Trainer
+
+METADATA = {
+    # The one layout of optimizer state that another TP, PP or DP can read.
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "chained_optim_avoid_prefix": True,
+}
+
+
+def save(trainer: Trainer, path: Path) -> None:
+    """Write everything that `load` needs into the existing, empty folder `path`; blocks until it is on disk."""
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    # Megatron hands the names of written files over in a queue that lives in a process of its own, which takes seconds
+    # to start and imports the main module again. A save that blocks needs no more than a queue of this process.
+    if filesystem_async._results_queue is None:
+        filesystem_async._results_queue = queue.Queue()
+    state = _state(trainer, False, True, trainer.reference is not None)
+    state["layout"] = layout(trainer)
+    dist_checkpointing.save(state, str(path))
+
+
+def load(trainer: Trainer, path: Path) -> None:
+    """Take over a folder written by `save`, in any layout for a dense model.
+
+    ValueError where that cannot be: experts on another expert-parallel layout, another kind of optimizer.
+    """
+    from megatron.core import dist_checkpointing
+
+    saved = dist_checkpointing.load_common_state_dict(str(path))["layout"]
+    now = layout(trainer)
+    for key, flag in (("distributed_optimizer", "--optim.distributed"), ("dtype", "--model.dtype")):
+        if saved[key] != now[key]:
+            raise ValueError(f"{path} was saved with {flag} {saved[key]}, this run has {now[key]}: they must be equal")
+    same = all(saved[k] == now[k] for k in ("tensor", "pipeline", "data", "expert", "expert_tensor"))
+    if trainer.spec.is_moe and not same:
+        raise ValueError(
+            f"{path} was saved with {_shown(saved)}, this run has {_shown(now)}: the optimizer state of experts cannot be "
+            f"taken over to another layout; allowed: the same one"
+        )
+    if not trainer.config.optim.distributed and not same:
+        raise ValueError(
+            f"{path} was saved with {_shown(saved)}, this run has {_shown(now)}: without --optim.distributed only the "
+            f"same layout can be resumed"
+        )
+    if saved["reference"] and trainer.reference is None:
+        trainer.snapshot_reference()  # of whatever is there: the saved one is loaded into it
+    state = dist_checkpointing.load(_state(trainer, True, same, saved["reference"]), str(path))
+    trainer.module.load_state_dict(state["model"])
+    trainer.optimizer.load_state_dict(state["optimizer"])
+    if saved["reference"]:
+        _inner(trainer.reference).load_state_dict(state["reference"])
+    if same:
+        _set_random_state(state["random"])
+
+
+def layout(trainer: Trainer) -> dict[str, Any]:
+    """What `load` compares."""
+    p = trainer.config.parallel
+    return {
+        "tensor": p.tensor_parallel_size,
+        "pipeline": p.pipeline_parallel_size,
+        "data": trainer.data_parallel_size,
+        "expert": p.expert_parallel_size,
+        "expert_tensor": p.expert_tensor_parallel_size,
+        "distributed_optimizer": trainer.config.optim.distributed,
+        "dtype": trainer.config.model.dtype,
+        "reference": trainer.reference is not None,
+    }
+
+
+def _shown(saved: dict[str, Any]) -> str:
+    return ", ".join(f"{k} {saved[k]}" for k in ("tensor", "pipeline", "data", "expert", "expert_tensor"))
+
+
+def _inner(model: Any) -> Any:
+    while hasattr(model, "module"):
+        model = model.module
+    return model
+
+
+def _state(trainer: Trainer, loading: bool, with_random_state: bool, with_reference: bool) -> dict[str, Any]:
+    from megatron.core.dist_checkpointing import ShardedObject
+
+    model = trainer.module.sharded_state_dict()
+    state: dict[str, Any] = {
+        "model": model,
+        "optimizer": trainer.optimizer.sharded_state_dict(dict(model), is_loading=loading, metadata=dict(METADATA)),
+    }
+    if with_reference:
+        state["reference"] = _inner(trainer.reference).sharded_state_dict(prefix="reference.")
+        state["reference"] = {k.removeprefix("reference."): v for k, v in state["reference"].items()}
+    if with_random_state:
+        rank, world = dist.get_rank(), dist.get_world_size()
+        state["random"] = ShardedObject("random_state", _random_state(), (world,), (rank,))
+    return state
+
+
+def _random_state() -> dict[str, Any]:
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    kind, keys, position, has_gauss, cached = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (kind, keys.tolist(), position, has_gauss, cached),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(),
+        "tracker": get_cuda_rng_tracker().get_states(),
+    }
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    kind, keys, position, has_gauss, cached = state["numpy"]
+    random.setstate(state["python"])
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+    torch.cuda.set_rng_state(state["cuda"])
+    torch.set_rng_state(state["torch"])
+    get_cuda_rng_tracker().set_states(state["tracker"])

@@ -1,0 +1,131 @@
+"""Start of a Megatron rank: what the machine has, torch.distributed, Megatron's parallel state, seeds, the layer's modules.
+
+This is the only place of the trainer that knows whether there is a GPU.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import random
+import warnings
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from fp8slurm.config.schema import RunConfig
+from fp8slurm.fp8.environment import set_fp32_scales
+
+TIMEOUT = timedelta(hours=24)
+"""Of collectives: ranks may wait long for one another, and hangs are the watchdog's business."""
+
+
+def check_machine(config: RunConfig, cuda: bool, transformer_engine: bool) -> None:
+    """Refuse an FP8 setting that this machine cannot honour: training would be BF16 without saying so.
+
+    `cuda`: a GPU is in use; `transformer_engine`: it can be imported. ValueError names the flag and what is allowed.
+    """
+    backend = config.fp8.backend
+    here = ("transformer_engine, off" if transformer_engine else "none") if cuda else "emulated, off"
+    if config.fp8.param_gather:
+        raise ValueError(
+            "--fp8.param-gather: FP8 primary weights do not work yet: Megatron hands blockwise shards to the CPU-offloaded "
+            "Adam as None, and without offload they need FP32 masters all the same; allowed: --fp8.no-param-gather"
+        )
+    if backend == "transformer_engine" and not transformer_engine:
+        raise ValueError(
+            f"--fp8.backend transformer_engine: TransformerEngine is not installed, and training would silently be "
+            f"{config.model.dtype}; allowed here: {here}"
+        )
+    if backend == "transformer_engine" and not cuda:
+        raise ValueError(f"--fp8.backend transformer_engine needs a GPU; allowed here: {here}")
+    if backend == "emulated" and cuda:
+        raise ValueError(f"--fp8.backend emulated is for machines without a GPU; allowed here: {here}")
+    if cuda and not transformer_engine:
+        raise ValueError("training on a GPU needs TransformerEngine (packed attention); it is not installed")
+    if config.optim.cpu_offload and not cuda:
+        raise ValueError("--optim.cpu-offload: there is no GPU to offload from; allowed here: --optim.no-cpu-offload")
+    if backend == "transformer_engine" and config.model.dtype != "bfloat16":
+        raise ValueError(f"--model.dtype {config.model.dtype} with TransformerEngine's FP8; allowed: bfloat16")
+
+
+def start(config: RunConfig, rank: int, world_size: int, store: dist.Store, local_rank: int = 0) -> None:
+    """Make this process Megatron rank `rank` of `world_size`.
+
+    `store` is shared by exactly these ranks (or a PrefixStore of theirs); `local_rank` picks the GPU on this node.
+    Afterwards torch.distributed's default group is the training ranks, and `Trainer` can be built. ValueError for
+    settings that this machine or the number of ranks cannot honour.
+    """
+    cuda = torch.cuda.is_available()
+    check_machine(config, cuda, importlib.util.find_spec("transformer_engine") is not None)
+    set_fp32_scales()
+    if cuda:
+        torch.cuda.set_device(local_rank)
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    else:
+        from fp8slurm.cpu import megatron as shim
+
+        _quiet()
+        shim.install()
+        if config.slurm.nodes == 1:
+            # else gloo listens on the interface that the host's name resolves to
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
+    from megatron.core import parallel_state
+
+    p = config.parallel
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=p.tensor_parallel_size,
+        pipeline_model_parallel_size=p.pipeline_parallel_size,
+        expert_model_parallel_size=p.expert_parallel_size,
+        expert_tensor_parallel_size=p.expert_tensor_parallel_size,
+        distributed_timeout_minutes=int(TIMEOUT.total_seconds() // 60),
+        create_gloo_process_groups=cuda,  # on the CPU the groups are gloo already
+    )
+    seed(config)
+
+
+def stop() -> None:
+    """Undo `start`: destroy Megatron's and torch's process groups."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+
+
+def seed(config: RunConfig) -> None:
+    """Seed Python, NumPy, torch and Megatron's per-rank generators from run.seed."""
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    value = config.run.seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
+    random.seed(value)
+    np.random.seed(value)
+    torch.manual_seed(value)
+    model_parallel_cuda_manual_seed(value + 1)
+
+
+def _quiet() -> None:
+    """Megatron warns about every GPU package that a CPU has no use for."""
+    warnings.filterwarnings("ignore", category=UserWarning)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+
+
+def layer_spec(config: RunConfig, transformer_config: Any) -> Any:
+    """Megatron's specification of this stage's layers: TransformerEngine's on a GPU, cpu/'s without one."""
+    if not torch.cuda.is_available():
+        from fp8slurm.cpu.layer_spec import layer_spec as cpu_layer_spec
+
+        return cpu_layer_spec(transformer_config, fp8=config.fp8.backend == "emulated")
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+
+    moe = transformer_config.num_moe_experts
+    return get_gpt_layer_with_transformer_engine_spec(
+        num_experts=moe, moe_grouped_gemm=moe is not None, qk_layernorm=True
+    )

@@ -1,0 +1,315 @@
+"""The trainer: one Megatron model behind a few calls. All ranks make the same calls in the same order."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Callable, Iterator
+
+import torch
+import torch.distributed as dist
+
+from fp8slurm.config.schema import RunConfig
+from fp8slurm.models.names import NameTable
+from fp8slurm.models.qwen3 import ModelSpec, check_layout
+from fp8slurm.rl.types import PackedBatch
+from fp8slurm.trainer import build, checkpoint
+from fp8slurm.trainer.logprobs import vocab_parallel_logprobs
+from fp8slurm.trainer.weights import HfReader, Shards
+
+LossFunction = Callable[
+    [torch.Tensor, "torch.Tensor | None", PackedBatch], "tuple[torch.Tensor, dict[str, torch.Tensor]]"
+]
+"""(logprobs fp32 [T] with grad, entropy fp32 [T] with grad or None, batch) -> (loss, metrics).
+
+The loss is the sum over this micro-batch of loss_weights times the per-token loss; metrics are scalars to be summed.
+"""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did; the same on all ranks."""
+
+    loss: float
+    """Sum of the loss over all micro-batches of all data-parallel ranks."""
+    grad_norm: float
+    """Global 2-norm of the gradient, before clipping."""
+    ok: bool
+    """False: the loss or the gradient was not finite; the step was skipped and no weight changed."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """The loss function's metrics, summed over micro-batches and data-parallel ranks."""
+
+
+class Trainer:
+    """One rank's part of the model, with its optimizer. `start` comes first, then `load_hf` or `load`."""
+
+    def __init__(self, config: RunConfig, spec: ModelSpec) -> None:
+        """Build the model. ValueError for a layout that does not fit it."""
+        from megatron.core import parallel_state
+
+        check_layout(spec, config.parallel, config.fp8.backend != "off", dist.get_world_size())
+        self.config, self.spec = config, spec
+        self.table = NameTable(spec)
+        self.transformer_config = build.transformer_config(config, spec)
+        self.module = build.build_module(config, spec, self.transformer_config)
+        self.ddp = build.build_ddp(config, self.module, self.transformer_config)
+        self.optimizer = build.build_optimizer(config, self.ddp)
+        self.shards = Shards(self.module, self.table)
+        self.reference: Any = None
+        self._ps = parallel_state
+
+    # Who this rank is.
+
+    @property
+    def rank(self) -> int:
+        return dist.get_rank()
+
+    @property
+    def is_data_parallel_leader(self) -> bool:
+        """True on exactly one of the ranks that work on the same data."""
+        return self.tensor_parallel_rank == 0 and self.pipeline_parallel_rank == 0
+
+    @property
+    def rank(self) -> int:
+        return dist.get_rank()
+
+    @property
+    def tensor_parallel_group(self) -> dist.ProcessGroup:
+        return self._ps.get_tensor_model_parallel_group()
+
+    @property
+    def is_data_parallel_leader(self) -> bool:
+        """One rank, the first of the last stage, for every data-parallel rank."""
+        return self.tensor_parallel_rank == 0 and self._ps.is_pipeline_last_stage()
+
+    @property
+    def data_parallel_rank(self) -> int:
+        return self._ps.get_data_parallel_rank()
+
+    @property
+    def data_parallel_size(self) -> int:
+        return self._ps.get_data_parallel_world_size()
+
+    @property
+    def tensor_parallel_rank(self) -> int:
+        return self._ps.get_tensor_model_parallel_rank()
+
+    @property
+    def tensor_parallel_size(self) -> int:
+        return self._ps.get_tensor_model_parallel_world_size()
+
+    @property
+    def tensor_parallel_group(self) -> dist.ProcessGroup:
+        return self._ps.get_tensor_model_parallel_group()
+
+    @property
+    def pipeline_parallel_rank(self) -> int:
+        return self._ps.get_pipeline_model_parallel_rank()
+
+    @property
+    def pad_multiple(self) -> int:
+        """The length of every micro-batch has to be a multiple of this."""
+        sequence = self.config.parallel.tensor_parallel_size if self.config.parallel.sequence_parallel else 1
+        return sequence * (128 if self.config.fp8.backend == "transformer_engine" else 1)
+
+    # Weights.
+
+    def load_hf(self, path: str | Path) -> None:
+        """Load a Hugging Face folder in BF16, FP16 or FP32 and start the optimizer's master weights from it."""
+        if self.spec.quantization is not None:
+            raise ValueError(f"{path}: holds FP8 weights; --model.hf-checkpoint must be in BF16, FP16 or FP32")
+        self.shards.load(HfReader(path), str(path))
+        self.optimizer.reload_model_params()
+        self.weights_changed()
+
+    def named_shards(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(global Megatron name, this rank's shard [detached, not a copy]) for every parameter of this stage."""
+        yield from self.shards.named()
+
+    def weights_changed(self) -> None:
+        """Drop what was derived from the weights (the emulation's quantized copies)."""
+        for module in self.module.modules():
+            if hasattr(module, "weights_changed"):
+                module.weights_changed()
+
+    def snapshot_reference(self) -> None:
+        """Keep the present weights as the reference model (`logprobs(..., reference=True)`)."""
+        module = build.build_module(self.config, self.spec, self.transformer_config)
+        with torch.no_grad():
+            for mine, current in zip(module.parameters(), self.module.parameters(), strict=True):
+                mine.copy_(current)
+        self.reference = build.wrap_precision(module.requires_grad_(False), self.transformer_config)
+
+    def new_optimizer(self) -> None:
+        """Start the optimizer afresh: no moments, step 0, master weights from the present weights."""
+        self.optimizer = build.build_optimizer(self.config, self.ddp)
+
+    # Forward and backward.
+
+    def logprobs(self, micro_batches: list[PackedBatch], reference: bool = False) -> list[torch.Tensor]:
+        """Log-probability of every label, fp32 [T] for each micro-batch, on all ranks that share this data.
+
+        `reference`: under the weights of the last snapshot_reference() instead of the present ones.
+        """
+        if reference and self.reference is None:
+            raise ValueError("no reference model: snapshot_reference() was not called")
+        model = self.reference if reference else self.ddp
+
+        def keep(out: tuple[torch.Tensor, None], batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor, Any]:
+            return out[0].sum(), torch.tensor(1, dtype=torch.int), out[0]
+
+        model.eval()
+        with torch.no_grad():
+            kept = self._run(model, micro_batches, keep, with_entropy=False, forward_only=True)
+        model.train()
+        sizes = [len(b.tokens) for b in micro_batches]
+        flat = torch.cat(kept) if kept else torch.empty(sum(sizes), device=torch.cuda.current_device())
+        self._from_last_stage(flat)
+        return list(flat.split(sizes))
+
+    def train_step(
+        self, micro_batches: list[PackedBatch], loss_fn: LossFunction, lr: float, with_entropy: bool = False
+    ) -> StepResult:
+        """One optimizer step on the sum of the losses of these micro-batches and those of the other data-parallel ranks.
+
+        All data-parallel ranks have equally many micro-batches. Without `with_entropy` loss_fn gets None for it.
+        """
+        self.ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+        def loss(
+            out: tuple[torch.Tensor, torch.Tensor | None], batch: PackedBatch
+        ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+            value, metrics = loss_fn(*out, batch)
+            kept = {"loss": value} | {f"metric/{k}": v for k, v in metrics.items()}
+            return value, torch.tensor(1, dtype=torch.int), {k: torch.as_tensor(v).detach() for k, v in kept.items()}
+
+        sums = self._sum(self._run(self.ddp, micro_batches, loss, with_entropy, forward_only=False))
+        total = sums.pop("loss")
+        grad_norm, ok = self._update(lr, math.isfinite(total))
+        return StepResult(total, grad_norm, ok, {k.removeprefix("metric/"): v for k, v in sums.items()})
+
+    def _run(
+        self, model: Any, micro_batches: list[PackedBatch], loss: Callable[..., Any], with_entropy: bool, forward_only: bool
+    ) -> list[Any]:
+        """Megatron's schedule over the micro-batches; the third value of every loss(out, batch) on the last stage."""
+        from megatron.core.pipeline_parallel import get_forward_backward_func
+
+        if not micro_batches:
+            raise ValueError("no micro-batches")
+        for b in micro_batches:
+            if len(b.tokens) % self.pad_multiple:
+                raise ValueError(f"a micro-batch of {len(b.tokens)} tokens; allowed here: multiples of {self.pad_multiple}")
+
+        def forward_step(batches: Iterator[PackedBatch], model: Any) -> tuple[Any, Callable[..., Any]]:
+            batch = _on_device(next(batches))
+            out = model(
+                batch.tokens[None],
+                batch.position_ids[None],
+                None,
+                packed_seq_params=_packed(batch),
+                output_processor=_logprobs_of,
+                output_processor_context=(batch.labels, self.tensor_parallel_group, with_entropy),
+            )
+            return out, partial(loss, batch=batch)
+
+        return get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter(micro_batches),
+            model=[model],
+            num_microbatches=len(micro_batches),
+            seq_length=max(len(b.tokens) for b in micro_batches),
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
+
+    def _update(self, lr: float, loss_is_finite: bool) -> tuple[float, bool]:
+        """Clip and step; (gradient norm, whether the step was made). Every rank comes to the same verdict."""
+        from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+
+        self.optimizer.prepare_grads()
+        grad_norm = float(self.optimizer.get_grad_norm())
+        if not (loss_is_finite and math.isfinite(grad_norm)):
+            return grad_norm, False
+        for part in self.optimizer.chained_optimizers:
+            if self.config.optim.clip_grad > 0 and part.get_parameters():
+                clip_grad_by_total_norm_fp32(
+                    part.get_parameters(), self.config.optim.clip_grad, grad_norm,
+                    use_decoupled_grad=part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
+                )  # fmt: skip
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step_with_ready_grads()
+        self.weights_changed()
+        return grad_norm, True
+
+    def _sum(self, kept: list[dict[str, torch.Tensor]]) -> dict[str, float]:
+        """Sums over micro-batches and data-parallel ranks, on all ranks; `kept` is empty but on the last stage."""
+        device = torch.cuda.current_device()
+        names = sorted({name for one in kept for name in one})
+        if self.config.parallel.pipeline_parallel_size > 1:
+            names = self._names_from_last_stage(names)
+        values = torch.zeros(len(names), dtype=torch.float64, device=device)
+        for one in kept:
+            values += torch.stack([torch.as_tensor(one.get(n, 0.0), device=device).double() for n in names])
+        if kept:
+            dist.all_reduce(values, group=self._ps.get_data_parallel_group())
+        self._from_last_stage(values)
+        return dict(zip(names, values.tolist()))
+
+    def _names_from_last_stage(self, names: list[str]) -> list[str]:
+        text = json.dumps(names).encode()
+        length = torch.tensor([len(text)], device=torch.cuda.current_device())
+        self._from_last_stage(length)
+        payload = torch.zeros(int(length), dtype=torch.uint8, device=length.device)
+        if self._ps.is_pipeline_last_stage():
+            payload.copy_(torch.tensor(list(text), dtype=torch.uint8))
+        self._from_last_stage(payload)
+        return json.loads(bytes(payload.tolist()))
+
+    def _from_last_stage(self, tensor: torch.Tensor) -> None:
+        if self.config.parallel.pipeline_parallel_size > 1:
+            group = self._ps.get_pipeline_model_parallel_group()
+            dist.broadcast(tensor, self._ps.get_pipeline_model_parallel_last_rank(), group=group)
+
+    # Checkpoints.
+
+    def save(self, path: str | Path) -> None:
+        """Write model, reference, optimizer and random state as torch_dist into an existing, empty folder."""
+        checkpoint.save(self, Path(path))
+
+    def load(self, path: str | Path) -> None:
+        """Continue from `save`, in this or another layout. ValueError for what cannot be taken over."""
+        checkpoint.load(self, Path(path))
+        self.weights_changed()
+
+
+def _logprobs_of(
+    *, hidden_states: torch.Tensor, output_layer: Any, output_weight: torch.Tensor | None, context: Any, **_: Any
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """GPTModel's last step, in place of its logits: the log-probabilities of the labels in `context`."""
+    labels, group, with_entropy = context
+    logits, _bias = output_layer(hidden_states, weight=output_weight)
+    return vocab_parallel_logprobs(logits.squeeze(1), labels, group, with_entropy)
+
+
+def _packed(batch: PackedBatch) -> Any:
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    longest = int((batch.cu_seqlens[1:] - batch.cu_seqlens[:-1]).max())
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=batch.cu_seqlens,
+        cu_seqlens_kv=batch.cu_seqlens,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+    )
+
+
+def _on_device(batch: PackedBatch) -> PackedBatch:
+    device = torch.cuda.current_device()
+    tensors = {f.name: getattr(batch, f.name) for f in fields(batch)}
+    return replace(batch, **{k: v.to(device) for k, v in tensors.items() if v is not None})

@@ -1,0 +1,92 @@
+"""Weights between a Hugging Face folder and this rank's shards of the Megatron model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from fp8slurm.models.names import Entry, NameTable
+
+
+class HfReader(Mapping[str, torch.Tensor]):
+    """The tensors of a Hugging Face folder by name, each read when it is asked for (safetensors, sharded or not)."""
+
+    def __init__(self, path: str | Path) -> None:
+        """FileNotFoundError without safetensors or with a shard that the index names and the folder lacks."""
+        self.path = Path(path)
+        index = self.path / "model.safetensors.index.json"
+        if index.is_file():
+            self._file_of: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        elif (self.path / "model.safetensors").is_file():
+            with safe_open(self.path / "model.safetensors", "pt") as f:
+                self._file_of = {name: "model.safetensors" for name in f.keys()}
+        else:
+            raise FileNotFoundError(f"{self.path}: neither model.safetensors nor model.safetensors.index.json is there")
+        missing = sorted(f for f in set(self._file_of.values()) if not (self.path / f).is_file())
+        if missing:
+            raise FileNotFoundError(f"{index}: names {', '.join(missing)}, which {self.path} does not hold")
+        self._open: dict[str, Any] = {}
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        file = self._file_of[name]
+        if file not in self._open:
+            self._open[file] = safe_open(self.path / file, "pt")
+        return self._open[file].get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file_of)
+
+    def __len__(self) -> int:
+        return len(self._file_of)
+
+
+class Shards:
+    """This rank's parameters under their global names, with the rank and size of the group that cuts each."""
+
+    def __init__(self, module: torch.nn.Module, table: NameTable) -> None:
+        from megatron.core import parallel_state as ps
+
+        self.table = table
+        self.tensor_parallel = (ps.get_tensor_model_parallel_rank(), ps.get_tensor_model_parallel_world_size())
+        self.expert_tensor_parallel = (ps.get_expert_tensor_parallel_rank(), ps.get_expert_tensor_parallel_world_size())
+        layers = module.decoder.layers
+        layer_offset = layers[0].layer_number - 1 if len(layers) else 0
+        experts = table.spec.num_experts // ps.get_expert_model_parallel_world_size()
+        expert_offset = experts * ps.get_expert_model_parallel_rank()
+        self.parameters: list[tuple[Entry, torch.nn.Parameter, bool]] = []
+        for name, parameter in module.named_parameters():
+            entry = table[table.canonical(name, layer_offset, expert_offset)]
+            copy = name == "output_layer.weight" and table.spec.tie_word_embeddings
+            self.parameters.append((entry, parameter, copy))
+
+    def cut(self, entry: Entry) -> tuple[int, int]:
+        """(rank, size) of the group that cuts this parameter."""
+        return self.tensor_parallel if entry.expert is None else self.expert_tensor_parallel
+
+    def named(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(global Megatron name, this rank's shard); a tied output layer on a stage of its own is left out."""
+        for entry, parameter, copy in self.parameters:
+            if not copy:
+                yield entry.name, parameter.detach()
+
+    @torch.no_grad()
+    def load(self, hf: Mapping[str, torch.Tensor], where: str = "checkpoint") -> None:
+        """Fill every parameter from HF tensors. ValueError for a missing tensor, a wrong shape, or one in FP8."""
+        for entry, parameter, _ in self.parameters:
+            for t in entry.tensors:
+                if t.name not in hf:
+                    raise ValueError(f"{where}: no tensor {t.name}, which {self.table.spec.architecture} needs")
+            try:
+                shard = entry.shard(hf, *self.cut(entry))
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from None
+            if not shard.is_floating_point() or shard.dtype.itemsize < 2:
+                raise ValueError(
+                    f"{where}: {entry.tensors[0].name} is {shard.dtype}; --model.hf-checkpoint must hold BF16, FP16 or FP32"
+                )
+            parameter.copy_(shard)

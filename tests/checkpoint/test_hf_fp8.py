@@ -1,0 +1,382 @@
+"""hf-to-fp8 and fp8-to-hf: right bytes, index and companions; determinism; bounded pieces; resuming; nothing half-done."""
+
+import errno
+import json
+import os
+import threading
+from pathlib import Path
+
+import pytest
+import tiny_folders
+import torch
+from safetensors.torch import load_file, save_file
+
+from fp8slurm.checkpoint import BadCheckpoint, fp8_to_hf, hf_to_fp8
+from fp8slurm.checkpoint import stream
+from fp8slurm.checkpoint.hf_folder import open_hf
+from fp8slurm.fp8.block import BlockFP8
+from fp8slurm.fp8.policy import decide
+from fp8slurm.fp8.reference import dequantize_reference, quantize_reference
+
+
+def load(folder: Path) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        found |= load_file(file)
+    return found
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+@pytest.mark.parametrize(("moe", "parts"), [(False, 1), (True, 3)])
+def test_every_tensor_is_the_reference_of_the_input(tmp_path: Path, moe: bool, parts: int) -> None:
+    src = tiny_folders.make(tmp_path / "src", tie=not moe, moe=moe, files=parts)
+    before = files(src)
+    report = hf_to_fp8(src, tmp_path / "fp8", max_shard_bytes=1 << 20)
+    assert files(src) == before
+    given, made = load(src), load(tmp_path / "fp8")
+    for name, w in given.items():
+        if decide(name, w.shape).quantize:
+            expected = quantize_reference(w)
+            assert same(made.pop(name), expected.data)
+            assert same(made.pop(name + "_scale_inv"), expected.scale_inv)
+        else:
+            assert same(made.pop(name), w)
+    assert not made
+    assert report.shards > 1 and report.resumed_shards == 0
+
+    index = json.loads((tmp_path / "fp8/model.safetensors.index.json").read_text())
+    on_disk = {}
+    for file in (tmp_path / "fp8").glob("*.safetensors"):
+        on_disk |= dict.fromkeys(load_file(file), file.name)
+    assert index["weight_map"] == on_disk
+    assert index["metadata"]["total_size"] == sum(t.numel() * t.element_size() for t in load(tmp_path / "fp8").values())
+    for file in ("generation_config.json", "tokenizer.json", "chat_template.jinja"):
+        assert (tmp_path / "fp8" / file).read_bytes() == before[file]
+    config = json.loads((tmp_path / "fp8/config.json").read_text())
+    quantization = config.pop("quantization_config")
+    assert config == json.loads(before["config.json"])
+    assert quantization["weight_block_size"] == [128, 128] and quantization["fmt"] == "e4m3"
+    assert ("model.layers.0.mlp.gate" in quantization["modules_to_not_convert"]) is moe
+
+
+def test_two_runs_with_other_settings_give_the_same_files(tmp_path: Path) -> None:
+    src = tiny_folders.make(tmp_path / "src", files=2)
+    hf_to_fp8(src, tmp_path / "a", jobs=1, memory_mib=1, max_shard_bytes=1 << 20)
+    hf_to_fp8(src, tmp_path / "b", jobs=3, verify=False, max_shard_bytes=1 << 20)
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+
+
+def test_there_and_back(tmp_path: Path) -> None:
+    src = tiny_folders.make(tmp_path / "src", moe=True)
+    hf_to_fp8(src, tmp_path / "fp8")
+    fp8_to_hf(tmp_path / "fp8", tmp_path / "back")
+    fp8, back = load(tmp_path / "fp8"), load(tmp_path / "back")
+    assert set(back) == set(load(src))
+    for name, w in back.items():
+        if name + "_scale_inv" in fp8:
+            assert same(w, dequantize_reference(BlockFP8(fp8[name], fp8[name + "_scale_inv"])).bfloat16())
+        else:
+            assert same(w, fp8[name])
+    assert "quantization_config" not in json.loads((tmp_path / "back/config.json").read_text())
+    hf_to_fp8(tmp_path / "back", tmp_path / "again")
+    again = load(tmp_path / "again")
+    fp8_to_hf(tmp_path / "again", tmp_path / "back2")
+    assert all(same(again[n], fp8[n]) for n in fp8 if not n.endswith("_scale_inv"))
+    assert all(same(w, back[n]) for n, w in load(tmp_path / "back2").items())
+
+
+def test_fused_experts_come_out_one_by_one(tmp_path: Path) -> None:
+    config = tiny_folders.config(tie=False, moe=True)
+    weights = tiny_folders.tensors(config)
+    one_by_one = tiny_folders.write(tmp_path / "plain", config, weights)
+    fused = {n: w for n, w in weights.items() if ".experts." not in n}
+    for layer in range(config["num_hidden_layers"]):
+        p = f"model.layers.{layer}.mlp.experts."
+        parts = [[weights[f"{p}{e}.{k}_proj.weight"] for e in range(4)] for k in ("gate", "up", "down")]
+        fused[p + "gate_up_proj"] = torch.stack([torch.cat(gu) for gu in zip(*parts[:2])])
+        fused[p + "down_proj"] = torch.stack(parts[2])
+    tiny_folders.write(tmp_path / "fused", config, fused)
+    hf_to_fp8(one_by_one, tmp_path / "a")
+    hf_to_fp8(tmp_path / "fused", tmp_path / "b")
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+
+
+def test_ragged_sizes_and_small_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream, "PIECE_BYTES", 1)  # pieces of one block row: many borders
+    config = tiny_folders.config(hidden_size=200, intermediate_size=330, layers=1)
+    src = tiny_folders.write(tmp_path / "src", config, tiny_folders.tensors(config))
+    hf_to_fp8(src, tmp_path / "fp8")
+    fp8_to_hf(tmp_path / "fp8", tmp_path / "back")
+    made, back = load(tmp_path / "fp8"), load(tmp_path / "back")
+    for name, w in load(src).items():
+        if decide(name, w.shape).quantize:
+            expected = quantize_reference(w)
+            assert same(made[name], expected.data) and same(made[name + "_scale_inv"], expected.scale_inv)
+            assert same(back[name], dequantize_reference(expected).bfloat16())
+
+
+def test_power_of_two_and_exclusions(tmp_path: Path) -> None:
+    config = tiny_folders.config() | {"modules_to_not_convert": ["o_proj"]}
+    src = tiny_folders.write(tmp_path / "src", config, tiny_folders.tensors(config))
+    hf_to_fp8(src, tmp_path / "fp8", power_of_two=True, modules_to_not_convert=["model.layers.1"])
+    made = load(tmp_path / "fp8")
+    scales = [n for n in made if n.endswith("_scale_inv")]
+    assert scales and all((torch.frexp(made[n]).mantissa == 0.5).all() for n in scales)
+    assert not any("layers.1." in n or "o_proj" in n for n in scales)
+    quantization = json.loads((tmp_path / "fp8/config.json").read_text())["quantization_config"]
+    assert {"o_proj", "model.layers.1"} <= set(quantization["modules_to_not_convert"])
+    assert quantization["scale_fmt"] == "ue8m0"
+
+
+class Interrupted(BaseException):
+    """Stands for Ctrl-C."""
+
+
+@pytest.mark.parametrize("with_verify", [True, False])
+def test_an_interrupted_conversion_goes_on_with_finished_shards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, with_verify: bool
+) -> None:
+    src = tiny_folders.make(tmp_path / "src")
+    hf_to_fp8(src, tmp_path / "whole", max_shard_bytes=1 << 20)
+    original, calls = stream.write_shard, []
+
+    def write_two(shard, *args):
+        calls.append(shard.layout.file_name)
+        if len(calls) == 2:
+            raise Interrupted
+        return original(shard, *args)
+
+    monkeypatch.setattr(stream, "write_shard", write_two)
+    with pytest.raises(Interrupted):
+        hf_to_fp8(src, tmp_path / "fp8", max_shard_bytes=1 << 20, verify=with_verify)
+    assert not (tmp_path / "fp8").exists()
+    assert [p.name for p in (tmp_path / "fp8.tmp").glob("*.safetensors*")] == [calls[0]]
+    report = hf_to_fp8(src, tmp_path / "fp8", max_shard_bytes=1 << 20)
+    assert report.resumed_shards == 1 and calls.count(calls[0]) == 1
+    assert files(tmp_path / "fp8") == files(tmp_path / "whole")
+    assert not (tmp_path / "fp8.tmp").exists()
+
+
+def test_a_leftover_of_another_input_is_not_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    src = tiny_folders.make(tmp_path / "src")
+    leftover(tmp_path, src, monkeypatch)
+    os.utime(src / "model.safetensors", ns=(1, 1))
+    assert hf_to_fp8(src, tmp_path / "fp8", max_shard_bytes=1 << 20).resumed_shards == 0
+
+
+def leftover(tmp_path: Path, src: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An fp8.tmp with finished shards."""
+    with monkeypatch.context() as m:
+        m.setattr("fp8slurm.checkpoint.output.OutputFolder.finish", lambda *a: (_ for _ in ()).throw(Interrupted()))
+        with pytest.raises(Interrupted):
+            hf_to_fp8(src, tmp_path / "fp8", max_shard_bytes=1 << 20)
+
+
+def test_a_finished_shard_of_another_size_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    src = tiny_folders.make(tmp_path / "src")
+    leftover(tmp_path, src, monkeypatch)
+    first = sorted((tmp_path / "fp8.tmp").glob("*.safetensors"))[0]
+    first.write_bytes(first.read_bytes()[:-1])
+    report = hf_to_fp8(src, tmp_path / "fp8", max_shard_bytes=1 << 20)
+    assert report.resumed_shards == report.shards - 1
+
+
+def test_a_strangers_tmp_folder_is_refused(tmp_path: Path) -> None:
+    src = tiny_folders.make(tmp_path / "src")
+    (tmp_path / "fp8.tmp").mkdir()
+    (tmp_path / "fp8.tmp/mine.txt").write_text("x")
+    with pytest.raises(ValueError, match="no conversion made it"):
+        hf_to_fp8(src, tmp_path / "fp8")
+    assert (tmp_path / "fp8.tmp/mine.txt").exists()
+
+
+def test_output_that_exists_or_lies_in_the_input(tmp_path: Path) -> None:
+    src = tiny_folders.make(tmp_path / "src")
+    (tmp_path / "there").mkdir()
+    with pytest.raises(ValueError, match="--overwrite"):
+        hf_to_fp8(src, tmp_path / "there")
+    for inside in (src, src / "fp8", tmp_path):
+        with pytest.raises(ValueError, match="outside the input"):
+            hf_to_fp8(src, inside, overwrite=True)
+    hf_to_fp8(src, tmp_path / "there", overwrite=True)
+    assert (tmp_path / "there/config.json").exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["src", "there"]
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verify: bool) -> None:
+    src = tiny_folders.make(tmp_path / "src")
+    original, written, lock = os.pwrite, [0], threading.Lock()
+
+    def pwrite(descriptor: int, data: bytes, offset: int) -> int:
+        with lock:
+            written[0] += len(data)
+        if written[0] > 1_500_000:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return original(descriptor, data, offset)
+
+    with monkeypatch.context() as m:
+        m.setattr(os, "pwrite", pwrite)
+        with pytest.raises(OSError, match="no space left.*finished shards are kept"):
+            hf_to_fp8(src, tmp_path / "fp8", max_shard_bytes=1 << 20, verify=verify)
+    assert not (tmp_path / "fp8").exists()
+    assert not list((tmp_path / "fp8.tmp").glob("*.part"))
+    assert hf_to_fp8(src, tmp_path / "fp8", max_shard_bytes=1 << 20).resumed_shards >= 1
+
+
+def test_too_little_space_is_refused_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    src = tiny_folders.make(tmp_path / "src")
+    monkeypatch.setattr("fp8slurm.checkpoint.output.OutputFolder.free_bytes", lambda self: 1000)
+    with pytest.raises(OSError, match="1000 are free"):
+        hf_to_fp8(src, tmp_path / "fp8")
+    assert not (tmp_path / "fp8.tmp").exists()
+
+
+def test_verification_finds_a_flipped_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    src = tiny_folders.make(tmp_path / "src")
+    original = stream.write_shard
+
+    def write_and_damage(shard, folder, *args):
+        digests = original(shard, folder, *args)
+        with (folder / (shard.layout.file_name + ".part")).open("r+b") as file:
+            file.seek(shard.layout.nbytes - 1)
+            last = file.read(1)[0]
+            file.seek(shard.layout.nbytes - 1)
+            file.write(bytes([last ^ 1]))
+        return digests
+
+    monkeypatch.setattr(stream, "write_shard", write_and_damage)
+    with pytest.raises(BadCheckpoint, match="does not read back"):
+        hf_to_fp8(src, tmp_path / "fp8")
+    assert not list((tmp_path / "fp8.tmp").glob("*.safetensors*"))
+    hf_to_fp8(src, tmp_path / "fp8", verify=False)  # so it was the verification that found it
+
+
+def test_verification_compares_with_the_definition(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A quantizer that is off by one ulp of a scale writes consistent bytes: only the sample against the input shows it."""
+    from fp8slurm.checkpoint import works
+
+    original = works.quantize
+
+    def off(w, **kwargs):
+        q = original(w, **kwargs)
+        q.scale_inv.view(torch.int32).add_(1)
+        return q
+
+    monkeypatch.setattr(works, "quantize", off)
+    with pytest.raises(BadCheckpoint, match="does not read back as the input quantizes"):
+        hf_to_fp8(tiny_folders.make(tmp_path / "src"), tmp_path / "fp8")
+
+
+def test_not_finite_weights_are_named_by_their_place(tmp_path: Path) -> None:
+    config = tiny_folders.config()
+    weights = tiny_folders.tensors(config)
+    weights["model.layers.1.mlp.up_proj.weight"][300, 7] = float("nan")
+    src = tiny_folders.write(tmp_path / "src", config, weights)
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds nan at \[300, 7\]"):
+        hf_to_fp8(src, tmp_path / "fp8")
+    assert not (tmp_path / "fp8").exists()
+
+
+def test_fp8_input_is_refused(tmp_path: Path) -> None:
+    src = tiny_folders.make(tmp_path / "src")
+    hf_to_fp8(src, tmp_path / "fp8")
+    with pytest.raises(BadCheckpoint, match="FP8 already"):
+        hf_to_fp8(tmp_path / "fp8", tmp_path / "again")
+    with pytest.raises(BadCheckpoint, match="not FP8"):
+        fp8_to_hf(src, tmp_path / "again")
+
+
+def test_contradictions_between_config_and_weights(tmp_path: Path) -> None:
+    config = tiny_folders.config() | {"quantization_config": {"quant_method": "fp8"}}
+    says_fp8 = tiny_folders.write(tmp_path / "says", config, tiny_folders.tensors(config | {"quantization_config": None}))
+    with pytest.raises(BadCheckpoint, match="quantization_config.*no weight is FP8"):
+        hf_to_fp8(says_fp8, tmp_path / "out")
+    hf_to_fp8(tiny_folders.make(tmp_path / "src"), tmp_path / "fp8")
+    (tmp_path / "fp8/config.json").write_text(json.dumps(tiny_folders.config()))
+    with pytest.raises(BadCheckpoint, match="no quantization_config"):
+        fp8_to_hf(tmp_path / "fp8", tmp_path / "out")
+
+
+def test_scales_that_do_not_fit(tmp_path: Path) -> None:
+    hf_to_fp8(tiny_folders.make(tmp_path / "src"), tmp_path / "fp8")
+    weights = load(tmp_path / "fp8")
+    scale = "model.layers.0.self_attn.q_proj.weight_scale_inv"
+    for damage, message in (
+        (lambda w: w.pop(scale), "q_proj.weight_scale_inv is missing"),
+        (lambda w: w.update({scale: torch.ones(3, 3)}), "does not fit"),
+        (lambda w: w.pop(scale.removesuffix("_scale_inv")), "has no FP8 weight"),
+    ):
+        damaged = dict(weights)
+        damage(damaged)
+        save_file(damaged, tmp_path / "fp8/model.safetensors")
+        with pytest.raises(BadCheckpoint, match=message):
+            fp8_to_hf(tmp_path / "fp8", tmp_path / "out")
+
+
+def test_folder_damage(tmp_path: Path) -> None:
+    def damaged(name: str, change) -> Path:
+        folder = tiny_folders.make(tmp_path / name, files=2)
+        index = json.loads((folder / "model.safetensors.index.json").read_text())
+        change(folder, index)
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        return folder
+
+    first = "model-00001-of-00002.safetensors"
+    cases = {
+        "missing": (lambda f, i: (f / first).unlink(), "shard model-00001.* is missing"),
+        "truncated": (lambda f, i: os.truncate(f / first, 100_000), "truncated"),
+        "ghost": (lambda f, i: i["weight_map"].update(ghost=first), "names ghost"),
+        "left_out": (lambda f, i: i["weight_map"].pop("model.norm.weight"), "model.norm.weight.*nowhere"),
+        "size": (lambda f, i: i["metadata"].update(total_size=1), "total_size is 1"),
+        "outside": (lambda f, i: i["weight_map"].update(ghost="../x.safetensors"), "no safetensors file of this folder"),
+        "elsewhere": (
+            lambda f, i: i["weight_map"].update({"model.norm.weight": "model-00001-of-00002.safetensors", "model.embed_tokens.weight": "model-00002-of-00002.safetensors"}),
+            "has it in",
+        ),
+    }  # fmt: skip
+    for name, (change, message) in cases.items():
+        with pytest.raises(BadCheckpoint, match=message):
+            hf_to_fp8(damaged(name, change), tmp_path / "out")
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.tmp").exists()
+    with pytest.raises(FileNotFoundError):
+        hf_to_fp8(tmp_path / "nowhere", tmp_path / "out")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(BadCheckpoint, match="config.json"):
+        hf_to_fp8(tmp_path / "empty", tmp_path / "out")
+
+
+def test_memory_setting(tmp_path: Path) -> None:
+    src = tiny_folders.make(tmp_path / "src")
+    with pytest.raises(ValueError, match="--max-memory 1 MiB.*needed"):
+        hf_to_fp8(src, tmp_path / "fp8", memory_mib=1, jobs=20)
+    with pytest.raises(ValueError, match="--jobs 0"):
+        hf_to_fp8(src, tmp_path / "fp8", jobs=0)
+
+
+def test_transformers_loads_it_and_agrees_with_the_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import AutoModelForCausalLM, FineGrainedFP8Config
+    from transformers.quantizers import quantizer_finegrained_fp8
+
+    # asked for, but only used to place weights on several devices
+    monkeypatch.setattr(quantizer_finegrained_fp8, "is_accelerate_available", lambda: True)
+
+    src = tiny_folders.make(tmp_path / "src", tie=False)
+    hf_to_fp8(src, tmp_path / "fp8")
+    fp8_to_hf(tmp_path / "fp8", tmp_path / "bf16")
+    quantized = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "fp8", dtype=torch.bfloat16, quantization_config=FineGrainedFP8Config(dequantize=True)
+    )
+    expected = load(tmp_path / "bf16")
+    state = quantized.state_dict()
+    assert set(state) == set(expected)
+    for name, w in expected.items():
+        assert same(state[name], w), name
+    assert len(open_hf(tmp_path / "bf16").tensors) == len(expected)

@@ -1,0 +1,111 @@
+"""Run directories: one holder, attempts, checkpoints that are whole or not used."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from fp8slurm.checkpoint.run import FencedError, RunBusyError, RunDirectory, RunState, damage
+
+
+def saved(run: RunDirectory, state: RunState, text: str = "weights"):
+    tmp = run.begin_checkpoint(state)
+    (tmp / "shard").write_text(text)
+    (tmp / "sub").mkdir()
+    (tmp / "sub" / "more").write_bytes(b"\0" * 1000)
+    return run.commit_checkpoint(tmp, state)
+
+
+def usable(run):
+    return [f.name for f, why in run.checked_checkpoints() if why is None]
+
+
+@pytest.fixture
+def run(tmp_path):
+    run = RunDirectory(tmp_path / "r")
+    run.acquire()
+    return run
+
+
+def test_state_and_folder_survive_a_round_trip(run):
+    state = RunState("rl", 10, cursor=320, sft_steps=55)
+    folder = saved(run, state)
+    assert folder.name == "step_000010" and RunState.read(folder) == state and state.version == 65
+    assert damage(folder) is None
+    assert oct(run.path.stat().st_mode)[-3:] == "700"
+
+
+def test_order_sft_before_rl_newest_first(run):
+    for state in (RunState("sft", 90), RunState("rl", 0), RunState("rl", 5)):
+        saved(run, state)
+    assert usable(run) == ["step_000005", "step_000000", "sft_000090"]
+
+
+@pytest.mark.parametrize("harm", ["truncate", "flip", "complete", "remove", "garble"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(run, harm):
+    saved(run, RunState("rl", 1))
+    newest = saved(run, RunState("rl", 2))
+    shard = newest / "sub" / "more"
+    if harm == "truncate":
+        shard.write_bytes(b"\0" * 999)
+    elif harm == "flip":
+        shard.write_bytes(b"\0" * 500 + b"\1" + b"\0" * 499)
+    elif harm == "complete":
+        (newest / "COMPLETE").unlink()
+    elif harm == "remove":
+        shard.unlink()
+    else:
+        (newest / "COMPLETE").write_text("{")
+    reasons = {f.name: why for f, why in run.checked_checkpoints()}
+    assert reasons["step_000001"] is None and reasons["step_000002"]
+    assert usable(run) == ["step_000001"]
+
+
+def test_an_interrupted_save_is_no_checkpoint_and_is_cleaned_up_later(run):
+    tmp = run.begin_checkpoint(RunState("rl", 3))
+    (tmp / "shard").write_text("half")
+    assert usable(run) == []
+    run.release()
+    again = RunDirectory(run.path)
+    again.acquire()
+    saved(again, RunState("rl", 3))
+    again.prune(1, 0)
+    assert sorted(p.name for p in again.checkpoints.iterdir()) == ["step_000003"]
+
+
+def test_keep_last_and_keep_every(run):
+    for step in range(1, 9):
+        saved(run, RunState("rl", step))
+        run.prune(keep_last=2, keep_every=3)
+    assert usable(run) == ["step_000008", "step_000007", "step_000006", "step_000003"]
+
+
+def test_a_held_directory_is_refused_naming_the_holder(run):
+    with pytest.raises(RunBusyError, match=f"process {os.getpid()}.*--run.name"):
+        RunDirectory(run.path).acquire()
+    run.release()
+    RunDirectory(run.path).acquire()
+
+
+def test_a_dead_holder_does_not_block(run):
+    run.release()
+    code = "import sys; from pathlib import Path; from fp8slurm.checkpoint.run import RunDirectory; RunDirectory(Path(sys.argv[1])).acquire()"
+    subprocess.run([sys.executable, "-c", code, str(run.path)], check=True)
+    assert json.loads((run.attempts / "1" / "owner.json").read_text())["pid"] != os.getpid()
+    again = RunDirectory(run.path)
+    again.acquire()
+    assert again.attempt == 2
+
+
+def test_an_old_attempt_that_still_writes_loses(run):
+    state = RunState("rl", 4)
+    tmp = run.begin_checkpoint(state)
+    (tmp / "shard").write_text("old")
+    run.release()
+    newer = RunDirectory(run.path)
+    newer.acquire()
+    saved(newer, state, "new")
+    with pytest.raises(FencedError, match="attempt 1"):
+        run.commit_checkpoint(tmp, state)
+    assert (newer.checkpoints / "step_000004" / "shard").read_text() == "new"

@@ -1,0 +1,55 @@
+"""Fixtures that several rooms use."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Callable
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from fp8slurm.cpu.sglang_stubs import declare_torchvision_operators
+from fp8slurm.fp8.policy import decide
+from fp8slurm.fp8.quantize import quantize
+from fp8slurm.models import tiny
+
+if not torch.cuda.is_available():
+    declare_torchvision_operators()  # transformers imports torchvision for its models
+
+
+@pytest.fixture(scope="session")
+def write_fp8_model() -> Callable[..., dict[str, torch.Tensor]]:
+    """write(folder, seed, moe=False): a tiny random checkpoint in block FP8 with logits that differ clearly between
+    tokens; returns its tensors by Hugging Face name."""
+
+    def write(folder: Path, seed: int, moe: bool = False) -> dict[str, torch.Tensor]:
+        folder.mkdir()
+        tiny.write_model(folder, seed, moe)
+        config = json.loads((folder / "config.json").read_text())
+        weights = tiny.random_weights(config, seed)
+        if moe:  # SGLang does not tie the embeddings of a Qwen3-MoE
+            config["tie_word_embeddings"] = False
+            weights["lm_head.weight"] = weights["model.embed_tokens.weight"].flip(0)
+        tensors = {}
+        for name, weight in weights.items():
+            weight = (weight * 3).contiguous() if weight.dim() > 1 else weight
+            if decide(name, weight.shape).quantize:
+                fp8 = quantize(weight, name=name)
+                tensors[name], tensors[f"{name}_scale_inv"] = fp8.data, fp8.scale_inv
+            else:
+                tensors[name] = weight
+        for file in folder.glob("*.safetensors*"):
+            file.unlink()
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        config["quantization_config"] = {
+            "quant_method": "fp8",
+            "fmt": "e4m3",
+            "activation_scheme": "dynamic",
+            "weight_block_size": [128, 128],
+        }
+        (folder / "config.json").write_text(json.dumps(config))
+        return tensors
+
+    return write

@@ -1,0 +1,239 @@
+"""The whole loop: real Megatron ranks, a real SGLang engine in emulated FP8, real faults."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from fp8slurm.checkpoint.run import RunState, process_start
+from fp8slurm.models.qwen3 import ModelSpec
+from fp8slurm.models.tiny import write_model
+from fp8slurm.observe.metrics import read_metrics, without_times
+from fp8slurm.rl.addition import write_data
+
+pytestmark = pytest.mark.slow
+
+TIMEOUT = 400
+
+
+class Runs:
+    """Starts tiny runs in one folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        (folder / "model").mkdir()
+        (folder / "data").mkdir()
+        write_model(folder / "model")
+        write_data(folder / "data")
+        held_out = (folder / "data" / "eval.jsonl").read_text().splitlines()[:64]
+        (folder / "data" / "eval.jsonl").write_text("\n".join(held_out) + "\n")
+
+    def command(self, name: str, *more: str) -> list[str]:
+        data = self.folder / "data"
+        flags = {
+            "run.name": name, "run.root": self.folder / "runs", "run.steps": 10, "model.hf-checkpoint": self.folder / "model",
+            "data.train": data / "train.jsonl", "data.eval": data / "eval.jsonl", "sft.data": data / "sft.jsonl",
+            "sft.max-steps": 12, "sft.batch-size": 64, "sft.eval-every": 0, "rollout.prompts-per-step": 6, "rollout.n-samples": 4,
+            "rollout.max-replacements": 1, "checkpoint.every": 5, "eval.every": 4, "sync.verify": "always", "rollout.save-every": 3,
+        }  # fmt: skip
+        return [sys.executable, "-m", "fp8slurm.cli", "train", "--recipe", "tiny-fp8", *(f"--{k}={v}" for k, v in flags.items()), *more]
+
+    def start(self, name: str, *more: str) -> subprocess.Popen:
+        return subprocess.Popen(self.command(name, *more), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    def finish(self, process: subprocess.Popen, status: int = 0) -> str:
+        out = process.communicate(timeout=TIMEOUT)[0]
+        assert process.returncode == status, out
+        return out
+
+    def path(self, name: str) -> Path:
+        return self.folder / "runs" / name
+
+    def wait_for_step(self, process: subprocess.Popen, name: str, step: int) -> None:
+        deadline = time.monotonic() + TIMEOUT
+        while time.monotonic() < deadline:
+            try:
+                if any(r["phase"] == "rl" and r["step"] >= step for r in read_metrics(self.path(name))):
+                    return
+            except ValueError:
+                pass
+            if process.poll() is not None:
+                break
+            time.sleep(0.05)
+        process.kill()
+        pytest.fail(f"step {step} was not reached: {process.communicate()[0]}")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return Runs(tmp_path_factory.mktemp("e2e"))
+
+
+@pytest.fixture(scope="module")
+def reference(runs):
+    """An undisturbed run of ten steps."""
+    shm = set(os.listdir("/dev/shm"))
+    out = runs.finish(runs.start("reference"))
+    assert set(os.listdir("/dev/shm")) <= shm, "segments were left in /dev/shm"
+    return runs.path("reference"), out
+
+
+def task_pids(run: Path, attempt: int) -> dict[int, int]:
+    tasks = {int(p.stem): json.loads(p.read_text()) for p in (run / "attempts" / str(attempt) / "tasks").glob("[0-9]*.json")}
+    return {index: t["pid"] for index, t in tasks.items()}
+
+
+def weights(run: Path, out: Path) -> dict[str, torch.Tensor]:
+    from fp8slurm.checkpoint import torch_dist_to_hf
+    from safetensors.torch import load_file
+
+    newest = max((run / "checkpoints").glob("step_*"), key=lambda p: p.name)
+    config = json.loads((run / "config.json").read_text())
+    torch_dist_to_hf(newest, out, origin_hf_dir=config["model"]["hf_checkpoint"])
+    return {k: v for f in sorted(out.glob("*.safetensors")) for k, v in load_file(f).items()}
+
+
+def test_a_run_leaves_what_it_should(reference):
+    run, out = reference
+    records = read_metrics(run)
+    assert [(r["phase"], r["step"]) for r in records] == [("sft", s) for s in range(1, 13)] + [("rl", s) for s in range(11)]
+    for r in records[13:]:
+        assert 0 <= r["gap/mean_abs"] <= r["gap/p99"] <= r["gap/max"] and r["gap/k3"] >= 0
+        assert r["rollout/groups"] > 0 and r["grad_norm"] > 0
+    assert "gap/mean_abs" in records[12] and "final_gap/mean_abs" in records[-1]
+    assert {r["step"] for r in records if "eval/accuracy" in r and r["phase"] == "rl"} == {0, 4, 8, 10}
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step_000005", "step_000010"]
+    assert sorted(p.name for p in (run / "rollouts").iterdir()) == ["step_000003.jsonl", "step_000006.jsonl", "step_000009.jsonl"]
+    assert (run / "plot.png").stat().st_size > 10_000 and list((run / "tb").rglob("events*"))
+    assert "rl 10/10" in out and oct(run.stat().st_mode)[-3:] == "700"
+    state = RunState.read(run / "checkpoints" / "step_000010")
+    assert state.step == 10 and state.sft_steps == 12 and state.cursor >= 60
+
+
+def test_the_engine_held_the_converters_bytes(reference, tmp_path):
+    """Codes and scales of every parameter after ten updates: what the converter writes for the same weights, to the byte."""
+    from fp8slurm.checkpoint import hf_to_fp8
+    from fp8slurm.engine.digest import expected_digests, first_difference
+    from safetensors.torch import load_file
+
+    run, _ = reference
+    weights(run, tmp_path / "hf")
+    hf_to_fp8(tmp_path / "hf", tmp_path / "fp8")
+    spec = ModelSpec.from_hf_dir(tmp_path / "fp8")
+    tensors = {k: v for f in (tmp_path / "fp8").glob("*.safetensors") for k, v in load_file(f).items()}
+    held = json.loads((run / "attempts" / "0" / "digests_0.json").read_text())
+    assert held["version"] == 22
+
+    def difference() -> str | None:
+        expected = expected_digests(tensors.items(), num_key_value_heads=spec.num_kv_heads, tie_word_embeddings=spec.tie_word_embeddings)
+        return first_difference(held["digests"], expected)
+
+    assert difference() is None
+    scale = tensors["model.layers.1.mlp.down_proj.weight_scale_inv"]
+    scale[1, 2] = torch.nextafter(scale[1, 2], torch.tensor(1.0))
+    assert "layers.1.mlp.down_proj" in difference(), "one ulp of one scale must be seen"
+
+
+def test_an_interrupted_run_is_the_same_run(runs, reference, tmp_path):
+    """The engine is killed, then a rank, both without notice; the second attempt ends with the same metrics and weights."""
+    process = runs.start("broken")
+    run = runs.path("broken")
+    runs.wait_for_step(process, "broken", 2)
+    engine = next(
+        int(p.name) for p in Path("/proc").glob("[0-9]*") if _command(p).endswith("fp8slurm.engine.child") and _parent(p) == task_pids(run, 0)[2]
+    )
+    os.kill(engine, signal.SIGKILL)
+    runs.wait_for_step(process, "broken", 7)
+    pids = task_pids(run, 0)
+    os.kill(pids[1], signal.SIGKILL)
+    killed = time.monotonic()
+    out = runs.finish(process, status=1)
+    assert time.monotonic() - killed < 60 and "task 1 (process" in out
+    assert all(process_start(pid) is None for pid in pids.values())
+    log = "".join(p.read_text() for p in (run / "attempts" / "0" / "logs").glob("*_log.err"))
+    assert "restart 1" in log, "the engine's death went unnoticed"
+    assert [p.name for p in (run / "checkpoints").glob("step_*[0-9]")].count("step_000010") == 0
+
+    runs.finish(runs.start("broken"))
+    whole, again = read_metrics(reference[0]), read_metrics(run)
+    assert [without_times(r) for r in again] == [without_times(r) for r in whole]
+    want, got = weights(reference[0], tmp_path / "want"), weights(run, tmp_path / "got")
+    assert sorted(want) == sorted(got)
+    for name, tensor in want.items():
+        assert torch.equal(tensor.view(torch.uint8), got[name].view(torch.uint8)), name
+    log = "".join(p.read_text() for p in (run / "attempts" / "1" / "logs").glob("*_log.err"))
+    assert "continuing from" in log and "step_000005" in log
+
+
+def test_evaluation_of_the_checkpoint_equals_the_last_one_in_the_loop(reference):
+    run, _ = reference
+    done = subprocess.run([sys.executable, "-m", "fp8slurm.cli", "eval", "--run", str(run)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((run / "eval" / "step_000010" / "fp8" / "summary.json").read_text())
+    assert summary["accuracy"] == read_metrics(run)[-1]["eval/accuracy"] and summary["questions"] == 64
+    assert len((run / "eval" / "step_000010" / "fp8" / "samples.jsonl").read_text().splitlines()) == 64
+    assert "accuracy" in done.stdout
+
+
+def test_a_finished_run_says_so_and_a_held_one_is_refused(runs, reference):
+    assert "is finished: 10 steps" in runs.finish(runs.start("reference"))
+    holder = subprocess.Popen(
+        [sys.executable, "-c", "import sys, time; from pathlib import Path; from fp8slurm.checkpoint.run import RunDirectory\n"
+         "RunDirectory(Path(sys.argv[1])).acquire(); print('held', flush=True); time.sleep(120)", str(reference[0])],
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    holder.stdout.readline()
+    try:
+        assert f"held by process {holder.pid}" in runs.finish(runs.start("reference"), status=2)
+    finally:
+        holder.kill()
+        holder.wait()
+
+
+def test_tensor_and_pipeline_parallel_runs_start_like_one_rank(runs):
+    """In FP32 without FP8 the first loss agrees within 1e-5, and updates arrive from two shards and from two stages."""
+    losses = {}
+    for name, layout in {
+        "one": ["--slurm.ranks-per-node=1"],
+        "tp2": ["--parallel.tensor-parallel-size=2"],
+        "pp2": ["--parallel.pipeline-parallel-size=2"],
+    }.items():
+        runs.finish(
+            runs.start(
+                name, *layout, "--fp8.backend=off", "--fp8.engine=fp8", "--model.dtype=float32", "--run.steps=1", "--sft.max-steps=2",
+                "--rollout.no-drop-no-signal", "--eval.every=0", "--observe.no-plot",
+            )
+        )  # fmt: skip
+        losses[name] = read_metrics(runs.path(name))[0]["loss"]
+        assert (runs.path(name) / "attempts" / "0" / "digests_0.json").is_file()
+    assert abs(losses["tp2"] - losses["one"]) < 1e-5 and abs(losses["pp2"] - losses["one"]) < 1e-5, losses
+
+
+def test_the_reason_of_a_failing_run_is_the_last_thing_said(runs, tmp_path):
+    """A reward function that raises ends the run in seconds; its reason stands at the end, once."""
+    module = tmp_path / "bad_reward.py"
+    module.write_text("def reward(response, label):\n    raise KeyError('no such answer')\n")
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    command = runs.command("bad", "--reward.kind=bad_reward:reward", "--sft.max-steps=0", "--sft.data=None")
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=TIMEOUT)
+    assert done.returncode == 1
+    assert "bad_reward:reward" in done.stderr and "no such answer" in done.stderr and "reward.on_error" in done.stderr
+
+
+def _command(process: Path) -> str:
+    try:
+        return (process / "cmdline").read_bytes().rstrip(b"\0").split(b"\0")[-1].decode()
+    except OSError:
+        return ""
+
+
+def _parent(process: Path) -> int:
+    try:
+        return int((process / "stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return -1

@@ -1,0 +1,60 @@
+"""Runs the trainer's scenarios: each launch starts its ranks once and goes through many of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Callable
+
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))  # the scenarios are shared with the ranks' processes
+
+
+class Launch:
+    """What the scenarios of one launch left behind."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def result(self, scenario: str, rank: int = 0) -> Any:
+        """The value that a scenario returned on a rank; its failure is this test's failure."""
+        failure = self.folder / f"{scenario}.{rank}.error"
+        if failure.is_file():
+            pytest.fail(f"{scenario}, rank {rank}:\n{failure.read_text()}", pytrace=False)
+        path = self.folder / f"{scenario}.{rank}.pt"
+        if not path.is_file():
+            logs = "\n".join(p.read_text()[-3000:] for p in sorted(self.folder.glob("rank*.log")))
+            pytest.fail(f"{scenario} left no result on rank {rank}:\n{logs}", pytrace=False)
+        return torch.load(path, weights_only=True)
+
+
+@pytest.fixture(scope="session")
+def launch(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Launch]:
+    """launch(name, world_size, scenarios, **paths): run the scenarios, in order, on that many ranks."""
+
+    def run(name: str, world_size: int, scenarios: list[str], **paths: Path) -> Launch:
+        folder = tmp_path_factory.mktemp(name)
+        job = {"world_size": world_size, "scenarios": scenarios, "paths": {k: str(v) for k, v in paths.items()}}
+        (folder / "job.json").write_text(json.dumps(job))
+        env = dict(os.environ) | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parents[1])])}
+        ranks = []
+        for rank in range(world_size):
+            with open(folder / f"rank{rank}.log", "w") as log:
+                command = [sys.executable, str(HERE / "trainer_worker.py"), str(folder), str(rank)]
+                ranks.append(subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT))
+        try:
+            for process in ranks:
+                process.wait(timeout=600)
+        finally:
+            for process in ranks:
+                process.kill()
+                process.wait()
+        return Launch(folder)
+
+    return run

@@ -1,0 +1,313 @@
+"""The trainer on one and on two ranks against transformers and torch's AdamW, and against itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Callable
+
+import pytest
+import torch
+import trainer_scenarios
+from trainer_reference import LENGTHS, NARROW, cross_entropy, pack, reference_logprobs, transformers_model, write_model
+
+ONE_RANK = [
+    "one_rank", "one_rank_plain_optimizer", "one_rank_untied", "one_rank_recompute", "one_rank_fp8", "one_rank_bf16",
+    "one_rank_bf16_fp8", "experts", "entropy", "reference_model", "bad_loss", "new_optimizer", "emulated_linear",
+    "main_grad", "fp8_layers", "packed_modules", "refused", "resume_one_rank", "save_before_any_step", "save_one_rank",
+]  # fmt: skip
+TWO_RANKS = [
+    "dp2", "dp2_plain_optimizer", "tp2", "tp2_sequence_parallel", "pp2", "pp2_untied", "tp2_fp8",
+    "tp2_sequence_parallel_fp8", "tp2_fp8_layers", "experts_ep2", "dp2_bad_loss", "dp2_resume", "save_dp2", "save_tp2",
+    "save_pp2", "one_to_dp2", "one_to_tp2", "one_to_pp2",
+]  # fmt: skip
+BACK_TO_ONE = ["dp2_to_one", "tp2_to_one", "pp2_to_one"]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    truncated = write_model(folder / "truncated")
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(truncated / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, truncated / "model.safetensors")
+    return {
+        "dense": write_model(folder / "dense"),
+        "untied": write_model(folder / "untied", seed=1, tie=False),
+        "moe": write_model(folder / "moe", seed=2, tie=False, moe=True),
+        "narrow": write_model(folder / "narrow", **NARROW),
+        "truncated": truncated,
+    }
+
+
+@pytest.fixture(scope="module")
+def one(launch: Callable[..., Any], models: dict[str, Path]) -> Any:
+    return launch("one", 1, ONE_RANK, **models)
+
+
+@pytest.fixture(scope="module")
+def two(launch: Callable[..., Any], models: dict[str, Path], one: Any) -> Any:
+    return launch("two", 2, TWO_RANKS, **models, one=one.folder / "one")
+
+
+@pytest.fixture(scope="module")
+def back(launch: Callable[..., Any], models: dict[str, Path], two: Any) -> Any:
+    return launch("back", 1, BACK_TO_ONE, **models, **{n: two.folder / n for n in ("dp2", "tp2", "pp2")})
+
+
+def packs(seed: int, pad_multiple: int = 1) -> list[Any]:
+    return [pack(lengths, 10 * seed + i, pad_multiple) for i, lengths in enumerate(LENGTHS)]
+
+
+@pytest.fixture(scope="module")
+def expected(models: dict[str, Path]) -> Callable[[str], dict[str, Any]]:
+    """What `train` has to return for a model, by transformers and torch.optim.AdamW."""
+    known: dict[str, dict[str, Any]] = {}
+
+    def compute(name: str) -> dict[str, Any]:
+        if name not in known:
+            model = transformers_model(models[name])
+            adam = torch.optim.AdamW(model.parameters(), lr=trainer_scenarios.LR, betas=(0.9, 0.95), weight_decay=0.0)
+            with torch.no_grad():
+                before = [reference_logprobs(model, b) for b in packs(0)]
+            history = []
+            for seed in range(3):
+                adam.zero_grad()
+                loss = sum(cross_entropy(reference_logprobs(model, b), None, b)[0] for b in packs(seed))
+                loss.backward()
+                norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                adam.step()
+                history.append([loss.item(), float(norm), float(sum(b.loss_mask.sum() for b in packs(seed)))])
+            with torch.no_grad():
+                after = [reference_logprobs(model, b) for b in packs(0)]
+            known[name] = {"before": before, "steps": history, "after": after}
+        return known[name]
+
+    return compute
+
+
+def check(got: dict[str, Any], wanted: dict[str, Any], share: slice = slice(None)) -> None:
+    """Log-probabilities within 1e-5 and the first loss within 1e-5; after three steps within what AdamW makes of that."""
+    for mine, theirs in zip(got["before"], wanted["before"][share], strict=True):
+        torch.testing.assert_close(mine[: len(theirs)], theirs, atol=1e-5, rtol=0)
+    assert abs(got["steps"][0][0] - wanted["steps"][0][0]) < 1e-5
+    for mine, theirs in zip(got["steps"], wanted["steps"], strict=True):
+        assert mine == pytest.approx(theirs, rel=2e-5)
+    for mine, theirs in zip(got["after"], wanted["after"][share], strict=True):
+        torch.testing.assert_close(mine[: len(theirs)], theirs, atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("scenario", "model"),
+    [("one_rank", "dense"), ("one_rank_plain_optimizer", "dense"), ("one_rank_recompute", "dense"),
+     ("one_rank_untied", "untied"), ("experts", "moe")],
+)  # fmt: skip
+def test_one_rank_is_transformers_and_adamw(one: Any, expected: Any, scenario: str, model: str) -> None:
+    check(one.result(scenario), expected(model))
+
+
+@pytest.mark.parametrize(
+    ("scenario", "model"),
+    [("tp2", "dense"), ("tp2_sequence_parallel", "dense"), ("pp2", "dense"), ("pp2_untied", "untied")],
+)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_model_parallel_ranks_are_transformers_and_adamw(
+    two: Any, expected: Any, scenario: str, model: str, rank: int
+) -> None:
+    check(two.result(scenario, rank), expected(model))
+
+
+@pytest.mark.parametrize(
+    ("scenario", "model"), [("dp2", "dense"), ("dp2_plain_optimizer", "dense"), ("experts_ep2", "moe")]
+)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_data_parallel_ranks_are_transformers_and_adamw(
+    two: Any, expected: Any, scenario: str, model: str, rank: int
+) -> None:
+    check(two.result(scenario, rank), expected(model), slice(rank, None, 2))
+
+
+def test_entropy_and_its_gradient(one: Any, models: dict[str, Path]) -> None:
+    got = one.result("entropy")
+    model = transformers_model(models["dense"])
+    batch, total = packs(0)[0], []
+    cu = batch.cu_seqlens.tolist()
+    for s, e in zip(cu, cu[1:]):
+        log_p = model(batch.tokens[None, s:e]).logits[0].log_softmax(-1)
+        total.append(-(log_p.exp() * log_p).sum(-1))
+    torch.testing.assert_close(got["entropy"], torch.cat(total).detach(), atol=1e-5, rtol=1e-5)
+    torch.cat(total).sum().backward()
+    gradient = model.model.embed_tokens.weight.grad
+    scale = float(gradient.norm())
+    torch.testing.assert_close(got["gradient"] / scale, gradient / scale, atol=1e-6, rtol=0)
+
+
+def test_reference_keeps_the_weights_it_was_taken_from(one: Any) -> None:
+    got = one.result("reference_model")
+    for before, reference, after, same, loaded in zip(*(got[k] for k in ("before", "reference", "after", "same", "loaded"))):
+        assert torch.equal(before, reference) and torch.equal(before, same) and torch.equal(before, loaded)
+        assert not torch.equal(before, after)
+
+
+@pytest.mark.parametrize(("size", "scenario"), [(1, "bad_loss"), (2, "dp2_bad_loss")])
+def test_a_bad_step_changes_nothing_on_any_rank(one: Any, two: Any, size: int, scenario: str) -> None:
+    for rank in range(size):
+        got = (one if size == 1 else two).result(scenario, rank)
+        assert got["ok"] == [False, False, True]
+        assert all(got["kept"].values())
+        assert got["changed"] > 0
+        assert got["third"] == got["alone"]
+
+
+def test_new_optimizer_forgets_everything_but_the_weights(one: Any) -> None:
+    got = one.result("new_optimizer")
+    for name, weight in got["reset"].items():
+        assert torch.equal(weight, got["fresh"][name]), name
+
+
+# Emulated FP8.
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("torch.float32", 1e-5), ("torch.bfloat16", 2**-8)])
+def test_emulated_products_follow_the_formula(one: Any, dtype: str, tolerance: float) -> None:
+    result = one.result("emulated_linear")[dtype]
+    got, wanted = result["got"], result["wanted"]
+
+    def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+        return float((a.float() - b.float()).norm() / b.float().norm())
+
+    for name in ("y", "dx", "dw"):
+        assert distance(got[name], wanted[name]) < tolerance, name
+        assert distance(got[name], wanted[f"{name} without FP8"]) > 4 * 2**-8, f"{name}: no FP8 in it"
+    assert distance(got["dw"], wanted["dw of the row-wise copies"]) > 4 * 2**-8
+
+
+def test_weight_gradients_stay_in_fp32(one: Any) -> None:
+    for name, (is_fp32, is_bf16_rounded) in one.result("main_grad").items():
+        assert is_fp32 and not is_bf16_rounded, name
+
+
+def test_the_model_is_not_silently_in_high_precision(one: Any) -> None:
+    plain, fp8 = one.result("one_rank"), one.result("one_rank_fp8")
+    bf16, both = one.result("one_rank_bf16"), one.result("one_rank_bf16_fp8")
+    for a, b in ((plain, fp8), (bf16, both)):
+        gap = max(float((x - y).abs().max()) for x, y in zip(a["before"], b["before"]))
+        assert 1e-2 < gap < 2.0
+        assert a["steps"][0][1] != pytest.approx(b["steps"][0][1], rel=1e-4)
+
+
+def test_every_linear_multiplies_with_quantized_weights(one: Any, models: dict[str, Path]) -> None:
+    from fp8_formula import tiles
+    from safetensors.torch import load_file
+
+    from fp8slurm.models.names import NameTable
+    from fp8slurm.models.qwen3 import ModelSpec
+
+    hf, table = load_file(models["dense"] / "model.safetensors"), NameTable(ModelSpec.from_hf_dir(models["dense"]))
+    layers = one.result("fp8_layers")
+    wanted = {e.name.removesuffix(".weight") for e in table if len(e.shape) == 2 and ".layers." in e.name}
+    assert set(layers) == wanted
+    for name, quantized in layers.items():
+        assert torch.equal(quantized, tiles(table[f"{name}.weight"].merge(hf))), name
+
+
+def test_tensor_parallel_ranks_multiply_with_the_same_bytes(one: Any, two: Any, models: dict[str, Path]) -> None:
+    from fp8slurm.models.names import NameTable
+    from fp8slurm.models.qwen3 import ModelSpec
+
+    table = NameTable(ModelSpec.from_hf_dir(models["dense"]))
+    whole = one.result("fp8_layers")
+    for rank in (0, 1):
+        shards = two.result("tp2_fp8_layers", rank)
+        assert set(shards) == set(whole)
+        for name, shard in shards.items():
+            assert torch.equal(shard, table[f"{name}.weight"].shard_of(whole[name], rank, 2)), name
+
+
+@pytest.mark.parametrize("scenario", ["tp2_fp8", "tp2_sequence_parallel_fp8"])
+def test_tensor_parallel_fp8_is_one_rank_fp8(one: Any, two: Any, scenario: str) -> None:
+    """Sums over ranks differ in the last bit of fp32, which can move a value to the next e4m3 code, rarely."""
+    single = one.result("one_rank_fp8")
+    gap_to_fp32 = (torch.cat(one.result("one_rank")["before"]) - torch.cat(single["before"])).abs().mean()
+    for rank in (0, 1):
+        got = two.result(scenario, rank)
+        gap = torch.cat([(a[: len(b)] - b).abs() for a, b in zip(got["before"], single["before"])])
+        assert gap.mean() < gap_to_fp32 / 20
+        assert got["steps"][0][0] == pytest.approx(single["steps"][0][0], rel=1e-3)
+        assert got["steps"][0][1] == pytest.approx(single["steps"][0][1], rel=1e-2)
+
+
+def test_packed_modules_are_megatrons_segment_by_segment(one: Any) -> None:
+    got = one.result("packed_modules")
+    torch.testing.assert_close(*got["attention"], atol=1e-5, rtol=1e-5)
+    for ours, theirs in zip(*got["gradients"]):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    assert torch.equal(*got["rotary"])
+
+
+# Refusals that need a trainer.
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("no reference", "snapshot_reference"),
+        ("no batches", "no micro-batches"),
+        ("missing tensor", "no tensor model.layers.1.mlp.up_proj.weight"),
+        ("dtype", "--model.dtype float32, this run has bfloat16"),
+        ("layout", r"tensor-parallel-size 1 cuts the model's FFN width \(192\)"),
+    ],
+)
+def test_refused(one: Any, case: str, message: str) -> None:
+    import re
+
+    assert re.search(message, one.result("refused")[case])
+
+
+# Checkpoints.
+
+
+def assert_same(straight: dict[str, Any], resumed: dict[str, Any]) -> None:
+    for key in ("steps", "random", "adam"):
+        assert straight[key] == resumed[key], key
+    for name, weight in straight["weights"].items():
+        assert torch.equal(weight, resumed["weights"][name]), name
+    for a, b in zip(straight["logprobs"], resumed["logprobs"], strict=True):
+        assert torch.equal(a, b)
+
+
+def test_resume_to_the_bit_on_one_rank(one: Any) -> None:
+    got = one.result("resume_one_rank")
+    assert {entry[0] for entry in got["straight"]["adam"]} == {4.0}
+    assert_same(**got)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_resume_to_the_bit_on_two_ranks(two: Any, rank: int) -> None:
+    assert_same(**two.result("dp2_resume", rank))
+
+
+def test_save_before_any_step(one: Any) -> None:
+    got = one.result("save_before_any_step")
+    assert got["straight"] == got["resumed"]
+
+
+def check_continued(got: dict[str, Any], wanted: dict[str, Any], share: slice = slice(None)) -> None:
+    assert {entry[0] for entry in got["adam"]} == {4.0}
+    for mine, theirs in zip(got["steps"], wanted["steps"], strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-4)
+    for mine, theirs in zip(got["after"], wanted["after"][share], strict=True):
+        torch.testing.assert_close(mine[: len(theirs)], theirs[: len(mine)], atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize(("scenario", "shares"), [("one_to_dp2", True), ("one_to_tp2", False), ("one_to_pp2", False)])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_rank_continues_on_two(one: Any, two: Any, scenario: str, shares: bool, rank: int) -> None:
+    share = slice(rank, None, 2) if shares else slice(None)
+    check_continued(two.result(scenario, rank), one.result("save_one_rank"), share)
+
+
+@pytest.mark.parametrize("layout", ["dp2", "tp2", "pp2"])
+def test_two_ranks_continue_on_one(one: Any, back: Any, layout: str) -> None:
+    check_continued(back.result(f"{layout}_to_one"), one.result("save_one_rank"))

@@ -1,0 +1,463 @@
+"""What the ranks of a launch do. Every function gets its Ranks and returns tensors, numbers, or lists and dicts of them."""
+
+from __future__ import annotations
+
+import itertools
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable, Iterator
+
+import torch
+import torch.distributed as dist
+
+from fp8slurm.config.schema import RunConfig
+from fp8slurm.models.qwen3 import ModelSpec
+from fp8slurm.rl.types import PackedBatch
+from fp8slurm.trainer.start import start, stop
+from fp8slurm.trainer.trainer import Trainer
+from trainer_reference import LENGTHS, cross_entropy, pack, run_config
+
+_sessions = itertools.count()
+FP8 = {"fp8": {"backend": "emulated"}}
+BF16 = {"model": {"dtype": "bfloat16"}}
+TP2 = {"parallel": {"tensor_parallel_size": 2}}
+TP2SP = {"parallel": {"tensor_parallel_size": 2, "sequence_parallel": True}}
+PP2 = {"parallel": {"pipeline_parallel_size": 2}}
+LR = 1e-3
+
+
+@dataclass
+class Ranks:
+    """This rank, and where things are."""
+
+    rank: int
+    world_size: int
+    store: dist.Store
+    folder: Path
+    paths: dict[str, Path]
+
+    @contextmanager
+    def trainer(self, folder: str = "dense", load: bool = True, **sections: Any) -> Iterator[Trainer]:
+        """A trainer of the model in paths[folder], its weights loaded; everything is torn down afterwards."""
+        config = run_config(**sections)
+        start(config, self.rank, self.world_size, dist.PrefixStore(f"session/{next(_sessions)}", self.store))
+        try:
+            trainer = Trainer(config, ModelSpec.from_hf_dir(self.paths[folder]))
+            if load:
+                trainer.load_hf(self.paths[folder])
+            yield trainer
+        finally:
+            stop()
+
+    def make(self, name: str) -> Path:
+        """A folder of this launch, made by rank 0."""
+        path = self.folder / name
+        if self.rank == 0:
+            path.mkdir()
+        dist.barrier()
+        return path
+
+
+def batches(trainer: Trainer, seed: int = 0) -> list[PackedBatch]:
+    """This data-parallel rank's share of the four packs that all tests use."""
+    packs = [pack(lengths, 10 * seed + i, trainer.pad_multiple) for i, lengths in enumerate(LENGTHS)]
+    return packs[trainer.data_parallel_rank :: trainer.data_parallel_size]
+
+
+def steps(trainer: Trainer, seeds: range) -> list[list[float]]:
+    """[loss, grad norm] of a step on every seed's data."""
+    out = []
+    for seed in seeds:
+        result = trainer.train_step(batches(trainer, seed), cross_entropy, LR)
+        assert result.ok
+        out.append([result.loss, result.grad_norm, result.metrics["tokens"]])
+    return out
+
+
+def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {name: shard.clone() for name, shard in trainer.named_shards()}
+
+
+def train(ranks: Ranks, **sections: Any) -> dict[str, Any]:
+    """Log-probabilities before and after three steps, and what the steps said."""
+    with ranks.trainer(**sections) as trainer:
+        before = trainer.logprobs(batches(trainer))
+        history = steps(trainer, range(3))
+        return {"before": before, "steps": history, "after": trainer.logprobs(batches(trainer)), "weights": weights(trainer)}
+
+
+# One rank.
+
+
+def one_rank(ranks: Ranks) -> dict[str, Any]:
+    return train(ranks)
+
+
+def one_rank_plain_optimizer(ranks: Ranks) -> dict[str, Any]:
+    return train(ranks, optim={"distributed": False})
+
+
+def one_rank_untied(ranks: Ranks) -> dict[str, Any]:
+    return train(ranks, folder="untied")
+
+
+def one_rank_recompute(ranks: Ranks) -> dict[str, Any]:
+    return train(ranks, train={"recompute": "full"})
+
+
+def one_rank_fp8(ranks: Ranks) -> dict[str, Any]:
+    return train(ranks, **FP8)
+
+
+def one_rank_bf16(ranks: Ranks) -> dict[str, Any]:
+    return train(ranks, **BF16)
+
+
+def one_rank_bf16_fp8(ranks: Ranks) -> dict[str, Any]:
+    return train(ranks, **FP8, **BF16)
+
+
+def experts(ranks: Ranks) -> dict[str, Any]:
+    return train(ranks, folder="moe")
+
+
+def entropy(ranks: Ranks) -> dict[str, Any]:
+    """Entropy, and the gradient of its sum with respect to the embedding."""
+    with ranks.trainer(optim={"clip_grad": 0.0}) as trainer:
+        seen = []
+
+        def loss(logprobs: torch.Tensor, entropy: torch.Tensor, batch: PackedBatch) -> tuple[torch.Tensor, dict]:
+            seen.append(entropy.detach())
+            return entropy.sum(), {}
+
+        trainer.train_step(batches(trainer)[:1], loss, 0.0, with_entropy=True)
+        (entry, parameter, _), *_ = trainer.shards.parameters
+        assert entry.name == "embedding.word_embeddings.weight"
+        return {"entropy": seen[0], "gradient": parameter.main_grad.clone()}
+
+
+def reference_model(ranks: Ranks) -> dict[str, Any]:
+    with ranks.trainer(**FP8) as trainer:
+        before = trainer.logprobs(batches(trainer))
+        trainer.snapshot_reference()
+        steps(trainer, range(1))
+        kept, moved = trainer.logprobs(batches(trainer), reference=True), trainer.logprobs(batches(trainer))
+        folder = ranks.make("with_reference")
+        trainer.save(folder)
+        with_reference = trainer.logprobs(batches(trainer), reference=True)
+    with ranks.trainer(load=False, **FP8) as trainer:
+        trainer.load(folder)
+        loaded = trainer.logprobs(batches(trainer), reference=True)
+    return {"before": before, "reference": kept, "after": moved, "same": with_reference, "loaded": loaded}
+
+
+def bad_loss(ranks: Ranks) -> dict[str, Any]:
+    """A NaN in one data-parallel rank's loss, then an infinite gradient, then a sound step."""
+    with ranks.trainer(**FP8, **BF16) as trainer:
+        untouched = weights(trainer)
+        mine = batches(trainer)
+
+        def nan(logprobs: torch.Tensor, entropy: None, batch: PackedBatch) -> tuple[torch.Tensor, dict]:
+            bad = float("nan") if trainer.data_parallel_rank == trainer.data_parallel_size - 1 else 1.0
+            return logprobs.sum() * bad, {"tokens": batch.loss_mask.sum()}
+
+        def infinite_gradient(logprobs: torch.Tensor, entropy: None, batch: PackedBatch) -> tuple[torch.Tensor, dict]:
+            # x + 0 * sqrt(x - x) is x, with an infinite slope
+            return (logprobs + (logprobs - logprobs.detach()).sqrt()).sum(), {}
+
+        first = trainer.train_step(mine, nan, LR)
+        second = trainer.train_step(mine, infinite_gradient, LR)
+        kept = {n: bool(torch.equal(w, untouched[n])) for n, w in weights(trainer).items()}
+        third = trainer.train_step(mine, cross_entropy, LR)
+        changed = [n for n, w in weights(trainer).items() if not torch.equal(w, untouched[n])]
+    with ranks.trainer(**FP8, **BF16) as trainer:
+        alone = trainer.train_step(batches(trainer), cross_entropy, LR)
+    return {
+        "ok": [first.ok, second.ok, third.ok], "kept": kept, "changed": len(changed),
+        "third": [third.loss, third.grad_norm], "alone": [alone.loss, alone.grad_norm],
+    }  # fmt: skip
+
+
+def new_optimizer(ranks: Ranks) -> dict[str, Any]:
+    """After steps and new_optimizer, a step equals the first step of a trainer that was loaded with those weights."""
+    with ranks.trainer() as trainer:
+        steps(trainer, range(2))
+        middle = weights(trainer)
+        trainer.new_optimizer()
+        steps(trainer, range(2, 3))
+        reset = weights(trainer)
+    with ranks.trainer() as trainer:
+        with torch.no_grad():
+            for name, shard in trainer.named_shards():
+                shard.copy_(middle[name])
+        trainer.optimizer.reload_model_params()
+        steps(trainer, range(2, 3))
+        return {"reset": reset, "fresh": weights(trainer)}
+
+
+def emulated_linear(ranks: Ranks) -> dict[str, Any]:
+    """The emulated FP8 product and its two gradients, against the formula written out."""
+    from fp8_formula import columnwise, rowwise, tiles
+    from fp8slurm.cpu.fp8_linear import FP8Matmul
+    from fp8slurm.fp8.quantize import fake_quantize_block
+
+    out = {}
+    with ranks.trainer(**FP8):
+        for dtype in (torch.float32, torch.bfloat16):
+            g = torch.Generator().manual_seed(1)
+            # 200 tokens: the second block along the tokens is ragged; values of very different sizes
+            x = (torch.randn(200, 1, 384, generator=g) * torch.logspace(-3, 2, 200)[:, None, None]).to(dtype)
+            w = (torch.randn(256, 384, generator=g) * torch.logspace(-2, 0, 256)[:, None]).to(dtype)
+            dy = (torch.randn(200, 1, 256, generator=g) * torch.logspace(1, -4, 200)[:, None, None]).to(dtype)
+            x.requires_grad_()
+            w.requires_grad_()
+            y = FP8Matmul.apply(x, w, fake_quantize_block(w), None, False)
+            y.backward(dy)
+            x2, dy2 = x.detach().squeeze(1).float(), dy.squeeze(1).float()
+            wq = tiles(w.detach().float())
+            wanted = {
+                "y": rowwise(x2) @ wq.t(),
+                "dx": rowwise(dy2) @ wq,
+                "dw": columnwise(dy2).t() @ columnwise(x2),
+                "dw of the row-wise copies": rowwise(dy2).t() @ rowwise(x2),
+                "y without FP8": x2 @ w.detach().float().t(),
+                "dx without FP8": dy2 @ w.detach().float(),
+                "dw without FP8": dy2.t() @ x2,
+            }
+            got = {"y": y.squeeze(1), "dx": x.grad.squeeze(1), "dw": w.grad}
+            out[str(dtype)] = {"got": {k: v.detach() for k, v in got.items()}, "wanted": {k: v.to(dtype) for k, v in wanted.items()}}
+    return out
+
+
+def main_grad(ranks: Ranks) -> dict[str, Any]:
+    """The weight gradient reaches Megatron's fp32 buffer without being rounded to BF16, over two micro-batches."""
+    with ranks.trainer(**FP8, **BF16) as trainer:
+        trainer.train_step(batches(trainer)[:2], cross_entropy, 0.0)
+        found = {e.name: p.main_grad for e, p, _ in trainer.shards.parameters if e.name.endswith(("fc1.weight", "qkv.weight"))}
+        return {n: [g.dtype == torch.float32, bool(torch.equal(g, g.bfloat16().float()))] for n, g in found.items()}
+
+
+def fp8_layers(ranks: Ranks) -> dict[str, Any]:
+    """Which linears are emulated, and what they multiply with."""
+    with ranks.trainer(**FP8) as trainer:
+        trainer.logprobs(batches(trainer))
+        return {n: m._quantized for n, m in trainer.module.named_modules() if getattr(m, "_quantized", None) is not None}
+
+
+def packed_modules(ranks: Ranks) -> dict[str, Any]:
+    """Our packed attention and rotary embedding against Megatron's own, one segment at a time; and their gradients."""
+    import megatron.core.models.common.embeddings.rope_utils as rope
+    from fp8slurm.cpu.packed_attention import apply_packed_rotary
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    with ranks.trainer() as trainer:
+        attention = trainer.module.decoder.layers[0].self_attention.core_attention
+        lengths = [3, 40, 16, 17, 1, 40]
+        cu = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+        total = sum(lengths)
+        g = torch.Generator().manual_seed(3)
+        q, k, v = (torch.randn(total, h, 128, generator=g).requires_grad_() for h in (4, 2, 2))
+        weight = torch.randn(total, 512, generator=g)
+        freqs = torch.randn(40, 1, 1, 128, generator=g)
+        ours = attention(q, k, v, None, packed_seq_params=PackedSeqParams("thd", cu_seqlens_q=cu, cu_seqlens_kv=cu))
+        (ours * weight).sum().backward()
+        gradients = [t.grad.clone() for t in (q, k, v)]
+        pieces = []
+        for s, e in zip(cu.tolist(), cu.tolist()[1:]):
+            scores = torch.einsum("qhd,khd->hqk", q[s:e], k[s:e].repeat_interleave(2, 1)) / 128**0.5
+            scores = scores.masked_fill(torch.ones(e - s, e - s).triu(1).bool(), float("-inf"))
+            pieces.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), v[s:e].repeat_interleave(2, 1)).reshape(e - s, -1))
+        theirs = torch.cat(pieces)
+        for t in (q, k, v):
+            t.grad = None
+        (theirs * weight).sum().backward()
+        turned = apply_packed_rotary(q.detach(), cu, freqs, cp_group=None)
+        each = [rope._apply_rotary_pos_emb_bshd(q.detach()[s:e].unsqueeze(1), freqs[: e - s]).squeeze(1)
+                for s, e in zip(cu.tolist(), cu.tolist()[1:])]  # fmt: skip
+        return {
+            "attention": [ours.detach(), theirs.detach()], "rotary": [turned, torch.cat(each)],
+            "gradients": [gradients, [t.grad for t in (q, k, v)]],
+        }  # fmt: skip
+
+
+def refused(ranks: Ranks) -> dict[str, str]:
+    """Messages of the settings that have to be refused."""
+
+    def message(action: Callable[[], Any]) -> str:
+        try:
+            action()
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    out = {}
+    with ranks.trainer() as trainer:
+        out["no reference"] = message(lambda: trainer.logprobs(batches(trainer), reference=True))
+        out["no batches"] = message(lambda: trainer.logprobs([]))
+        out["missing tensor"] = message(lambda: trainer.load_hf(ranks.paths["truncated"]))
+        folder = ranks.make("fp32")
+        trainer.save(folder)
+    with ranks.trainer(**BF16) as trainer:
+        out["dtype"] = message(lambda: trainer.load(folder))
+
+    def wrong_layout(**sections: Any) -> None:
+        with ranks.trainer(**sections):
+            pass
+
+    out["layout"] = message(lambda: wrong_layout(folder="narrow", **FP8))
+    return out
+
+
+# Resuming.
+
+
+def resume_exactly(ranks: Ranks, **sections: Any) -> dict[str, Any]:
+    """Four steps in one go, and two, a save, a load in a new trainer, and two: everything must be equal to the bit."""
+    with ranks.trainer(**sections) as trainer:
+        steps(trainer, range(2))
+        folder = ranks.make("resume_" + "_".join(sorted(sections)))
+        trainer.save(folder)
+        straight = {"steps": steps(trainer, range(2, 4)), "weights": weights(trainer)}
+        straight["random"] = torch.rand(3).tolist()
+        straight["adam"] = adam_state(trainer)
+        last = trainer.logprobs(batches(trainer))
+    with ranks.trainer(load=False, **sections) as trainer:
+        torch.rand(5)
+        trainer.load(folder)
+        resumed = {"steps": steps(trainer, range(2, 4)), "weights": weights(trainer)}
+        resumed["random"] = torch.rand(3).tolist()
+        resumed["adam"] = adam_state(trainer)
+        again = trainer.logprobs(batches(trainer))
+    return {"straight": straight | {"logprobs": last}, "resumed": resumed | {"logprobs": again}}
+
+
+def adam_state(trainer: Trainer) -> list[list[Any]]:
+    """[step, sum |exp_avg|, sum exp_avg_sq, sum |master weight|] of every parameter that this rank updates."""
+    out = []
+    for part in trainer.optimizer.chained_optimizers:
+        for p, s in part.optimizer.state.items():
+            out.append([float(s["step"]), *(float(t.double().abs().sum()) for t in (s["exp_avg"], s["exp_avg_sq"], p.detach()))])
+    return out
+
+
+def resume_one_rank(ranks: Ranks) -> dict[str, Any]:
+    return resume_exactly(ranks, **FP8, **BF16)
+
+
+def save_before_any_step(ranks: Ranks) -> dict[str, Any]:
+    with ranks.trainer() as trainer:
+        folder = ranks.make("zero")
+        trainer.save(folder)
+        first = steps(trainer, range(1))
+    with ranks.trainer(load=False) as trainer:
+        trainer.load(folder)
+        return {"straight": first, "resumed": steps(trainer, range(1))}
+
+
+def save_here(ranks: Ranks, name: str, **sections: Any) -> dict[str, Any]:
+    """Two steps, a save under NAME, two more."""
+    with ranks.trainer(**sections) as trainer:
+        steps(trainer, range(2))
+        trainer.save(ranks.make(name))
+        return {"steps": steps(trainer, range(2, 4)), "after": trainer.logprobs(batches(trainer)), "adam": adam_state(trainer)}
+
+
+def continue_here(ranks: Ranks, name: str, **sections: Any) -> dict[str, Any]:
+    """The two steps after the save at paths[name]."""
+    with ranks.trainer(load=False, **sections) as trainer:
+        trainer.load(ranks.paths[name])
+        return {"steps": steps(trainer, range(2, 4)), "after": trainer.logprobs(batches(trainer)), "adam": adam_state(trainer)}
+
+
+def save_one_rank(ranks: Ranks) -> dict[str, Any]:
+    return save_here(ranks, "one")
+
+
+def save_dp2(ranks: Ranks) -> dict[str, Any]:
+    return save_here(ranks, "dp2")
+
+
+def save_tp2(ranks: Ranks) -> dict[str, Any]:
+    return save_here(ranks, "tp2", **TP2SP)
+
+
+def save_pp2(ranks: Ranks) -> dict[str, Any]:
+    return save_here(ranks, "pp2", **PP2)
+
+
+def one_to_dp2(ranks: Ranks) -> dict[str, Any]:
+    return continue_here(ranks, "one")
+
+
+def one_to_tp2(ranks: Ranks) -> dict[str, Any]:
+    return continue_here(ranks, "one", **TP2)
+
+
+def one_to_pp2(ranks: Ranks) -> dict[str, Any]:
+    return continue_here(ranks, "one", **PP2)
+
+
+def dp2_to_one(ranks: Ranks) -> dict[str, Any]:
+    return continue_here(ranks, "dp2")
+
+
+def tp2_to_one(ranks: Ranks) -> dict[str, Any]:
+    return continue_here(ranks, "tp2")
+
+
+def pp2_to_one(ranks: Ranks) -> dict[str, Any]:
+    return continue_here(ranks, "pp2")
+
+
+# Two ranks.
+
+
+def dp2(ranks: Ranks) -> dict[str, Any]:
+    return train(ranks)
+
+
+def dp2_plain_optimizer(ranks: Ranks) -> dict[str, Any]:
+    return train(ranks, optim={"distributed": False})
+
+
+def tp2(ranks: Ranks) -> dict[str, Any]:
+    return train(ranks, **TP2)
+
+
+def tp2_sequence_parallel(ranks: Ranks) -> dict[str, Any]:
+    return train(ranks, **TP2SP)
+
+
+def pp2(ranks: Ranks) -> dict[str, Any]:
+    return train(ranks, **PP2)
+
+
+def pp2_untied(ranks: Ranks) -> dict[str, Any]:
+    return train(ranks, folder="untied", **PP2)
+
+
+def tp2_fp8(ranks: Ranks) -> dict[str, Any]:
+    return train(ranks, **TP2, **FP8)
+
+
+def tp2_sequence_parallel_fp8(ranks: Ranks) -> dict[str, Any]:
+    return train(ranks, **TP2SP, **FP8)
+
+
+def experts_ep2(ranks: Ranks) -> dict[str, Any]:
+    return train(ranks, folder="moe", parallel={"expert_parallel_size": 2})
+
+
+def tp2_fp8_layers(ranks: Ranks) -> dict[str, Any]:
+    with ranks.trainer(**TP2SP, **FP8) as trainer:
+        trainer.logprobs(batches(trainer))
+        return {n: m._quantized for n, m in trainer.module.named_modules() if getattr(m, "_quantized", None) is not None}
+
+
+def dp2_bad_loss(ranks: Ranks) -> dict[str, Any]:
+    return bad_loss(ranks)
+
+
+def dp2_resume(ranks: Ranks) -> dict[str, Any]:
+    return resume_exactly(ranks, **FP8, **BF16)
