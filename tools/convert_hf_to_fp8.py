@@ -17,7 +17,9 @@ def main() -> int:
     parser.add_argument("--model-dir", dest="input", required=True, metavar="IN")
     parser.add_argument("--save-dir", dest="output", required=True, metavar="OUT")
     parser.add_argument("--strategy", choices=["block"], default="block", help="blocks are the only strategy")
-    parser.add_argument("--block-size", type=int, nargs=2, default=[128, 128], metavar=("ROWS", "COLUMNS"), help="128 128")
+    parser.add_argument(
+        "--block-size", type=int, nargs=2, default=[128, 128], metavar=("ROWS", "COLUMNS"), help="128 128"
+    )
     parser.add_argument("--list", action="store_true", help="print what would be quantized and why, write nothing")
     add_fp8_options(parser)
     add_options(parser)

@@ -8,7 +8,11 @@ import sys
 from typing import Any, Callable, Sequence
 
 from fp8slurm.checkpoint.convert_hf import decisions, plan_fp8_to_hf, plan_hf_to_fp8
-from fp8slurm.checkpoint.convert_torch_dist import plan_hf_to_torch_dist, plan_torch_dist_to_fp8, plan_torch_dist_to_hf
+from fp8slurm.checkpoint.convert_torch_dist import (
+    plan_hf_to_torch_dist,
+    plan_torch_dist_to_fp8,
+    plan_torch_dist_to_hf,
+)
 from fp8slurm.checkpoint.hf_folder import open_hf
 from fp8slurm.checkpoint.sources import HfSource
 from fp8slurm.checkpoint.stream import ConvertOptions
@@ -34,9 +38,23 @@ def size(text: str) -> int:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The flags that all converters have."""
     defaults = ConvertOptions()
-    parser.add_argument("--jobs", type=int, default=defaults.jobs, metavar="N", help="threads (default: all cores, %(default)s)")
-    parser.add_argument("--max-memory", type=int, default=defaults.memory_mib, metavar="MIB", help="memory for buffers in MiB, on top of the imports (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--max-shard-size", type=size, default=defaults.max_shard_bytes, metavar="SIZE", help="largest output file, e.g. 5GB (default: 2GiB)")  # fmt: skip
+    parser.add_argument(
+        "--jobs", type=int, default=defaults.jobs, metavar="N", help="threads (default: all cores, %(default)s)"
+    )
+    parser.add_argument(
+        "--max-memory",
+        type=int,
+        default=defaults.memory_mib,
+        metavar="MIB",
+        help="memory for buffers in MiB, on top of the imports (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-shard-size",
+        type=size,
+        default=defaults.max_shard_bytes,
+        metavar="SIZE",
+        help="largest output file, e.g. 5GB (default: 2GiB)",
+    )
     parser.add_argument("--no-verify", action="store_true", help="do not read the output back and check it")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
     parser.add_argument("--dry-run", action="store_true", help="print sizes and free space, write nothing")
@@ -45,13 +63,21 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def add_fp8_options(parser: argparse.ArgumentParser) -> None:
     """The flags of converters that quantize."""
-    parser.add_argument("--modules-to-not-convert", nargs="+", default=[], metavar="MODULE", help="modules to keep as they are, by full name, an ancestor's, or their last components")  # fmt: skip
+    parser.add_argument(
+        "--modules-to-not-convert",
+        nargs="+",
+        default=[],
+        metavar="MODULE",
+        help="modules to keep as they are, by full name, an ancestor's, or their last components",
+    )
     parser.add_argument("--power-of-two", action="store_true", help="scales that are powers of two (ue8m0)")
 
 
 def add_origin(parser: argparse.ArgumentParser) -> None:
     """The flag of converters out of torch_dist."""
-    parser.add_argument("--origin-hf-dir", required=True, metavar="HF", help="Hugging Face folder with the config and the tokenizer")  # fmt: skip
+    parser.add_argument(
+        "--origin-hf-dir", required=True, metavar="HF", help="Hugging Face folder with the config and the tokenizer"
+    )
 
 
 def convert(name: str, args: argparse.Namespace) -> int:
@@ -113,7 +139,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name.endswith("to-fp8"):
             add_fp8_options(command)
         if name == "hf-to-fp8":
-            command.add_argument("--list", action="store_true", help="print what would be quantized and why, write nothing")
+            command.add_argument(
+                "--list", action="store_true", help="print what would be quantized and why, write nothing"
+            )
         add_options(command)
     args = parser.parse_args(argv)
     return convert(args.name, args)

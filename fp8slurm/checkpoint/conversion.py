@@ -16,7 +16,13 @@ from fp8slurm.checkpoint.output import OutputFolder, disk_full, write_durably
 from fp8slurm.checkpoint.progress import Progress
 from fp8slurm.checkpoint.safetensors_file import lay_out
 from fp8slurm.checkpoint.sources import Source
-from fp8slurm.checkpoint.stream import ConvertOptions, Shard, check_memory, run, stopwatch
+from fp8slurm.checkpoint.stream import (
+    ConvertOptions,
+    Shard,
+    check_memory,
+    run,
+    stopwatch,
+)
 from fp8slurm.checkpoint.works import Work
 
 FORMAT = 1
@@ -183,7 +189,9 @@ def plan(
     """Pack the works and tie the output folder to what it is made from."""
     shards = pack(works, options.max_shard_bytes)
     digest = hashlib.sha256(b"".join(s.layout.header for s in shards))
-    digest.update(repr([(type(w).__name__, getattr(w, "power_of_two", None)) for s in shards for w in s.works]).encode())
+    digest.update(
+        repr([(type(w).__name__, getattr(w, "power_of_two", None)) for s in shards for w in s.works]).encode()
+    )
     fingerprint = {
         "format": FORMAT,
         "kind": kind,

@@ -16,7 +16,13 @@ from fp8slurm.checkpoint.hf_folder import INDEX, SINGLE, HfFolder, open_hf, read
 from fp8slurm.checkpoint.output import OutputFolder
 from fp8slurm.checkpoint.progress import Progress
 from fp8slurm.checkpoint.sources import DequantizedSource, HfSource, Source
-from fp8slurm.checkpoint.stream import ConvertOptions, in_threads, one_thread_each, pieces, stopwatch
+from fp8slurm.checkpoint.stream import (
+    ConvertOptions,
+    in_threads,
+    one_thread_each,
+    pieces,
+    stopwatch,
+)
 from fp8slurm.checkpoint.torch_dist_source import EMBEDDING, HEAD, TorchDistSource
 from fp8slurm.checkpoint.torch_dist_writer import DistFile, plan_files, write_torch_dist
 from fp8slurm.checkpoint.works import Copy
@@ -56,7 +62,12 @@ def _with_dtype(config: dict[str, Any], source: Source) -> dict[str, Any]:
 
 
 def _plan_from_torch_dist(
-    kind: str, src: str | Path, dst: str | Path, origin_hf_dir: str | Path, options: ConvertOptions, fp8: dict[str, Any] | None
+    kind: str,
+    src: str | Path,
+    dst: str | Path,
+    origin_hf_dir: str | Path,
+    options: ConvertOptions,
+    fp8: dict[str, Any] | None,
 ) -> Conversion:
     origin = _open_origin(origin_hf_dir)
     source = TorchDistSource(src, origin.spec, origin.tied_head)
@@ -64,7 +75,11 @@ def _plan_from_torch_dist(
     if fp8 is None:
         works: list[Any] = [Copy(source, info) for info in source.tensors.values()]
     else:
-        skip = [*origin.modules_to_not_convert, *(config.get("modules_to_not_convert") or ()), *fp8["modules_to_not_convert"]]
+        skip = [
+            *origin.modules_to_not_convert,
+            *(config.get("modules_to_not_convert") or ()),
+            *fp8["modules_to_not_convert"],
+        ]
         works = fp8_works(source, skip, fp8["power_of_two"])
         config = fp8_config(config, source, skip, fp8["power_of_two"])
     inputs = [Path(src), origin.folder.path]
@@ -200,7 +215,9 @@ def _check_names(source: Source, table: NameTable, where: Path) -> None:
         if name not in source.tensors:
             raise BadCheckpoint(f"{where}: {name} is missing")
         if source.tensors[name].shape != tensor.shape:
-            raise BadCheckpoint(f"{where}: {name} has shape {list(source.tensors[name].shape)}, config.json says {list(tensor.shape)}")
+            raise BadCheckpoint(
+                f"{where}: {name} has shape {list(source.tensors[name].shape)}, config.json says {list(tensor.shape)}"
+            )
     for name in source.tensors:
         if name in wanted:
             continue
@@ -212,12 +229,17 @@ def _same_rows(source: Source, a: str, b: str) -> bool:
     if replace(source.tensors[a], name="") != replace(source.tensors[b], name=""):
         return False
     return all(
-        torch.equal(source.read(a, p.start, p.stop).view(torch.uint8), source.read(b, p.start, p.stop, "other").view(torch.uint8))
+        torch.equal(
+            source.read(a, p.start, p.stop).view(torch.uint8),
+            source.read(b, p.start, p.stop, "other").view(torch.uint8),
+        )
         for p in pieces([Copy(source, source.tensors[a])], 1 << 22)
     )
 
 
-def plan_hf_to_torch_dist(src: str | Path, dst: str | Path, *, options: ConvertOptions = ConvertOptions()) -> ToTorchDist:
+def plan_hf_to_torch_dist(
+    src: str | Path, dst: str | Path, *, options: ConvertOptions = ConvertOptions()
+) -> ToTorchDist:
     """What `hf_to_torch_dist` will do."""
     folder = open_hf(src)
     source: Source = HfSource(folder)

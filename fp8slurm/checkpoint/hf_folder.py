@@ -1,4 +1,4 @@
-"""A Hugging Face checkpoint folder as it lies on disk: config, index and safetensors files, checked against each other."""
+"""A Hugging Face folder as it lies on disk: config, index and safetensors files, checked against each other."""
 
 from __future__ import annotations
 
@@ -43,7 +43,9 @@ def _read_index(folder: Path) -> tuple[dict[str, str], int | None]:
         raise BadCheckpoint(f"{path}: no weight_map")
     for name, file in weight_map.items():
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-            raise BadCheckpoint(f"{path}: {name} is said to lie in {file!r}, which is no safetensors file of this folder")
+            raise BadCheckpoint(
+                f"{path}: {name} is said to lie in {file!r}, which is no safetensors file of this folder"
+            )
     metadata = index.get("metadata", {})
     total = metadata.get("total_size") if isinstance(metadata, dict) else None
     if total is not None and (not isinstance(total, (int, float)) or total != total or total < 0):

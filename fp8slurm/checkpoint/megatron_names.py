@@ -51,7 +51,11 @@ def hf_from_megatron(entry: Entry) -> dict[str, list[Run]]:
 
 def megatron_from_hf(entry: Entry) -> list[Run]:
     """In runs of the Megatron parameter's rows: where they are in which HF tensor."""
-    runs = [replace(r, name=name, start=r.source, source=r.start) for name, rs in hf_from_megatron(entry).items() for r in rs]
+    runs = [
+        replace(r, name=name, start=r.source, source=r.start)
+        for name, rs in hf_from_megatron(entry).items()
+        for r in rs
+    ]
     return sorted(runs, key=lambda r: r.start)
 
 

@@ -57,7 +57,11 @@ class OutputFolder:
         """ValueError if OUT exists (without overwrite), is an input or lies in one, or if OUT.tmp is not ours."""
         for folder in inputs:
             folder = folder.resolve()
-            if self.path.resolve() == folder or folder in self.path.resolve().parents or self.path.resolve() in folder.parents:
+            if (
+                self.path.resolve() == folder
+                or folder in self.path.resolve().parents
+                or self.path.resolve() in folder.parents
+            ):
                 raise ValueError(f"{self.path}: the output must lie outside the input {folder}")
         if self.path.exists() and not self._overwrite:
             raise ValueError(f"{self.path} exists; give another folder, or --overwrite to replace it")

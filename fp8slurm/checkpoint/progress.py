@@ -7,12 +7,14 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import (
     BarColumn,
-    Progress as Bar,
     ProgressColumn,
     Task,
     TaskProgressColumn,
     TextColumn,
     TimeRemainingColumn,
+)
+from rich.progress import (
+    Progress as Bar,
 )
 from rich.text import Text
 
@@ -29,7 +31,13 @@ class Progress:
     def __init__(self, total: int, shown: bool) -> None:
         self._bar = None
         if shown:
-            columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), _Speed(), TimeRemainingColumn())
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TaskProgressColumn(),
+                _Speed(),
+                TimeRemainingColumn(),
+            )
             self._bar = Bar(*columns, console=Console(stderr=True), refresh_per_second=4)
             self._task = self._bar.add_task("convert", total=total)
 

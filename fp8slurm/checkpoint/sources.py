@@ -135,7 +135,7 @@ class HfSource:
 
 
 class DequantizedSource:
-    """A block FP8 source shown as if it had never been quantized: X.weight and X.weight_scale_inv as X.weight in dtype."""
+    """A block FP8 source shown as if it were not quantized: X.weight and X.weight_scale_inv as X.weight in dtype."""
 
     def __init__(self, source: Source, block: tuple[int, int], dtype: torch.dtype = torch.bfloat16) -> None:
         self._source, self._block, self._dtype = source, block, dtype
@@ -157,7 +157,11 @@ class DequantizedSource:
         scale = self._source.tensors.get(codes.name + SCALE_SUFFIX)
         if scale is None:
             raise BadCheckpoint(f"{codes.name} is FP8 but {codes.name + SCALE_SUFFIX} is missing")
-        if len(codes.shape) != 2 or scale.dtype != torch.float32 or scale.shape != scale_shape(codes.shape, self._block):
+        if (
+            len(codes.shape) != 2
+            or scale.dtype != torch.float32
+            or scale.shape != scale_shape(codes.shape, self._block)
+        ):
             raise BadCheckpoint(
                 f"{scale.name}: {scale.dtype} {list(scale.shape)} does not fit {list(codes.shape)} in blocks of "
                 f"{list(self._block)} (config.json: weight_block_size)"

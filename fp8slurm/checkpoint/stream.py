@@ -90,7 +90,9 @@ def check_memory(works: Sequence[Work], options: ConvertOptions) -> None:
     widest = max((w.row_bytes * min(w.align, w.rows) for w in works), default=0)
     needed = -(-widest * BUFFERS_PER_PIECE * options.jobs >> 20)
     if needed > options.memory_mib:
-        raise ValueError(f"--max-memory {options.memory_mib} MiB with --jobs {options.jobs}: at least {needed} are needed")
+        raise ValueError(
+            f"--max-memory {options.memory_mib} MiB with --jobs {options.jobs}: at least {needed} are needed"
+        )
 
 
 @contextmanager
@@ -222,7 +224,9 @@ def run(shards: Sequence[Shard], folder: Path, options: ConvertOptions, progress
                     same = file.read(len(shard.layout.header)) == shard.layout.header
                 if same and path.stat().st_size == shard.layout.nbytes:
                     resumed += 1
-                    progress.advance(sum(w.rows * w.row_bytes for w in shard.works) + options.verify * shard.layout.data_bytes)
+                    progress.advance(
+                        sum(w.rows * w.row_bytes for w in shard.works) + options.verify * shard.layout.data_bytes
+                    )
                     continue
                 path.unlink()
             progress.describe(shard.layout.file_name)

@@ -9,7 +9,13 @@ import torch
 
 from fp8slurm.checkpoint.errors import BadCheckpoint
 from fp8slurm.checkpoint.hf_folder import natural
-from fp8slurm.checkpoint.megatron_names import Run, hf_from_megatron, locate, other_names, overlap
+from fp8slurm.checkpoint.megatron_names import (
+    Run,
+    hf_from_megatron,
+    locate,
+    other_names,
+    overlap,
+)
 from fp8slurm.checkpoint.safetensors_file import TensorInfo
 from fp8slurm.checkpoint.sources import scratch
 from fp8slurm.checkpoint.torch_dist import TorchDistReader
@@ -28,7 +34,7 @@ class _Place:
 
 
 class TorchDistSource:
-    """The model's tensors (not the optimizer's) of a torch_dist folder under their HF names, saved at any TP, PP, EP."""
+    """The model's tensors (not the optimizer's) of a torch_dist folder, at any TP, PP and EP, under their HF names."""
 
     def __init__(self, path: str | Path, spec: ModelSpec, tied_head: bool = False) -> None:
         """`tied_head`: show the embedding a second time as lm_head.weight (some HF folders of tied models have it).

@@ -27,7 +27,12 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from fp8slurm.checkpoint.megatron_names import Run, megatron_from_hf, other_names, overlap
+from fp8slurm.checkpoint.megatron_names import (
+    Run,
+    megatron_from_hf,
+    other_names,
+    overlap,
+)
 from fp8slurm.checkpoint.output import PART, disk_full, write_durably
 from fp8slurm.checkpoint.progress import Progress
 from fp8slurm.checkpoint.sources import Source, scratch
@@ -82,7 +87,9 @@ class DistFile:
 def _dtype_of(entry: Entry, source: Source) -> torch.dtype:
     dtypes = {source.tensors[t.name].dtype for t in entry.tensors}
     if len(dtypes) > 1:
-        raise ValueError(f"{entry.name} would be made of tensors of several dtypes: {', '.join(map(str, sorted(dtypes, key=str)))}")
+        raise ValueError(
+            f"{entry.name} would be made of tensors of several dtypes: {', '.join(map(str, sorted(dtypes, key=str)))}"
+        )
     return dtypes.pop()
 
 
@@ -170,7 +177,14 @@ def _write_file(file: DistFile, folder: Path, source: Source, progress: Progress
                 runs = runs if chunk.entry.name in runs else {chunk.entry.name: megatron_from_hf(chunk.entry)}
                 data = _read_chunk(source, runs[chunk.entry.name], chunk)
                 # a storage of exactly this size: torch.save writes whole storages
-                lengths.append(_save(torch.frombuffer(memoryview(data.view(-1).view(torch.uint8).numpy()), dtype=chunk.dtype).view(chunk.sizes), out))
+                lengths.append(
+                    _save(
+                        torch.frombuffer(memoryview(data.view(-1).view(torch.uint8).numpy()), dtype=chunk.dtype).view(
+                            chunk.sizes
+                        ),
+                        out,
+                    )
+                )
                 progress.advance(chunk.nbytes)
             out.flush()
             os.fsync(out.fileno())
@@ -183,7 +197,12 @@ def _write_file(file: DistFile, folder: Path, source: Source, progress: Progress
 
 
 def write_torch_dist(
-    files: Sequence[DistFile], folder: Path, source: Source, spec: ModelSpec, options: ConvertOptions, progress: Progress
+    files: Sequence[DistFile],
+    folder: Path,
+    source: Source,
+    spec: ModelSpec,
+    options: ConvertOptions,
+    progress: Progress,
 ) -> set[str]:
     """Fill `folder` with a checkpoint; returns the names of its files. Finished files of an earlier try are kept."""
     lengths: dict[str, list[int]] = {}
@@ -200,7 +219,9 @@ def write_torch_dist(
     return names | {file.name for file in files}
 
 
-def _write_metadata(files: Sequence[DistFile], lengths: dict[str, list[int]], folder: Path, spec: ModelSpec) -> set[str]:
+def _write_metadata(
+    files: Sequence[DistFile], lengths: dict[str, list[int]], folder: Path, spec: ModelSpec
+) -> set[str]:
     tensors: dict[str, Any] = {}
     places: dict[MetadataIndex, _StorageInfo] = {}
     for file in files:
@@ -221,8 +242,12 @@ def _write_metadata(files: Sequence[DistFile], lengths: dict[str, list[int]], fo
         tensors[key] = BytesStorageMetadata()
         begin = objects.tell()
         places[MetadataIndex(key)] = _StorageInfo("__objects.distcp", begin, _save(value, objects))
-    metadata = Metadata(tensors, None, places, StorageMeta(checkpoint_id=None, save_id="fp8slurm", load_id=None, modules=[]))
+    metadata = Metadata(
+        tensors, None, places, StorageMeta(checkpoint_id=None, save_id="fp8slurm", load_id=None, modules=[])
+    )
     write_durably(folder / "__objects.distcp", objects.getvalue())
     write_durably(folder / ".metadata", pickle.dumps(metadata, protocol=4))
-    write_durably(folder / "metadata.json", json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1}).encode())
+    write_durably(
+        folder / "metadata.json", json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1}).encode()
+    )
     return {"__objects.distcp", ".metadata", "metadata.json"}

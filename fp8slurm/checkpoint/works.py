@@ -117,7 +117,9 @@ class Quantize:
         r, c = divmod(number, scale.columns)
         rows = slice(r * BLOCK, min((r + 1) * BLOCK, self.info.rows))
         columns = slice(c * BLOCK, (c + 1) * BLOCK)
-        wanted = quantize_reference(self.source.read(self.info.name, rows.start, rows.stop)[:, columns], power_of_two=self.power_of_two)
+        wanted = quantize_reference(
+            self.source.read(self.info.name, rows.start, rows.stop)[:, columns], power_of_two=self.power_of_two
+        )
         got = read_back(codes.name, rows.start * codes.row_bytes, (rows.stop - rows.start) * codes.row_bytes)
         same = torch.equal(got.view(-1, codes.columns)[:, columns], wanted.data.view(torch.uint8))
         at = (r * scale.columns + c) * 4

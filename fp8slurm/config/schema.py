@@ -109,7 +109,9 @@ class TrainSection(Section):
     tokens_per_micro_batch: int = Field(4096, ge=8)
     """Token budget of one packed micro-batch; a longer sequence gets one of its own."""
     updates_per_step: int = Field(1, ge=1)
-    """Optimizer updates made from the samples of one step."""
+    """Optimizer updates that the samples of one step are split into."""
+    epochs_per_step: int = Field(1, ge=1)
+    """Times that a step goes over its samples: updates_per_step updates each time."""
     recompute: Literal["none", "full"] = "none"
     """Activation recomputation in the backward pass."""
 

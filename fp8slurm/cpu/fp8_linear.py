@@ -25,7 +25,7 @@ class FP8Matmul(torch.autograd.Function):
     """y [T, N] = x [T, K] . W [N, K]^T in emulated blockwise FP8, in the dtype of x.
 
     `group` is the tensor-parallel group of a column-parallel linear and None otherwise. With `sequence_parallel` x is
-    this rank's [T / size, K] and is gathered; its gradient is scattered. Without, the gradient is summed over the group.
+    this rank's [T / size, K] and is gathered; its gradient is scattered. Without, it is summed over the group.
     """
 
     @staticmethod

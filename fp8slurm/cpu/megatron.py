@@ -1,6 +1,6 @@
 """Megatron-core on a machine without a GPU: its calls to CUDA are answered by the CPU; none of its maths is replaced.
 
-`install` comes before the first `import megatron.core`. Every patch says which call of Megatron 0.19 it answers and why.
+`install` comes before the first `import megatron.core`. Every patch says which call of Megatron 0.19 it answers.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
 
 
 def _device_queries() -> None:
-    # device=torch.cuda.current_device() in every module that makes a tensor: a device object serves as well as an index.
+    # device=torch.cuda.current_device() wherever a tensor is made: a device object serves as well as an index.
     torch.cuda.current_device = lambda: CPU  # type: ignore[assignment,return-value]
     # Barriers around checkpoints and pipeline exchanges: CPU operations are already done when they return.
     torch.cuda.synchronize = _nothing
@@ -117,7 +117,7 @@ def _placement() -> None:
         return to(self, *(CPU if isinstance(a, (str, torch.device)) and _is_cuda(a) else a for a in args), **kwargs)
 
     torch.Tensor.to = to_cpu  # type: ignore[method-assign,assignment]
-    # The optimizers ask `param.type() == "torch.cuda.FloatTensor"` to sort parameters by dtype and refuse other answers.
+    # The optimizers ask `param.type() == "torch.cuda.FloatTensor"` to sort parameters by dtype, and refuse others.
     type_ = torch.Tensor.type
 
     def type_on_cuda(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -22,7 +22,10 @@ class _Rectangle:
 
 
 def rectangles(cu_seqlens: torch.Tensor) -> list[_Rectangle]:
-    """Group the segments of cu_seqlens [S+1] by length, rounded up to a power of two: at most half of a group is padding."""
+    """Group the segments of cu_seqlens [S+1] by length, rounded up to a power of two.
+
+    So at most half of a group is padding (segments below 16 tokens aside, which are in one group).
+    """
     lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).to(torch.int64)
     starts = cu_seqlens[:-1].to(torch.int64)
     kind = torch.ceil(torch.log2(lengths.clamp(min=16).float())).to(torch.int64)

@@ -8,7 +8,7 @@ import torch
 
 from fp8slurm.fp8.block import BLOCK, FLOAT_DTYPES, scale_from_amax
 
-PANEL_ELEMENTS = 1 << 18
+PANEL_ELEMENTS = 1 << 19
 _INT = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
 _MAGNITUDE = {torch.bfloat16: 0x7FFF, torch.float16: 0x7FFF, torch.float32: 0x7FFFFFFF}
 _INFINITY = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00, torch.float32: 0x7F800000}
@@ -90,7 +90,9 @@ def times(values: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> torch
         return torch.mul(values, scale, out=out)
     whole = n // BLOCK * BLOCK
     torch.mul(
-        values[:whole].unflatten(0, (-1, BLOCK)), scale[: whole // BLOCK, None], out=out[:whole].unflatten(0, (-1, BLOCK))
+        values[:whole].unflatten(0, (-1, BLOCK)),
+        scale[: whole // BLOCK, None],
+        out=out[:whole].unflatten(0, (-1, BLOCK)),
     )
     if whole < n:
         torch.mul(values[whole:], scale[-1], out=out[whole:])
@@ -107,7 +109,9 @@ def checked(w: torch.Tensor, name: str) -> torch.Tensor:
     """w itself, contiguous and without its graph; ValueError unless it is [N, K] in bf16, fp16 or fp32."""
     if w.dim() != 2 or w.dtype not in FLOAT_DTYPES:
         allowed = ", ".join(str(d).removeprefix("torch.") for d in FLOAT_DTYPES)
-        raise ValueError(f"{name or 'tensor'}: {w.dtype} {list(w.shape)} cannot be quantized; allowed: [N, K] in {allowed}")
+        raise ValueError(
+            f"{name or 'tensor'}: {w.dtype} {list(w.shape)} cannot be quantized; allowed: [N, K] in {allowed}"
+        )
     return w.detach().contiguous()
 
 

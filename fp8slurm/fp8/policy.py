@@ -1,4 +1,4 @@
-"""The one list of what is quantized: the 2-D Linear and expert weights of a Qwen3 layer, in their Hugging Face names."""
+"""The one list of what is quantized: the Linear and expert weights of a Qwen3 layer, in their Hugging Face names."""
 
 from __future__ import annotations
 

@@ -7,10 +7,24 @@ from __future__ import annotations
 
 import torch
 
-from fp8slurm.fp8.activations import dequantize_1x128, fake_quantize_1x128, fake_quantize_128x1, quantize_1x128
+from fp8slurm.fp8.activations import (
+    dequantize_1x128,
+    fake_quantize_1x128,
+    fake_quantize_128x1,
+    quantize_1x128,
+)
 from fp8slurm.fp8.block import BLOCK, E4M3, BlockFP8, scale_shape
-from fp8slurm.fp8.decode import decode, decode_scaled
-from fp8slurm.fp8.panels import PANEL_ELEMENTS, NotFinite, buffer, checked, not_finite_error, panels, scaled, scales
+from fp8slurm.fp8.decode import decode_scaled, has_nan
+from fp8slurm.fp8.panels import (
+    NotFinite,
+    buffer,
+    checked,
+    not_finite_error,
+    panels,
+    scaled,
+    scales,
+)
+from fp8slurm.fp8.reference import dequantize_reference
 
 __all__ = [
     "dequantize",
@@ -34,7 +48,8 @@ def quantize(
     """[N, K] bf16|fp16|fp32 -> BlockFP8 in 128x128 blocks, with the bytes of TransformerEngine's weight quantizer.
 
     `out` (same shapes, contiguous, same device) is filled and returned instead of new tensors. On the CPU nothing
-    but `out` and about 3 MiB of scratch a thread is allocated, whatever the size. `first_row`: number of row 0 where weight is cut from a larger tensor, for the error.
+    but `out` and about 3 MiB of scratch a thread is allocated, whatever the size. `first_row`: number of row 0 where
+    weight is cut from a larger tensor, for the error.
     Raises ValueError for another dtype or rank, and, naming `name` and the first bad element, for a NaN or infinity.
     """
     w = checked(weight, name)
@@ -66,15 +81,23 @@ def dequantize(q: BlockFP8, dtype: torch.dtype = torch.float32, out: torch.Tenso
 
     Any block size and any fp32 scale is accepted; NaN codes give NaN.
     """
-    n, k = q.data.shape
     if out is None:
-        out = torch.empty(n, k, dtype=dtype, device=q.data.device)
-    height, width = q.block
-    step = max(1, PANEL_ELEMENTS // max(1, height * k)) * height
-    for r in range(0, n, step):
-        codes = q.data[r : r + step]
-        spread = q.scale_inv[r // height : -(-min(r + step, n) // height)].repeat_interleave(width, 1)[:, :k]
-        out[r : r + step] = decode(codes).mul_(spread.repeat_interleave(height, 0)[: codes.shape[0]])
+        out = torch.empty(q.data.shape, dtype=dtype, device=q.data.device)
+    if q.data.device.type != "cpu" or q.block != (BLOCK, BLOCK):
+        return out.copy_(dequantize_reference(q))
+    for rows, columns in panels(*q.data.shape):
+        codes = q.data[rows, columns]
+        r, c = rows.start // BLOCK, columns.start // BLOCK
+        height, width = scale_shape(codes.shape)
+        scale_inv = q.scale_inv[r : r + height, c : c + width]
+        into = out[rows, columns]
+        values = into if out.dtype == torch.float32 else buffer("scaled", torch.float32, *codes.shape)
+        if has_nan(codes):
+            values.copy_(dequantize_reference(BlockFP8(codes, scale_inv)))
+        else:
+            decode_scaled(codes, scale_inv, values)
+        if values is not into:
+            into.copy_(values)
     return out
 
 

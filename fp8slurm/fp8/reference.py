@@ -8,7 +8,14 @@ from __future__ import annotations
 
 import torch
 
-from fp8slurm.fp8.block import BLOCK, E4M3, E4M3_MAX, BlockFP8, scale_from_amax, scale_shape
+from fp8slurm.fp8.block import (
+    BLOCK,
+    E4M3,
+    E4M3_MAX,
+    BlockFP8,
+    scale_from_amax,
+    scale_shape,
+)
 
 
 def quantize_reference(
@@ -23,7 +30,11 @@ def quantize_reference(
     padded = torch.zeros(rows * block[0], cols * block[1], dtype=torch.float32, device=w.device)
     padded[:n, :k] = w.to(torch.float32)
     tiles = padded.view(rows, block[0], cols, block[1])
-    amax = tiles.abs().nan_to_num(nan=0.0, posinf=torch.inf).amax(dim=(1, 3)) if w.numel() else padded.new_zeros(rows, cols)
+    amax = (
+        tiles.abs().nan_to_num(nan=0.0, posinf=torch.inf).amax(dim=(1, 3))
+        if w.numel()
+        else padded.new_zeros(rows, cols)
+    )
     scale = scale_from_amax(amax, w.dtype, power_of_two)
     codes = (tiles * scale[:, None, :, None]).clamp(-E4M3_MAX, E4M3_MAX).view_as(padded)[:n, :k].to(E4M3)
     return BlockFP8(codes.contiguous(), 1.0 / scale, block)

@@ -1,12 +1,12 @@
-"""One two-way table between Megatron's parameters and Hugging Face's tensors: names, tensor-parallel cuts, fused layouts.
+"""One two-way table between Megatron's parameters and Hugging Face's tensors: names, cuts, fused layouts.
 
 Megatron names are global (layer and expert numbers count over all stages and ranks) and in the form of the
 TransformerEngine layer spec, which is also that of the checkpoints, except that experts are numbered:
 `decoder.layers.L.mlp.experts.local_experts.E.linear_fc1.weight`. `canonical` maps a module's own parameter names to it.
 
 Every fused parameter is cut along one dimension, and a tensor-parallel rank's piece of it splits into one contiguous
-slice of each HF tensor; the slices of ranks 0, 1, ... laid end to end are that tensor. So each rank can quantize what it
-holds, wherever the cut falls on a block border (`Slice.on_block_border`).
+slice of each HF tensor; the slices of ranks 0, 1, ... laid end to end are that tensor. So each rank can quantize what
+it holds, wherever the cut falls on a block border (`SliceSpec.on_block_border`).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class HfTensor:
 
 @dataclass(frozen=True)
 class SliceSpec:
-    """Where a rank's slice lies in an HF tensor: elements [start, start + length) along `dim` (the whole if dim is None)."""
+    """Where a rank's slice lies in an HF tensor: [start, start + length) along `dim`; all of it if dim is None."""
 
     tensor: HfTensor
     dim: int | None
@@ -56,7 +56,7 @@ class SliceSpec:
         return self.dim is None or self.length == self.tensor.shape[self.dim]
 
     def on_block_border(self, block: int = 128) -> bool:
-        """True where both ends of the slice are ends of FP8 blocks, so that quantizing it alone gives the whole's bytes."""
+        """True where both ends of the slice are ends of FP8 blocks: quantized alone it gives the whole's bytes."""
         if self.is_whole:
             return True
         assert self.dim is not None
@@ -104,7 +104,7 @@ class Entry:
 
     @property
     def checkpoint_key(self) -> str:
-        """Key in a torch_dist checkpoint with stacked layers (Megatron's default): layer and expert numbers left out."""
+        """Key in a torch_dist checkpoint with stacked layers (Megatron's default): without layer and expert numbers."""
         key = re.sub(r"^decoder\.layers\.\d+\.", "decoder.layers.", self.name)
         return re.sub(r"\.local_experts\.\d+\.", ".experts.", key)
 
@@ -119,7 +119,7 @@ class Entry:
             return
         cut = self.groups if self.kind == "qkv" else self.tensors[0].shape[self.tp_dim]
         if cut % world:
-            raise ValueError(f"{self.name}: {cut} along dimension {self.tp_dim} cannot be cut into {world} equal shards")
+            raise ValueError(f"{self.name}: {cut} along dimension {self.tp_dim} cannot be cut into {world} shards")
 
     def merge(self, hf: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """HF -> Megatron: the whole parameter from whole HF tensors, looked up by name.
@@ -221,8 +221,8 @@ class NameTable:
     def canonical(self, module_name: str, layer_offset: int = 0, expert_offset: int = 0) -> str:
         """Global name of a parameter of a Megatron GPTModel, local or TransformerEngine spec.
 
-        `module_name` is from named_parameters() (any `module.` prefix is dropped); the offsets are the numbers of layers
-        on earlier pipeline stages and of experts on earlier expert-parallel ranks. KeyError for an unknown parameter.
+        `module_name` is from named_parameters() (any `module.` prefix is dropped); the offsets are the numbers of
+        layers on earlier pipeline stages and of experts on earlier expert-parallel ranks. KeyError for an unknown one.
         """
         name = re.sub(r"^(module\.)+", "", module_name)
         if name == "output_layer.weight" and self.spec.tie_word_embeddings:
@@ -254,7 +254,8 @@ def _entries(spec: ModelSpec) -> Iterator[Entry]:
         m, h = f"decoder.layers.{i}.", f"model.layers.{i}."
         attention, a = m + "self_attention.", h + "self_attn."
         yield plain(attention + "linear_qkv.layer_norm_weight", h + "input_layernorm.weight", (hidden,), layer=i)
-        qkv = tuple(HfTensor(f"{a}{x}_proj.weight", (n, hidden)) for x, n in (("q", q_rows), ("k", kv_rows), ("v", kv_rows)))
+        rows = {"q": q_rows, "k": kv_rows, "v": kv_rows}
+        qkv = tuple(HfTensor(f"{a}{x}_proj.weight", (n, hidden)) for x, n in rows.items())
         yield Entry(attention + "linear_qkv.weight", "qkv", qkv, 0, groups=spec.num_kv_heads, layer=i)
         yield plain(attention + "q_layernorm.weight", a + "q_norm.weight", (d,), layer=i)
         yield plain(attention + "k_layernorm.weight", a + "k_norm.weight", (d,), layer=i)

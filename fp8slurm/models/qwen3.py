@@ -22,7 +22,7 @@ def _only(where: str, key: str, value: Any, allowed: tuple[Any, ...]) -> None:
 
 @dataclass(frozen=True)
 class QuantizationSpec:
-    """A checkpoint's `quantization_config`, of the one kind that this project makes: e4m3, dynamic activations, fp32 scales."""
+    """A checkpoint's `quantization_config`, of the one kind made here: e4m3, dynamic activations, fp32 scales."""
 
     block: tuple[int, int] = (BLOCK, BLOCK)
     """Rows and columns of a weight block."""
@@ -86,7 +86,7 @@ class ModelSpec:
         """Read PATH/config.json. FileNotFoundError without one; ValueError for a model that is not a plain Qwen3."""
         file = Path(path) / "config.json"
         if not file.is_file():
-            raise FileNotFoundError(f"{file}: no such file; --model.hf-checkpoint must be a Hugging Face checkpoint folder")
+            raise FileNotFoundError(f"{file}: no such file; --model.hf-checkpoint must be a Hugging Face folder")
         return cls.from_hf_config(json.loads(file.read_text()), str(file))
 
     @classmethod

@@ -75,6 +75,7 @@ def model_config(moe: bool = False) -> dict:
             "num_experts_per_tok": 2,
             "output_router_logits": False,
             "router_aux_loss_coef": 0.0,
+            "tie_word_embeddings": False,  # SGLang's Qwen3-MoE ignores tying and leaves lm_head unloaded
         }
     else:
         config["max_window_layers"] = config["num_hidden_layers"]
@@ -107,6 +108,8 @@ def weight_shapes(config: dict) -> dict[str, tuple[int, ...]]:
             shapes[prefix + mlp + "up_proj.weight"] = (inner, hidden)
             shapes[prefix + mlp + "down_proj.weight"] = (hidden, inner)
     shapes["model.norm.weight"] = (hidden,)
+    if not config["tie_word_embeddings"]:
+        shapes["lm_head.weight"] = (config["vocab_size"], hidden)
     return shapes
 
 

@@ -7,6 +7,7 @@ policy-gradient updates -> weights to the engines, under one new version.
 from __future__ import annotations
 
 import logging
+import shutil
 import time
 from contextlib import contextmanager
 from dataclasses import replace
@@ -205,7 +206,7 @@ class Loop:
         o = c.optim
         lr = learning_rate(step - 1, c.run.steps, o.lr, o.min_lr, o.warmup_steps, o.schedule)
         with self.timed("train"):
-            results = [t.train_step(update, self.policy_loss, lr, with_entropy=True) for update in mine]
+            results = [t.train_step(update, self.policy_loss, lr, with_entropy=True) for _ in range(c.train.epochs_per_step) for update in mine]
         ok = [r for r in results if r.ok]
         for key in results[0].metrics:
             record[key] = sum(r.metrics[key] for r in ok) / max(1, len(ok))
@@ -292,17 +293,22 @@ class Loop:
             try:
                 self.store.set(tag, str(self.run_dir.begin_checkpoint(self.state)))
             except OSError as error:
-                log.error("checkpoint %s cannot be written: %s", self.state.name, error)
+                log.error("checkpoint %s cannot be begun: %s", self.state.name, error)
                 self.store.set(tag, "")
         self.store.wait([tag])
         folder = self.store.get(tag).decode()
         if not folder:
             return
-        with self.timed("checkpoint"):
-            self.trainer.save(folder)
+        try:
+            with self.timed("checkpoint"):
+                self.trainer.save(folder)  # an OSError on one rank is one on all
+                if self.first:
+                    self.run_dir.commit_checkpoint(Path(folder), self.state)
+                    self.run_dir.prune(self.config.checkpoint.keep_last, self.config.checkpoint.keep_every)
+        except OSError as error:
+            log.error("checkpoint %s was not written, the one before is kept: %s", self.state.name, error)
             if self.first:
-                self.run_dir.commit_checkpoint(Path(folder), self.state)
-                self.run_dir.prune(self.config.checkpoint.keep_last, self.config.checkpoint.keep_every)
+                shutil.rmtree(folder, ignore_errors=True)
         self.saved = True
 
     def _packing(self) -> dict[str, int]:

@@ -104,8 +104,13 @@ def record_error(folder: Path, index: int, text: str, primary: bool = True) -> N
 
 
 def first_error(attempt_dir: Path) -> str | None:
-    """The error that brought the attempt down: the earliest that was nobody else's consequence."""
+    """What brought the attempt down: a task that vanished without a word (killed), else the earliest error that was
+    nobody else's consequence. None if there was no error."""
     errors = [json.loads(p.read_text()) for p in (attempt_dir / "errors").glob("task_*.json")]
+    spoken = {str(e["task"]) for e in errors}
+    for path in sorted((attempt_dir / "tasks").glob("[0-9]*.json")):
+        if path.stem not in spoken and not path.with_suffix(".done").exists():
+            return f"task {path.stem} (process {json.loads(path.read_text())['pid']}) was killed or ended without a word"
     if not errors:
         return None
     first = min(errors, key=lambda e: (not e["primary"], e["time"]))

@@ -13,6 +13,7 @@ import itertools
 import json
 import logging
 import os
+import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -56,14 +57,17 @@ class EngineLink:
         self._store = dist.TCPStore(
             LOOPBACK, port, is_master=True, wait_for_workers=False, timeout=JOIN_TIMEOUT, master_listen_fd=fd
         )
+        own_keys = self._store.num_keys()
         joining = self._pool.submit(self.client.join_group, self._name, port, size, "gloo")
+        while not joining.done() and self._store.num_keys() == own_keys:
+            time.sleep(0.01)
+        if joining.done():  # it cannot have joined without us: the group would wait in vain for an engine that is gone
+            joining.result()
         try:
             self._group = _gloo_group(self._store, self._name, size)
+            joining.result()
         except RuntimeError as error:
-            if joining.done():
-                joining.result()
             raise EngineError(f"{self.client.url} did not join the weight group: {error}") from error
-        joining.result()
 
     def close(self) -> None:
         """Give the group up, also when the engine is gone."""

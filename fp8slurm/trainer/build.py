@@ -103,8 +103,10 @@ def build_optimizer(config: RunConfig, ddp: Any) -> Any:
     o = config.optim
     optimizer_config = OptimizerConfig(
         optimizer="adam",
-        lr=o.lr,
-        min_lr=o.min_lr,
+        # Set at every step. Here it would become part of the identity that Megatron finds a group of parameters by when
+        # it loads a checkpoint, and a run could not be continued with another learning rate.
+        lr=1.0,
+        min_lr=0.0,
         weight_decay=o.weight_decay,
         adam_beta1=o.beta1,
         adam_beta2=o.beta2,

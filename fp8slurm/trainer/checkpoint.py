@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint import CheckpointException
 
 if TYPE_CHECKING:
     from fp8slurm.trainer.trainer import Trainer
@@ -25,7 +26,10 @@ METADATA = {
 
 
 def save(trainer: Trainer, path: Path) -> None:
-    """Write everything that `load` needs into the existing, empty folder `path`; blocks until it is on disk."""
+    """Write everything that `load` needs into the existing, empty folder `path`; blocks until it is on disk.
+
+    OSError on all ranks where one of them could not write its part (disk full).
+    """
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
@@ -35,7 +39,11 @@ def save(trainer: Trainer, path: Path) -> None:
         filesystem_async._results_queue = queue.Queue()
     state = _state(trainer, False, True, trainer.reference is not None)
     state["layout"] = layout(trainer)
-    dist_checkpointing.save(state, str(path))
+    try:
+        dist_checkpointing.save(state, str(path))
+    except CheckpointException as failure:  # a BaseException, with reasons on rank 0 only
+        reasons = "; ".join(f"rank {r}: {error}" for r, (error, _) in failure.failures.items())
+        raise OSError(f"the checkpoint in {path} could not be written: {reasons or 'see rank 0'}") from None
 
 
 def load(trainer: Trainer, path: Path) -> None:
@@ -53,8 +61,8 @@ def load(trainer: Trainer, path: Path) -> None:
     same = all(saved[k] == now[k] for k in ("tensor", "pipeline", "data", "expert", "expert_tensor"))
     if trainer.spec.is_moe and not same:
         raise ValueError(
-            f"{path} was saved with {_shown(saved)}, this run has {_shown(now)}: the optimizer state of experts cannot be "
-            f"taken over to another layout; allowed: the same one"
+            f"{path} was saved with {_shown(saved)}, this run has {_shown(now)}: the optimizer state of experts cannot "
+            f"be taken over to another layout; allowed: the same one"
         )
     if not trainer.config.optim.distributed and not same:
         raise ValueError(

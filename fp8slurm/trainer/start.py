@@ -1,4 +1,4 @@
-"""Start of a Megatron rank: what the machine has, torch.distributed, Megatron's parallel state, seeds, the layer's modules.
+"""Start of a Megatron rank: what the machine has, torch.distributed, parallel state, seeds, the layer's modules.
 
 This is the only place of the trainer that knows whether there is a GPU.
 """
@@ -33,8 +33,9 @@ def check_machine(config: RunConfig, cuda: bool, transformer_engine: bool) -> No
     here = ("transformer_engine, off" if transformer_engine else "none") if cuda else "emulated, off"
     if config.fp8.param_gather:
         raise ValueError(
-            "--fp8.param-gather: FP8 primary weights do not work yet: Megatron hands blockwise shards to the CPU-offloaded "
-            "Adam as None, and without offload they need FP32 masters all the same; allowed: --fp8.no-param-gather"
+            "--fp8.param-gather: FP8 primary weights do not work yet: Megatron hands blockwise shards to the "
+            "CPU-offloaded Adam as None, and without offload they need FP32 masters all the same; "
+            "allowed: --fp8.no-param-gather"
         )
     if backend == "transformer_engine" and not transformer_engine:
         raise ValueError(

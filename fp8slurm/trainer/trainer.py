@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, field, fields, replace
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Callable, Iterator
 
@@ -17,7 +16,7 @@ from fp8slurm.models.names import NameTable
 from fp8slurm.models.qwen3 import ModelSpec, check_layout
 from fp8slurm.rl.types import PackedBatch
 from fp8slurm.trainer import build, checkpoint
-from fp8slurm.trainer.logprobs import vocab_parallel_logprobs
+from fp8slurm.trainer.forward import Outputs, run_schedule
 from fp8slurm.trainer.weights import HfReader, Shards
 
 LossFunction = Callable[
@@ -158,8 +157,8 @@ class Trainer:
             raise ValueError("no reference model: snapshot_reference() was not called")
         model = self.reference if reference else self.ddp
 
-        def keep(out: tuple[torch.Tensor, None], batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor, Any]:
-            return out[0].sum(), torch.tensor(1, dtype=torch.int), out[0]
+        def keep(out: Outputs, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
+            return out[0].sum(), out[0]
 
         model.eval()
         with torch.no_grad():
@@ -173,58 +172,30 @@ class Trainer:
     def train_step(
         self, micro_batches: list[PackedBatch], loss_fn: LossFunction, lr: float, with_entropy: bool = False
     ) -> StepResult:
-        """One optimizer step on the sum of the losses of these micro-batches and those of the other data-parallel ranks.
+        """One optimizer step on the sum of the losses of these micro-batches and of the other data-parallel ranks'.
 
         All data-parallel ranks have equally many micro-batches. Without `with_entropy` loss_fn gets None for it.
         """
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
 
-        def loss(
-            out: tuple[torch.Tensor, torch.Tensor | None], batch: PackedBatch
-        ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        def loss(out: Outputs, batch: PackedBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
             value, metrics = loss_fn(*out, batch)
             kept = {"loss": value} | {f"metric/{k}": v for k, v in metrics.items()}
-            return value, torch.tensor(1, dtype=torch.int), {k: torch.as_tensor(v).detach() for k, v in kept.items()}
+            return value, {k: torch.as_tensor(v).detach() for k, v in kept.items()}
 
-        sums = self._sum(self._run(self.ddp, micro_batches, loss, with_entropy, forward_only=False))
+        sums = self._sum(self._run(self.ddp, micro_batches, loss, with_entropy=with_entropy, forward_only=False))
         total = sums.pop("loss")
         grad_norm, ok = self._update(lr, math.isfinite(total))
         return StepResult(total, grad_norm, ok, {k.removeprefix("metric/"): v for k, v in sums.items()})
 
-    def _run(
-        self, model: Any, micro_batches: list[PackedBatch], loss: Callable[..., Any], with_entropy: bool, forward_only: bool
-    ) -> list[Any]:
-        """Megatron's schedule over the micro-batches; the third value of every loss(out, batch) on the last stage."""
-        from megatron.core.pipeline_parallel import get_forward_backward_func
-
+    def _run(self, model: Any, micro_batches: list[PackedBatch], loss: Callable[..., Any], **how: bool) -> list[Any]:
         if not micro_batches:
             raise ValueError("no micro-batches")
-        for b in micro_batches:
-            if len(b.tokens) % self.pad_multiple:
-                raise ValueError(f"a micro-batch of {len(b.tokens)} tokens; allowed here: multiples of {self.pad_multiple}")
-
-        def forward_step(batches: Iterator[PackedBatch], model: Any) -> tuple[Any, Callable[..., Any]]:
-            batch = _on_device(next(batches))
-            out = model(
-                batch.tokens[None],
-                batch.position_ids[None],
-                None,
-                packed_seq_params=_packed(batch),
-                output_processor=_logprobs_of,
-                output_processor_context=(batch.labels, self.tensor_parallel_group, with_entropy),
-            )
-            return out, partial(loss, batch=batch)
-
-        return get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=iter(micro_batches),
-            model=[model],
-            num_microbatches=len(micro_batches),
-            seq_length=max(len(b.tokens) for b in micro_batches),
-            micro_batch_size=1,
-            forward_only=forward_only,
-        )
+        for size in (len(b.tokens) for b in micro_batches):
+            if size % self.pad_multiple:
+                raise ValueError(f"a micro-batch of {size} tokens; allowed here: multiples of {self.pad_multiple}")
+        return run_schedule(model, micro_batches, loss, **how)
 
     def _update(self, lr: float, loss_is_finite: bool) -> tuple[float, bool]:
         """Clip and step; (gradient norm, whether the step was made). Every rank comes to the same verdict."""
@@ -278,38 +249,13 @@ class Trainer:
     # Checkpoints.
 
     def save(self, path: str | Path) -> None:
-        """Write model, reference, optimizer and random state as torch_dist into an existing, empty folder."""
+        """Write model, reference, optimizer and random state as torch_dist into an existing, empty folder.
+
+        OSError on all ranks where one of them could not write (disk full); the trainer can go on.
+        """
         checkpoint.save(self, Path(path))
 
     def load(self, path: str | Path) -> None:
         """Continue from `save`, in this or another layout. ValueError for what cannot be taken over."""
         checkpoint.load(self, Path(path))
         self.weights_changed()
-
-
-def _logprobs_of(
-    *, hidden_states: torch.Tensor, output_layer: Any, output_weight: torch.Tensor | None, context: Any, **_: Any
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """GPTModel's last step, in place of its logits: the log-probabilities of the labels in `context`."""
-    labels, group, with_entropy = context
-    logits, _bias = output_layer(hidden_states, weight=output_weight)
-    return vocab_parallel_logprobs(logits.squeeze(1), labels, group, with_entropy)
-
-
-def _packed(batch: PackedBatch) -> Any:
-    from megatron.core.packed_seq_params import PackedSeqParams
-
-    longest = int((batch.cu_seqlens[1:] - batch.cu_seqlens[:-1]).max())
-    return PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=batch.cu_seqlens,
-        cu_seqlens_kv=batch.cu_seqlens,
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
-    )
-
-
-def _on_device(batch: PackedBatch) -> PackedBatch:
-    device = torch.cuda.current_device()
-    tensors = {f.name: getattr(batch, f.name) for f in fields(batch)}
-    return replace(batch, **{k: v.to(device) for k, v in tensors.items() if v is not None})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from fp8slurm.checkpoint.hf_folder import open_hf
 from fp8slurm.models.names import Entry, NameTable
 
 
@@ -17,32 +17,21 @@ class HfReader(Mapping[str, torch.Tensor]):
     """The tensors of a Hugging Face folder by name, each read when it is asked for (safetensors, sharded or not)."""
 
     def __init__(self, path: str | Path) -> None:
-        """FileNotFoundError without safetensors or with a shard that the index names and the folder lacks."""
-        self.path = Path(path)
-        index = self.path / "model.safetensors.index.json"
-        if index.is_file():
-            self._file_of: dict[str, str] = json.loads(index.read_text())["weight_map"]
-        elif (self.path / "model.safetensors").is_file():
-            with safe_open(self.path / "model.safetensors", "pt") as f:
-                self._file_of = {name: "model.safetensors" for name in f.keys()}
-        else:
-            raise FileNotFoundError(f"{self.path}: neither model.safetensors nor model.safetensors.index.json is there")
-        missing = sorted(f for f in set(self._file_of.values()) if not (self.path / f).is_file())
-        if missing:
-            raise FileNotFoundError(f"{index}: names {', '.join(missing)}, which {self.path} does not hold")
-        self._open: dict[str, Any] = {}
+        """Errors as for the converters' `open_hf`: BadCheckpoint for a missing or damaged shard or a wrong index."""
+        self._files = {name: tensor.path for name, tensor in open_hf(path).tensors.items()}
+        self._open: dict[Path, Any] = {}
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        file = self._file_of[name]
+        file = self._files[name]
         if file not in self._open:
-            self._open[file] = safe_open(self.path / file, "pt")
+            self._open[file] = safe_open(file, "pt")
         return self._open[file].get_tensor(name)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._file_of)
+        return iter(self._files)
 
     def __len__(self) -> int:
-        return len(self._file_of)
+        return len(self._files)
 
 
 class Shards:
@@ -87,6 +76,7 @@ class Shards:
                 raise ValueError(f"{where}: {error}") from None
             if not shard.is_floating_point() or shard.dtype.itemsize < 2:
                 raise ValueError(
-                    f"{where}: {entry.tensors[0].name} is {shard.dtype}; --model.hf-checkpoint must hold BF16, FP16 or FP32"
+                    f"{where}: {entry.tensors[0].name} is {shard.dtype}; "
+                    f"--model.hf-checkpoint must hold BF16, FP16 or FP32"
                 )
             parameter.copy_(shard)

@@ -16,10 +16,20 @@ from safetensors.torch import load_file, save_file
 
 from fp8slurm.checkpoint.errors import BadCheckpoint
 from fp8slurm.checkpoint.hf_folder import natural, open_hf
-from fp8slurm.checkpoint.safetensors_file import DTYPES, TensorInfo, lay_out, read_header
+from fp8slurm.checkpoint.safetensors_file import (
+    DTYPES,
+    TensorInfo,
+    lay_out,
+    read_header,
+)
 from fp8slurm.checkpoint.torch_dist import TorchDistReader
 
-TENSORS = {"a.weight": torch.zeros(3, 4), "b": torch.zeros(5, dtype=torch.bfloat16), "c": torch.zeros(0, 2), "d": torch.tensor(1)}
+TENSORS = {
+    "a.weight": torch.zeros(3, 4),
+    "b": torch.zeros(5, dtype=torch.bfloat16),
+    "c": torch.zeros(0, 2),
+    "d": torch.tensor(1),
+}
 
 
 def read(path: Path) -> bool:
@@ -51,7 +61,9 @@ def test_flipped_bytes_cuts_and_lengths(tmp_path: Path) -> None:
         elif kind == 1:
             del data[rng.randrange(len(data)) :]
         elif kind == 2:
-            data[:8] = struct.pack("<Q", rng.choice([0, 1, length - 1, length + 1, 2**40, 2**64 - 1, rng.randrange(2 * len(data))]))
+            data[:8] = struct.pack(
+                "<Q", rng.choice([0, 1, length - 1, length + 1, 2**40, 2**64 - 1, rng.randrange(2 * len(data))])
+            )
         elif kind == 3:
             data += bytes(rng.randint(1, 9))
         else:
@@ -64,7 +76,10 @@ def test_flipped_bytes_cuts_and_lengths(tmp_path: Path) -> None:
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-5, 2**70) | st.floats() | st.sampled_from(["", "F32", "BF16", "x"]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["dtype", "shape", "data_offsets", "k"]), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["dtype", "shape", "data_offsets", "k"]), inner, max_size=3)
+    ),
     max_leaves=6,
 )
 ENTRY = st.fixed_dictionaries(
@@ -85,13 +100,16 @@ def test_headers_of_any_json(tmp_path_factory: pytest.TempPathFactory, header: o
     read(path)
 
 
+FOUR_AT_2 = b'{"dtype":"U8","shape":[4],"data_offsets":[2,6]}'
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         (b"[" * 100_000, "not JSON"),
         (b"\xff\xfe{}", "not JSON"),
-        (b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}', "twice"),
-        (b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"b":{"dtype":"F32","shape":[1],"data_offsets":[2,6]}}', "ends at 4"),
+        (b'{"a":{"dtype":"U8","shape":[4],"data_offsets":[0,4]},"a":%s}' % FOUR_AT_2, "twice"),
+        (b'{"a":{"dtype":"U8","shape":[4],"data_offsets":[0,4]},"b":%s}' % FOUR_AT_2, "ends at 4"),
         (b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}', "starts at 4"),
         (b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,4]}}', "takes 8 bytes"),
         (b'{"a":{"dtype":"F32","shape":[true],"data_offsets":[0,4]}}', "no list of sizes"),
@@ -147,7 +165,9 @@ def test_damaged_torch_dist_metadata(tmp_path: Path) -> None:
             reader = TorchDistReader(folder)
             for key, saved in reader.tensors.items():
                 rows = min(saved.shape[0], 100) if saved.shape else 0
-                reader.read_rows(key, (), 0, rows, torch.empty(rows, min(math.prod(saved.shape[1:]), 100), dtype=saved.dtype))
+                reader.read_rows(
+                    key, (), 0, rows, torch.empty(rows, min(math.prod(saved.shape[1:]), 100), dtype=saved.dtype)
+                )
         except BadCheckpoint:
             continue
 
@@ -166,7 +186,9 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path) -> None:
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(
-        st.tuples(st.sampled_from(list(DTYPES.values())), st.lists(st.integers(0, 5), max_size=3)), min_size=1, max_size=6
+        st.tuples(st.sampled_from(list(DTYPES.values())), st.lists(st.integers(0, 5), max_size=3)),
+        min_size=1,
+        max_size=6,
     )
 )
 def test_layout_is_what_the_safetensors_library_reads(

@@ -12,8 +12,15 @@ import tiny_folders
 import torch
 from safetensors.torch import load_file
 
-from fp8slurm.checkpoint import BadCheckpoint, hf_to_fp8, hf_to_torch_dist, torch_dist_to_fp8, torch_dist_to_hf
-from fp8slurm.checkpoint import convert_torch_dist, stream
+from fp8slurm.checkpoint import (
+    BadCheckpoint,
+    convert_torch_dist,
+    hf_to_fp8,
+    hf_to_torch_dist,
+    stream,
+    torch_dist_to_fp8,
+    torch_dist_to_hf,
+)
 from fp8slurm.checkpoint.torch_dist_source import TorchDistSource
 from fp8slurm.models.names import NameTable
 from fp8slurm.models.qwen3 import ModelSpec
@@ -46,12 +53,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    ranks = [
-        subprocess.Popen([sys.executable, WORKER, str(r), str(port), base / "jobs.json"], env=environment, stderr=subprocess.PIPE, text=True)
-        for r in range(2)
-    ]  # fmt: skip
-    errors = [rank.communicate(timeout=280)[1] for rank in ranks]
-    assert all(rank.returncode == 0 for rank in ranks), "\n".join(e[-3000:] for e in errors)
+    ranks, logs = [], [base / f"rank{r}.log" for r in range(2)]
+    for r, log in enumerate(logs):
+        command = [sys.executable, WORKER, str(r), str(port), base / "jobs.json"]
+        with log.open("w") as file:
+            ranks.append(subprocess.Popen(command, env=environment, stdout=file, stderr=file))
+    try:
+        codes = [rank.wait(timeout=280) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert codes == [0, 0], "\n".join(log.read_text()[-3000:] for log in logs)
     return base
 
 
@@ -59,7 +71,9 @@ def same_weights(a: Path, b: Path) -> None:
     x, y = load_file(a / "model.safetensors"), load_file(b / "model.safetensors")
     assert set(x) == set(y)
     for name in x:
-        assert x[name].dtype == y[name].dtype and torch.equal(x[name].view(torch.uint8), y[name].view(torch.uint8)), name
+        assert x[name].dtype == y[name].dtype and torch.equal(x[name].view(torch.uint8), y[name].view(torch.uint8)), (
+            name
+        )
 
 
 def files(path: Path) -> dict[str, bytes]:
@@ -161,7 +175,10 @@ def test_errors(folder: Path, tmp_path: Path) -> None:
         with pytest.raises((BadCheckpoint, FileNotFoundError), match=message):
             torch_dist_to_hf(path, out, origin_hf_dir=origin)
 
-    attempt("has no .*linear_qkv.weight", {k: v for k, v in state.items() if "layers.1.self_attention.linear_qkv.weight" not in k})
+    attempt(
+        "has no .*linear_qkv.weight",
+        {k: v for k, v in state.items() if "layers.1.self_attention.linear_qkv.weight" not in k},
+    )
     attempt("stray is no parameter", state | {"stray": torch.ones(1)})
     attempt("config says", state | {"decoder.final_layernorm.weight": torch.ones(3)})
     wider = tiny_folders.config(tie=False, intermediate_size=640)
@@ -212,7 +229,9 @@ def test_interrupted_hf_to_torch_dist_goes_on(folder: Path, tmp_path: Path, monk
     assert files(tmp_path / "ckpt") == files(tmp_path / "whole")
 
 
-def test_verification_of_torch_dist_finds_a_flipped_bit(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_verification_of_torch_dist_finds_a_flipped_bit(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     original = convert_torch_dist.write_torch_dist
 
     def write_and_damage(files, out, *args):
@@ -234,5 +253,9 @@ def test_the_source_reads_any_rows(folder: Path) -> None:
     weights = load_file(folder / "hf-moe/model.safetensors")
     for name, w in weights.items():
         for start, stop in ((0, w.shape[0]), (w.shape[0] // 3, w.shape[0] // 2), (w.shape[0] - 1, w.shape[0])):
-            assert torch.equal(source.read(name, start, stop), w[start:stop].reshape(stop - start, -1)), (name, start, stop)
+            assert torch.equal(source.read(name, start, stop), w[start:stop].reshape(stop - start, -1)), (
+                name,
+                start,
+                stop,
+            )
     source.close()

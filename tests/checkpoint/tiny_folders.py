@@ -14,9 +14,10 @@ from fp8slurm.models.qwen3 import ModelSpec
 
 CONFIG: dict[str, Any] = {
     "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": 192, "hidden_size": 256,
-    "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 128, "intermediate_size": 512,
-    "rms_norm_eps": 1e-6, "max_position_embeddings": 256, "hidden_act": "silu", "attention_bias": False,
-    "rope_theta": 1000000.0, "torch_dtype": "bfloat16", "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 0,
+    "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 128,
+    "intermediate_size": 512, "rms_norm_eps": 1e-6, "max_position_embeddings": 256, "hidden_act": "silu",
+    "attention_bias": False, "rope_theta": 1000000.0, "torch_dtype": "bfloat16", "bos_token_id": 0, "eos_token_id": 1,
+    "pad_token_id": 0,
 }  # fmt: skip
 MOE: dict[str, Any] = {
     "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2,
@@ -68,3 +69,11 @@ def make(folder: Path, tie: bool = True, moe: bool = False, seed: int = 0, files
     return write(folder, c, tensors(c, seed), files)
 
 
+def make_fp8(base: Path, **kind: Any) -> tuple[Path, Path]:
+    """(BF16 folder, block FP8 folder made from it by the converter) of a tiny model under `base`; for tests that need
+    an FP8 checkpoint as users have it, such as loading it in an engine."""
+    from fp8slurm.checkpoint import hf_to_fp8
+
+    bf16 = make(base / "bf16", **kind)
+    hf_to_fp8(bf16, base / "fp8")
+    return bf16, base / "fp8"

@@ -10,14 +10,12 @@ from typing import Iterator
 import pytest
 import requests
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from w8a8_reference import reference
 
 from fp8slurm.config.schema import EngineSection
 from fp8slurm.engine.client import EngineClient, GenerateRequest
 from fp8slurm.engine.digest import expected_digests, first_difference
 from fp8slurm.engine.server import Engine, EngineError, EngineSettings
-from fp8slurm.fp8.block import BlockFP8
-from fp8slurm.fp8.reference import dequantize_reference
 
 SECTION = EngineSection(
     max_running_requests=64, max_total_tokens=8192, context_length=128, dtype="float32", ready_timeout_s=120
@@ -57,57 +55,9 @@ def prompts(n: int, max_tokens: int = 8, **kwargs) -> list[GenerateRequest]:
     return [GenerateRequest(ids, max_tokens, seed=1000 + i, **kwargs) for i, ids in enumerate(token_ids)]
 
 
-def quantized_values(x: torch.Tensor) -> torch.Tensor:
-    """SGLang's dynamic activation quantization, written down once more."""
-    groups = x.float().view(*x.shape[:-1], -1, 128)
-    scale = groups.abs().amax(-1, keepdim=True).clamp(min=1e-10) / 448
-    return ((groups / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale).view(x.shape)
-
-
-def reference(served: Served, activations: bool) -> torch.nn.Module:
-    """transformers' model with the dequantized weights; with activations, the inputs of quantized layers are too."""
-    config = AutoConfig.from_pretrained(served.folder, dtype=torch.float32, attn_implementation="eager")
-    del config.quantization_config
-    model = AutoModelForCausalLM.from_config(config).eval()
-    values, t = {}, served.tensors
-    for name, tensor in t.items():
-        if f"{name}_scale_inv" in t:
-            values[name] = dequantize_reference(BlockFP8(tensor, t[f"{name}_scale_inv"]))
-        elif not name.endswith("_scale_inv"):
-            values[name] = tensor.float()
-    seen = quantized_values if activations else lambda x: x
-    if config.model_type == "qwen3_moe":
-        for i, layer in enumerate(model.model.layers):
-            layer.mlp.forward = lambda x, i=i: _experts(x, values, f"model.layers.{i}.mlp.", config, seen)
-        for name, tensor in values.items():
-            if ".mlp." not in name:
-                model.get_parameter(name).data.copy_(tensor)
-    else:
-        model.load_state_dict(values, strict=False)
-    for name, module in model.named_modules():
-        if f"{name}.weight_scale_inv" in t:
-            module.register_forward_pre_hook(lambda _, args: (seen(args[0]),))
-    return model
-
-
-def _experts(x: torch.Tensor, values: dict[str, torch.Tensor], prefix: str, config, seen) -> torch.Tensor:
-    tokens = x.reshape(-1, x.shape[-1])
-    router = torch.softmax(tokens @ values[f"{prefix}gate.weight"].T, -1)
-    weights, chosen = router.topk(config.num_experts_per_tok)
-    weights = weights / weights.sum(-1, keepdim=True)
-    out = torch.zeros_like(tokens)
-    for t in range(tokens.shape[0]):
-        for weight, expert in zip(weights[t], chosen[t].tolist()):
-            gate, up, down = (values[f"{prefix}experts.{expert}.{part}_proj.weight"] for part in ("gate", "up", "down"))
-            row = seen(tokens[t : t + 1])
-            hidden = torch.nn.functional.silu(row @ gate.T) * (row @ up.T)
-            out[t] += weight * (seen(hidden) @ down.T)[0]
-    return out.view(x.shape)
-
-
 def gap(served: Served, activations: bool, requests_: list[GenerateRequest], generations) -> torch.Tensor:
     """|engine - transformers| of the log-probability of every generated token."""
-    model, gaps = reference(served, activations), []
+    model, gaps = reference(served.folder, served.tensors, activations), []
     for request, generation in zip(requests_, generations):
         ids = torch.tensor([[*request.token_ids, *generation.token_ids]])
         with torch.no_grad():
@@ -170,7 +120,7 @@ def test_greedy_takes_the_likeliest_token(dense: Served) -> None:
     again = dense.client.generate([replace(r, seed=r.seed + 1) for r in prompts(6, temperature=0.0)])
     assert [g.token_ids for g in again] == [g.token_ids for g in greedy]
     # at temperature 0 SGLang gives the log-probabilities of temperature 1
-    model = reference(dense, activations=True)
+    model = reference(dense.folder, dense.tensors)
     for request, g in zip(prompts(6), greedy):
         with torch.no_grad():
             logits = model(torch.tensor([request.token_ids])).logits[0, -1]

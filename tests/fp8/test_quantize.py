@@ -182,6 +182,17 @@ def test_dequantize_of_other_blocks(block: tuple[int, int]) -> None:
     assert same_bytes(dequantize(q, torch.bfloat16), dequantize_reference(q).bfloat16())
 
 
+def test_dequantize_of_any_codes_and_scales() -> None:
+    """Codes and scales that no quantizer of ours makes: every code, NaN among them, and scales up to the largest."""
+    codes = torch.arange(256, dtype=torch.uint8).repeat(140 * 3).view(140, -1)
+    scale_inv = torch.tensor([[1e-45, 3e38, 1.0, 2.0**119, 2.0**120, 0.1]] * 2)
+    for data in (codes, codes.masked_fill((codes & 127) == 127, 0)):
+        q = BlockFP8(data.view(torch.float8_e4m3fn), scale_inv)
+        got, expected = dequantize(q), dequantize_reference(q)
+        assert torch.equal(got.isnan(), expected.isnan())
+        assert same_bytes(got.nan_to_num(0.0), expected.nan_to_num(0.0))
+
+
 def test_leading_axes_of_activations() -> None:
     x = torch.randn(3, 5, 200)
     codes, scale_inv = quantize_1x128(x)

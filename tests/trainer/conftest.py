@@ -42,7 +42,8 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Launch]:
         folder = tmp_path_factory.mktemp(name)
         job = {"world_size": world_size, "scenarios": scenarios, "paths": {k: str(v) for k, v in paths.items()}}
         (folder / "job.json").write_text(json.dumps(job))
-        env = dict(os.environ) | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parents[1])])}
+        path = os.pathsep.join([str(HERE), str(HERE.parents[1])])
+        env = dict(os.environ) | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
         ranks = []
         for rank in range(world_size):
             with open(folder / f"rank{rank}.log", "w") as log:

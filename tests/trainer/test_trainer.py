@@ -14,11 +14,12 @@ ONE_RANK = [
     "one_rank", "one_rank_plain_optimizer", "one_rank_untied", "one_rank_recompute", "one_rank_fp8", "one_rank_bf16",
     "one_rank_bf16_fp8", "experts", "entropy", "reference_model", "bad_loss", "new_optimizer", "emulated_linear",
     "main_grad", "fp8_layers", "packed_modules", "refused", "resume_one_rank", "save_before_any_step", "save_one_rank",
+    "full_disk",
 ]  # fmt: skip
 TWO_RANKS = [
     "dp2", "dp2_plain_optimizer", "tp2", "tp2_sequence_parallel", "pp2", "pp2_untied", "tp2_fp8",
     "tp2_sequence_parallel_fp8", "tp2_fp8_layers", "experts_ep2", "dp2_bad_loss", "dp2_resume", "save_dp2", "save_tp2",
-    "save_pp2", "one_to_dp2", "one_to_tp2", "one_to_pp2",
+    "save_pp2", "one_to_dp2", "one_to_tp2", "one_to_pp2", "experts_to_ep2", "tp2_full_disk",
 ]  # fmt: skip
 BACK_TO_ONE = ["dp2_to_one", "tp2_to_one", "pp2_to_one"]
 
@@ -48,7 +49,7 @@ def one(launch: Callable[..., Any], models: dict[str, Path]) -> Any:
 
 @pytest.fixture(scope="module")
 def two(launch: Callable[..., Any], models: dict[str, Path], one: Any) -> Any:
-    return launch("two", 2, TWO_RANKS, **models, one=one.folder / "one")
+    return launch("two", 2, TWO_RANKS, **models, one=one.folder / "one", experts=one.folder / "experts")
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +89,7 @@ def expected(models: dict[str, Path]) -> Callable[[str], dict[str, Any]]:
 
 
 def check(got: dict[str, Any], wanted: dict[str, Any], share: slice = slice(None)) -> None:
-    """Log-probabilities within 1e-5 and the first loss within 1e-5; after three steps within what AdamW makes of that."""
+    """Log-probabilities and first loss within 1e-5; after three steps within what AdamW makes of that."""
     for mine, theirs in zip(got["before"], wanted["before"][share], strict=True):
         torch.testing.assert_close(mine[: len(theirs)], theirs, atol=1e-5, rtol=0)
     assert abs(got["steps"][0][0] - wanted["steps"][0][0]) < 1e-5
@@ -145,7 +146,8 @@ def test_entropy_and_its_gradient(one: Any, models: dict[str, Path]) -> None:
 
 def test_reference_keeps_the_weights_it_was_taken_from(one: Any) -> None:
     got = one.result("reference_model")
-    for before, reference, after, same, loaded in zip(*(got[k] for k in ("before", "reference", "after", "same", "loaded"))):
+    columns = (got[k] for k in ("before", "reference", "after", "same", "loaded"))
+    for before, reference, after, same, loaded in zip(*columns, strict=True):
         assert torch.equal(before, reference) and torch.equal(before, same) and torch.equal(before, loaded)
         assert not torch.equal(before, after)
 
@@ -311,3 +313,17 @@ def test_one_rank_continues_on_two(one: Any, two: Any, scenario: str, shares: bo
 @pytest.mark.parametrize("layout", ["dp2", "tp2", "pp2"])
 def test_two_ranks_continue_on_one(one: Any, back: Any, layout: str) -> None:
     check_continued(back.result(f"{layout}_to_one"), one.result("save_one_rank"))
+
+
+def test_experts_on_another_layout_are_refused(two: Any) -> None:
+    assert "allowed: the same one" in two.result("experts_to_ep2")["said"]
+
+
+@pytest.mark.parametrize(("size", "scenario"), [(1, "full_disk"), (2, "tp2_full_disk")])
+def test_a_full_disk_is_an_error_on_every_rank_and_no_more(one: Any, two: Any, size: int, scenario: str) -> None:
+    for rank in range(size):
+        got = (one if size == 1 else two).result(scenario, rank)
+        assert "could not be written" in got["said"]
+        if rank == 0:
+            assert f"rank {size - 1}: " in got["said"]
+        assert len(got["step"]) == 1

@@ -85,7 +85,7 @@ def run_config(**sections: dict[str, Any]) -> RunConfig:
     return RunConfig.model_validate(base)
 
 
-def cross_entropy(logprobs: torch.Tensor, entropy: torch.Tensor | None, batch: PackedBatch) -> tuple[torch.Tensor, dict]:
+def cross_entropy(logprobs: torch.Tensor, entropy: Any, batch: PackedBatch) -> tuple[torch.Tensor, dict]:
     """The weighted sum of -logprob; the metric counts the tokens that count."""
     return -(logprobs * batch.loss_weights).sum(), {"tokens": batch.loss_mask.sum()}
 

@@ -1,8 +1,9 @@
-"""What the ranks of a launch do. Every function gets its Ranks and returns tensors, numbers, or lists and dicts of them."""
+"""What the ranks of a launch do: functions from Ranks to tensors, numbers, or lists and dicts of them."""
 
 from __future__ import annotations
 
 import itertools
+import resource
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,6 @@ from typing import Any, Callable, Iterator
 import torch
 import torch.distributed as dist
 
-from fp8slurm.config.schema import RunConfig
 from fp8slurm.models.qwen3 import ModelSpec
 from fp8slurm.rl.types import PackedBatch
 from fp8slurm.trainer.start import start, stop
@@ -84,7 +84,7 @@ def train(ranks: Ranks, **sections: Any) -> dict[str, Any]:
     with ranks.trainer(**sections) as trainer:
         before = trainer.logprobs(batches(trainer))
         history = steps(trainer, range(3))
-        return {"before": before, "steps": history, "after": trainer.logprobs(batches(trainer)), "weights": weights(trainer)}
+        return {"before": before, "steps": history, "after": trainer.logprobs(batches(trainer))}
 
 
 # One rank.
@@ -226,7 +226,10 @@ def emulated_linear(ranks: Ranks) -> dict[str, Any]:
                 "dw without FP8": dy2.t() @ x2,
             }
             got = {"y": y.squeeze(1), "dx": x.grad.squeeze(1), "dw": w.grad}
-            out[str(dtype)] = {"got": {k: v.detach() for k, v in got.items()}, "wanted": {k: v.to(dtype) for k, v in wanted.items()}}
+            out[str(dtype)] = {
+                "got": {k: v.detach() for k, v in got.items()},
+                "wanted": {k: v.to(dtype) for k, v in wanted.items()},
+            }
     return out
 
 
@@ -234,15 +237,22 @@ def main_grad(ranks: Ranks) -> dict[str, Any]:
     """The weight gradient reaches Megatron's fp32 buffer without being rounded to BF16, over two micro-batches."""
     with ranks.trainer(**FP8, **BF16) as trainer:
         trainer.train_step(batches(trainer)[:2], cross_entropy, 0.0)
-        found = {e.name: p.main_grad for e, p, _ in trainer.shards.parameters if e.name.endswith(("fc1.weight", "qkv.weight"))}
+        fused = ("fc1.weight", "qkv.weight")
+        found = {e.name: p.main_grad for e, p, _ in trainer.shards.parameters if e.name.endswith(fused)}
         return {n: [g.dtype == torch.float32, bool(torch.equal(g, g.bfloat16().float()))] for n, g in found.items()}
 
 
 def fp8_layers(ranks: Ranks) -> dict[str, Any]:
     """Which linears are emulated, and what they multiply with."""
-    with ranks.trainer(**FP8) as trainer:
+    return quantized_weights(ranks, **FP8)
+
+
+def quantized_weights(ranks: Ranks, **sections: Any) -> dict[str, Any]:
+    """The weights that the emulated linears multiply with, by module name."""
+    with ranks.trainer(**sections) as trainer:
         trainer.logprobs(batches(trainer))
-        return {n: m._quantized for n, m in trainer.module.named_modules() if getattr(m, "_quantized", None) is not None}
+        found = {n: getattr(m, "_quantized", None) for n, m in trainer.module.named_modules()}
+        return {n: q for n, q in found.items() if q is not None}
 
 
 def packed_modules(ranks: Ranks) -> dict[str, Any]:
@@ -265,9 +275,10 @@ def packed_modules(ranks: Ranks) -> dict[str, Any]:
         gradients = [t.grad.clone() for t in (q, k, v)]
         pieces = []
         for s, e in zip(cu.tolist(), cu.tolist()[1:]):
-            scores = torch.einsum("qhd,khd->hqk", q[s:e], k[s:e].repeat_interleave(2, 1)) / 128**0.5
+            keys, values = k[s:e].repeat_interleave(2, 1), v[s:e].repeat_interleave(2, 1)
+            scores = torch.einsum("qhd,khd->hqk", q[s:e], keys) / 128**0.5
             scores = scores.masked_fill(torch.ones(e - s, e - s).triu(1).bool(), float("-inf"))
-            pieces.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), v[s:e].repeat_interleave(2, 1)).reshape(e - s, -1))
+            pieces.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), values).reshape(e - s, -1))
         theirs = torch.cat(pieces)
         for t in (q, k, v):
             t.grad = None
@@ -305,6 +316,9 @@ def refused(ranks: Ranks) -> dict[str, str]:
         with ranks.trainer(**sections):
             pass
 
+    with ranks.trainer(folder="moe", parallel={"expert_tensor_parallel_size": 1}) as trainer:
+        experts = ranks.make("experts")
+        trainer.save(experts)
     out["layout"] = message(lambda: wrong_layout(folder="narrow", **FP8))
     return out
 
@@ -337,7 +351,8 @@ def adam_state(trainer: Trainer) -> list[list[Any]]:
     out = []
     for part in trainer.optimizer.chained_optimizers:
         for p, s in part.optimizer.state.items():
-            out.append([float(s["step"]), *(float(t.double().abs().sum()) for t in (s["exp_avg"], s["exp_avg_sq"], p.detach()))])
+            tensors = (s["exp_avg"], s["exp_avg_sq"], p.detach())
+            out.append([float(s["step"]), *(float(t.double().abs().sum()) for t in tensors)])
     return out
 
 
@@ -360,14 +375,53 @@ def save_here(ranks: Ranks, name: str, **sections: Any) -> dict[str, Any]:
     with ranks.trainer(**sections) as trainer:
         steps(trainer, range(2))
         trainer.save(ranks.make(name))
-        return {"steps": steps(trainer, range(2, 4)), "after": trainer.logprobs(batches(trainer)), "adam": adam_state(trainer)}
+        return next_two(trainer)
+
+
+def next_two(trainer: Trainer) -> dict[str, Any]:
+    history = steps(trainer, range(2, 4))
+    return {"steps": history, "after": trainer.logprobs(batches(trainer)), "adam": adam_state(trainer)}
 
 
 def continue_here(ranks: Ranks, name: str, **sections: Any) -> dict[str, Any]:
     """The two steps after the save at paths[name]."""
     with ranks.trainer(load=False, **sections) as trainer:
         trainer.load(ranks.paths[name])
-        return {"steps": steps(trainer, range(2, 4)), "after": trainer.logprobs(batches(trainer)), "adam": adam_state(trainer)}
+        return next_two(trainer)
+
+
+def full_disk(ranks: Ranks, **sections: Any) -> dict[str, Any]:
+    """The last rank cannot write: every rank is told, and a later save works."""
+    with ranks.trainer(**sections) as trainer:
+        folder = ranks.make("full")
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if ranks.rank == ranks.world_size - 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+        try:
+            trainer.save(folder)
+            said = ""
+        except OSError as error:
+            said = str(error)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        later = ranks.make("later")
+        trainer.save(later)
+        trainer.load(later)
+        return {"said": said, "step": steps(trainer, range(1))}
+
+
+def tp2_full_disk(ranks: Ranks) -> dict[str, Any]:
+    return full_disk(ranks, **TP2)
+
+
+def experts_to_ep2(ranks: Ranks) -> dict[str, Any]:
+    """The message where experts are to continue on another layout."""
+    with ranks.trainer(folder="moe", load=False, parallel={"expert_parallel_size": 2}) as trainer:
+        try:
+            trainer.load(ranks.paths["experts"])
+        except ValueError as error:
+            return {"said": str(error)}
+    return {"said": ""}
 
 
 def save_one_rank(ranks: Ranks) -> dict[str, Any]:
@@ -450,9 +504,7 @@ def experts_ep2(ranks: Ranks) -> dict[str, Any]:
 
 
 def tp2_fp8_layers(ranks: Ranks) -> dict[str, Any]:
-    with ranks.trainer(**TP2SP, **FP8) as trainer:
-        trainer.logprobs(batches(trainer))
-        return {n: m._quantized for n, m in trainer.module.named_modules() if getattr(m, "_quantized", None) is not None}
+    return quantized_weights(ranks, **TP2SP, **FP8)
 
 
 def dp2_bad_loss(ranks: Ranks) -> dict[str, Any]:

@@ -1,0 +1,89 @@
+"""Micro-batches through Megatron's pipeline schedule, with log-probabilities in place of logits."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from functools import partial
+from typing import Any, Callable, Iterator
+
+import torch
+
+from fp8slurm.rl.types import PackedBatch
+from fp8slurm.trainer.logprobs import vocab_parallel_logprobs
+
+Outputs = tuple[torch.Tensor, "torch.Tensor | None"]
+"""(logprobs fp32 [T], entropy fp32 [T] or None) of a micro-batch, on the last pipeline stage."""
+
+
+def run_schedule(
+    model: Any,
+    micro_batches: list[PackedBatch],
+    loss: Callable[[Outputs, PackedBatch], tuple[torch.Tensor, Any]],
+    *,
+    with_entropy: bool,
+    forward_only: bool,
+) -> list[Any]:
+    """Forward, and backward of the sum of all losses, over the micro-batches.
+
+    `loss` gives (scalar, anything to keep). Returns what was kept of every micro-batch on the last pipeline stage,
+    and nothing on the others.
+    """
+    from megatron.core import parallel_state
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    group = parallel_state.get_tensor_model_parallel_group()
+
+    def loss_of(outputs: Outputs, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor, Any]:
+        value, kept = loss(outputs, batch)
+        # Megatron takes three values for a loss that it is to leave as it is; the middle one counts tokens.
+        return value, torch.tensor(1, dtype=torch.int), kept
+
+    def forward_step(batches: Iterator[PackedBatch], model: Any) -> tuple[Any, Callable[..., Any]]:
+        batch = _on_device(next(batches))
+        outputs = model(
+            batch.tokens[None],
+            batch.position_ids[None],
+            None,
+            packed_seq_params=_packed(batch),
+            output_processor=_logprobs_of,
+            output_processor_context=(batch.labels, group, with_entropy),
+        )
+        return outputs, partial(loss_of, batch=batch)
+
+    return get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iter(micro_batches),
+        model=[model],
+        num_microbatches=len(micro_batches),
+        seq_length=max(len(b.tokens) for b in micro_batches),
+        micro_batch_size=1,
+        forward_only=forward_only,
+    )
+
+
+def _logprobs_of(
+    *, hidden_states: torch.Tensor, output_layer: Any, output_weight: torch.Tensor | None, context: Any, **_: Any
+) -> Outputs:
+    """GPTModel's last step, in place of its logits: the log-probabilities of the labels in `context`."""
+    labels, group, with_entropy = context
+    logits, _bias = output_layer(hidden_states, weight=output_weight)
+    return vocab_parallel_logprobs(logits.squeeze(1), labels, group, with_entropy)
+
+
+def _packed(batch: PackedBatch) -> Any:
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    longest = int((batch.cu_seqlens[1:] - batch.cu_seqlens[:-1]).max())
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=batch.cu_seqlens,
+        cu_seqlens_kv=batch.cu_seqlens,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+    )
+
+
+def _on_device(batch: PackedBatch) -> PackedBatch:
+    device = torch.cuda.current_device()
+    tensors = {f.name: getattr(batch, f.name) for f in fields(batch)}
+    return replace(batch, **{k: v.to(device) for k, v in tensors.items() if v is not None})

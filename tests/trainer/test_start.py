@@ -1,0 +1,134 @@
+"""What needs no running Megatron: refusals, the shim's guard, schedules, reading weights, log-probabilities."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from trainer_reference import run_config, write_model
+
+from fp8slurm.models.names import NameTable
+from fp8slurm.models.qwen3 import ModelSpec
+from fp8slurm.trainer.logprobs import vocab_parallel_logprobs
+from fp8slurm.trainer.schedule import learning_rate
+from fp8slurm.trainer.start import check_machine
+from fp8slurm.trainer.weights import HfReader
+
+
+@pytest.mark.parametrize(
+    ("fp8", "dtype", "cuda", "te", "message"),
+    [
+        ({"backend": "transformer_engine"}, "bfloat16", False, False,
+         "TransformerEngine is not installed, and training would silently be bfloat16; allowed here: emulated, off"),
+        ({"backend": "transformer_engine"}, "bfloat16", True, False, "not installed"),
+        ({"backend": "transformer_engine"}, "bfloat16", False, True, "needs a GPU; allowed here: emulated, off"),
+        ({"backend": "emulated"}, "bfloat16", True, True, "without a GPU; allowed here: transformer_engine, off"),
+        ({"backend": "off"}, "bfloat16", True, False, "needs TransformerEngine"),
+        ({"backend": "emulated", "param_gather": True}, "bfloat16", False, False, "--fp8.param-gather"),
+        ({"backend": "transformer_engine"}, "float32", True, True, "--model.dtype float32"),
+    ],
+)  # fmt: skip
+def test_never_silently_bf16(fp8: dict[str, Any], dtype: str, cuda: bool, te: bool, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        check_machine(run_config(fp8=fp8, model={"dtype": dtype}), cuda, te)
+
+
+@pytest.mark.parametrize(
+    ("backend", "cuda", "te"),
+    [("emulated", False, False), ("off", False, False), ("off", True, True), ("transformer_engine", True, True)],
+)
+def test_settings_that_work(backend: str, cuda: bool, te: bool) -> None:
+    check_machine(run_config(fp8={"backend": backend}, model={"dtype": "bfloat16"}), cuda, te)
+
+
+def test_offload_without_a_gpu_is_refused() -> None:
+    with pytest.raises(ValueError, match="--optim.cpu-offload"):
+        check_machine(run_config(optim={"cpu_offload": True}), False, False)
+
+
+def test_the_shim_stays_away_from_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fp8slurm.cpu import megatron
+
+    before = torch.cuda.current_device, torch.Tensor.to, torch.zeros
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(RuntimeError, match="GPU is in use"):
+        megatron.install()
+    assert before == (torch.cuda.current_device, torch.Tensor.to, torch.zeros)
+
+
+def test_the_loop_does_not_load_megatron() -> None:
+    import subprocess
+    import sys
+
+    code = (
+        "import sys, fp8slurm.rl.loop, fp8slurm.trainer.schedule, fp8slurm.models.names; "
+        "heavy = 'megatron', 'sglang', 'transformer_engine'; "
+        "sys.exit(str([m for m in sys.modules if m.split('.')[0] in heavy] or ''))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr.strip() == ""
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", [0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0, 1.0]),
+        ("linear", [0.25, 0.5, 0.75, 1.0, 0.775, 0.55, 0.325, 0.1]),
+        ("cosine", [0.25, 0.5, 0.75, 1.0, 0.1 + 0.9 * (0.5 + 0.5 * math.cos(math.pi / 4)), 0.55,
+                    0.1 + 0.9 * (0.5 + 0.5 * math.cos(3 * math.pi / 4)), 0.1]),
+    ],
+)  # fmt: skip
+def test_schedule(schedule: Any, expected: list[float]) -> None:
+    values = [learning_rate(i, 8, 1.0, 0.1, 3, schedule) for i in range(8)]
+    assert values == pytest.approx(expected)
+    assert learning_rate(20, 8, 1.0, 0.1, 3, schedule) == pytest.approx(expected[-1])
+
+
+def test_reader_of_a_sharded_folder(tmp_path: Path) -> None:
+    a, b = torch.randn(3, 2), torch.randn(4)
+    save_file({"a": a}, tmp_path / "1.safetensors")
+    save_file({"b": b}, tmp_path / "2.safetensors")
+    index = {"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    reader = HfReader(tmp_path)
+    assert set(reader) == {"a", "b"} and torch.equal(reader["a"], a) and torch.equal(reader["b"], b)
+    (tmp_path / "2.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="2.safetensors"):
+        HfReader(tmp_path)
+    with pytest.raises(FileNotFoundError, match="neither"):
+        HfReader(tmp_path / "nowhere")
+
+
+def test_reader_and_table_agree(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "m")
+    assert set(HfReader(folder)) == set(NameTable(ModelSpec.from_hf_dir(folder)).hf_tensors())
+
+
+def test_logprobs_entropy_and_gradients() -> None:
+    g = torch.Generator().manual_seed(0)
+    logits = (torch.randn(7, 11, generator=g, dtype=torch.float32) * 3).requires_grad_()
+    labels = torch.randint(0, 11, (7,), generator=g)
+    weights = torch.randn(2, 7, generator=g)
+    logprobs, entropy = vocab_parallel_logprobs(logits, labels, with_entropy=True)
+    (logprobs * weights[0] + entropy * weights[1]).sum().backward()
+    mine, logits.grad = logits.grad, None
+    log_p = logits.log_softmax(-1)
+    wanted = log_p.gather(1, labels[:, None]).squeeze(1), -(log_p.exp() * log_p).sum(-1)
+    (wanted[0] * weights[0] + wanted[1] * weights[1]).sum().backward()
+    torch.testing.assert_close(logprobs, wanted[0])
+    torch.testing.assert_close(entropy, wanted[1])
+    torch.testing.assert_close(mine, logits.grad)
+    assert vocab_parallel_logprobs(logits, labels)[1] is None
+
+
+def test_logprobs_of_impossible_tokens_stay_finite_in_the_entropy() -> None:
+    logits = torch.tensor([[0.0, -1000.0, 1000.0]], requires_grad=True)
+    logprobs, entropy = vocab_parallel_logprobs(logits, torch.tensor([0]), with_entropy=True)
+    assert logprobs.item() == -1000.0 and entropy.item() == 0.0
+    entropy.sum().backward()
+    assert torch.equal(logits.grad, torch.zeros(1, 3))
