@@ -20,6 +20,7 @@ export TORCH_HOME              := $(CACHE)/torch
 export TORCHINDUCTOR_CACHE_DIR := $(CACHE)/inductor
 export TRITON_CACHE_DIR        := $(CACHE)/triton
 export FLASHINFER_WORKSPACE_BASE := $(CACHE)
+export SGLANG_CACHE_DIR        := $(CACHE)/sglang
 export HF_HUB_OFFLINE          := 1
 # Temporary files too, unless the path is so long that Unix sockets in it would not work.
 ifeq ($(shell [ $$(printf %s "$(CACHE)/tmp" | wc -c) -le 50 ] && echo short),short)

@@ -13,8 +13,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     0: done; 1: a job failed; 2: bad input, nothing was started; 130: interrupted.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(prog="fp8slurm", description="Reinforcement learning in FP8, with Megatron-core and SGLang.")
-    parser.add_argument("command", choices=sorted(COMMANDS), help="; ".join(f"{n}: {h}" for n, (_, h) in sorted(COMMANDS.items())))
+    parser = argparse.ArgumentParser(
+        prog="fp8slurm", description="Reinforcement learning in FP8, with Megatron-core and SGLang."
+    )
+    parser.add_argument(
+        "command", choices=sorted(COMMANDS), help="; ".join(f"{n}: {h}" for n, (_, h) in sorted(COMMANDS.items()))
+    )
     if not argv or argv[0] in ("-h", "--help"):
         parser.print_help()
         return 0 if argv else 2
@@ -60,7 +64,9 @@ def train(argv: list[str]) -> int:
     run = open_run(config)
     try:
         if finished(config, run):
-            print(f"{run.path} is finished: {config.run.steps} steps (--run.steps more of them to go on, --run.name for another run)")
+            print(
+                f"{run.path} is finished: {config.run.steps} steps (--run.steps more of them to go on, --run.name for another run)"
+            )
             return 0
         totals = {"sft": config.sft.max_steps, "rl": config.run.steps}
         with Display(config.run.name, {k: v for k, v in totals.items() if v}) as display:
@@ -86,7 +92,7 @@ def convert(argv: list[str]) -> int:
 
 
 def evaluate(argv: list[str]) -> int:
-    """`fp8slurm eval RUN`."""
+    """`fp8slurm eval --run RUN`."""
     from fp8slurm.eval.cli import main as eval_main
 
     return eval_main(argv)

@@ -1,4 +1,4 @@
-"""Make the tiny Qwen3 checkpoint and the data of its addition task.
+"""Make the tiny Qwen3 checkpoint and the data of its task.
 
 python tools/make_tiny.py --out models/tiny --data data/tiny
 """
@@ -16,7 +16,7 @@ from typing import Callable
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from fp8slurm.models import tiny
-from fp8slurm.rl import addition
+from fp8slurm.rl import tiny_task
 
 STAMP = "made_by_make_tiny.json"
 
@@ -77,8 +77,8 @@ def main(argv: list[str] | None = None) -> int:
         recipe = {"kind": "model", "format": tiny.FORMAT, "seed": args.seed, "moe": args.moe}
         jobs.append((args.out, recipe, lambda folder: tiny.write_model(folder, args.seed, args.moe)))
     if args.data is not None:
-        recipe = {"kind": "addition", "format": addition.FORMAT, "seed": args.seed}
-        jobs.append((args.data, recipe, lambda folder: addition.write_data(folder, args.seed)))
+        recipe = {"kind": "tiny_task", "format": tiny_task.FORMAT, "seed": args.seed}
+        jobs.append((args.data, recipe, lambda folder: tiny_task.write_data(folder, args.seed)))
     for folder, recipe, write in jobs:
         try:
             written = build(folder, recipe, write, args.force)

@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 from fp8slurm.checkpoint.run import write_atomic  # noqa: E402
 from fp8slurm.observe.metrics import Record, column, read_metrics  # noqa: E402
 
-CONTROL_STEPS = "30"
+CONTROL_STEPS = "25"
 RUNS: dict[str, tuple[str, list[str]]] = {
     "fp8-seed0": ("FP8 trainer, FP8 engine", ["--run.seed", "0"]),
     "fp8-seed1": ("FP8 trainer, FP8 engine", ["--run.seed", "1"]),
@@ -39,7 +39,17 @@ def run(names: list[str]) -> None:
     """Run each; a finished one says so and is left alone."""
     for name in names:
         flags = RUNS[name][1]
-        command = [sys.executable, "-m", "fp8slurm.cli", "train", "--recipe", "tiny-fp8", "--run.name", path(name).name, *flags]
+        command = [
+            sys.executable,
+            "-m",
+            "fp8slurm.cli",
+            "train",
+            "--recipe",
+            "tiny-fp8",
+            "--run.name",
+            path(name).name,
+            *flags,
+        ]
         print("$", "fp8slurm", *command[3:], flush=True)
         path(name).mkdir(parents=True, exist_ok=True)
         with open(path(name) / "console.log", "a") as log:
@@ -77,7 +87,9 @@ def row(name: str) -> str | None:
 def table() -> None:
     from fp8slurm.observe.plot import plot_runs
 
-    print("| what | run | held-out at start | at the end | best | first >= 0.85 | reward, first and last 5 steps | gap mean abs | p99 | k3 KL | after the last step | s/step | minutes |")
+    print(
+        "| what | run | held-out at start | at the end | best | first >= 0.85 | reward, first and last 5 steps | gap mean abs | p99 | k3 KL | after the last step | s/step | minutes |"
+    )
     print("|---|---|---|---|---|---|---|---|---|---|---|---|---|")
     for name in RUNS:
         line = row(name)

@@ -14,7 +14,8 @@ import pickle
 import threading
 import zipfile
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,13 @@ class _MetadataUnpickler(pickle.Unpickler):
     """Knows torch's own checkpoint records and dtypes; anything of Megatron's becomes an empty record."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if module.startswith("torch.distributed.checkpoint.") or (module, name) in _HARMLESS:
+        if (module, name) in _HARMLESS:
             return super().find_class(module, name)
+        # records only, and none through a dotted name: "filesystem", "os.system" would be found otherwise
+        if module.startswith("torch.distributed.checkpoint.") and "." not in name:
+            found = super().find_class(module, name)
+            if isinstance(found, type) and (is_dataclass(found) or issubclass(found, Enum)):
+                return found
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
         if module.startswith("megatron."):

@@ -39,7 +39,9 @@ def read_recipe(recipe: str | Path) -> RunConfig:
     if path.suffix != ".toml":
         path = RECIPES / f"{recipe}.toml"
         if not path.is_file():
-            raise ValueError(f"--recipe {recipe}: no such recipe; there are {', '.join(recipe_names())}, or give the path of a .toml file")
+            raise ValueError(
+                f"--recipe {recipe}: no such recipe; there are {', '.join(recipe_names())}, or give the path of a .toml file"
+            )
     if not path.is_file():
         raise ValueError(f"--recipe {recipe}: there is no such file")
     try:
@@ -85,7 +87,13 @@ def parse(recipe: str | None, flags: Sequence[str], prog: str = "fp8slurm train"
         name, eq, value = flag.partition("=")
         args.append(ALIASES.get(name, name) + eq + value)
     try:
-        return tyro.cli(RunConfig, prog=prog, args=args, default=default, description="Settings of a run; a recipe changes the defaults.")
+        return tyro.cli(
+            RunConfig,
+            prog=prog,
+            args=args,
+            default=default,
+            description="Settings of a run; a recipe changes the defaults.",
+        )
     except ValidationError as error:
         raise ValueError("\n".join(_explain(error))) from None
 

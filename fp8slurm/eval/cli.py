@@ -15,9 +15,13 @@ from fp8slurm.config.load import build
 
 def main(argv: list[str]) -> int:
     """Exit status 0; bad input is a ValueError that names it."""
-    parser = argparse.ArgumentParser(prog="fp8slurm eval", description="Accuracy of a run's checkpoint on its held-out prompts.")
+    parser = argparse.ArgumentParser(
+        prog="fp8slurm eval", description="Accuracy of a run's checkpoint on its held-out prompts."
+    )
     parser.add_argument("--run", type=Path, required=True, help="run directory, such as runs/tiny-fp8")
-    parser.add_argument("--checkpoint", help="a checkpoint's name, such as step_000080 (default: the newest complete one)")
+    parser.add_argument(
+        "--checkpoint", help="a checkpoint's name, such as step_000080 (default: the newest complete one)"
+    )
     parser.add_argument("--precision", choices=("fp8", "bf16"), default="fp8", help="precision of the engine")
     parser.add_argument("--data", type=Path, help="JSONL or parquet with other held-out prompts than the run's")
     args = parser.parse_args(argv)
@@ -50,7 +54,9 @@ def pick_checkpoint(run: RunDirectory, name: str | None) -> tuple[Path, RunState
             return folder, RunState.read(folder)
         print(f"checkpoint {folder} is skipped: {damage}", file=sys.stderr)
     if name is not None:
-        raise ValueError(f"--checkpoint {name}: no usable one of that name in {run.checkpoints}; there are: {', '.join(seen) or 'none'}")
+        raise ValueError(
+            f"--checkpoint {name}: no usable one of that name in {run.checkpoints}; there are: {', '.join(seen) or 'none'}"
+        )
     raise ValueError(f"{run.checkpoints} has no usable checkpoint")
 
 
@@ -87,7 +93,9 @@ def evaluate(config: RunConfig, model: Path, data: Path, out: Path) -> dict:
         engine.wait_ready()
         client = EngineClient(engine.url, engine.api_key, config.engine.request_timeout_s)
         start = time.perf_counter()
-        groups = sampler.greedy(lambda requests: client.generate(requests, one_batch=config.run.deterministic), list(enumerate(prompts)))
+        groups = sampler.greedy(
+            lambda requests: client.generate(requests, one_batch=config.run.deterministic), list(enumerate(prompts))
+        )
         seconds = time.perf_counter() - start
     finally:
         engine.stop()
@@ -96,7 +104,13 @@ def evaluate(config: RunConfig, model: Path, data: Path, out: Path) -> dict:
     with open(out / "samples.jsonl", "w") as f:
         for group, ok in zip(groups, right):
             s = group.samples[0]
-            row = {"index": group.prompt.index, "label": group.prompt.label, "response": s.text, "correct": ok, "finish_reason": s.finish_reason}
+            row = {
+                "index": group.prompt.index,
+                "label": group.prompt.label,
+                "response": s.text,
+                "correct": ok,
+                "finish_reason": s.finish_reason,
+            }
             f.write(json.dumps(row) + "\n")
     tokens = sum(len(g.samples[0].response_ids) for g in groups)
     return {
@@ -114,7 +128,11 @@ def show(result: dict, out: Path) -> None:
     for column in ("questions", "correct", "accuracy", "truncated", "tokens/s"):
         table.add_column(column, justify="right")
     table.add_row(
-        str(result["questions"]), str(result["correct"]), f"{result['accuracy']:.4f}", str(result["truncated"]), f"{result['tokens_per_second']:.0f}"
+        str(result["questions"]),
+        str(result["correct"]),
+        f"{result['accuracy']:.4f}",
+        str(result["truncated"]),
+        f"{result['tokens_per_second']:.0f}",
     )
     Console().print(table)
     print(f"{out / 'summary.json'}  {out / 'samples.jsonl'}")

@@ -9,14 +9,14 @@ from fp8slurm.observe.metrics import PHASES, Position, order
 
 
 class TensorBoard:
-    """Writes to folder/sft and folder/rl; scalars behind `resume_at` from an earlier attempt are hidden."""
+    """Writes to folder/sft and folder/rl; an earlier attempt's scalars behind `resume_at` are hidden (None: all)."""
 
     def __init__(self, folder: Path, resume_at: Position | None = None) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self._writers = {}
         for phase in PHASES:
-            purge = None
+            purge: int | None = 0  # a run that begins anew hides what is there
             if resume_at is not None:
                 later = order((phase, 0)) > order((resume_at[0], 0))
                 purge = 0 if later else resume_at[1] + 1 if phase == resume_at[0] else None

@@ -11,7 +11,7 @@ import logging
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, Iterable
 
 import torch
 import torch.distributed as dist
@@ -97,23 +97,39 @@ class Agent:
         self.link.open()
 
     def _with_engine(self, work: Callable[[], Any]) -> Any:
-        """Run `work`; where the engine died under it, bring it back with the current weights and run it again."""
-        assert self.engine is not None
+        """Run `work`; where the engine fails under it, bring it back with the current weights and run it again.
+
+        After engine.max_restarts failures in a row the last one is raised.
+        """
+        failed = False
         while True:
             try:
+                if failed:
+                    self._bring_back()
                 result = work()
                 self.restarts = 0
                 return result
             except EngineError as error:
+                failed = True
                 self.restarts += 1
                 if self.restarts > self.config.engine.max_restarts:
                     raise
                 log.warning("engine %d failed (%s); restart %d", self.number, error, self.restarts)
-                self.link.close()
-                self.engine.restart()
-                self._connect()
-                if self.held:
-                    self.link.update(self.version, iter(self.held))
+
+    def _bring_back(self) -> None:
+        """Restart the engine with the weights that it should have; where sync.verify is on, compared byte by byte."""
+        assert self.engine is not None
+        self.link.close()
+        self.engine.restart()
+        self._connect()
+        if self.held:
+            self._load(self.held, self.config.sync.verify != "off")
+
+    def _load(self, buckets: Iterable[WeightBucket], verify: bool) -> None:
+        digests = self.link.update(self.version, buckets, verify=verify)
+        if digests is not None:
+            text = json.dumps({"version": self.version, "digests": digests}, indent=1)
+            write_atomic(self.run.attempt_dir / f"digests_{self.number}.json", text)
 
     # -- commands ------------------------------------------------------------------------------------------------
 
@@ -132,21 +148,18 @@ class Agent:
                     received.append(bucket)
                     yield bucket
 
-        start = time.perf_counter()
         incoming = receive()
+        self.version = version
         try:
-            digests = self.link.update(version, incoming, verify=verify)
-            if digests is not None:
-                text = json.dumps({"version": version, "digests": digests}, indent=1)
-                write_atomic(self.run.attempt_dir / f"digests_{self.number}.json", text)
+            self._load(incoming, verify)
+            self.held = received
         except EngineError as error:
             log.warning("engine %d failed during the update to version %d: %s", self.number, version, error)
             for _ in incoming:  # the trainer sends to all agents: take the rest all the same
                 pass
-            self.held, self.version = received, version
+            self.held = received
             self._with_engine(_raise_once(error))
-        self.held, self.version = received, version
-        return {"seconds": {"update": time.perf_counter() - start}, "payload_bytes": sum(b.payload.numel() for b in received)}, None
+        return {}, None
 
     def do_rollout(self, step: int, cursor: int, prompts: int, keep_all: bool = False) -> tuple[dict, torch.Tensor]:
         """Generate and score this node's share of `prompts` groups from the data at `cursor`.
@@ -155,20 +168,16 @@ class Agent:
         """
         assert self.order is not None
         r = self.config.rollout
-        start = time.perf_counter()
         kept: list[SampleGroup] = []
         dropped = generated = 0
         missing, rounds = prompts, r.max_replacements + 1
-        reward_seconds = 0.0
         rewards: list[float] = []
         for round_ in range(rounds):
             positions = range(cursor, cursor + missing)
             indices, cursor = self.order.take(cursor, missing)
             share = [(p, self.train_prompts[i]) for p, i in list(zip(positions, indices))[self.number :: self.agents]]
             groups = self.sampler.sample(self._generate, share, r.n_samples, r.max_tokens, r.temperature)
-            scoring = time.perf_counter()
             self.rewarder.score(groups)
-            reward_seconds += time.perf_counter() - scoring
             generated += sum(len(s.response_ids) for g in groups for s in g.samples)
             rewards += [s.reward for g in groups for s in g.samples]
             settle_truncated(groups, r.truncated)
@@ -176,29 +185,23 @@ class Agent:
             dropped += len(groups) - len(good)
             kept += good
             self.store.set(f"kept/{self.channel.count}/{round_}/{self.number}", str(len(good)))
-            missing -= sum(
-                int(self.store.get(f"kept/{self.channel.count}/{round_}/{a}")) for a in range(self.agents)
-            )
+            missing -= sum(int(self.store.get(f"kept/{self.channel.count}/{round_}/{a}")) for a in range(self.agents))
             if missing <= 0:
                 break
         if r.save_every and step and step % r.save_every == 0:
             self._save(step, kept)
         answer = {
             "cursor": cursor, "dropped": dropped, "generated": generated,
-            "rewards": [float(sum(rewards)), len(rewards)],
-            "seconds": {"rollout": time.perf_counter() - start, "reward": reward_seconds},
+            "rewards": [float(sum(rewards)), len(rewards)], "reward_failures": self.rewarder.failures,
         }  # fmt: skip
         return answer, encode_groups(kept)
 
     def do_evaluate(self) -> tuple[dict, None]:
         """Greedy (or eval.temperature) accuracy of this node's share of the held-out prompts."""
-        start = time.perf_counter()
         groups = self.sampler.greedy(self._generate, list(enumerate(self.eval_prompts))[self.number :: self.agents])
         answer = {
             "correct": sum(correct(groups, self.rewarder)), "questions": len(groups),
             "truncated": sum(s.finish_reason == "length" for g in groups for s in g.samples),
-            "tokens": sum(len(s.response_ids) for g in groups for s in g.samples),
-            "seconds": {"eval": time.perf_counter() - start},
         }  # fmt: skip
         return answer, None
 
@@ -257,4 +260,3 @@ def engine_checkpoint(config: RunConfig, run: RunDirectory, number: int) -> Path
     while not target.exists():
         time.sleep(0.2)
     return target
-

@@ -11,6 +11,7 @@ and a rank that waits on the store can be told to stop.
 from __future__ import annotations
 
 import json
+from datetime import timedelta
 from typing import Any, Callable
 
 import torch
@@ -18,11 +19,16 @@ import torch.distributed as dist
 
 from fp8slurm.sync.groups import Group
 
+IDLE_BEAT = timedelta(seconds=5)
+"""How often an agent that waits for a command says that it is alive."""
+
 
 class RankChannel:
     """A training rank's end. Every rank calls the same methods in the same order."""
 
-    def __init__(self, store: dist.Store, group: Group, ranks: int, agents: int, beat: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self, store: dist.Store, group: Group, ranks: int, agents: int, beat: Callable[[], None] = lambda: None
+    ) -> None:
         self.store, self.group, self.ranks, self.agents, self.beat = store, group, ranks, agents, beat
         self.count = 0
 
@@ -55,15 +61,23 @@ class RankChannel:
 class AgentChannel:
     """An agent's end."""
 
-    def __init__(self, store: dist.Store, group: Group, ranks: int, number: int) -> None:
-        self.store, self.group, self.ranks, self.number = store, group, ranks, number
+    def __init__(
+        self, store: dist.Store, group: Group, ranks: int, number: int, beat: Callable[[], None] = lambda: None
+    ) -> None:
+        self.store, self.group, self.ranks, self.number, self.beat = store, group, ranks, number, beat
         self.count = 0
 
     def next(self) -> dict[str, Any]:
-        """The next command, waiting for it."""
+        """The next command, waiting for it. To have nothing to do is no hang: while it waits it beats."""
         key = f"command/{self.count}"
-        self.store.wait([key])
-        return json.loads(self.store.get(key))
+        while True:
+            try:
+                self.store.wait([key], IDLE_BEAT)
+                return json.loads(self.store.get(key))
+            except dist.DistStoreError as error:
+                if "timeout" not in str(error):
+                    raise
+                self.beat()
 
     def answer(self, values: dict[str, Any], payload: torch.Tensor | None = None) -> None:
         """Answer the command taken last; payload is uint8 [n]."""

@@ -101,7 +101,11 @@ class Loop:
     def _open_metrics(self, resumed: bool) -> None:
         """Go on behind the last record that the checkpoint covers: no step is missing, none is there twice."""
         # The checkpoint between the phases is older than the record of RL step 0.
-        at = ("sft", self.state.sft_steps) if (self.state.phase, self.state.step) == ("rl", 0) else (self.state.phase, self.state.step)
+        at = (
+            ("sft", self.state.sft_steps)
+            if (self.state.phase, self.state.step) == ("rl", 0)
+            else (self.state.phase, self.state.step)
+        )
         at = at if resumed else None
         self.sinks = [MetricsWriter(self.run_dir.path / "metrics.jsonl", at)]
         if self.config.observe.tensorboard:
@@ -133,7 +137,7 @@ class Loop:
         """Supervised steps until sft.max_steps, or until the held-out accuracy reaches sft.stop_accuracy."""
         c, s = self.config, self.config.sft
         examples = load_sft(c.data, s, load_tokenizer(c.model.hf_checkpoint))
-        order = PromptOrder(len(examples), c.run.seed)
+        order = PromptOrder(len(examples), c.run.seed, c.data.shuffle)
         while self.state.step < s.max_steps:
             started, step = self._begin(), self.state.step + 1
             indices, cursor = order.take(self.state.sft_cursor, s.batch_size)
@@ -143,19 +147,28 @@ class Loop:
                 result = self.trainer.train_step(batch[self.trainer.data_parallel_rank], sft_loss, lr)
             self.state = replace(self.state, step=step, sft_cursor=cursor)
             self._count_bad(result.ok)
-            record = {"lr": lr, "loss": result.loss, "grad_norm": result.grad_norm, **result.metrics}
+            record = {
+                "skipped": float(not result.ok),
+                "lr": lr,
+                "loss": result.loss,
+                "grad_norm": result.grad_norm,
+                **result.metrics,
+            }
             done = step == s.max_steps
             if s.eval_every and (done or (step >= s.eval_from and step % s.eval_every == 0)):
                 self.sync()
                 record |= self.evaluate()
                 done = done or record["eval/accuracy"] >= s.stop_accuracy
             self._record(record, started)
+            self._stop_if_bad()
             if done:
                 break
             if step % c.checkpoint.every == 0:
                 self.save()
         log.info("supervised phase: %d steps", self.state.step)
         self.state = replace(self.state, phase="rl", step=0, sft_steps=self.state.step)
+        if c.algorithm.kl_coef:  # the reference is the model that RL starts from
+            self.trainer.snapshot_reference()
         self.trainer.new_optimizer()
         self.save()
 
@@ -178,6 +191,7 @@ class Loop:
                 record |= {key.replace("gap/", "final_gap/"): value for key, value in self.probe_gap().items()}
             # The record first: a checkpoint without its record would leave a hole after a crash between the two.
             self._record(record, started)
+            self._stop_if_bad()
             if step == steps or step % self.config.checkpoint.every == 0:
                 self.save()
 
@@ -196,7 +210,7 @@ class Loop:
         if c.control.negate_advantage:
             values = controls.negate(values)
         t = self.trainer
-        updates = pack(groups, values, updates=c.train.updates_per_step, loss_mean=c.algorithm.loss_mean, **self._packing())
+        updates = self.pack(groups, values, c.train.updates_per_step)
         if not updates:
             log.warning("step %d: no sample to train on; no update", step)
             return record | {"skipped": 1.0}
@@ -206,7 +220,11 @@ class Loop:
         o = c.optim
         lr = learning_rate(step - 1, c.run.steps, o.lr, o.min_lr, o.warmup_steps, o.schedule)
         with self.timed("train"):
-            results = [t.train_step(update, self.policy_loss, lr, with_entropy=True) for _ in range(c.train.epochs_per_step) for update in mine]
+            results = [
+                t.train_step(update, self.policy_loss, lr, with_entropy=True)
+                for _ in range(c.train.epochs_per_step)
+                for update in mine
+            ]
         ok = [r for r in results if r.ok]
         for key in results[0].metrics:
             record[key] = sum(r.metrics[key] for r in ok) / max(1, len(ok))
@@ -230,9 +248,15 @@ class Loop:
         said = [a for a, _ in answers]
         total, count = (sum(a["rewards"][i] for a in said) for i in (0, 1))
         samples = [s for g in groups for s in g.samples]
+        stale = {v for s in samples for v in s.weight_versions} - {self.sent_version}
+        if stale:
+            raise RuntimeError(
+                f"tokens were generated under weight versions {sorted(stale)}; the engines were sent {self.sent_version}"
+            )
         record = {
             "cursor": said[0]["cursor"],
             "reward/mean": total / max(1, count),
+            "reward/failures": sum(a["reward_failures"] for a in said),
             "rollout/groups": len(groups),
             "rollout/dropped": sum(a["dropped"] for a in said),
             "rollout/tokens": sum(a["generated"] for a in said),
@@ -242,6 +266,13 @@ class Loop:
         }
         return groups, record
 
+    def pack(self, groups: list[SampleGroup], values: list[list[float]], updates: int) -> list[list[list[PackedBatch]]]:
+        """[update][data-parallel rank][micro-batch], for the policy that the engine sampled from."""
+        packed = pack(groups, values, updates=updates, loss_mean=self.config.algorithm.loss_mean, **self._packing())
+        for batch in (b for ranks in packed for batches in ranks for b in batches):
+            batch.temperature = self.config.rollout.temperature
+        return packed
+
     def recompute(self, batches: list[PackedBatch]) -> dict[str, float]:
         """Fill in the trainer's (and the reference's) log-probabilities; returns the trainer-engine gap over all ranks."""
         for batch, logprobs in zip(batches, self.trainer.logprobs(batches)):
@@ -249,7 +280,9 @@ class Loop:
         if self.config.algorithm.kl_coef:
             for batch, logprobs in zip(batches, self.trainer.logprobs(batches, reference=True)):
                 batch.reference_logprobs = logprobs
-        pairs = [torch.stack([b.trainer_logprobs[b.loss_mask], b.rollout_logprobs[b.loss_mask]], 1) for b in batches]  # [N, 2]
+        pairs = [
+            torch.stack([b.trainer_logprobs[b.loss_mask], b.rollout_logprobs[b.loss_mask]], 1) for b in batches
+        ]  # [N, 2]
         mine = torch.cat(pairs) if self.trainer.is_data_parallel_leader else pairs[0][:0]
         every = gather_rows(mine.float())
         return gap_metrics(every[:, 0], every[:, 1])
@@ -257,7 +290,7 @@ class Loop:
     def probe_gap(self) -> dict[str, float]:
         """The gap of the present weights, on a rollout that nothing is trained on and that moves no cursor."""
         groups, _ = self.rollout(0, self.config.rollout.prompts_per_step, keep_all=True)
-        updates = pack(groups, [[0.0] * len(g.samples) for g in groups], updates=1, **self._packing())
+        updates = self.pack(groups, [[0.0] * len(g.samples) for g in groups], 1)
         return self.recompute(updates[0][self.trainer.data_parallel_rank]) if updates else {}
 
     def evaluate(self) -> dict[str, float]:
@@ -277,7 +310,9 @@ class Loop:
         version = self.state.version
         if version == self.sent_version:
             return
-        verify = self.config.sync.verify == "always" or (self.config.sync.verify == "first" and self.sent_version is None)
+        verify = self.config.sync.verify == "always" or (
+            self.config.sync.verify == "first" and self.sent_version is None
+        )
         with self.timed("sync"):
             self.channel.post("update", version=version, verify=verify)
             for bucket in self.stream.buckets(version):
@@ -342,6 +377,8 @@ class Loop:
 
     def _count_bad(self, ok: bool) -> None:
         self.state = replace(self.state, bad_steps=0 if ok else self.state.bad_steps + 1)
+
+    def _stop_if_bad(self) -> None:
         if self.state.bad_steps >= self.config.run.max_bad_steps:
             self.save()
             raise TooManyBadSteps(

@@ -58,13 +58,20 @@ class Sampler:
         done = generate(requests)
         texts = self.tokenizer.batch_decode([self._without_end(g.token_ids) for g in done])
         samples = [
-            Sample(g.token_ids, g.logprobs, g.weight_versions, g.finish_reason, text) for g, text in zip(done, texts, strict=True)
+            Sample(g.token_ids, g.logprobs, g.weight_versions, g.finish_reason, text)
+            for g, text in zip(done, texts, strict=True)
         ]
         return [SampleGroup(prompt, samples[i * n : (i + 1) * n]) for i, (_, prompt) in enumerate(prompts)]
 
     def greedy(self, generate: Generate, share: list[tuple[int, Prompt]]) -> list[SampleGroup]:
         """One sample a prompt by the settings of [eval] (greedy unless eval.temperature says otherwise)."""
-        return self.sample(generate, share, 1, self.config.eval.max_tokens or self.config.rollout.max_tokens, self.config.eval.temperature)
+        return self.sample(
+            generate,
+            share,
+            1,
+            self.config.eval.max_tokens or self.config.rollout.max_tokens,
+            self.config.eval.temperature,
+        )
 
     def _without_end(self, ids: list[int]) -> list[int]:
         return ids[:-1] if ids and ids[-1] in self.stop_ids else ids

@@ -66,3 +66,5 @@ class PackedBatch:
     loss_mask: torch.Tensor  # bool [T], True where a generated token that counts is predicted
     trainer_logprobs: torch.Tensor | None = None  # float32 [T], recomputed before the first update of the step
     reference_logprobs: torch.Tensor | None = None  # float32 [T]
+    temperature: float = 1.0
+    """The policy is softmax(logits / temperature): the one that the engine sampled from, and took log-probabilities of."""

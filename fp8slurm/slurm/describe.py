@@ -12,7 +12,11 @@ def describe(config: RunConfig) -> str:
     placement = place(config)
     p, r = config.parallel, config.rollout
     data = placement.world_size // (p.tensor_parallel_size * p.pipeline_parallel_size)
-    trainer = config.model.dtype if config.fp8.backend == "off" else f"FP8 {config.fp8.format} {config.fp8.recipe} ({config.fp8.backend})"
+    trainer = (
+        config.model.dtype
+        if config.fp8.backend == "off"
+        else f"FP8 {config.fp8.format} {config.fp8.recipe} ({config.fp8.backend})"
+    )
     lines = [
         f"tasks        {placement.nodes} node(s) x ({placement.ranks_per_node} ranks + 1 agent), executor {config.slurm.executor}",
         f"layout       tensor {p.tensor_parallel_size} x pipeline {p.pipeline_parallel_size} x data {data}",

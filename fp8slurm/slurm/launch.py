@@ -54,7 +54,7 @@ def finished(config: RunConfig, run: RunDirectory) -> bool:
 
 
 def changed_keys(old: dict, new: dict) -> list[str]:
-    """"section.key: old -> new" for every setting that differs."""
+    """ "section.key: old -> new" for every setting that differs."""
     out = []
     for section, values in new.items():
         for key, value in values.items():
@@ -90,7 +90,9 @@ def run_local(config: RunConfig, run: RunDirectory, watch: Callable[[], None] = 
     executor = submitit.LocalExecutor(folder=run.attempt_dir / "logs")
     executor.update_parameters(tasks_per_node=placement.tasks_per_node, timeout_min=60 * 24 * 365)
     environment = dict(os.environ)
-    os.environ["PYTHONPATH"] = os.pathsep.join(p for p in (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")) if p)
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        p for p in (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")) if p
+    )
     job = executor.submit(run_task, config.model_dump_json(), str(run.path.resolve()), run.attempt)
     os.environ.clear()
     os.environ.update(environment)
@@ -111,7 +113,9 @@ def run_local(config: RunConfig, run: RunDirectory, watch: Callable[[], None] = 
         raise RunFailed(error)
     done = len(list((run.attempt_dir / "tasks").glob("*.done")))
     if done < placement.tasks_per_node:
-        raise RunFailed(f"{placement.tasks_per_node - done} tasks ended without a word; their logs are in {run.attempt_dir / 'logs'}")
+        raise RunFailed(
+            f"{placement.tasks_per_node - done} tasks ended without a word; their logs are in {run.attempt_dir / 'logs'}"
+        )
 
 
 def _end_tasks(run: RunDirectory, grace_s: float = 10.0) -> None:
@@ -119,7 +123,9 @@ def _end_tasks(run: RunDirectory, grace_s: float = 10.0) -> None:
     from fp8slurm.checkpoint.run import process_start
 
     def living() -> list[int]:
-        tasks = [json.loads(p.read_text()) for p in (run.attempt_dir / "tasks").glob("*.json") if not p.name.startswith(".")]
+        tasks = [
+            json.loads(p.read_text()) for p in (run.attempt_dir / "tasks").glob("*.json") if not p.name.startswith(".")
+        ]
         return [t["pid"] for t in tasks if process_start(t["pid"]) == t["start"]]
 
     for pid in living():

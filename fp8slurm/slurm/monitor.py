@@ -110,7 +110,9 @@ def first_error(attempt_dir: Path) -> str | None:
     spoken = {str(e["task"]) for e in errors}
     for path in sorted((attempt_dir / "tasks").glob("[0-9]*.json")):
         if path.stem not in spoken and not path.with_suffix(".done").exists():
-            return f"task {path.stem} (process {json.loads(path.read_text())['pid']}) was killed or ended without a word"
+            return (
+                f"task {path.stem} (process {json.loads(path.read_text())['pid']}) was killed or ended without a word"
+            )
     if not errors:
         return None
     first = min(errors, key=lambda e: (not e["primary"], e["time"]))

@@ -24,6 +24,7 @@ def preflight(config: RunConfig) -> list[str]:
     spec = _model(config)
     _fp8(config)
     _parallel(config, spec)
+    _algorithm(config)
     _data(config)
     return _warnings(config)
 
@@ -74,13 +75,19 @@ def _parallel(config: RunConfig, spec: ModelSpec) -> None:
             f"{p.expert_tensor_parallel_size}: expert parallelism is not there yet; allowed: 1"
         )
     if spec.is_moe:
-        raise ValueError(f"--model.hf-checkpoint {config.model.hf_checkpoint}: training mixture-of-experts models is not there yet")
+        raise ValueError(
+            f"--model.hf-checkpoint {config.model.hf_checkpoint}: training mixture-of-experts models is not there yet"
+        )
     if config.slurm.nodes > 1 and config.slurm.executor == "local":
-        raise ValueError(f"--slurm.nodes {config.slurm.nodes} with --slurm.executor local: one machine is one node; allowed: 1")
+        raise ValueError(
+            f"--slurm.nodes {config.slurm.nodes} with --slurm.executor local: one machine is one node; allowed: 1"
+        )
     if config.slurm.executor == "slurm":
         raise ValueError("--slurm.executor slurm: not there yet; allowed: local")
     if config.engine.per_node != 1:
-        raise ValueError(f"--engine.per-node {config.engine.per_node}: several engines a node are not there yet; allowed: 1")
+        raise ValueError(
+            f"--engine.per-node {config.engine.per_node}: several engines a node are not there yet; allowed: 1"
+        )
     check_layout(spec, p, config.fp8.backend != "off", place(config).world_size)
     check_engine_layout(config, spec)
 
@@ -105,6 +112,24 @@ def check_engine_layout(config: RunConfig, spec: ModelSpec) -> None:
             )
 
 
+def _algorithm(config: RunConfig) -> None:
+    from fp8slurm.rl.loss import make_policy_loss
+
+    make_policy_loss(config.algorithm)  # refuses what it cannot do
+    if config.run.steps and config.rollout.n_samples < 2:
+        raise ValueError(
+            "--rollout.n-samples 1: advantages are relative to the group, and one sample has none; allowed: 2 or more"
+        )
+    if config.run.steps and config.rollout.temperature == 0:
+        raise ValueError(
+            "--rollout.temperature 0: greedy samples of a prompt are all the same; allowed: above 0 (evaluation has its own)"
+        )
+    if config.sft.data is not None and not config.sft.max_steps:
+        raise ValueError(
+            "--sft.data without --sft.max-steps: the supervised phase would have 0 steps; set both or neither"
+        )
+
+
 def _data(config: RunConfig) -> None:
     from fp8slurm.rl.data import load_prompts, load_sft, load_tokenizer
     from fp8slurm.rl.rewards import RewardPool
@@ -122,15 +147,32 @@ def _data(config: RunConfig) -> None:
         path = _folder(config.sft.data, "--sft.data", "JSONL or parquet file with prompts and responses")
         load_sft(config.data, config.sft, tokenizer, path, limit=ROWS_CHECKED)
         if config.sft.eval_every and config.data.eval is None:
-            raise ValueError(f"--sft.eval-every {config.sft.eval_every} needs --data.eval: there is nothing to evaluate on")
+            raise ValueError(
+                f"--sft.eval-every {config.sft.eval_every} needs --data.eval: there is nothing to evaluate on"
+            )
     if not config.run.steps and config.sft.data is None:
         raise ValueError("--run.steps 0 without --sft.data: there is nothing to do")
 
 
 def _warnings(config: RunConfig) -> list[str]:
     warnings = []
+    s, samples = config.sft, config.rollout.prompts_per_step * config.rollout.n_samples
+    if config.run.deterministic and samples > config.engine.max_running_requests:
+        warnings.append(
+            f"run.deterministic: {samples} samples a step are more than engine.max_running_requests "
+            f"{config.engine.max_running_requests}; the batch is split, and its composition is not fixed"
+        )
+    if s.data is not None and s.stop_accuracy < 1 and not s.eval_every:
+        warnings.append(
+            f"sft.stop_accuracy {s.stop_accuracy:g} without sft.eval_every: nothing is evaluated, so the supervised phase "
+            f"takes all of sft.max_steps"
+        )
     if config.rollout.top_p < 1 or config.rollout.top_k > 0:
-        warnings.append("rollout.top_p or rollout.top_k cut the sampling distribution: log-probabilities of engine and trainer then differ by construction")
+        warnings.append(
+            "rollout.top_p or rollout.top_k cut the sampling distribution: log-probabilities of engine and trainer then differ by construction"
+        )
     if config.run.deterministic and config.slurm.nodes > 1:
-        warnings.append("run.deterministic over several nodes fixes the deal of prompts to nodes: the slowest node sets the pace")
+        warnings.append(
+            "run.deterministic over several nodes fixes the deal of prompts to nodes: the slowest node sets the pace"
+        )
     return warnings

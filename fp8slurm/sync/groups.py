@@ -30,7 +30,9 @@ def host_store(address: str) -> tuple[dist.TCPStore, int]:
     """A TCPStore that listens on `address` only, and its port. TCPStore by itself would listen on every interface."""
     s = listen(address)
     port = s.getsockname()[1]
-    store = dist.TCPStore(address, port, None, is_master=True, timeout=TIMEOUT, wait_for_workers=False, master_listen_fd=s.detach())
+    store = dist.TCPStore(
+        address, port, None, is_master=True, timeout=TIMEOUT, wait_for_workers=False, master_listen_fd=s.detach()
+    )
     return store, port
 
 
@@ -49,7 +51,9 @@ def connect_store(path: Path, timeout_s: float) -> dist.TCPStore:
             raise TimeoutError(f"{path} did not appear within {timeout_s:g} s: rank 0 did not start")
         time.sleep(0.05)
     where = json.loads(path.read_text())
-    return dist.TCPStore(where["address"], where["port"], None, is_master=False, timeout=TIMEOUT, wait_for_workers=False)
+    return dist.TCPStore(
+        where["address"], where["port"], None, is_master=False, timeout=TIMEOUT, wait_for_workers=False
+    )
 
 
 class Group:

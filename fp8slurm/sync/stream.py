@@ -118,7 +118,10 @@ class WeightStream:
     def describe(self) -> str:
         """The buckets as JSON, for the agents."""
         return json.dumps(
-            [[[s.name, str(s.dtype).removeprefix("torch."), list(s.shape), s.offset] for s in specs] for specs in self.specs]
+            [
+                [[s.name, str(s.dtype).removeprefix("torch."), list(s.shape), s.offset] for s in specs]
+                for specs in self.specs
+            ]
         )
 
     def buckets(self, version: int) -> Iterator[WeightBucket]:
@@ -184,7 +187,9 @@ def parse_description(text: str) -> list[tuple[WeightSpec, ...]]:
     """The inverse of WeightStream.describe; offsets and sizes are checked against each other. Raises ValueError."""
     buckets = []
     for raw in json.loads(text):
-        specs = tuple(WeightSpec(name, getattr(torch, dtype), tuple(shape), offset) for name, dtype, shape, offset in raw)
+        specs = tuple(
+            WeightSpec(name, getattr(torch, dtype), tuple(shape), offset) for name, dtype, shape, offset in raw
+        )
         end = 0
         for s in specs:
             if s.offset != end:

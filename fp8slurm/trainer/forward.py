@@ -46,7 +46,7 @@ def run_schedule(
             None,
             packed_seq_params=_packed(batch),
             output_processor=_logprobs_of,
-            output_processor_context=(batch.labels, group, with_entropy),
+            output_processor_context=(batch.labels, batch.temperature, group, with_entropy),
         )
         return outputs, partial(loss_of, batch=batch)
 
@@ -65,9 +65,10 @@ def _logprobs_of(
     *, hidden_states: torch.Tensor, output_layer: Any, output_weight: torch.Tensor | None, context: Any, **_: Any
 ) -> Outputs:
     """GPTModel's last step, in place of its logits: the log-probabilities of the labels in `context`."""
-    labels, group, with_entropy = context
+    labels, temperature, group, with_entropy = context
     logits, _bias = output_layer(hidden_states, weight=output_weight)
-    return vocab_parallel_logprobs(logits.squeeze(1), labels, group, with_entropy)
+    logits = logits.squeeze(1)
+    return vocab_parallel_logprobs(logits if temperature == 1 else logits / temperature, labels, group, with_entropy)
 
 
 def _packed(batch: PackedBatch) -> Any:
@@ -86,4 +87,4 @@ def _packed(batch: PackedBatch) -> Any:
 def _on_device(batch: PackedBatch) -> PackedBatch:
     device = torch.cuda.current_device()
     tensors = {f.name: getattr(batch, f.name) for f in fields(batch)}
-    return replace(batch, **{k: v.to(device) for k, v in tensors.items() if v is not None})
+    return replace(batch, **{k: v.to(device) for k, v in tensors.items() if isinstance(v, torch.Tensor)})

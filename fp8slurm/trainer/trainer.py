@@ -68,19 +68,6 @@ class Trainer:
 
     @property
     def is_data_parallel_leader(self) -> bool:
-        """True on exactly one of the ranks that work on the same data."""
-        return self.tensor_parallel_rank == 0 and self.pipeline_parallel_rank == 0
-
-    @property
-    def rank(self) -> int:
-        return dist.get_rank()
-
-    @property
-    def tensor_parallel_group(self) -> dist.ProcessGroup:
-        return self._ps.get_tensor_model_parallel_group()
-
-    @property
-    def is_data_parallel_leader(self) -> bool:
         """One rank, the first of the last stage, for every data-parallel rank."""
         return self.tensor_parallel_rank == 0 and self._ps.is_pipeline_last_stage()
 

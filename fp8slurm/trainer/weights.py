@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 
 from fp8slurm.checkpoint.hf_folder import open_hf
+from fp8slurm.checkpoint.torch_dist_source import EMBEDDING, HEAD
 from fp8slurm.models.names import Entry, NameTable
 
 
@@ -65,7 +66,14 @@ class Shards:
 
     @torch.no_grad()
     def load(self, hf: Mapping[str, torch.Tensor], where: str = "checkpoint") -> None:
-        """Fill every parameter from HF tensors. ValueError for a missing tensor, a wrong shape, or one in FP8."""
+        """Fill every parameter from HF tensors; a tied model's may hold the head all the same.
+
+        ValueError for a missing tensor, a wrong shape, one in FP8, or a tied head that is not the embedding.
+        """
+        if self.table.spec.tie_word_embeddings and HEAD in hf:
+            head, embedding = hf[HEAD], hf[EMBEDDING]
+            if head.dtype != embedding.dtype or not torch.equal(head, embedding):
+                raise ValueError(f"{where}: {HEAD} is not {EMBEDDING}, but config.json says tie_word_embeddings")
         for entry, parameter, _ in self.parameters:
             for t in entry.tensors:
                 if t.name not in hf:

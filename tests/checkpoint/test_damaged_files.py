@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import pickle
 import random
 import struct
@@ -180,6 +181,22 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path) -> None:
     (tmp_path / ".metadata").write_bytes(pickle.dumps(Evil()))
     with pytest.raises(BadCheckpoint, match="no place there"):
         TorchDistReader(tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("name", ["os.mkdir", "os", "FileSystemReader", "Path"])
+def test_what_torchs_own_modules_import_is_refused_too(tmp_path: Path, name: str) -> None:
+    """A call of torch.distributed.checkpoint.filesystem's NAME, as protocol 4 can write it."""
+
+    def text(value: str) -> bytes:
+        return pickle.SHORT_BINUNICODE + bytes([len(value.encode())]) + value.encode()
+
+    (tmp_path / "m").mkdir()
+    call = text("torch.distributed.checkpoint.filesystem") + text(name) + pickle.STACK_GLOBAL
+    call += text(os.path.relpath(tmp_path / "ran")) + pickle.TUPLE1 + pickle.REDUCE + pickle.STOP
+    (tmp_path / "m/.metadata").write_bytes(pickle.PROTO + b"\x04" + call)
+    with pytest.raises(BadCheckpoint, match="no place there"):
+        TorchDistReader(tmp_path / "m")
     assert not (tmp_path / "ran").exists()
 
 

@@ -24,7 +24,10 @@ def test_flags_win_over_recipe_over_defaults():
 
 
 def test_known_spellings():
-    config = parse(None, ["--fp8-format", "e4m3", "--fp8-recipe", "blockwise", "--fp8-param-gather", "--hf-checkpoint", "some/model"])
+    config = parse(
+        None,
+        ["--fp8-format", "e4m3", "--fp8-recipe", "blockwise", "--fp8-param-gather", "--hf-checkpoint", "some/model"],
+    )
     assert config.fp8.param_gather and str(config.model.hf_checkpoint) == "some/model"
 
 

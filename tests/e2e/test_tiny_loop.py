@@ -14,7 +14,7 @@ from fp8slurm.checkpoint.run import RunState, process_start
 from fp8slurm.models.qwen3 import ModelSpec
 from fp8slurm.models.tiny import write_model
 from fp8slurm.observe.metrics import read_metrics, without_times
-from fp8slurm.rl.addition import write_data
+from fp8slurm.rl.tiny_task import write_data
 
 pytestmark = pytest.mark.slow
 
@@ -41,7 +41,16 @@ class Runs:
             "sft.max-steps": 20, "sft.batch-size": 64, "sft.eval-every": 0, "rollout.prompts-per-step": 6, "rollout.n-samples": 8,
             "rollout.max-replacements": 1, "checkpoint.every": 5, "eval.every": 4, "sync.verify": "always", "rollout.save-every": 3,
         }  # fmt: skip
-        return [sys.executable, "-m", "fp8slurm.cli", "train", "--recipe", "tiny-fp8", *(f"--{k}={v}" for k, v in flags.items()), *more]
+        return [
+            sys.executable,
+            "-m",
+            "fp8slurm.cli",
+            "train",
+            "--recipe",
+            "tiny-fp8",
+            *(f"--{k}={v}" for k, v in flags.items()),
+            *more,
+        ]
 
     def start(self, name: str, *more: str) -> subprocess.Popen:
         return subprocess.Popen(self.command(name, *more), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -88,7 +97,9 @@ def shared_memory() -> set[str]:
 
 
 def task_pids(run: Path, attempt: int) -> dict[int, int]:
-    tasks = {int(p.stem): json.loads(p.read_text()) for p in (run / "attempts" / str(attempt) / "tasks").glob("[0-9]*.json")}
+    tasks = {
+        int(p.stem): json.loads(p.read_text()) for p in (run / "attempts" / str(attempt) / "tasks").glob("[0-9]*.json")
+    }
     return {index: t["pid"] for index, t in tasks.items()}
 
 
@@ -105,14 +116,20 @@ def weights(run: Path, out: Path) -> dict[str, torch.Tensor]:
 def test_a_run_leaves_what_it_should(reference):
     run, out = reference
     records = read_metrics(run)
-    assert [(r["phase"], r["step"]) for r in records] == [("sft", s) for s in range(1, 21)] + [("rl", s) for s in range(11)]
+    assert [(r["phase"], r["step"]) for r in records] == [("sft", s) for s in range(1, 21)] + [
+        ("rl", s) for s in range(11)
+    ]
     for r in records[21:]:
         assert 0 <= r["gap/mean_abs"] <= r["gap/p99"] <= r["gap/max"] and r["gap/k3"] >= 0
         assert r["rollout/groups"] > 0 and r["grad_norm"] > 0
     assert "gap/mean_abs" in records[20] and "final_gap/mean_abs" in records[-1]
     assert {r["step"] for r in records if "eval/accuracy" in r and r["phase"] == "rl"} == {0, 4, 8, 10}
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step_000005", "step_000010"]
-    assert sorted(p.name for p in (run / "rollouts").iterdir()) == ["step_000003.jsonl", "step_000006.jsonl", "step_000009.jsonl"]
+    assert sorted(p.name for p in (run / "rollouts").iterdir()) == [
+        "step_000003.jsonl",
+        "step_000006.jsonl",
+        "step_000009.jsonl",
+    ]
     assert (run / "plot.png").stat().st_size > 10_000 and list((run / "tb").rglob("events*"))
     assert "rl 10/10" in out and oct(run.stat().st_mode)[-3:] == "700"
     state = RunState.read(run / "checkpoints" / "step_000010")
@@ -134,7 +151,9 @@ def test_the_engine_held_the_converters_bytes(reference, tmp_path):
     assert held["version"] == 30
 
     def difference() -> str | None:
-        expected = expected_digests(tensors.items(), num_key_value_heads=spec.num_kv_heads, tie_word_embeddings=spec.tie_word_embeddings)
+        expected = expected_digests(
+            tensors.items(), num_key_value_heads=spec.num_kv_heads, tie_word_embeddings=spec.tie_word_embeddings
+        )
         return first_difference(held["digests"], expected)
 
     assert difference() is None
@@ -149,7 +168,9 @@ def test_an_interrupted_run_is_the_same_run(runs, reference, tmp_path):
     run = runs.path("broken")
     runs.wait_for_step(process, "broken", 2)
     engine = next(
-        int(p.name) for p in Path("/proc").glob("[0-9]*") if _command(p).endswith("fp8slurm.engine.child") and _parent(p) == task_pids(run, 0)[2]
+        int(p.name)
+        for p in Path("/proc").glob("[0-9]*")
+        if _command(p).endswith("fp8slurm.engine.child") and _parent(p) == task_pids(run, 0)[2]
     )
     os.kill(engine, signal.SIGKILL)
     runs.wait_for_step(process, "broken", 7)
@@ -176,7 +197,9 @@ def test_an_interrupted_run_is_the_same_run(runs, reference, tmp_path):
 
 def test_evaluation_of_the_checkpoint_equals_the_last_one_in_the_loop(reference):
     run, _ = reference
-    done = subprocess.run([sys.executable, "-m", "fp8slurm.cli", "eval", "--run", str(run)], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "fp8slurm.cli", "eval", "--run", str(run)], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     summary = json.loads((run / "eval" / "step_000010" / "fp8" / "summary.json").read_text())
     assert summary["accuracy"] == read_metrics(run)[-1]["eval/accuracy"] and summary["questions"] == 64

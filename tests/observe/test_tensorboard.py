@@ -1,3 +1,5 @@
+import time
+
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fp8slurm.observe.tensorboard import TensorBoard
@@ -34,3 +36,15 @@ def test_resuming_in_the_supervised_phase_hides_the_rl_steps(tmp_path):
     board.close()
     assert scalars(tmp_path / "sft", "loss") == [(1, 1.0), (2, 5.0)]
     assert scalars(tmp_path / "rl", "loss") == [(1, 6.0)]
+
+
+def test_a_run_that_begins_anew_hides_what_is_there(tmp_path, monkeypatch):
+    now = time.time()
+    for value in (1.0, 2.0):
+        monkeypatch.setattr(
+            time, "time", lambda: now + 10 * value
+        )  # event files are read in the order of their seconds
+        board = TensorBoard(tmp_path)
+        board.write({"phase": "rl", "step": 3, "loss": value})
+        board.close()
+    assert scalars(tmp_path / "rl", "loss") == [(3, 2.0)]

@@ -167,7 +167,7 @@ def test_processes_are_kept_and_end_with_the_pool():
 
 
 def test_a_hanging_call_ends_with_its_parent_even_when_that_is_killed(tmp_path):
-    script = f"""
+    script = """
 from fp8slurm.config.schema import RewardSection
 from fp8slurm.rl.rewards import RewardPool
 from fp8slurm.rl.types import Prompt, Sample, SampleGroup

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from fp8slurm.cli import main
 from fp8slurm.config import parse
-from fp8slurm.rl.addition import write_data
+from fp8slurm.rl.tiny_task import write_data
 from fp8slurm.models.tiny import write_model
 from fp8slurm.slurm.preflight import preflight
 
@@ -58,12 +58,29 @@ def test_the_recipe_passes(tiny):
         (["--reward.kind", "nonsense"], ["nonsense"]),
         (["--reward.kind", "no_such_module:f"], ["no_such_module"]),
         (["--run.steps", "0", "--sft.data", "None"], ["--run.steps 0"]),
+        (["--rollout.temperature", "0"], ["--rollout.temperature 0"]),
+        (["--rollout.n-samples", "1"], ["--rollout.n-samples 1", "2 or more"]),
+        (["--sft.max-steps", "0"], ["--sft.max-steps"]),
+        (["--algorithm.dual-clip", "0.5"], ["dual_clip 0.5", "above 1"]),
     ],
 )
 def test_refusals(tiny, more, says):
     text = refused(tiny, *more)
     for word in says:
         assert word in text, text
+
+
+@pytest.mark.parametrize(
+    "more, says",
+    [
+        (["--rollout.top-p", "0.9"], "rollout.top_p"),
+        (["--engine.max-running-requests", "100"], "engine.max_running_requests 100"),
+        (["--sft.eval-every", "0"], "sft.stop_accuracy"),
+    ],
+)
+def test_warnings(tiny, more, says):
+    (warning,) = preflight(parse("tiny-fp8", flags(tiny, *more)))
+    assert says in warning
 
 
 def test_an_ffn_that_cuts_a_block_at_this_tp(tiny, tmp_path):
@@ -97,7 +114,11 @@ def test_messages_without_a_chat_template(tiny, tmp_path):
 def test_foreign_quantization_is_refused_naming_it(tiny, tmp_path):
     shutil.copytree(tiny / "model", tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [64, 64]}
+    config["quantization_config"] = {
+        "quant_method": "fp8",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [64, 64],
+    }
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
     text = refused(tiny, "--model.rollout-checkpoint", str(tmp_path / "model"))
     assert "[64, 64]" in text and "[128, 128]" in text

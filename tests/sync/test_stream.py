@@ -165,7 +165,10 @@ def test_two_ranks_send_the_converters_bytes(tmp_path, ffn):
     script = textwrap.dedent(WORKER).format(tests=str(Path(__file__).parent))
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", script, str(r), str(tmp_path), str(ffn)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            [sys.executable, "-c", script, str(r), str(tmp_path), str(ffn)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for r in range(3)
     ]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fp8slurm.models import tiny
-from fp8slurm.rl import addition
+from fp8slurm.rl import tiny_task
 from fp8slurm.rl.data import load_tokenizer
 
 PATH = Path(__file__).resolve().parents[2] / "tools" / "make_tiny.py"
@@ -72,22 +72,21 @@ def test_a_failure_leaves_nothing_behind(tmp_path):
 
 
 def test_the_task():
-    train, held = addition.split(seed=0)
+    train, held = tiny_task.split(seed=0)
     assert len(held) == len(set(held)) == 500
-    assert len(train) == len(set(train)) > 7000
+    assert len(train) == len(set(train)) == 8000
     assert not {frozenset(p) for p in train} & {frozenset(p) for p in held}
-    assert addition.answer(47, 85) == "231"
-    assert addition.answer(12, 8) == "02"
+    assert tiny_task.answer("473", "829") == "879"
 
 
 def test_data_files(tmp_path):
-    addition.write_data(tmp_path)
+    tiny_task.write_data(tmp_path)
     rows = {p.stem: [json.loads(line) for line in p.read_text().splitlines()] for p in tmp_path.iterdir()}
     assert sorted(rows) == ["eval", "sft", "train"]
     assert [r["prompt"] for r in rows["sft"]] == [r["prompt"] for r in rows["train"]]
     for row in rows["train"][:50] + rows["eval"]:
-        a, b = map(int, row["prompt"][0]["content"].rstrip("=").split("+"))
-        assert int(row["label"][::-1]) == a + b
+        a, b = row["prompt"][0]["content"].rstrip("=").split("|")
+        assert all(int(c) == max(int(x), int(y)) for c, x, y in zip(row["label"], a, b, strict=True))
 
 
 @pytest.mark.parametrize("moe", [False, True])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from trainer_reference import run_config, write_model
 
+from fp8slurm.checkpoint.errors import BadCheckpoint
 from fp8slurm.models.names import NameTable
 from fp8slurm.models.qwen3 import ModelSpec
 from fp8slurm.trainer.logprobs import vocab_parallel_logprobs
@@ -95,12 +97,18 @@ def test_reader_of_a_sharded_folder(tmp_path: Path) -> None:
     save_file({"b": b}, tmp_path / "2.safetensors")
     index = {"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    (tmp_path / "config.json").write_text("{}")
     reader = HfReader(tmp_path)
     assert set(reader) == {"a", "b"} and torch.equal(reader["a"], a) and torch.equal(reader["b"], b)
-    (tmp_path / "2.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="2.safetensors"):
+    os.truncate(tmp_path / "1.safetensors", 80)
+    with pytest.raises(BadCheckpoint, match="1.safetensors: truncated"):
         HfReader(tmp_path)
-    with pytest.raises(FileNotFoundError, match="neither"):
+    (tmp_path / "2.safetensors").unlink()
+    (tmp_path / "1.safetensors").unlink()
+    save_file({"a": a}, tmp_path / "1.safetensors")
+    with pytest.raises(BadCheckpoint, match="shard 2.safetensors is missing"):
+        HfReader(tmp_path)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
         HfReader(tmp_path / "nowhere")
 
 

@@ -13,8 +13,8 @@ from trainer_reference import LENGTHS, NARROW, cross_entropy, pack, reference_lo
 ONE_RANK = [
     "one_rank", "one_rank_plain_optimizer", "one_rank_untied", "one_rank_recompute", "one_rank_fp8", "one_rank_bf16",
     "one_rank_bf16_fp8", "experts", "entropy", "reference_model", "bad_loss", "new_optimizer", "emulated_linear",
-    "main_grad", "fp8_layers", "packed_modules", "refused", "resume_one_rank", "save_before_any_step", "save_one_rank",
-    "full_disk",
+    "main_grad", "fp8_layers", "packed_modules", "tied_head", "refused", "resume_one_rank", "save_before_any_step",
+    "save_one_rank", "full_disk",
 ]  # fmt: skip
 TWO_RANKS = [
     "dp2", "dp2_plain_optimizer", "tp2", "tp2_sequence_parallel", "pp2", "pp2_untied", "tp2_fp8",
@@ -27,18 +27,26 @@ BACK_TO_ONE = ["dp2_to_one", "tp2_to_one", "pp2_to_one"]
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("models")
-    truncated = write_model(folder / "truncated")
     from safetensors.torch import load_file, save_file
 
-    tensors = load_file(truncated / "model.safetensors")
-    del tensors["model.layers.1.mlp.up_proj.weight"]
-    save_file(tensors, truncated / "model.safetensors")
+    def changed(name: str, change: Callable[[dict[str, torch.Tensor]], Any]) -> Path:
+        path = write_model(folder / name)
+        tensors = load_file(path / "model.safetensors")
+        change(tensors)
+        save_file(tensors, path / "model.safetensors")
+        return path
+
+    def head(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
+
     return {
         "dense": write_model(folder / "dense"),
         "untied": write_model(folder / "untied", seed=1, tie=False),
         "moe": write_model(folder / "moe", seed=2, tie=False, moe=True),
         "narrow": write_model(folder / "narrow", **NARROW),
-        "truncated": truncated,
+        "truncated": changed("truncated", lambda t: t.pop("model.layers.1.mlp.up_proj.weight")),
+        "tied_head": changed("tied_head", lambda t: t.update(head(t))),
+        "other_head": changed("other_head", lambda t: t.update({n: w + 1 for n, w in head(t).items()})),
     }
 
 
@@ -248,6 +256,11 @@ def test_packed_modules_are_megatrons_segment_by_segment(one: Any) -> None:
     assert torch.equal(*got["rotary"])
 
 
+def test_a_tied_folder_may_hold_the_head_all_the_same(one: Any) -> None:
+    got = one.result("tied_head")
+    assert len(got) > 10 and all(got.values()), got
+
+
 # Refusals that need a trainer.
 
 
@@ -257,6 +270,7 @@ def test_packed_modules_are_megatrons_segment_by_segment(one: Any) -> None:
         ("no reference", "snapshot_reference"),
         ("no batches", "no micro-batches"),
         ("missing tensor", "no tensor model.layers.1.mlp.up_proj.weight"),
+        ("other head", "lm_head.weight is not model.embed_tokens.weight"),
         ("dtype", "--model.dtype float32, this run has bfloat16"),
         ("layout", r"tensor-parallel-size 1 cuts the model's FFN width \(192\)"),
     ],

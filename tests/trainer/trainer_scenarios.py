@@ -292,6 +292,17 @@ def packed_modules(ranks: Ranks) -> dict[str, Any]:
         }  # fmt: skip
 
 
+def tied_head(ranks: Ranks) -> dict[str, bool]:
+    """Whether each parameter is the dense folder's after loading the folder that holds the tied head as well."""
+    with ranks.trainer() as trainer:
+        wanted = weights(trainer)
+        with torch.no_grad():
+            for _, shard in trainer.named_shards():
+                shard.zero_()
+        trainer.load_hf(ranks.paths["tied_head"])
+        return {name: bool(torch.equal(w, wanted[name])) for name, w in weights(trainer).items()}
+
+
 def refused(ranks: Ranks) -> dict[str, str]:
     """Messages of the settings that have to be refused."""
 
@@ -307,6 +318,7 @@ def refused(ranks: Ranks) -> dict[str, str]:
         out["no reference"] = message(lambda: trainer.logprobs(batches(trainer), reference=True))
         out["no batches"] = message(lambda: trainer.logprobs([]))
         out["missing tensor"] = message(lambda: trainer.load_hf(ranks.paths["truncated"]))
+        out["other head"] = message(lambda: trainer.load_hf(ranks.paths["other_head"]))
         folder = ranks.make("fp32")
         trainer.save(folder)
     with ranks.trainer(**BF16) as trainer:

@@ -31,10 +31,21 @@ def main(model: str) -> None:
 
         trainer = Trainer(config, ModelSpec.from_hf_dir(Path(model)))
         trainer.load_hf(Path(model))
-        batches = pack_sft(examples, data_parallel_size=1, tokens_per_micro_batch=1024, pad_multiple=trainer.pad_multiple)[0]
+        batches = pack_sft(
+            examples, data_parallel_size=1, tokens_per_micro_batch=1024, pad_multiple=trainer.pad_multiple
+        )[0]
         seen[backend] = torch.cat([lp[b.loss_mask.to(lp.device)] for lp, b in zip(trainer.logprobs(batches), batches)])
         losses = [trainer.train_step(batches, sft_loss, 1e-3) for _ in range(5)]
-        print(backend, "losses", [round(r.loss, 4) for r in losses], "grad norm", round(losses[0].grad_norm, 4), "ok", losses[0].ok, flush=True)
+        print(
+            backend,
+            "losses",
+            [round(r.loss, 4) for r in losses],
+            "grad norm",
+            round(losses[0].grad_norm, 4),
+            "ok",
+            losses[0].ok,
+            flush=True,
+        )
         stop()
     gap = (seen["off"] - seen["transformer_engine"]).abs()
     print(f"|logprob bf16 - fp8|: mean {gap.mean():.3e} max {gap.max():.3e} (0 would mean that FP8 was ignored)")
