@@ -4,7 +4,6 @@ PYTHON ?= python3
 VENV   ?= .venv
 ARGS   ?=
 RUN    ?= runs/tiny-fp8
-SEED   ?= 0
 
 BIN := $(CURDIR)/$(VENV)/bin
 PY  := $(BIN)/python
@@ -51,7 +50,7 @@ $(STAMP): requirements/torch.txt requirements/cpu.txt pyproject.toml
 tiny-data: $(STAMP)  ## the tiny model and its data (models/tiny, data/tiny)
 	@$(PY) tools/make_tiny.py --out models/tiny --data data/tiny
 
-train-tiny-fp8: tiny-data  ## the whole loop in FP8 on this machine, no GPU: about ten minutes on two cores
+train-tiny-fp8: tiny-data  ## the whole loop in FP8 on this machine, no GPU: about five minutes on two cores
 	$(BIN)/fp8slurm train --recipe tiny-fp8 $(ARGS)
 
 eval-fp8: $(STAMP)  ## RUN=runs/NAME: newest checkpoint -> HF -> FP8 HF -> SGLang -> accuracy

@@ -25,6 +25,8 @@ from fp8slurm.checkpoint.torch_dist_source import TorchDistSource
 from fp8slurm.models.names import NameTable
 from fp8slurm.models.qwen3 import ModelSpec
 
+pytestmark = pytest.mark.slow
+
 WORKER = Path(__file__).with_name("megatron_worker.py")
 TP2, PP2 = {"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}
 EP2, TP2_MOE = {"expert_parallel_size": 2}, {"tensor_parallel_size": 2, "sequence_parallel": True}

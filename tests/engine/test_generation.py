@@ -17,6 +17,8 @@ from fp8slurm.engine.client import EngineClient, GenerateRequest
 from fp8slurm.engine.digest import expected_digests, first_difference
 from fp8slurm.engine.server import Engine, EngineError, EngineSettings
 
+pytestmark = pytest.mark.slow
+
 SECTION = EngineSection(
     max_running_requests=64, max_total_tokens=8192, context_length=128, dtype="float32", ready_timeout_s=120
 )

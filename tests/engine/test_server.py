@@ -16,6 +16,8 @@ import pytest
 from fp8slurm.config.schema import EngineSection
 from fp8slurm.engine.server import Engine, EngineError, EngineSettings, meaningful_tail, server_arguments
 
+pytestmark = pytest.mark.slow
+
 CPU = EngineSettings(EngineSection(ready_timeout_s=120, max_total_tokens=4096), cpu=True, cpu_threads=1)
 
 

@@ -14,6 +14,8 @@ from fp8slurm.engine.server import Engine, EngineError, EngineSettings
 from fp8slurm.sync.bucket import WeightBucket, layout, payload_bytes
 from fp8slurm.sync.engine_link import EngineLink
 
+pytestmark = pytest.mark.slow
+
 SECTION = EngineSection(tensor_parallel_size=2, max_running_requests=32, max_total_tokens=4096, ready_timeout_s=120)
 BATCH = [GenerateRequest([7 * i % 300, 3, i], 6, seed=i) for i in range(24)]
 

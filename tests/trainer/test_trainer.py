@@ -10,6 +10,8 @@ import torch
 import trainer_scenarios
 from trainer_reference import LENGTHS, NARROW, cross_entropy, pack, reference_logprobs, transformers_model, write_model
 
+pytestmark = pytest.mark.slow
+
 ONE_RANK = [
     "one_rank", "one_rank_plain_optimizer", "one_rank_untied", "one_rank_recompute", "one_rank_fp8", "one_rank_bf16",
     "one_rank_bf16_fp8", "experts", "entropy", "reference_model", "bad_loss", "new_optimizer", "emulated_linear",
