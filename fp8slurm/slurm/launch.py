@@ -17,6 +17,10 @@ from fp8slurm.slurm.placement import place
 from fp8slurm.slurm.task import run_task
 
 
+END_GRACE_S = 20.0
+"""Time for all tasks to end by themselves once one has failed."""
+
+
 class RunFailed(RuntimeError):
     """The attempt ended with an error; the message is the first failing task's."""
 
@@ -99,16 +103,24 @@ def run_local(config: RunConfig, run: RunDirectory, watch: Callable[[], None] = 
     process = job._process
     assert process is not None
     try:
+        failed_at: float | None = None
+        killed = False
         while process.poll() is None:
             watch()
             time.sleep(0.2)
+            if failed_at is None and any((run.attempt_dir / "errors").glob("task_*.json")):
+                failed_at = time.monotonic()
+            if failed_at is not None and time.monotonic() - failed_at > END_GRACE_S:
+                _end_tasks(run)  # a stopped process ends with nobody: it does not even notice
+                killed = True
+                failed_at = time.monotonic()
     except BaseException:
         process.send_signal(signal.SIGTERM)
         _end_tasks(run)
         process.wait(30)
         raise
     watch()
-    error = first_error(run.attempt_dir)
+    error = first_error(run.attempt_dir, vanished=not killed)
     if error is not None:
         raise RunFailed(error)
     done = len(list((run.attempt_dir / "tasks").glob("*.done")))

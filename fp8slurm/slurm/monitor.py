@@ -82,12 +82,13 @@ class Monitor:
                 time.sleep(0.2)  # its last words first
                 self._end(NEIGHBOUR_DIED, f"{dead} ended; this task ends with it")
             if time.monotonic() - self._last > self.timeout_s:
-                with open(self.stacks / f"task_{self.index}.txt", "w") as f:
-                    faulthandler.dump_traceback(f, all_threads=True)
                 self._end(HUNG, f"no progress for watchdog.timeout_s = {self.timeout_s:g} s; stacks in {self.stacks}")
 
     def _end(self, code: int, why: str) -> None:
         print(f"task {self.index}: {why}", file=sys.stderr, flush=True)
+        if code != TERMINATED:  # where everybody stood when one died or hung
+            with open(self.stacks / f"task_{self.index}.txt", "w") as f:
+                faulthandler.dump_traceback(f, all_threads=True)
         record_error(self.errors, self.index, why, primary=code != NEIGHBOUR_DIED)
         threading.Timer(10.0, os._exit, (code,)).start()  # on_exit must not keep a broken task alive
         try:
@@ -103,13 +104,14 @@ def record_error(folder: Path, index: int, text: str, primary: bool = True) -> N
         write_atomic(path, json.dumps({"time": time.time(), "task": index, "primary": primary, "text": text}))
 
 
-def first_error(attempt_dir: Path) -> str | None:
+def first_error(attempt_dir: Path, vanished: bool = True) -> str | None:
     """What brought the attempt down: a task that vanished without a word (killed), else the earliest error that was
-    nobody else's consequence. None if there was no error."""
+    nobody else's consequence. None if there was no error. `vanished` False: the launcher itself killed what was left.
+    """
     errors = [json.loads(p.read_text()) for p in (attempt_dir / "errors").glob("task_*.json")]
     spoken = {str(e["task"]) for e in errors}
     for path in sorted((attempt_dir / "tasks").glob("[0-9]*.json")):
-        if path.stem not in spoken and not path.with_suffix(".done").exists():
+        if vanished and path.stem not in spoken and not path.with_suffix(".done").exists():
             return (
                 f"task {path.stem} (process {json.loads(path.read_text())['pid']}) was killed or ended without a word"
             )

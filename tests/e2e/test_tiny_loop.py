@@ -241,6 +241,19 @@ def test_tensor_and_pipeline_parallel_runs_start_like_one_rank(runs):
     assert abs(losses["tp2"] - losses["one"]) < 1e-5 and abs(losses["pp2"] - losses["one"]) < 1e-5, losses
 
 
+def test_a_rank_that_hangs_ends_the_run_with_stacks(runs):
+    """A stopped rank answers nobody: after watchdog.timeout_s the others say so, dump their stacks, and all are ended."""
+    process = runs.start("hung", "--watchdog.timeout-s=25", "--sft.max-steps=4", "--rollout.no-drop-no-signal")
+    runs.wait_for_step(process, "hung", 1)
+    pids = task_pids(runs.path("hung"), 0)
+    os.kill(pids[1], signal.SIGSTOP)
+    out = runs.finish(process, status=1)
+    assert "no progress for watchdog.timeout_s = 25 s" in out
+    assert all(process_start(pid) is None for pid in pids.values())
+    stacks = runs.path("hung") / "attempts" / "0" / "stacks"
+    assert "loop.py" in (stacks / "task_0.txt").read_text() and "agent.py" in (stacks / "task_2.txt").read_text()
+
+
 def test_the_reason_of_a_failing_run_is_the_last_thing_said(runs, tmp_path):
     """A reward function that raises ends the run in seconds; its reason stands at the end, once."""
     module = tmp_path / "bad_reward.py"
