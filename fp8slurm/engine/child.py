@@ -56,7 +56,7 @@ def _serve(handover: dict[str, Any], on_cpu: bool) -> None:
     # the agent bound the port: nobody can take it between choosing and listening
     uvicorn.Server.run = lambda server, sockets=None: serve(server, sockets=[listener])
 
-    arguments = prepare_server_args([*handover["arguments"], "--api-key", handover["api_key"]])
+    arguments = prepare_server_args([*handover["arguments"], f"--api-key={handover['api_key']}"])
     launch_server(
         arguments,
         run_scheduler_process_func=run_scheduler,

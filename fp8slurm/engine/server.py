@@ -70,7 +70,7 @@ class Engine:
         self.model_dir, self.settings, self.name = Path(model_dir), settings, name
         self.cpu = settings.on_cpu
         self.log_path = Path(log_dir) / f"{name}.log"
-        self.api_key = secrets.token_urlsafe(32)
+        self.api_key = secrets.token_hex(32)  # may not begin with a dash: SGLang's parser would take it for an option
         self.port = 0
         self._started_at = 0.0
         self._process: subprocess.Popen[bytes] | None = None
