@@ -3,10 +3,28 @@
 PYTHON ?= python3
 VENV   ?= .venv
 ARGS   ?=
-RUN    ?= runs/tiny-fp8
+# A command of an environment of your own (a cluster's, with TransformerEngine) in place of .venv, which is then not built.
+FP8SLURM ?=
 
-BIN := $(CURDIR)/$(VENV)/bin
+BIN := $(abspath $(VENV))/bin
 PY  := $(BIN)/python
+
+# Where something is, and which run is meant; left out: what the recipe says.
+HF_CHECKPOINT  ?=
+PROMPT_DATA    ?=
+EVAL_DATA      ?=
+FP8_CHECKPOINT ?= $(HF_CHECKPOINT:/=)-FP8
+RUN            ?=
+export HF_CHECKPOINT PROMPT_DATA EVAL_DATA ARGS FP8SLURM VENV
+
+COMMAND  := $(or $(FP8SLURM),$(BIN)/fp8slurm)
+SETTINGS  = $(if $(RUN),--run.root=$(patsubst %/,%,$(dir $(RUN:/=))) --run.name=$(notdir $(RUN:/=))) \
+            $(if $(HF_CHECKPOINT),--model.hf-checkpoint=$(HF_CHECKPOINT)) \
+            $(if $(PROMPT_DATA),--data.train=$(PROMPT_DATA)) $(if $(EVAL_DATA),--data.eval=$(EVAL_DATA)) $(ARGS)
+# What is asked is asked before anything is built: the environment comes in the recipe's second line. Queued and running
+# jobs use the one that is there: it is not rebuilt under them.
+READY     = $(if $(FP8SLURM),:,$(MAKE) --no-print-directory setup)
+THERE     = [ -x "$(COMMAND)" ] || $(READY)
 
 # Nothing is written outside this folder: every cache lives under it.
 CACHE := $(CURDIR)/.cache
@@ -29,14 +47,19 @@ endif
 STAMP := $(VENV)/.complete
 
 .DEFAULT_GOAL := help
-.PHONY: help setup tiny-data train-tiny-fp8 eval-fp8 plot test test-fast clean
+.PHONY: help setup tiny-data tiny-moe-data train-tiny-fp8 train-tiny-moe-fp8 train-4b-fp8 train-30b-a3b-fp8 all-4b-fp8 all-tiny-fp8 convert-fp8 eval-fp8 \
+        status plot report test test-fast test-faults clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo '  ARGS="--rollout.n-samples 16" passes settings on, PYTHON=python3.12 chooses the interpreter of the environment'
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo '  variables: RUN=runs/NAME  HF_CHECKPOINT=  PROMPT_DATA=  EVAL_DATA=  FP8_CHECKPOINT=  (paths; left out: what the recipe says)'
+	@echo '             ARGS="--rollout.n-samples 16 --slurm.partition gpu"  passes settings on'
+	@echo '             FP8SLURM=/path/to/fp8slurm  uses an environment of your own, PYTHON=python3.12 chooses the interpreter of .venv'
 
-setup: $(STAMP)  ## build .venv from the pinned requirements (the other targets do it when a file changed)
-
+# An environment that make did not build (tools/install_gpu.sh, a site's) is taken as it is.
+ifneq ($(and $(wildcard $(BIN)/fp8slurm),$(if $(wildcard $(STAMP)),,own)),)
+STAMP :=
+else
 $(STAMP): requirements/torch.txt requirements/cpu.txt pyproject.toml
 	@mkdir -p $(CACHE)/tmp
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else f"PYTHON=$(PYTHON) is Python {v[0]}.{v[1]}; allowed: 3.11, 3.12, 3.13 (make PYTHON=python3.12 ...)")'
@@ -46,24 +69,75 @@ $(STAMP): requirements/torch.txt requirements/cpu.txt pyproject.toml
 	$(BIN)/pip install --quiet --no-deps --ignore-requires-python --requirement requirements/cpu.txt
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
+endif
+
+setup: $(STAMP)  ## build .venv from the pinned requirements (the other targets do it when a file changed)
 
 tiny-data: $(STAMP)  ## the tiny model and its data (models/tiny, data/tiny)
 	@$(PY) tools/make_tiny.py --out models/tiny --data data/tiny
 
+tiny-moe-data: tiny-data  ## the tiny mixture of experts too (models/tiny-moe)
+	@$(PY) tools/make_tiny.py --out models/tiny-moe --moe
+
 train-tiny-fp8: tiny-data  ## the whole loop in FP8 on this machine, no GPU: about five minutes on two cores
 	$(BIN)/fp8slurm train --recipe tiny-fp8 $(ARGS)
 
-eval-fp8: $(STAMP)  ## RUN=runs/NAME: newest checkpoint -> HF -> FP8 HF -> SGLang -> accuracy
-	$(BIN)/fp8slurm eval --run $(RUN) $(ARGS)
+train-tiny-moe-fp8: tiny-moe-data  ## the same with a mixture of 8 experts over two ranks, routing replayed
+	$(BIN)/fp8slurm train --recipe tiny-moe-fp8 $(ARGS)
+
+train-4b-fp8:  ## Qwen3-4B in FP8 as a Slurm job on one node of 8 GPUs (HF_CHECKPOINT=, PROMPT_DATA=, EVAL_DATA=)
+	@tools/require_slurm.sh $@ qwen3-4b-fp8 gpu
+	@$(THERE)
+	$(COMMAND) submit --recipe qwen3-4b-fp8 $(SETTINGS)
+
+train-30b-a3b-fp8:  ## Qwen3-30B-A3B in FP8 as a Slurm job on two nodes of 8 GPUs
+	@tools/require_slurm.sh $@ qwen3-30b-a3b-fp8 gpu
+	@$(THERE)
+	$(COMMAND) submit --recipe qwen3-30b-a3b-fp8 $(SETTINGS)
+
+all-4b-fp8:  ## HF -> torch_dist and FP8 -> train -> HF -> FP8 -> evaluation, as one chain of Slurm jobs
+	@tools/require_slurm.sh $@ qwen3-4b-fp8 gpu
+	@$(THERE)
+	$(COMMAND) chain --recipe qwen3-4b-fp8 $(SETTINGS)
+
+all-tiny-fp8:  ## the same chain for the tiny model, on a Slurm cluster without GPUs
+	@tools/require_slurm.sh $@ tiny-fp8 cpu
+	@$(MAKE) --no-print-directory tiny-data
+	$(COMMAND) chain --recipe tiny-fp8 $(SETTINGS)
+
+convert-fp8:  ## HF_CHECKPOINT=models/X: BF16 -> block FP8, into FP8_CHECKPOINT (models/X-FP8)
+	@[ -n "$(HF_CHECKPOINT)" ] || { echo 'make $@: give the Hugging Face folder with HF_CHECKPOINT=models/X' >&2; exit 2; }
+	@[ -d "$(HF_CHECKPOINT)" ] || { echo 'make $@: HF_CHECKPOINT=$(HF_CHECKPOINT): there is no such folder' >&2; exit 2; }
+	@$(READY)
+	$(COMMAND) convert hf-to-fp8 $(HF_CHECKPOINT) $(FP8_CHECKPOINT) $(ARGS)
+
+EVALUATED = $(or $(RUN),runs/tiny-fp8)
+eval-fp8:  ## RUN=runs/NAME: newest checkpoint -> HF -> FP8 HF -> SGLang -> accuracy
+	@[ -f $(EVALUATED)/config.json ] || { echo 'make $@: RUN=$(EVALUATED): there is no run (make train-tiny-fp8 makes runs/tiny-fp8)' >&2; exit 2; }
+	@$(READY)
+	$(COMMAND) eval --run $(EVALUATED) $(if $(EVAL_DATA),--tasks $(EVAL_DATA)) $(ARGS)
+
+status:  ## where all runs stand, or RUN=runs/NAME: from their folders and from Slurm
+	@$(THERE)
+	@$(COMMAND) status $(RUN) $(ARGS)
 
 plot: $(STAMP)  ## RUN=runs/NAME: draw its curves again
-	$(BIN)/fp8slurm plot $(RUN)
+	$(BIN)/fp8slurm plot $(EVALUATED)
 
-test: tiny-data  ## every test that this machine can run
-	$(PY) -m pytest $(ARGS)
+report: $(STAMP)  ## RUN=runs/NAME: its report, one HTML file
+	$(BIN)/fp8slurm report $(EVALUATED) $(ARGS)
+
+# Two processes: much of the time is waiting. A file's tests stay together, they share servers.
+PYTEST = sh tools/test_packages.sh && OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest --numprocesses 2 --dist loadfile
+
+test: tiny-data  ## every test that this machine can run, node faults (test-faults) left out
+	$(PYTEST) -m "not faults" $(ARGS)
 
 test-fast: tiny-data  ## the tests without servers and process groups, under five minutes
-	$(PY) -m pytest -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
+
+test-faults: tiny-data  ## every fault on a real two-node Slurm cluster that is started here (root, Debian's Slurm)
+	$(PYTEST) --numprocesses 0 -m slurm $(ARGS)
 
 clean:  ## remove .venv and the caches; runs, models and data stay
 	rm -rf $(VENV) .cache

@@ -1,16 +1,22 @@
-"""fp8slurm train | convert | eval | plot: parses and delegates."""
+"""The `fp8slurm` command: parses and delegates."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-from typing import Sequence
+from typing import TYPE_CHECKING, Callable, Sequence
+
+if TYPE_CHECKING:
+    from fp8slurm.config import RunConfig
+    from fp8slurm.observe.console import Display
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the `fp8slurm` command; returns its exit status.
 
-    0: done; 1: a job failed; 2: bad input, nothing was started; 130: interrupted.
+    0: done; 1: a job failed; 2: bad input, nothing was started; 3: eval and compare with --fail-if-worse: worse;
+    130: interrupted.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(
@@ -31,6 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"fp8slurm {command}: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # the reader of a pipe has seen enough; what is left in the buffer must not be tried again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
 
 
 def train(argv: list[str]) -> int:
@@ -47,7 +56,7 @@ def train(argv: list[str]) -> int:
 
     from fp8slurm.slurm.preflight import preflight
 
-    warnings = preflight(config)
+    warnings = preflight(config, dry_run=own.dry_run)
     for warning in warnings:
         print(f"fp8slurm train: warning: {warning}", file=sys.stderr)
     if own.dry_run:
@@ -56,32 +65,135 @@ def train(argv: list[str]) -> int:
         print(to_toml(config))
         print(describe(config))
         return 0
+    _look(config, "train")
+    if config.slurm.executor == "slurm":
+        return _train_under_slurm(config)
+    return _train_here(config)
 
+
+def _look(config: RunConfig, command: str) -> None:
+    """The quick part of the doctor: prints warnings. ValueError: the run cannot work here."""
+    from fp8slurm.doctor.quick import quick
+
+    for warning in quick(config):
+        print(f"fp8slurm {command}: warning: {warning}", file=sys.stderr)
+
+
+def _display(config: RunConfig) -> tuple[Display, Callable[[], None]]:
+    """The progress display of a run, and what brings it up to date."""
     from fp8slurm.observe.console import Display
     from fp8slurm.observe.metrics import MetricsTail
-    from fp8slurm.slurm.launch import RunFailed, finished, open_run, run_local
+
+    totals = {"sft": config.sft.max_steps, "rl": config.run.steps}
+    display = Display(config.run.name, {k: v for k, v in totals.items() if v})
+    tail = MetricsTail(config.run.root / config.run.name / "metrics.jsonl")
+    return display, lambda: [display.update(record) for record in tail.poll()]
+
+
+def _train_here(config: RunConfig) -> int:
+    from contextlib import nullcontext
+
+    from fp8slurm.slurm.attempt import finished
+    from fp8slurm.slurm.launch import RunFailed, open_run, run_here
 
     run = open_run(config)
     try:
-        if finished(config, run):
-            print(
-                f"{run.path} is finished: {config.run.steps} steps (--run.steps more of them to go on, --run.name for another run)"
-            )
+        if finished(config, run, verify=True):
+            print(_is_finished(config))
             return 0
-        totals = {"sft": config.sft.max_steps, "rl": config.run.steps}
-        with Display(config.run.name, {k: v for k, v in totals.items() if v}) as display:
-            tail = MetricsTail(run.path / "metrics.jsonl")
-            run_local(config, run, lambda: [display.update(record) for record in tail.poll()])
+        display, watch = _display(config)
+        foreground = config.slurm.executor == "debug"  # the terminal is the tasks'
+        with nullcontext() if foreground else display:
+            run_here(config, run, (lambda: None) if foreground else watch)
     except RunFailed as error:
         print(f"fp8slurm train: the run failed: {error}\nlogs: {run.attempt_dir}", file=sys.stderr)
         return 1
     finally:
         run.release()
+    return _draw(config)
+
+
+def _train_under_slurm(config: RunConfig) -> int:
+    """Submit, and follow the job until it is over; an interrupt leaves it running."""
+    from fp8slurm.slurm.launch import RunFailed, follow
+
+    job_id = _submit(config, "train")
+    if job_id is None:
+        return 0
+    display, watch = _display(config)
+    try:
+        with display:
+            follow(config, job_id, watch, lambda text: print(text, file=sys.stderr))
+    except RunFailed as error:
+        print(f"fp8slurm train: the run failed: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"\njob {job_id} goes on without this terminal; fp8slurm status shows it, scancel {job_id} ends it")
+        return 130
+    return _draw(config)
+
+
+def _is_finished(config: RunConfig) -> str:
+    path = config.run.root / config.run.name
+    return f"{path} is finished: {config.run.steps} steps (--run.steps more of them to go on, --run.name for another run)"
+
+
+def _draw(config: RunConfig) -> int:
     if config.observe.plot:
         from fp8slurm.observe.plot import plot
 
-        print(f"plot: {plot(run.path)}")
+        print(f"plot: {plot(config.run.root / config.run.name)}")
     return 0
+
+
+def _submit(config: RunConfig, command: str) -> str | None:
+    """The id of the new job; None where the run is finished already."""
+    from fp8slurm.slurm.cluster import check_cluster
+    from fp8slurm.slurm.submit import FOLDER, submit
+
+    for warning in check_cluster(config):
+        print(f"fp8slurm {command}: warning: {warning}", file=sys.stderr)
+    job_id = submit(config)
+    if job_id is None:
+        print(_is_finished(config))
+    else:
+        folder = config.run.root / config.run.name
+        print(f"job {job_id}: {config.run.name}, in {folder}; its log is {folder / FOLDER / f'{job_id}_0_log.err'}")
+    return job_id
+
+
+def submit(argv: list[str]) -> int:
+    """`fp8slurm submit --recipe R [--dry-run] [--section.key VALUE ...]`: train as a Slurm job, without waiting for it."""
+    from fp8slurm.slurm.preflight import preflight
+    from fp8slurm.slurm.submit import configuration
+
+    config, dry_run = configuration(argv, "fp8slurm submit")
+    for warning in preflight(config, dry_run=dry_run):
+        print(f"fp8slurm submit: warning: {warning}", file=sys.stderr)
+    if dry_run:
+        from fp8slurm.config import to_toml
+        from fp8slurm.slurm.describe import describe
+
+        print(to_toml(config))
+        print(describe(config))
+        return 0
+    _look(config, "submit")
+    _submit(config, "submit")
+    return 0
+
+
+def worker(argv: list[str]) -> int:
+    """`fp8slurm worker --recipe R`: what srun starts in a hand-written job script."""
+    from fp8slurm.slurm.worker import main as worker_main
+
+    return worker_main(argv)
+
+
+def after(argv: list[str]) -> int:
+    """`fp8slurm after STATUS --recipe R`: the last line of a hand-written job script."""
+    from fp8slurm.slurm.after import main as after_main
+
+    return after_main(argv)
 
 
 def convert(argv: list[str]) -> int:
@@ -92,10 +204,17 @@ def convert(argv: list[str]) -> int:
 
 
 def evaluate(argv: list[str]) -> int:
-    """`fp8slurm eval --run RUN`."""
+    """`fp8slurm eval --run RUN | --checkpoint FOLDER`."""
     from fp8slurm.eval.cli import main as eval_main
 
     return eval_main(argv)
+
+
+def compare(argv: list[str]) -> int:
+    """`fp8slurm compare A B`."""
+    from fp8slurm.eval.cli import compare_main
+
+    return compare_main(argv)
 
 
 def plot(argv: list[str]) -> int:
@@ -105,11 +224,55 @@ def plot(argv: list[str]) -> int:
     return plot_main(argv)
 
 
+def report(argv: list[str]) -> int:
+    """`fp8slurm report RUN [--compare RUN2 ...] [--out FILE] [--text]`."""
+    from fp8slurm.report.cli import main as report_main
+
+    return report_main(argv)
+
+
+def plan(argv: list[str]) -> int:
+    """`fp8slurm plan --recipe R [--section.key VALUE ...] [--json]`."""
+    from fp8slurm.plan.cli import main as plan_main
+
+    return plan_main(argv)
+
+
+def status(argv: list[str]) -> int:
+    """`fp8slurm status [RUN]`."""
+    from fp8slurm.slurm.show_status import main as status_main
+
+    return status_main(argv)
+
+
+def chain(argv: list[str]) -> int:
+    """`fp8slurm chain --recipe R [--dry-run] [--section.key VALUE ...]`."""
+    from fp8slurm.slurm.submit_chain import main as chain_main
+
+    return chain_main(argv)
+
+
+def doctor(argv: list[str]) -> int:
+    """`fp8slurm doctor [--recipe R ...] [--slurm] [--json]`."""
+    from fp8slurm.doctor.cli import main as doctor_main
+
+    return doctor_main(argv)
+
+
 COMMANDS = {
-    "train": (train, "run a recipe"),
+    "train": (train, "run a recipe, here or as a Slurm job that is followed"),
+    "submit": (submit, "run a recipe as a Slurm job"),
+    "worker": (worker, "one task of a job script (srun fp8slurm worker)"),
+    "after": (after, "the last line of a job script: requeue the job if its tasks died"),
     "convert": (convert, "checkpoints between HF, FP8 HF and torch_dist"),
-    "eval": (evaluate, "accuracy of a run's checkpoint in FP8"),
+    "eval": (evaluate, "accuracy of a checkpoint in FP8, BF16 or both"),
+    "compare": (compare, "two evaluations of the same questions"),
     "plot": (plot, "draw the curves of one or several runs"),
+    "report": (report, "a run as one HTML file, or as Markdown"),
+    "plan": (plan, "memory and bytes of a recipe, without a GPU"),
+    "status": (status, "where runs stand, from their directories and from Slurm"),
+    "doctor": (doctor, "look for what is wrong with this machine or cluster, and say what to do"),
+    "chain": (chain, "convert, train, export and evaluate as one chain of Slurm jobs"),
 }
 
 if __name__ == "__main__":

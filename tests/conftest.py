@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Callable
 
@@ -53,3 +56,34 @@ def write_fp8_model() -> Callable[..., dict[str, torch.Tensor]]:
         return tensors
 
     return write
+
+
+@pytest.fixture(scope="session")
+def install_packages() -> Callable[..., None]:
+    """install(*packages, program=NAME): see to it that a program of the system is there.
+
+    Where it is not, the packages are installed by apt-get if CI=true or INSTALL=1 is set; otherwise the test is skipped.
+    With CI=true nothing is skipped: what cannot be installed fails.
+    """
+
+    def install(*packages: str, program: str) -> None:
+        if shutil.which(program):
+            return
+        ci = os.environ.get("CI") == "true"
+        why = f"{program} is not installed: INSTALL=1 installs {' '.join(packages)} with apt-get"
+        if ci or os.environ.get("INSTALL") == "1":
+            as_root = [] if os.geteuid() == 0 else ["sudo", "--non-interactive"]
+            environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+            for step in (["update"], ["install", "--yes", "--no-install-recommends", *packages]):
+                try:
+                    subprocess.run([*as_root, "apt-get", *step], check=True, capture_output=True, text=True, env=environment)
+                except (OSError, subprocess.CalledProcessError) as error:
+                    why = f"{' '.join(packages)} could not be installed: {error} {getattr(error, 'stderr', '')}"
+                    break
+            else:
+                if shutil.which(program):
+                    return
+                why = f"{' '.join(packages)} brought no {program}"
+        pytest.fail(why) if ci else pytest.skip(why)
+
+    return install

@@ -6,11 +6,14 @@
 
 A checkpoint is written into a folder whose name ends in .tmp; COMPLETE, with the size and SHA-256 of every file, is
 written last; then the folder is renamed. Before the rename the attempt's number is compared with the newest one on
-disk: a process that was believed dead and still writes loses.
+disk: a process that was believed dead and still writes loses. A file that grows (metrics.jsonl) is the attempt's own
+and appears in the run directory as a second name of it: an old attempt appends to a file that nobody reads any more.
+No lock is taken: locks do not work on every shared file system.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -19,7 +22,7 @@ import socket
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Iterator
+from typing import Any, Callable, Iterator
 
 
 class RunBusyError(ValueError):
@@ -62,10 +65,10 @@ class RunState:
         return cls(**json.loads((folder / "state.json").read_text()))
 
 
-def write_atomic(path: Path, text: str) -> None:
+def write_atomic(path: Path, text: str, mode: int = 0o666) -> None:
     """Write a small file so that it is there with this text or not at all, also after a power cut."""
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(tmp, "w") as f:
+    with open(tmp, "w", opener=lambda name, flags: os.open(name, flags, mode)) as f:
         f.write(text)
         f.flush()
         os.fsync(f.fileno())
@@ -103,32 +106,41 @@ class RunDirectory:
         """Number of the newest attempt, -1 if there is none."""
         return max((int(p.name) for p in self.attempts.glob("*") if p.name.isdigit()), default=-1)
 
-    def acquire(self) -> None:
+    def owner(self, attempt: int) -> dict[str, Any] | None:
+        """Who began an attempt; None if that is not known (any more)."""
+        try:
+            return json.loads((self.attempts / str(attempt) / "owner.json").read_text())
+        except FileNotFoundError:
+            return None
+
+    def acquire(
+        self, more: dict[str, Any] | None = None, holder: Callable[[dict[str, Any]], str | None] | None = None
+    ) -> None:
         """Begin the next attempt; self.attempt is its number.
 
+        more: further keys of owner.json. holder: names the living holder that an owner.json describes, None if it is
+        gone; left out: a process of this machine.
+
         Raises:
-            RunBusyError: the newest attempt's process is still alive, or another one began at the same moment.
+            RunBusyError: the newest attempt's holder is still alive, or another one began at the same moment.
         """
         self.attempts.mkdir(parents=True, exist_ok=True, mode=0o700)
         os.chmod(self.path, 0o700)
         newest = self.newest_attempt()
-        owner = self.attempts / str(newest) / "owner.json"
-        if newest >= 0 and owner.is_file():
-            held = json.loads(owner.read_text())
-            if held["host"] == socket.gethostname() and process_start(held["pid"]) == held["start"]:
-                raise RunBusyError(
-                    f"{self.path} is held by process {held['pid']} on this machine (attempt {newest}): wait for it, end it, "
-                    f"or choose another name with --run.name"
-                )
+        held = self.owner(newest)
+        living = (holder or process_of)(held) if held is not None else None
+        if living:
+            raise RunBusyError(
+                f"{self.path} is held by {living} (attempt {newest}): wait for it, end it, "
+                f"or choose another name with --run.name"
+            )
         try:
             (self.attempts / str(newest + 1)).mkdir(mode=0o700)
         except FileExistsError:
             raise RunBusyError(f"{self.path}: another process began attempt {newest + 1} at the same moment") from None
         self.attempt = newest + 1
-        write_atomic(
-            self.attempt_dir / "owner.json",
-            json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "start": process_start(os.getpid())}),
-        )
+        me = {"host": socket.gethostname(), "pid": os.getpid(), "start": process_start(os.getpid())}
+        write_atomic(self.attempt_dir / "owner.json", json.dumps({**me, **(more or {})}))
 
     def release(self) -> None:
         """The attempt is over: another may begin."""
@@ -140,6 +152,28 @@ class RunDirectory:
         if newest != self.attempt:
             raise FencedError(f"{self.path}: attempt {newest} has begun; attempt {self.attempt} stops without writing")
 
+    # -- files that grow -----------------------------------------------------------------------------------------
+
+    def own_copy(self, name: str) -> Path:
+        """This attempt's own copy of the run's file `name`, which may be appended to; `publish` makes it the run's."""
+        self.check_fence()
+        own = self.attempt_dir / name
+        if (self.path / name).exists():
+            shutil.copyfile(self.path / name, own)
+        return own
+
+    def publish(self, name: str) -> None:
+        """Make this attempt's file the run's, if it is not already. Raises FencedError: nothing may be written any more."""
+        self.check_fence()
+        own, shown = self.attempt_dir / name, self.path / name
+        if shown.exists() and os.path.samefile(own, shown):
+            return
+        link = self.path / f".{name}.{self.attempt}.tmp"
+        link.unlink(missing_ok=True)
+        os.link(own, link)
+        os.replace(link, shown)
+        fsync_folder(self.path)
+
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
     @property
@@ -148,6 +182,7 @@ class RunDirectory:
 
     def begin_checkpoint(self, state: RunState) -> Path:
         """An empty folder to save into (one process calls this)."""
+        self.check_fence()
         tmp = self.checkpoints / f"{state.name}.{self.attempt}.tmp"
         shutil.rmtree(tmp, ignore_errors=True)
         tmp.mkdir(parents=True)
@@ -165,9 +200,18 @@ class RunDirectory:
             fsync_folder(folder)
         self.check_fence()
         final = self.checkpoints / state.name
-        if final.exists():  # an earlier attempt's damaged one, skipped at load
-            shutil.rmtree(final)
-        os.replace(tmp, final)
+        try:
+            os.rename(tmp, final)
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise
+            # An earlier attempt's: damaged and skipped at load, or sealed after this attempt had looked. If a newer
+            # attempt's, the fence says so now.
+            self.check_fence()
+            old = final.with_name(f"{state.name}.{self.attempt}.old.tmp")
+            os.rename(final, old)
+            os.rename(tmp, final)
+            shutil.rmtree(old, ignore_errors=True)
         fsync_folder(self.checkpoints)
         return final
 
@@ -186,6 +230,10 @@ class RunDirectory:
         """Checkpoint folders, newest first; nothing is said about their contents."""
         names = [p.name for p in self.checkpoints.glob("*_*") if p.is_dir() and p.name.rpartition("_")[2].isdigit()]
         return sorted(names, key=lambda n: (n.startswith("step"), n), reverse=True)
+
+    def newest_checkpoint(self) -> str:
+        """Name of the newest checkpoint that was sealed, "" if there is none; its contents are not read."""
+        return next((n for n in self.checkpoint_names() if (self.checkpoints / n / "COMPLETE").is_file()), "")
 
     def checked_checkpoints(self) -> Iterator[tuple[Path, str | None]]:
         """(folder, None) for complete checkpoints and (folder, reason) for damaged ones, newest first."""
@@ -212,6 +260,13 @@ def damage(folder: Path) -> str | None:
             return f"{name} has {path.stat().st_size} bytes instead of {want['bytes']}"
         if _sha256(path) != want["sha256"]:
             return f"{name} was altered (SHA-256)"
+    return None
+
+
+def process_of(held: dict[str, Any]) -> str | None:
+    """The living process of this machine that an owner.json describes, in words, or None."""
+    if held["host"] == socket.gethostname() and process_start(held["pid"]) == held["start"]:
+        return f"process {held['pid']} on this machine"
     return None
 
 

@@ -130,6 +130,13 @@ class HfSource:
         self._files.read_into(tensor.path, tensor.offset + start * info.row_bytes, as_bytes(rows))
         return rows
 
+    def whole(self, name: str) -> torch.Tensor:
+        """The tensor in its own shape and in memory of its own."""
+        tensor = self._located[name]
+        out = torch.empty(tensor.info.shape, dtype=tensor.info.dtype)
+        self._files.read_into(tensor.path, tensor.offset, as_bytes(out))
+        return out
+
     def close(self) -> None:
         self._files.close()
 

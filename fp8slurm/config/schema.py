@@ -76,6 +76,15 @@ class ParallelSection(Section):
     """Split norms and residuals along the sequence among the tensor-parallel ranks."""
 
 
+class MoeSection(Section):
+    """Mixture-of-experts training."""
+
+    aux_loss_coef: float = Field(0.0, ge=0)
+    """Weight of the load-balancing loss of Switch Transformer (0: off, as Qwen3 is commonly fine-tuned)."""
+    dispatcher: Literal["alltoall", "flex"] = "alltoall"
+    """How tokens reach their experts' ranks: plain all-to-all, or DeepEP's kernels (flex; needs a GPU and deep_ep)."""
+
+
 class OptimSection(Section):
     """AdamW and its schedule."""
 
@@ -100,7 +109,9 @@ class OptimSection(Section):
     distributed: bool = True
     """Shard optimizer state and FP32 master weights over the data-parallel ranks."""
     cpu_offload: bool = False
-    """Keep Adam's state in host memory (Megatron's HybridDeviceOptimizer)."""
+    """Keep Adam's state and FP32 master weights in host memory and step there, copies overlapped (Megatron's HybridDeviceOptimizer)."""
+    moments: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of Adam's two moments; bfloat16 needs TransformerEngine's FusedAdam, on the GPU."""
 
 
 class TrainSection(Section):
@@ -162,21 +173,25 @@ class RolloutSection(Section):
     """Further end tokens; those of the checkpoint's generation_config.json and config.json always stop a sample."""
     max_staleness: Literal[0] = 0
     """How many steps the rollout may run ahead of the trainer (only 0 so far)."""
+    routing_replay: bool = False
+    """Mixture of experts: route every token in the trainer to the experts that the engine chose for it."""
     save_every: int = Field(0, ge=0)
-    """Write rollouts/step_N.jsonl every so many steps (0: never)."""
+    """Write rollouts/step_N.jsonl every so many steps, with the trainer's log-probabilities for the report (0: never)."""
 
 
 class RewardSection(Section):
     """Rewards."""
 
     kind: str = "exact"
-    """exact, digits, math, or a user's own function as module:function(response: str, label: str) -> float."""
+    """exact, digits, numeric, choice, math, or a user's own function as module:function(response: str, label: str) -> float."""
     digits_weight: float = Field(0.5, ge=0, le=1)
     """For digits: the share of the per-digit part; the rest is the exact match."""
     timeout_s: float = Field(5.0, gt=0)
     """Time limit of one call; each runs in a process of its own kind, not in the agent."""
     on_error: Literal["error", "zero"] = "error"
-    """A reward function that raises, hangs or returns NaN ends the run with the reason, or counts as 0."""
+    """A reward function of one's own that raises, hangs or returns NaN ends the run with the reason, or counts as 0. An answer that math cannot digest always counts as 0."""
+    memory_mib: int | None = Field(None, ge=0)
+    """Address space in MiB of each process that calls math or a function of one's own (0: no limit); left out: 2048 for math, no limit otherwise."""
 
 
 class AlgorithmSection(Section):
@@ -230,8 +245,14 @@ class EngineSection(Section):
 
     tensor_parallel_size: int = Field(1, ge=1)
     """GPUs of one engine."""
+    expert_parallel_size: int = Field(1, ge=1)
+    """GPUs of one engine that share the experts; the rest of tensor_parallel_size cuts each expert."""
     per_node: int = Field(1, ge=1)
     """Engines on each node."""
+    placement: Literal["shared", "split"] = "shared"
+    """shared: trainer and engines take turns on the same GPUs; split: on every node engine.gpus GPUs serve, the others train."""
+    gpus: int = Field(0, ge=0)
+    """For split: GPUs of each node that serve (engine.per_node times engine.tensor_parallel_size)."""
     max_running_requests: int = Field(256, ge=1)
     """Sequences generated at once."""
     max_total_tokens: int | None = None
@@ -259,6 +280,10 @@ class SyncSection(Section):
     """Size of one bucket."""
     verify: Literal["off", "first", "always"] = "first"
     """Compare a digest of the raw bytes in the engine with what was sent: never, after the first update, after every one."""
+    pause_mode: Literal["retract", "abort", "in_place"] = "retract"
+    """What an update does to running requests: back to the queue (go on under the new weights), end now, or go on with the old weights' KV cache."""
+    keep_last_update: bool = True
+    """Keep the last update in the host memory of every node, for an engine that restarts; without it the trainer sends it again."""
 
 
 class CheckpointSection(Section):
@@ -273,14 +298,20 @@ class CheckpointSection(Section):
 
 
 class EvalSection(Section):
-    """Evaluation on data.eval while training."""
+    """Evaluation on data.eval and on further tasks while training."""
 
     every: int = Field(10, ge=0)
     """Steps between evaluations (0: only at the start and the end)."""
+    tasks: list[str] = Field(default_factory=list)
+    """Further tasks, each NAME=FILE with a shipped definition, FILE.jsonl or FILE.parquet with prompt and label, or MY.toml[=FILE] (docs/eval.md)."""
+    n_samples: int = Field(1, ge=1)
+    """Samples a question, of data.eval and of every task; above 1 needs a temperature."""
     max_tokens: int | None = None
     """Longest response; left out: rollout.max_tokens."""
     temperature: float = Field(0.0, ge=0)
     """0 is greedy."""
+    save_samples: bool = True
+    """Write every answer to eval/STEP-PRECISION-training/samples.jsonl; the summary is always written."""
 
 
 class ObserveSection(Section):
@@ -300,18 +331,54 @@ class WatchdogSection(Section):
 
 
 class SlurmSection(Section):
-    """Where the tasks run."""
+    """Where the tasks run, and what is asked of Slurm. None leaves a parameter to the site's default."""
 
-    executor: Literal["local", "slurm"] = "local"
-    """local: on this machine through submitit's local executor; slurm: not there yet."""
+    executor: Literal["local", "slurm", "debug"] = "local"
+    """local: on this machine; slurm: as a Slurm job; debug: on this machine with every task's log on the terminal."""
     nodes: int = Field(1, ge=1)
     """Nodes."""
     ranks_per_node: int = Field(1, ge=1)
     """Megatron ranks a node, one a GPU."""
+    gpus_per_node: int = Field(0, ge=0)
+    """GPUs to ask for on each node (0: none, the ranks run on the CPU)."""
     cpu_threads: int = Field(0, ge=0)
     """OMP_NUM_THREADS of a rank (0: cores / ranks)."""
     engine_threads: int = Field(0, ge=0)
     """OMP_NUM_THREADS of an engine on the CPU (0: all cores)."""
+    partition: str | None = None
+    """Partition of the job."""
+    account: str | None = None
+    """Account that pays."""
+    qos: str | None = None
+    """Quality of service."""
+    reservation: str | None = None
+    """Reservation."""
+    constraint: str | None = None
+    """Features that the nodes must have."""
+    exclude: str | None = None
+    """Nodes that must not be used."""
+    time: str = "240"
+    """Time limit: minutes, HH:MM:SS or D-HH:MM:SS. A run that needs longer is requeued and goes on."""
+    memory: str | None = None
+    """Memory of a node, as sbatch takes it (0: all of it)."""
+    cpus_per_task: int | None = Field(None, ge=1)
+    """CPU cores of each task (every rank and every agent is a task)."""
+    container_image: str | None = None
+    """Image that pyxis starts every task in (srun --container-image)."""
+    container_mounts: list[str] = Field(default_factory=list)
+    """Mounts of that container, each SOURCE:TARGET (srun --container-mounts)."""
+    setup: list[str] = Field(default_factory=list)
+    """Shell lines that the job script runs before it starts the tasks, such as module loads."""
+    sbatch: dict[str, str | int | bool] = Field(default_factory=dict)
+    """Any other sbatch parameter by its long name; true is a flag without a value."""
+    srun: list[str] = Field(default_factory=list)
+    """Further arguments of srun."""
+    signal_delay_s: int = Field(300, ge=1)
+    """Seconds before the time limit at which Slurm sends SIGUSR2: time to finish a step and to save."""
+    requeue: bool = True
+    """Go on by itself: requeue the job after a notice, at the time limit and when a task died."""
+    max_attempts_without_progress: int = Field(3, ge=1)
+    """Attempts in a row without a new checkpoint after which the run ends with the reason."""
 
 
 class ControlSection(Section):
@@ -332,6 +399,7 @@ class RunConfig(Section):
     model: ModelSection = ModelSection()
     fp8: Fp8Section = Fp8Section()
     parallel: ParallelSection = ParallelSection()
+    moe: MoeSection = MoeSection()
     optim: OptimSection = OptimSection()
     train: TrainSection = TrainSection()
     data: DataSection = DataSection()

@@ -164,6 +164,7 @@ def _megatron() -> None:
         tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
     )
     _step_of_torch_adam()
+    _offload_everything()
 
 
 def _step_of_torch_adam() -> None:
@@ -187,3 +188,21 @@ def _step_of_torch_adam() -> None:
 
     DistributedOptimizer._set_main_param_and_optimizer_states = set_states_but_step
     DistributedOptimizer.load_state_dict = load_with_own_steps
+
+
+def _offload_everything() -> None:
+    """HybridDeviceOptimizer offloads the parameters that are `.is_cuda`: here all of them are meant.
+
+    Answers _get_sub_optimizer_param_groups for optimizer_offload_fraction 1, as on a GPU: an fp32 copy of every
+    parameter is what the CPU's AdamW updates, and the parameter takes the result over.
+    """
+    from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
+
+    def groups(self: Any, fraction: float) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict, dict, dict]:
+        assert fraction == 1.0 and self.param_update_in_fp32
+        copies = {p: p.detach().clone().float() for group in self.param_groups for p in group["params"]}
+        on_cpu = [group | {"params": [copies[p] for p in group["params"]]} for group in self.param_groups]
+        masters = {p: copy for p, copy in copies.items() if p.dtype != torch.float32}
+        return [g for g in on_cpu if g["params"]], [], copies, {copy: p for p, copy in copies.items()}, masters
+
+    HybridDeviceOptimizer._get_sub_optimizer_param_groups = groups

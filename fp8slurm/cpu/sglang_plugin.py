@@ -1,6 +1,6 @@
 """SGLang's block FP8 on the CPU: W8A8 emulated in SGLang's own formulas, and sampling from a seed.
 
-Every patch answers one call of SGLang 0.5.21 that has no CPU implementation; no other model code is replaced.
+Every patch answers one call of SGLang 0.5.20 or 0.5.21 that has no CPU implementation; no other model code is replaced.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ def apply() -> None:
     _allow_float32()
     _patch_linear()
     _patch_experts()
+    _patch_updates()
+    _patch_routing()
     _patch_sampling()
 
 
@@ -122,6 +124,38 @@ def _patch_experts() -> None:
 
     Fp8MoEMethod.apply = forward
     Fp8MoEMethod.process_weights_after_loading = process
+
+
+def _patch_updates() -> None:
+    """Values kept of the old weights go with every bucket: servers without update sessions post-process nothing."""
+    from sglang.srt.model_executor.model_runner_components.weight_updater import WeightUpdater
+
+    def forgetting(original: Any) -> Any:
+        def update(self: Any, *args: Any, **kwargs: Any) -> Any:
+            result = original(self, *args, **kwargs)
+            for layer in self.get_model().modules():
+                if "fp8_values" in layer.__dict__:
+                    _loaded(layer)
+            return result
+
+        return update
+
+    for name in ("load_weights_from_distributed", "update_weights_from_distributed", "update_weights_from_tensor"):
+        if hasattr(WeightUpdater, name):
+            setattr(WeightUpdater, name, forgetting(getattr(WeightUpdater, name)))
+
+
+def _patch_routing() -> None:
+    """SGLang keeps the experts of every token in host memory that it registers with CUDA: here it is only allocated."""
+    try:
+        from sglang.srt.mem_cache.pool_host.common import ALLOC_MEMORY_FUNCS
+    except ModuleNotFoundError:  # a server without them refuses --enable-return-routed-experts by itself
+        return
+
+    def allocate(dims: tuple[int, ...], dtype: torch.dtype, device: str, allocator: Any, **_: Any) -> torch.Tensor:
+        return allocator.allocate(dims, dtype=dtype, device=device)
+
+    ALLOC_MEMORY_FUNCS["cpu"] = allocate
 
 
 def _patch_sampling() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Literal, Sequence
 
+import numpy as np
 import requests
 
 from fp8slurm.engine.digest import DIGEST_ACTION
@@ -35,6 +37,8 @@ class GenerateRequest:
     """Tokens that end the response, besides the model's own end tokens."""
     seed: int | None = None
     """Same seed, weights and batch: same tokens. None draws anew."""
+    routing: bool = False
+    """Return the experts of every token; the server has to run with them (EngineSettings.return_routing)."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,10 @@ class Generation:
     finish_reason: str
     """"stop", "length" or "abort"."""
     weight_versions: list[int]
-    """Version of the weights that made every token; -1 before the first update."""
+    """Version of the weights that made every token; -1 before the first update. Servers that do not stamp their tokens
+    (SGLang before 0.5.20): the version when the request was sent, exact unless an update without abort came in between."""
+    routing: np.ndarray | None = None
+    """Where it was asked for: int32 [(prompt and response tokens - 1) * layers * experts per token], in that order."""
 
 
 class EngineClient:
@@ -62,6 +69,7 @@ class EngineClient:
         self.url, self.timeout_s = url, timeout_s
         self.weight_version = UNVERSIONED
         self._quarantined: str | None = None
+        self._has_sessions: bool | None = None
         self._api_key = api_key
         self._session = requests.Session()
         self._session.trust_env = False  # a proxy is nothing for loopback
@@ -109,16 +117,22 @@ class EngineClient:
             "sampling_params": [_sampling_params(request) for request in batch],
             "return_logprob": True,
         }
-        return [self._generation(one) for one in self._post("/generate", body)]
+        if any(request.routing for request in batch):
+            body["return_routed_experts"] = True
+        begun = self.weight_version
+        return [self._generation(one, begun) for one in self._post("/generate", body)]
 
-    def _generation(self, answer: dict[str, Any]) -> Generation:
+    def _generation(self, answer: dict[str, Any], begun: int) -> Generation:
+        """begun: the version when the request was sent; stands in where the server does not stamp its tokens."""
         meta = answer["meta_info"]
         logprobs = meta["output_token_logprobs"]
         ids = [entry[1] for entry in logprobs]
-        versions = [self.weight_version] * len(ids)
+        versions = [begun] * len(ids)
         for span in meta.get("weight_versions") or ():
             versions[span["start"] : span["end"]] = [_version(span["version"])] * (span["end"] - span["start"])
-        return Generation(ids, [entry[0] for entry in logprobs], meta["finish_reason"]["type"], versions)
+        routing = meta.get("routed_experts")
+        experts = None if routing is None else np.frombuffer(base64.b64decode(routing), dtype="<i4")
+        return Generation(ids, [entry[0] for entry in logprobs], meta["finish_reason"]["type"], versions, experts)
 
     # -- control -------------------------------------------------------------------------------------------------
 
@@ -130,13 +144,9 @@ class EngineClient:
         """Go on after pause()."""
         self._post("/continue_generation", {})
 
-    def flush_cache(self) -> None:
-        """Forget all cached keys and values. Fails while requests run."""
-        self._post("/flush_cache")
-
-    def abort(self) -> None:
-        """End all requests now; they come back with what they have and finish_reason "abort"."""
-        self._post("/abort_request", {"abort_all": True})
+    def flush_cache(self, if_idle: bool = False) -> None:
+        """Forget all cached keys and values. While requests run the server refuses: EngineError, unless if_idle."""
+        self._request("POST", "/flush_cache", accept=(200, 400) if if_idle else (200,))
 
     def model_info(self) -> dict[str, Any]:
         """SGLang's /model_info: model_path, weight_version and more."""
@@ -166,12 +176,19 @@ class EngineClient:
 
     def begin_update(self) -> bool:
         """Open an update session; False if this server knows none (SGLang before 0.5.21)."""
-        return self._post("/begin_weight_update", {}, missing_is_none=True) is not None
+        if self._has_sessions is not False:
+            self._has_sessions = self._request("POST", "/begin_weight_update", {}, (200, 404)).status_code == 200
+        return self._has_sessions
 
     def receive_bucket(self, group: str, names: list[str], dtypes: list[str], shapes: list[list[int]]) -> None:
         """Have the server's ranks receive one flat broadcast from rank 0 of `group`; returns when it is loaded."""
         body = {"names": names, "dtypes": dtypes, "shapes": shapes, "group_name": group, "flush_cache": False}
         self._post("/update_weights_from_distributed", {**body, "load_format": "flattened_bucket"})
+
+    def receive_handles(self, handles: list[str]) -> None:
+        """Have each of the server's ranks load one flat bucket from memory that it maps (sync/transport.py)."""
+        body = {"serialized_named_tensors": handles, "load_format": "flattened_bucket", "flush_cache": False}
+        self._post("/update_weights_from_tensor", body)
 
     def end_update(self) -> None:
         self._post("/end_weight_update", {})
@@ -184,32 +201,33 @@ class EngineClient:
     def digest(self) -> list[dict[str, str]]:
         """sha256 of the raw bytes of every parameter, by name: one dict a tensor-parallel rank (engine/plugin.py)."""
         ranks = self._post("/weights_checker", {"action": DIGEST_ACTION})["ranks"]
-        ranks.sort(key=lambda rank: rank["parallelism_info"][0]["rank"])
+
+        def number(rank: dict[str, Any]) -> int:
+            info = rank["parallelism_info"]  # one for every role; older servers have a single one
+            return (info[0] if isinstance(info, list) else info)["rank"]
+
+        ranks.sort(key=number)
         return [rank["checksums"] for rank in ranks]
 
     # -- http ----------------------------------------------------------------------------------------------------
 
-    def _post(self, path: str, body: dict[str, Any] | None = None, missing_is_none: bool = False) -> Any:
-        response = self._request("POST", path, body, missing_is_none)
-        if response is None:
-            return None
+    def _post(self, path: str, body: dict[str, Any] | None = None) -> Any:
+        response = self._request("POST", path, body)
         try:
             return response.json()
         except requests.exceptions.JSONDecodeError:
             return response.text
 
-    def _request(self, method: str, path: str, body: Any = None, missing_is_none: bool = False) -> Any:
+    def _request(self, method: str, path: str, body: Any = None, accept: tuple[int, ...] = (200,)) -> requests.Response:
         try:
             response = self._session.request(method, self.url + path, json=body, timeout=self.timeout_s)
         except requests.exceptions.Timeout as error:
             raise EngineError(f"{self.url}{path} did not answer within {self.timeout_s:g} s") from error
         except requests.exceptions.RequestException as error:
             raise EngineError(f"{self.url}{path}: the connection broke: {error}") from error
-        if response.status_code == 404 and missing_is_none:
-            return None
         if response.status_code == 400 and path == "/generate":
             raise ValueError(f"the engine refused a request: {response.text[:1000]}")
-        if response.status_code != 200:
+        if response.status_code not in accept:
             raise EngineError(f"{self.url}{path} answered {response.status_code}: {response.text[:1000]}")
         return response
 

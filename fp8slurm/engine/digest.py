@@ -39,11 +39,13 @@ def expected_digests(
     tensor_parallel_size: int = 1,
     tie_word_embeddings: bool = False,
     dtype: torch.dtype | None = None,
+    expert_parallel_size: int = 1,
 ) -> list[dict[str, str]]:
     """Digests that the engine's ranks should report after loading `tensors`, one dict (engine name -> sha256) a rank.
 
     tensors: a whole model in Hugging Face form, in any order (FP8: X.weight and X.weight_scale_inv; experts one by
-    one). dtype: what the engine casts all but codes and scales to (None: nothing is cast).
+    one). dtype: what the engine casts all but codes and scales to (None: nothing is cast). expert_parallel_size: groups of
+    neighbouring ranks that hold different experts.
     Raises ValueError if a fused parameter misses a part.
     """
     ranks: list[dict[str, str]] = [{} for _ in range(tensor_parallel_size)]
@@ -60,9 +62,9 @@ def expected_digests(
         else:
             parts.setdefault(fused, {})[key] = tensor
             if ".experts." not in fused and len(parts[fused]) == len(_part_names(fused)):
-                _fuse(fused, parts.pop(fused), ranks, num_key_value_heads)
+                _fuse(fused, parts.pop(fused), ranks, num_key_value_heads, 1)
     for fused, pieces in parts.items():
-        _fuse(fused, pieces, ranks, num_key_value_heads)
+        _fuse(fused, pieces, ranks, num_key_value_heads, expert_parallel_size)
     return ranks
 
 
@@ -119,21 +121,29 @@ def _shard(name: str, tensor: torch.Tensor, rank: int, size: int, num_key_value_
 
 
 def _fuse(
-    fused: str, pieces: dict[tuple[int, int], torch.Tensor], ranks: list[dict[str, str]], num_key_value_heads: int
+    fused: str,
+    pieces: dict[tuple[int, int], torch.Tensor],
+    ranks: list[dict[str, str]],
+    num_key_value_heads: int,
+    expert_parallel_size: int,
 ) -> None:
-    """Add the digest of one fused parameter on every rank."""
+    """Add the digest of one fused parameter on every rank; experts are cut by the ranks of one expert-parallel group."""
     names = _part_names(fused)
     experts = max(expert for expert, _ in pieces) + 1
     if len(pieces) != experts * len(names):
         raise ValueError(f"{fused} is made of {experts * len(names)} tensors, only {len(pieces)} were given")
+    stacked = ".experts." in fused
+    size = len(ranks) // expert_parallel_size if stacked else len(ranks)
+    share = experts // expert_parallel_size if stacked else 1
     for rank, digests in enumerate(ranks):
+        first = rank // size * share
         rows = [
             torch.cat(
                 [
-                    _shard(f".{part}.", pieces[expert, position], rank, len(ranks), num_key_value_heads)
+                    _shard(f".{part}.", pieces[expert, position], rank % size, size, num_key_value_heads)
                     for position, part in enumerate(names)
                 ]
             )
-            for expert in range(experts)
+            for expert in range(first, first + share)
         ]
-        digests[fused] = raw_digest(torch.stack(rows) if ".experts." in fused else rows[0])
+        digests[fused] = raw_digest(torch.stack(rows) if stacked else rows[0])

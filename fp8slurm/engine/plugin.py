@@ -16,6 +16,7 @@ def apply() -> None:
     # folder goes with it
     load_snapshot.shm_path_for = lambda ipc_name: f"{tempfile.gettempdir()}/loads"
     _add_raw_digest()
+    _finish_loads()
 
 
 def _add_raw_digest() -> None:
@@ -29,15 +30,37 @@ def _add_raw_digest() -> None:
     if getattr(original, "knows_raw_digest", False):
         return
 
-    def handle(self: Any, action: str, *args: Any, role: str, **kwargs: Any) -> Any:
+    def handle(self: Any, action: str, *args: Any, **kwargs: Any) -> Any:
         if action != DIGEST_ACTION:
-            return original(self, action, *args, role=role, **kwargs)
+            return original(self, action, *args, **kwargs)
+        role = {"role": kwargs["role"]} if "role" in kwargs else {}  # older servers know no roles
         checksums = {name: raw_digest(parameter) for name, parameter in self._get_model().named_parameters()}
         return {
             "checksums": checksums,
             "per_gpu_checksum": overall(checksums),
-            "parallelism_info": self._parallelism_info(role=role).model_dump(),
+            "parallelism_info": self._parallelism_info(**role).model_dump(),
         }
 
     handle.knows_raw_digest = True
     WeightChecker.handle = handle
+
+
+def _finish_loads() -> None:
+    """Answer /update_weights_from_tensor when the copies are done, not when they are queued on the GPU.
+
+    The sender overwrites the memory that it shares as soon as it has the answer.
+    """
+    import torch
+    from sglang.srt.model_executor.model_runner_components.weight_updater import WeightUpdater
+
+    original = WeightUpdater.update_weights_from_tensor
+    if not torch.cuda.is_available() or getattr(original, "finishes", False):
+        return
+
+    def update_weights_from_tensor(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, *args, **kwargs)
+        torch.cuda.synchronize()
+        return result
+
+    update_weights_from_tensor.finishes = True
+    WeightUpdater.update_weights_from_tensor = update_weights_from_tensor

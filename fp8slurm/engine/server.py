@@ -43,6 +43,8 @@ class EngineSettings:
     """Seed of the samples that bring none of their own."""
     cpu_threads: int = 0
     """OMP_NUM_THREADS of each rank on the CPU (0: all cores / ranks)."""
+    return_routing: bool = False
+    """Keep the experts of every token, for requests that ask for them."""
     gpus: tuple[int, ...] | None = None
     """Devices that the server may use; None leaves CUDA_VISIBLE_DEVICES as it is."""
 
@@ -244,6 +246,7 @@ def server_arguments(model_dir: Path, settings: EngineSettings, port: int) -> li
         "--port": str(port),
         "--dtype": section.dtype,
         "--tp-size": str(section.tensor_parallel_size),
+        "--ep-size": section.expert_parallel_size if section.expert_parallel_size > 1 else None,
         "--max-running-requests": str(section.max_running_requests),
         "--mem-fraction-static": str(section.mem_fraction),
         "--random-seed": str(settings.seed),
@@ -261,6 +264,8 @@ def server_arguments(model_dir: Path, settings: EngineSettings, port: int) -> li
         switches += ["--skip-server-warmup"]
     elif settings.deterministic:
         switches.append("--enable-deterministic-inference")
+    if settings.return_routing:
+        switches.append("--enable-return-routed-experts")
     line = [text for name, value in arguments.items() if value is not None for text in (name, str(value))]
     return [*line, *switches, *section.extra_args]
 

@@ -1,138 +1,186 @@
-"""`fp8slurm eval --run RUN`: newest checkpoint -> HF BF16 -> HF FP8 -> SGLang in FP8 -> accuracy."""
+"""`fp8slurm eval` and `fp8slurm compare`: flags in, evaluations out (docs/eval.md)."""
 
 from __future__ import annotations
 
 import argparse
-import json
+import logging
+import os
 import sys
-import time
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Sequence
 
-from fp8slurm.checkpoint.run import RunDirectory, RunState, write_atomic
-from fp8slurm.config import RunConfig
-from fp8slurm.config.load import build
+from fp8slurm.config.schema import DataSection, EngineSection
+from fp8slurm.eval.checkpoints import Checkpoint, Precision, prepare, recognize
+from fp8slurm.eval.records import Records, choose_folder
+from fp8slurm.eval.flags import WORSE, check, engine_section, parser, tasks_of
+from fp8slurm.eval.questions import load_questions
+from fp8slurm.eval.tasks import EvalTask
 
 
 def main(argv: list[str]) -> int:
-    """Exit status 0; bad input is a ValueError that names it."""
-    parser = argparse.ArgumentParser(
-        prog="fp8slurm eval", description="Accuracy of a run's checkpoint on its held-out prompts."
-    )
-    parser.add_argument("--run", type=Path, required=True, help="run directory, such as runs/tiny-fp8")
-    parser.add_argument(
-        "--checkpoint", help="a checkpoint's name, such as step_000080 (default: the newest complete one)"
-    )
-    parser.add_argument("--precision", choices=("fp8", "bf16"), default="fp8", help="precision of the engine")
-    parser.add_argument("--data", type=Path, help="JSONL or parquet with other held-out prompts than the run's")
-    args = parser.parse_args(argv)
-    saved = args.run / "config.json"
-    if not saved.is_file():
-        raise ValueError(f"--run {args.run}: no config.json there; give the directory of a run (runs/NAME)")
-    config = build(json.loads(saved.read_text()), str(saved))
-    data = args.data or config.data.eval
-    if data is None:
-        raise ValueError("the run has no held-out prompts: give them with --data")
-    folder, state = pick_checkpoint(RunDirectory(args.run), args.checkpoint)
-    out = args.run / "eval" / folder.name
-    model = prepare(config, folder, out, args.precision)
-    result = evaluate(config, model, data, out / args.precision) | {
-        "checkpoint": str(folder), "step": state.step, "precision": args.precision, "data": str(data),
-    }  # fmt: skip
-    write_atomic(out / args.precision / "summary.json", json.dumps(result, indent=1))
-    show(result, out / args.precision)
-    return 0
+    """Exit status 0, 1 (an engine failed), 3 (--fail-if-worse); bad input is a ValueError that names it."""
+    args, rest = parser().parse_known_args(argv)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("urllib3").setLevel(logging.ERROR)
+    check(args)
+    step = args.checkpoint if args.run is not None else None
+    path = Path(args.checkpoint) if args.run is None and args.checkpoint is not None else None
+    checkpoint = recognize(path, args.run, step, args.origin_hf_dir, args.eval_dir)
+    print(checkpoint.describe(), flush=True)
+    engine = engine_section(checkpoint.config, rest)
+    tasks = tasks_of(args, checkpoint.config)
+    plan = _Plan.make(args, checkpoint, tasks, engine)
+    if args.dry_run:
+        plan.describe()
+        return 0
+    from fp8slurm.engine.server import EngineError
 
-
-def pick_checkpoint(run: RunDirectory, name: str | None) -> tuple[Path, RunState]:
-    """The named checkpoint, or the newest complete one. Raises ValueError."""
-    seen = []
-    for folder, damage in run.checked_checkpoints():
-        if name is not None and folder.name != name:
-            seen.append(folder.name)
-            continue
-        if damage is None:
-            return folder, RunState.read(folder)
-        print(f"checkpoint {folder} is skipped: {damage}", file=sys.stderr)
-    if name is not None:
-        raise ValueError(
-            f"--checkpoint {name}: no usable one of that name in {run.checkpoints}; there are: {', '.join(seen) or 'none'}"
-        )
-    raise ValueError(f"{run.checkpoints} has no usable checkpoint")
-
-
-def prepare(config: RunConfig, checkpoint: Path, out: Path, precision: str) -> Path:
-    """The folder that the engine loads; conversions that are there already are kept."""
-    from fp8slurm.checkpoint import hf_to_fp8, torch_dist_to_hf
-
-    assert config.model.hf_checkpoint is not None
-    hf = out / "hf"
-    if not hf.exists():
-        torch_dist_to_hf(checkpoint, hf, origin_hf_dir=config.model.hf_checkpoint)
-    if precision == "bf16":
-        return hf
-    fp8 = out / "hf_fp8"
-    if not fp8.exists():
-        hf_to_fp8(hf, fp8)
-    return fp8
-
-
-def evaluate(config: RunConfig, model: Path, data: Path, out: Path) -> dict:
-    """Greedy accuracy of a Hugging Face folder in SGLang; every answer goes to out/samples.jsonl."""
-    from fp8slurm.engine.client import EngineClient
-    from fp8slurm.engine.server import Engine
-    from fp8slurm.rl.agent import engine_settings
-    from fp8slurm.rl.rewards import RewardPool
-    from fp8slurm.rl.rollout import Sampler, correct
-
-    out.mkdir(parents=True, exist_ok=True)
-    sampler = Sampler.load(config)
-    prompts = sampler.prompts(data)
-    engine = Engine(model, out, engine_settings(config))
-    engine.start()
     try:
-        engine.wait_ready()
-        client = EngineClient(engine.url, engine.api_key, config.engine.request_timeout_s)
-        start = time.perf_counter()
-        groups = sampler.greedy(
-            lambda requests: client.generate(requests, one_batch=config.run.deterministic), list(enumerate(prompts))
+        return plan.run()
+    except EngineError as error:
+        print(f"fp8slurm eval: {error}\nThe same command goes on with the samples that are there.", file=sys.stderr)
+        return 1
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A checked command, before anything is converted or started."""
+
+    args: argparse.Namespace
+    checkpoint: Checkpoint
+    asked: Any
+    serving: Any
+
+    @classmethod
+    def make(
+        cls, args: argparse.Namespace, checkpoint: Checkpoint, tasks: list[EvalTask], section: EngineSection
+    ) -> _Plan:
+        from fp8slurm.engine.server import EngineSettings
+        from fp8slurm.eval.engines import gpu_shares
+        from fp8slurm.eval.run import Asked, Serving
+        from fp8slurm.rl.agent import engine_settings
+        from fp8slurm.rl.data import end_token_ids, load_tokenizer
+
+        config = checkpoint.config
+        data = config.data if config is not None else DataSection(max_prompt_tokens=10**9)
+        wanted = {k: getattr(args, k) for k in ("chat_template_kwargs", "max_prompt_tokens", "on_bad_line")}
+        data = data.model_copy(update={k: v for k, v in wanted.items() if v is not None})
+        folder = checkpoint.tokenizer_folder
+        tokenizer = load_tokenizer(folder)
+        more = config.rollout.stop_token_ids if config is not None else []
+        questions, left_out = {}, {}
+        for task in tasks:
+            questions[task.name], left_out[task.name] = load_questions(task, tokenizer, data, args.limit)
+        seed = args.seed if args.seed is not None else config.run.seed if config is not None else 0
+        settings = engine_settings(config) if config is not None else EngineSettings()
+        settings = replace(
+            settings, section=section, seed=seed, deterministic=settings.deterministic or args.deterministic
         )
-        seconds = time.perf_counter() - start
-    finally:
-        engine.stop()
-    with RewardPool(config.reward) as rewards:
-        right = correct(groups, rewards)
-    with open(out / "samples.jsonl", "w") as f:
-        for group, ok in zip(groups, right):
-            s = group.samples[0]
-            row = {
-                "index": group.prompt.index,
-                "label": group.prompt.label,
-                "response": s.text,
-                "correct": ok,
-                "finish_reason": s.finish_reason,
-            }
-            f.write(json.dumps(row) + "\n")
-    tokens = sum(len(g.samples[0].response_ids) for g in groups)
-    return {
-        "accuracy": sum(right) / len(right), "correct": sum(right), "questions": len(right),
-        "truncated": sum(g.samples[0].finish_reason == "length" for g in groups),
-        "response_tokens": tokens, "tokens_per_second": tokens / seconds, "seconds": seconds,
-    }  # fmt: skip
+        engines = len(gpu_shares(settings, args.engines))
+        if settings.on_cpu and engines > 1 and not settings.cpu_threads:
+            cores = len(os.sched_getaffinity(0))
+            settings = replace(settings, cpu_threads=max(1, cores // engines // section.tensor_parallel_size))
+        size = args.batch_size or (section.max_running_requests if settings.on_cpu else 1)
+        asked = Asked(
+            tasks,
+            questions,
+            left_out,
+            seed,
+            sorted({*end_token_ids(folder), *more}),
+            tokenizer,
+            dict(data.chat_template_kwargs),
+        )
+        return cls(args, checkpoint, asked, Serving(settings, engines, size, args.grader_timeout))
+
+    def describe(self) -> None:
+        for task in self.asked.tasks:
+            print(
+                f"{task.name}: {len(self.asked.questions[task.name])} questions of {task.data}, "
+                f"{task.n_samples} sample(s) each, temperature {task.temperature:g}, top-p {task.top_p:g}, at most "
+                f"{task.max_tokens} tokens, grader {task.grader}"
+            )
+            print(f"  the first: {self.asked.questions[task.name][0].text!r}")
+        print(
+            f"{self.args.precision}, {self.serving.engines} engine(s), {self.asked.samples} samples; "
+            f"results in {self.checkpoint.eval_dir}"
+        )
+
+    def run(self) -> int:
+        from rich.console import Console
+
+        from fp8slurm.eval.display import show_comparison, show_summary
+
+        console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+        if self.args.precision != "both":
+            folder, summary = self.evaluate(self.args.precision, None)
+            show_summary(summary, console)
+            print(f"{folder}/summary.json, samples.jsonl")
+            return 0
+        base, summary = self.evaluate("bf16", Path())
+        show_summary(summary, console)
+        folder, summary = self.evaluate("fp8", base)
+        show_summary(summary, console)
+        name = f"compare-{folder.name.replace('-fp8', '', 1)}"
+        return report(folder, base, self.checkpoint.eval_dir / name, self.args.fail_if_worse, console, show_comparison)
+
+    def evaluate(self, precision: Precision, score_of: Path | None) -> tuple[Path, dict[str, Any]]:
+        """(folder, summary) in one precision. score_of: see run.evaluate; Path() stands for its own."""
+        from fp8slurm.eval.run import evaluate
+
+        source = self.checkpoint
+        if precision == "fp8" and self.args.fp8_checkpoint is not None:
+            given = recognize(self.args.fp8_checkpoint, None, None, None, source.eval_dir)
+            if not given.kind.endswith("FP8"):
+                raise ValueError(f"--fp8-checkpoint {given.path} is {given.kind}, not block FP8")
+            source = replace(given, name=source.name, step=source.step)
+        model, how = prepare(source, precision, tuple(self.args.modules_to_not_convert))
+        print(f"{precision.upper()}: {model} ({how})", flush=True)
+        settings = self.asked.settings(source, precision, model, self.serving.engine)
+        folder = choose_folder(source.eval_dir, f"{source.name}-{precision}", settings, self.args.out)
+        with Records(folder, settings) as records:
+            if records.rows and not records.complete:
+                print(f"{folder}: going on, {len(records.rows)} of {self.asked.samples} samples are there", flush=True)
+            of = folder if score_of == Path() else score_of
+            return folder, evaluate(
+                self.asked, self.serving, source, precision, model, records, of, self.args.score_questions
+            )
 
 
-def show(result: dict, out: Path) -> None:
-    from rich.console import Console
-    from rich.table import Table
+def report(a: Path, b: Path, out: Path, fail_if_worse: float | None, console: Any, show: Any) -> int:
+    """Compare, write, show; the exit status."""
+    from fp8slurm.eval.compare import compare, write
 
-    table = Table(title=f"{result['checkpoint']} in {result['precision'].upper()}")
-    for column in ("questions", "correct", "accuracy", "truncated", "tokens/s"):
-        table.add_column(column, justify="right")
-    table.add_row(
-        str(result["questions"]),
-        str(result["correct"]),
-        f"{result['accuracy']:.4f}",
-        str(result["truncated"]),
-        f"{result['tokens_per_second']:.0f}",
+    found = compare(a, b, fail_if_worse)
+    path = write(found, out)
+    show(found, console)
+    print(path)
+    return WORSE if found["worse"] else 0
+
+
+def compare_main(argv: Sequence[str]) -> int:
+    """`fp8slurm compare A B`: exit status 0, or 3 with --fail-if-worse; bad input is a ValueError."""
+    p = argparse.ArgumentParser(
+        prog="fp8slurm compare",
+        description="Compare two finished evaluations of the same questions; B is the baseline.",
     )
-    Console().print(table)
-    print(f"{out / 'summary.json'}  {out / 'samples.jsonl'}")
+    p.add_argument("a", type=Path, metavar="A", help="folder of an evaluation, such as runs/NAME/eval/step_000040-fp8")
+    p.add_argument("b", type=Path, metavar="B", help="the baseline's, such as runs/NAME/eval/step_000040-bf16")
+    p.add_argument(
+        "--fail-if-worse",
+        type=float,
+        metavar="X",
+        help=f"exit status {WORSE} when A is significantly worse by more than X",
+    )
+    p.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder for compare.json (default: compare-A-with-B beside A)"
+    )
+    args = p.parse_args(argv)
+    if args.fail_if_worse is not None and not args.fail_if_worse >= 0:
+        raise ValueError(f"--fail-if-worse {args.fail_if_worse}; allowed: 0 or more (0.02: two points)")
+    from rich.console import Console
+
+    from fp8slurm.eval.display import show_comparison
+
+    out = args.out or args.a.resolve().parent / f"compare-{args.a.resolve().name}-with-{args.b.resolve().name}"
+    return report(args.a, args.b, out, args.fail_if_worse, Console(highlight=False), show_comparison)

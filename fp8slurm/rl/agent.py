@@ -20,16 +20,20 @@ from fp8slurm.checkpoint.run import RunDirectory, write_atomic
 from fp8slurm.config import RunConfig
 from fp8slurm.engine.client import EngineClient, GenerateRequest, Generation
 from fp8slurm.engine.server import Engine, EngineError
+from fp8slurm.eval.in_training import TrainingEval
 from fp8slurm.rl.advantages import has_signal, settle_truncated
 from fp8slurm.rl.channel import AgentChannel
 from fp8slurm.rl.data import PromptOrder
 from fp8slurm.rl.precision import engine_in_fp8
 from fp8slurm.rl.rewards import RewardPool
-from fp8slurm.rl.rollout import Sampler, correct
+from fp8slurm.rl.rollout import Sampler
+from fp8slurm.rl.saved import is_saved, rollout_file, trainer_file, write_rollout
 from fp8slurm.rl.types import SampleGroup
 from fp8slurm.rl.wire import encode_groups
-from fp8slurm.sync.bucket import WeightBucket, payload_bytes
+from fp8slurm.sync.bucket import WeightBucket
+from fp8slurm.sync.check import check_engine_checkpoint
 from fp8slurm.sync.groups import Group
+from fp8slurm.sync.receiver import Receiver
 from fp8slurm.sync.stream import parse_description
 
 log = logging.getLogger(__name__)
@@ -42,7 +46,6 @@ class Agent:
         self.config, self.run, self.number, self.agents, self.monitor = config, run, number, agents, monitor
         self.model_dir: Path | None = None
         self.engine: Engine | None = None
-        self.held: list[WeightBucket] = []
         self.version = -1
         self.restarts = 0
         monitor.on_exit = self.stop
@@ -57,7 +60,7 @@ class Agent:
         self.engine.start()
         self.sampler = Sampler.load(c)
         self.train_prompts = self.sampler.prompts(c.data.train) if c.run.steps and c.data.train else []
-        self.eval_prompts = self.sampler.prompts(c.data.eval) if c.data.eval else []
+        self.evaluation = TrainingEval(c, self.run, self.sampler, self.number, self.agents)
         self.order = PromptOrder(len(self.train_prompts), c.run.seed, c.data.shuffle) if self.train_prompts else None
         self.rewarder = RewardPool(c.reward)
 
@@ -67,22 +70,29 @@ class Agent:
             self.engine.stop()
         if hasattr(self, "rewarder"):
             self.rewarder.close()
+        if hasattr(self, "evaluation"):
+            self.evaluation.close()
 
     def serve(self, channel: AgentChannel, store: dist.Store, address: str) -> None:
         """Answer commands until "stop"."""
         assert self.engine is not None
         self.store, self.channel = store, channel
-        self.stages: list[tuple[Group, list]] = []
-        for stage in range(self.config.parallel.pipeline_parallel_size):
-            specs = parse_description(store.get(f"sync/plan/{stage}").decode())
-            self.stages.append((Group(store, f"sync/{stage}", 1 + self.number, 1 + self.agents, address), specs))
+        names = store.get("sync/sources").decode().split()
+        plans = {name: parse_description(store.get(f"sync/plan/{name}").decode()) for name in names}
+        assert self.model_dir is not None
+        check_engine_checkpoint(self.model_dir, [s for plan in plans.values() for specs in plan for s in specs])
+        groups = {n: Group(store, f"sync/{n}", 1 + self.number, 1 + self.agents, address) for n in names}
+        self.receiver = Receiver(store, [(n, groups[n], plans[n]) for n in names], self.config.sync.keep_last_update)
         self.engine.wait_ready()
         self._connect()
         while True:
             command = channel.next()
             kind = command.pop("kind")
             log.debug("command %s %s", kind, command)
-            values, payload = getattr(self, f"do_{kind}")(**command)
+            try:
+                values, payload = getattr(self, f"do_{kind}")(**command)
+            except WeightsLost:
+                values, payload = {"weights_lost": True}, None
             channel.answer(values, payload)
             self.monitor.beat()
             if kind == "stop":
@@ -93,13 +103,17 @@ class Agent:
 
         assert self.engine is not None
         self.client = EngineClient(self.engine.url, self.engine.api_key, self.config.engine.request_timeout_s)
-        self.link = EngineLink(self.client, self.config.engine.tensor_parallel_size)
+        e, mode = self.config.engine, self.config.sync.pause_mode
+        self.link = EngineLink(
+            self.client, e.tensor_parallel_size, pause_mode=mode, expert_parallel_size=e.expert_parallel_size
+        )
         self.link.open()
 
     def _with_engine(self, work: Callable[[], Any]) -> Any:
         """Run `work`; where the engine fails under it, bring it back with the current weights and run it again.
 
-        After engine.max_restarts failures in a row the last one is raised.
+        After engine.max_restarts failures in a row the last one is raised. Raises WeightsLost, the engine restarted, where
+        its weights are not kept here (sync.keep_last_update): the trainer sends them again, then the command.
         """
         failed = False
         while True:
@@ -120,10 +134,13 @@ class Agent:
         """Restart the engine with the weights that it should have; where sync.verify is on, compared byte by byte."""
         assert self.engine is not None
         self.link.close()
-        self.engine.restart()
+        with self.channel.at_work():  # ranks and the other agents wait meanwhile
+            self.engine.restart()
         self._connect()
-        if self.held:
-            self._load(self.held, self.config.sync.verify != "off")
+        if self.receiver.held:
+            self._load(self.receiver.held, self.config.sync.verify != "off")
+        elif self.version >= 0:
+            raise WeightsLost
 
     def _load(self, buckets: Iterable[WeightBucket], verify: bool) -> None:
         digests = self.link.update(self.version, buckets, verify=verify)
@@ -136,30 +153,18 @@ class Agent:
     def do_stop(self) -> tuple[dict, None]:
         return {}, None
 
-    def do_update(self, version: int, verify: bool) -> tuple[dict, None]:
-        """Take an update from every pipeline stage's source and hand it on bucket by bucket."""
-        received: list[WeightBucket] = []
-
-        def receive():
-            for group, buckets in self.stages:
-                for specs in buckets:
-                    bucket = WeightBucket(version, specs, torch.empty(payload_bytes(specs), dtype=torch.uint8))
-                    group.broadcast(bucket.payload, 0)
-                    received.append(bucket)
-                    yield bucket
-
-        incoming = receive()
+    def do_update(self, version: int, verify: bool, number: int) -> tuple[dict, None]:
+        """Take update `number` from every source and hand it on bucket by bucket; answers the seconds by part."""
+        incoming = self.receiver.receive(version, number, verify)
         self.version = version
         try:
             self._load(incoming, verify)
-            self.held = received
         except EngineError as error:
             log.warning("engine %d failed during the update to version %d: %s", self.number, version, error)
             for _ in incoming:  # the trainer sends to all agents: take the rest all the same
                 pass
-            self.held = received
             self._with_engine(_raise_once(error))
-        return {}, None
+        return {"seconds": self.link.seconds, **self.link.counts}, None
 
     def do_rollout(self, step: int, cursor: int, prompts: int, keep_all: bool = False) -> tuple[dict, torch.Tensor]:
         """Generate and score this node's share of `prompts` groups from the data at `cursor`.
@@ -176,7 +181,14 @@ class Agent:
             positions = range(cursor, cursor + missing)
             indices, cursor = self.order.take(cursor, missing)
             share = [(p, self.train_prompts[i]) for p, i in list(zip(positions, indices))[self.number :: self.agents]]
-            groups = self.sampler.sample(self._generate, share, r.n_samples, r.max_tokens, r.temperature)
+            try:
+                groups = self.sampler.sample(
+                    self._generate, share, r.n_samples, r.max_tokens, r.temperature, routing=r.routing_replay
+                )
+            except WeightsLost:
+                for left in range(round_, rounds):  # the other agents wait for these
+                    self.store.set(f"kept/{self.channel.count}/{left}/{self.number}", "0")
+                raise
             self.rewarder.score(groups)
             generated += sum(len(s.response_ids) for g in groups for s in g.samples)
             rewards += [s.reward for g in groups for s in g.samples]
@@ -185,10 +197,10 @@ class Agent:
             dropped += len(groups) - len(good)
             kept += good
             self.store.set(f"kept/{self.channel.count}/{round_}/{self.number}", str(len(good)))
-            missing -= sum(int(self.store.get(f"kept/{self.channel.count}/{round_}/{a}")) for a in range(self.agents))
+            missing -= sum(self.channel.get(f"kept/{self.channel.count}/{round_}/{a}") for a in range(self.agents))
             if missing <= 0:
                 break
-        if r.save_every and step and step % r.save_every == 0:
+        if is_saved(step, r.save_every):
             self._save(step, kept)
         answer = {
             "cursor": cursor, "dropped": dropped, "generated": generated,
@@ -196,14 +208,9 @@ class Agent:
         }  # fmt: skip
         return answer, encode_groups(kept)
 
-    def do_evaluate(self) -> tuple[dict, None]:
-        """Greedy (or eval.temperature) accuracy of this node's share of the held-out prompts."""
-        groups = self.sampler.greedy(self._generate, list(enumerate(self.eval_prompts))[self.number :: self.agents])
-        answer = {
-            "correct": sum(correct(groups, self.rewarder)), "questions": len(groups),
-            "truncated": sum(s.finish_reason == "length" for g in groups for s in g.samples),
-        }  # fmt: skip
-        return answer, None
+    def do_evaluate(self, checkpoint: str | None = None) -> tuple[dict, None]:
+        """This node's share of the held-out prompts and, with the weights' name, of eval.tasks (eval/in_training.py)."""
+        return self.evaluation.evaluate(self._generate, checkpoint), None
 
     # -- parts ---------------------------------------------------------------------------------------------------
 
@@ -211,16 +218,13 @@ class Agent:
         return self._with_engine(lambda: self.client.generate(requests, one_batch=self.config.run.deterministic))
 
     def _save(self, step: int, groups: list[SampleGroup]) -> None:
-        folder = self.run.path / "rollouts"
-        folder.mkdir(exist_ok=True)
-        name = f"step_{step:06d}.jsonl" if self.agents == 1 else f"step_{step:06d}.{self.number}.jsonl"
-        with open(folder / name, "w") as f:
-            for g in groups:
-                prompt = self.sampler.tokenizer.decode(list(g.prompt.token_ids))
-                for s in g.samples:
-                    row = {"index": g.prompt.index, "prompt": prompt, "label": g.prompt.label, "response": s.text, "reward": s.reward,
-                           "finish_reason": s.finish_reason, "tokens": s.response_ids, "logprobs": s.logprobs}  # fmt: skip
-                    f.write(json.dumps(row) + "\n")
+        trainer_file(self.run.path, step).unlink(missing_ok=True)  # an earlier attempt's belongs to other samples
+        prompts = [self.sampler.tokenizer.decode(list(g.prompt.token_ids)) for g in groups]
+        write_rollout(rollout_file(self.run.path, step, self.number, self.agents), groups, prompts)
+
+
+class WeightsLost(Exception):
+    """The engine runs, but with the weights of its checkpoint folder."""
 
 
 def _raise_once(error: Exception) -> Callable[[], None]:
@@ -240,8 +244,9 @@ def engine_settings(config: RunConfig) -> Any:
 
     settings = EngineSettings.from_config(config.engine)
     return replace(
-        settings, deterministic=config.run.deterministic, seed=config.run.seed, cpu_threads=config.slurm.engine_threads
-    )
+        settings, deterministic=config.run.deterministic, seed=config.run.seed, cpu_threads=config.slurm.engine_threads,
+        return_routing=config.rollout.routing_replay,
+    )  # fmt: skip
 
 
 def engine_checkpoint(config: RunConfig, run: RunDirectory, number: int) -> Path:

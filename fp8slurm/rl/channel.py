@@ -2,7 +2,8 @@
 
     rank 0:     command/N = JSON               (TCPStore)
     agent A:    ... works ...; answer/N/A = JSON, "bytes" says how long the payload is
-    all ranks:  wait for answer/N/A on the store, then take part in the broadcast of the payload (gloo)
+    rank 0:     waits for answer/N/A on the store, then sets taken/N/A: "", or why the command is abandoned
+    everybody:  takes part in the broadcasts of the payloads (gloo), agent 0's first; ranks wait for taken/N/A before it
 
 Ranks wait on the store and not inside a collective: a rollout may take longer than any sensible collective timeout,
 and a rank that waits on the store can be told to stop.
@@ -11,14 +12,19 @@ and a rank that waits on the store can be told to stop.
 from __future__ import annotations
 
 import json
+import threading
+from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, Callable
+from typing import Any, Callable, Iterator
 
 import torch
 import torch.distributed as dist
 
+from fp8slurm.rl.stopping import Abandoned
 from fp8slurm.sync.groups import Group
 
+ABANDON_POLL = timedelta(seconds=1)
+AT_WORK_S = 2.0
 IDLE_BEAT = timedelta(seconds=5)
 """How often an agent that waits for a command says that it is alive."""
 
@@ -30,19 +36,28 @@ class RankChannel:
         self, store: dist.Store, group: Group, ranks: int, agents: int, beat: Callable[[], None] = lambda: None
     ) -> None:
         self.store, self.group, self.ranks, self.agents, self.beat = store, group, ranks, agents, beat
-        self.count = 0
+        self.count = self.progress = 0
 
     def post(self, kind: str, **arguments: Any) -> None:
         """Start a command in every agent; `collect` waits for it."""
         if self.group.rank == 0:
             self.store.set(f"command/{self.count}", json.dumps({"kind": kind, **arguments}))
 
-    def collect(self) -> list[tuple[dict[str, Any], torch.Tensor]]:
-        """Every agent's answer and payload (uint8 [bytes]) to the command posted last."""
+    def collect(self, abandon: Callable[[], str] = lambda: "") -> list[tuple[dict[str, Any], torch.Tensor]]:
+        """Every agent's answer and payload (uint8 [bytes]) to the command posted last.
+
+        Raises:
+            Abandoned: on all ranks, when `abandon`, asked on rank 0 every second, gives a reason. The agents go on working.
+        """
         answers = []
         for agent in range(self.agents):
-            key = f"answer/{self.count}/{agent}"
-            self.store.wait([key])
+            key, taken = f"answer/{self.count}/{agent}", f"taken/{self.count}/{agent}"
+            if self.group.rank == 0:
+                self.store.set(taken, self._wait(key, abandon))
+            self._wait(taken)
+            reason = self.store.get(taken).decode()
+            if reason:
+                raise Abandoned(reason)
             answer = json.loads(self.store.get(key))
             payload = torch.empty(answer["bytes"], dtype=torch.uint8)
             if answer["bytes"]:
@@ -51,6 +66,23 @@ class RankChannel:
             self.beat()
         self.count += 1
         return answers
+
+    def _wait(self, key: str, abandon: Callable[[], str] = lambda: "") -> str:
+        """Wait for a key; why not to wait any longer, or "" once it is there. An agent at_work is progress."""
+        while True:
+            try:
+                self.store.wait([key], ABANDON_POLL)
+                return ""
+            except dist.DistStoreError as error:
+                if "timeout" not in str(error):
+                    raise
+            progress = self.store.add("progress", 0)
+            if progress != self.progress:
+                self.progress = progress
+                self.beat()
+            reason = abandon()
+            if reason:
+                return reason
 
     def call(self, kind: str, **arguments: Any) -> list[tuple[dict[str, Any], torch.Tensor]]:
         """post and collect."""
@@ -69,7 +101,10 @@ class AgentChannel:
 
     def next(self) -> dict[str, Any]:
         """The next command, waiting for it. To have nothing to do is no hang: while it waits it beats."""
-        key = f"command/{self.count}"
+        return self.get(f"command/{self.count}")
+
+    def get(self, key: str) -> Any:
+        """The JSON under a key of the store, waiting for whoever sets it, and beating: its own watchdog watches over it."""
         while True:
             try:
                 self.store.wait([key], IDLE_BEAT)
@@ -79,10 +114,33 @@ class AgentChannel:
                     raise
                 self.beat()
 
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Something long with a deadline of its own: this agent beats, and so do the ranks that wait for it."""
+        over = threading.Event()
+
+        def tell() -> None:
+            while not over.wait(AT_WORK_S):
+                self.store.add("progress", 1)
+                self.beat()
+
+        thread = threading.Thread(target=tell, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+
     def answer(self, values: dict[str, Any], payload: torch.Tensor | None = None) -> None:
         """Answer the command taken last; payload is uint8 [n]."""
         size = 0 if payload is None else payload.numel()
         self.store.set(f"answer/{self.count}/{self.number}", json.dumps({**values, "bytes": size}))
-        if size:
-            self.group.broadcast(payload, self.ranks + self.number)
+        for agent in range(self.group.size - self.ranks):
+            if agent == self.number:
+                sent = payload
+            else:  # a broadcast is every member's business
+                sent = torch.empty(self.get(f"answer/{self.count}/{agent}")["bytes"], dtype=torch.uint8)
+            if sent is not None and sent.numel():
+                self.group.broadcast(sent, self.ranks + agent)
         self.count += 1

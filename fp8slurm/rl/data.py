@@ -80,7 +80,7 @@ def load_sft(
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no eos_token, with which a response must end (tokenizer_config.json)")
     rows = _rows(path, data, tokenizer, lambda row: _label(row, sft.response_key, "sft.response_key"), limit)
-    responses = _encode(tokenizer, [response for _, _, response in rows])
+    responses = encode(tokenizer, [response for _, _, response in rows])
     end = (tokenizer.eos_token_id,)
     return [SftExample(tuple(ids), tuple(response) + end) for (_, ids, _), response in zip(rows, responses)]
 
@@ -119,12 +119,12 @@ def _rows(
 ) -> list[tuple[int, list[int], str]]:
     """(row index, prompt tokens, value(row)) of every usable row that is short enough."""
     path = Path(path)
-    _check_template_arguments(data.chat_template_kwargs)
+    check_template_arguments(data.chat_template_kwargs)
     indices, texts, values, bad = [], [], [], 0
-    for index, read in islice(_read(path), limit):
+    for index, read in islice(read_rows(path), limit):
         try:
             row = read()
-            text = _prompt_text(row, data, tokenizer)
+            text = prompt_text(row, data, tokenizer)
             values.append(value(row))
         except BadRow as error:
             where = f"{path}:{index + 1}"
@@ -135,7 +135,7 @@ def _rows(
             continue
         indices.append(index)
         texts.append(text)
-    ids = _encode(tokenizer, texts)
+    ids = encode(tokenizer, texts)
     kept = [row for row in zip(indices, ids, values) if 0 < len(row[1]) <= data.max_prompt_tokens]
     long = len(ids) - len(kept)
     if bad:
@@ -153,7 +153,7 @@ def _rows(
     return kept
 
 
-def _read(path: Path) -> Iterator[tuple[int, Callable[[], dict]]]:
+def read_rows(path: Path) -> Iterator[tuple[int, Callable[[], dict]]]:
     """(row index, function that parses the row or raises BadRow), blank lines left out."""
     if not path.is_file():
         raise ValueError(f"data file {path} does not exist (data.train, data.eval, sft.data)")
@@ -206,7 +206,7 @@ def _label(row: dict, key: str, flag: str) -> str:
     return str(value)
 
 
-def _prompt_text(row: dict, data: DataSection, tokenizer: Any) -> str:
+def prompt_text(row: dict, data: DataSection, tokenizer: Any) -> str:
     prompt = _field(row, data.prompt_key, "data.prompt_key")
     if isinstance(prompt, str):
         return prompt
@@ -229,13 +229,13 @@ def _prompt_text(row: dict, data: DataSection, tokenizer: Any) -> str:
         raise BadRow(f"the chat template refuses it: {error}") from None
 
 
-def _check_template_arguments(arguments: dict[str, Any]) -> None:
+def check_template_arguments(arguments: dict[str, Any]) -> None:
     taken = sorted(set(arguments) & set(OWN_TEMPLATE_ARGUMENTS))
     if taken:
         raise ValueError(f"data.chat_template_kwargs must not set {', '.join(taken)}: the loader sets it")
 
 
-def _encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+def encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     ids: list[list[int]] = []
     for start in range(0, len(texts), TEXTS_PER_CALL):
         ids += tokenizer(texts[start : start + TEXTS_PER_CALL], add_special_tokens=False)["input_ids"]

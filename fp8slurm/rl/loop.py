@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from fp8slurm.checkpoint.run import RunDirectory, RunState
 from fp8slurm.config import RunConfig
+from fp8slurm.eval.in_training import merge
 from fp8slurm.models.names import NameTable
 from fp8slurm.observe.metrics import MetricsWriter
 from fp8slurm.rl import controls
@@ -27,11 +28,17 @@ from fp8slurm.rl.channel import RankChannel
 from fp8slurm.rl.data import PromptOrder, load_sft, load_tokenizer
 from fp8slurm.rl.loss import gap_metrics, make_policy_loss, sft_loss
 from fp8slurm.rl.packing import pack, pack_sft
+from fp8slurm.rl.pace import Pace
 from fp8slurm.rl.precision import engine_quantization
+from fp8slurm.rl.saved import is_saved, logprob_rows, trainer_file, write_trainer_logprobs
+from fp8slurm.rl.stopping import Abandoned, Never, Stopped, Stopping
 from fp8slurm.rl.types import PackedBatch, SampleGroup
 from fp8slurm.rl.wire import decode_groups
+from fp8slurm.sync.bucket import WeightBucket
 from fp8slurm.sync.groups import Group
-from fp8slurm.sync.stream import WeightStream
+from fp8slurm.sync.plan import source_names
+from fp8slurm.sync.receiver import checksum, publish_checksums
+from fp8slurm.sync.stream import Cut, WeightStream
 from fp8slurm.trainer.schedule import learning_rate
 
 log = logging.getLogger(__name__)
@@ -40,18 +47,25 @@ log = logging.getLogger(__name__)
 class TooManyBadSteps(RuntimeError):
     """run.max_bad_steps steps in a row had a NaN or infinite loss or gradient."""
 
+    permanent = True
+    """Another attempt would only meet it again."""
+
 
 def run(
     config: RunConfig, run_dir: RunDirectory, trainer: Any, channel: RankChannel, store: dist.Store, address: str,
-    beat: Callable[[], None],
+    beat: Callable[[], None], stopping: Stopping = Never(),
 ) -> None:  # fmt: skip
-    """Train from the newest usable checkpoint to the last step; returns when everything is on disk."""
-    loop = Loop(config, run_dir, trainer, channel, store, address, beat)
+    """Train from the newest usable checkpoint to the last step, or to where `stopping` ends it; everything is on disk then."""
+    loop = Loop(config, run_dir, trainer, channel, store, address, beat, stopping)
     loop.resume()
     loop.connect()
-    if loop.state.phase == "sft":
-        loop.warm_start()
-    loop.reinforce()
+    try:
+        if loop.state.phase == "sft":
+            loop.warm_start()
+        loop.reinforce()
+    except Stopped as reason:
+        loop.stop(reason)
+        return
     channel.call("stop")
     loop.close()
 
@@ -61,17 +75,22 @@ class Loop:
 
     def __init__(
         self, config: RunConfig, run_dir: RunDirectory, trainer: Any, channel: RankChannel, store: dist.Store, address: str,
-        beat: Callable[[], None],
+        beat: Callable[[], None], stopping: Stopping = Never(),
     ) -> None:  # fmt: skip
         self.config, self.run_dir, self.trainer, self.channel, self.store = config, run_dir, trainer, channel, store
-        self.address, self.beat = address, beat
+        self.address, self.beat, self.stopping = address, beat, stopping
         self.first = trainer.rank == 0
         self.state = RunState("sft" if config.sft.data is not None else "rl", 0)
         self.seconds: dict[str, float] = {}
         self.policy_loss = make_policy_loss(config.algorithm)
         self.sent_version: int | None = None
+        self.sends = 0
         self.sinks: list[Any] = []
         self.saved = False
+        self.on_disk: RunState | None = None
+        self.borders = 0
+        self.pace = Pace.read(run_dir)
+        self.border_at = time.monotonic()
 
     # -- start ---------------------------------------------------------------------------------------------------
 
@@ -93,7 +112,7 @@ class Loop:
         if name:
             folder = self.run_dir.checkpoints / name
             self.trainer.load(folder)
-            self.state = RunState.read(folder)
+            self.state = self.on_disk = RunState.read(folder)
             log.info("continuing from %s", folder)
         if self.first:
             self._open_metrics(resumed=bool(name))
@@ -107,7 +126,8 @@ class Loop:
             else (self.state.phase, self.state.step)
         )
         at = at if resumed else None
-        self.sinks = [MetricsWriter(self.run_dir.path / "metrics.jsonl", at)]
+        self.sinks = [MetricsWriter(self.run_dir.own_copy("metrics.jsonl"), at)]
+        self.run_dir.publish("metrics.jsonl")
         if self.config.observe.tensorboard:
             from fp8slurm.observe.tensorboard import TensorBoard
 
@@ -117,18 +137,57 @@ class Loop:
         for sink in self.sinks:
             sink.close()
 
+    # -- stop ----------------------------------------------------------------------------------------------------
+
+    def border(self) -> None:
+        """Between two steps, on all ranks: go on together or stop together. Raises Stopped."""
+        now = time.monotonic()
+        key, self.borders = f"border/{self.borders}", self.borders + 1
+        if self.first:
+            if self.borders > 1:
+                self.pace = replace(self.pace, step_s=max(now - self.border_at, 0.8 * self.pace.step_s))
+            noticed = self.stopping.noticed() or self.store.check(["noticed"])
+            self.store.set(key, self.stopping.at_border(noticed, self.pace.step_s, self.pace.save_s))
+        elif self.stopping.noticed():
+            self.store.set("noticed", "")
+        self.border_at = now
+        self.store.wait([key])
+        reason = self.store.get(key).decode()
+        if reason:
+            raise Stopped(reason)
+
+    def stop(self, reason: Stopped) -> None:
+        """Save what is not saved yet, and leave."""
+        if self.first:
+            log.warning("stopping after %s step %d: %s", self.state.phase, self.state.step, reason)
+            self.store.set("stop/saved", "yes" if self.on_disk == self.state else "no")
+        self.store.wait(["stop/saved"])
+        if self.store.get("stop/saved") == b"no":
+            self.save()
+        if self.first:
+            self.stopping.stopped(self.state.name, self.on_disk == self.state)
+        if not isinstance(reason, Abandoned):  # else the agents are busy, and are ended with the job
+            self.channel.call("stop")
+        self.close()
+
     def connect(self) -> None:
         """Plan the weight updates, tell the agents, and bring the engines to the trainer's weights."""
         c, t = self.config, self.trainer
         self.stream = WeightStream(
             NameTable(t.spec), t.named_shards, engine_quantization(c), c.sync.bucket_bytes, getattr(torch, c.engine.dtype),
-            t.tensor_parallel_rank, t.tensor_parallel_size, t.tensor_parallel_group, takes_part=t.data_parallel_rank == 0,
+            Cut(t.tensor_parallel_rank, t.tensor_parallel_size, t.tensor_parallel_group, t.data_parallel_rank == 0),
+            t.pipeline_parallel_rank,
+            Cut(*t.expert_tensor_parallel, t.expert_data_parallel_rank == 0),
+            t.expert_parallel_rank,
         )  # fmt: skip
-        self.group = None
-        if self.stream.is_source:
-            stage = t.pipeline_parallel_rank
-            self.store.set(f"sync/plan/{stage}", self.stream.describe())
-            self.group = Group(self.store, f"sync/{stage}", 0, 1 + self.channel.agents, self.address)
+        if self.first:
+            p = c.parallel
+            names = source_names(p.pipeline_parallel_size, p.expert_parallel_size if t.spec.is_moe else 0)
+            self.store.set("sync/sources", " ".join(names))
+        for name in self.stream.sources:  # all plans before the first group: an agent wants all of them first
+            self.store.set(f"sync/plan/{name}", self.stream.describe(name))
+        size = 1 + self.channel.agents
+        self.groups = {n: Group(self.store, f"sync/{n}", 0, size, self.address) for n in self.stream.sources}
         self.sync()
 
     # -- phases --------------------------------------------------------------------------------------------------
@@ -139,6 +198,7 @@ class Loop:
         examples = load_sft(c.data, s, load_tokenizer(c.model.hf_checkpoint))
         order = PromptOrder(len(examples), c.run.seed, c.data.shuffle)
         while self.state.step < s.max_steps:
+            self.border()
             started, step = self._begin(), self.state.step + 1
             indices, cursor = order.take(self.state.sft_cursor, s.batch_size)
             with self.timed("train"):
@@ -182,13 +242,14 @@ class Loop:
             started = self._begin()
             self._record(self.probe_gap() | self.evaluate(), started)
         while self.state.step < steps:
+            self.border()
             started = self._begin()
             record = self.step(self.state.step + 1)
             step = self.state.step
             if step == steps or (self.config.eval.every and step % self.config.eval.every == 0):
                 record |= self.evaluate()
             if step == steps:
-                record |= {key.replace("gap/", "final_gap/"): value for key, value in self.probe_gap().items()}
+                record |= {f"final_{key}": value for key, value in self.probe_gap().items()}
             # The record first: a checkpoint without its record would leave a hole after a crash between the two.
             self._record(record, started)
             self._stop_if_bad()
@@ -217,6 +278,8 @@ class Loop:
         mine = [ranks[t.data_parallel_rank] for ranks in updates]
         with self.timed("logprobs"):
             record |= self.recompute([b for update in mine for b in update])
+            if is_saved(step, c.rollout.save_every):
+                self.save_logprobs(step, groups, [b for update in mine for b in update])
         o = c.optim
         lr = learning_rate(step - 1, c.run.steps, o.lr, o.min_lr, o.warmup_steps, o.schedule)
         with self.timed("train"):
@@ -243,7 +306,11 @@ class Loop:
 
     def rollout(self, step: int, prompts: int, keep_all: bool = False) -> tuple[list[SampleGroup], dict[str, float]]:
         """Samples of all agents, in the order of the agents, and what they say about them."""
-        answers = self.channel.call("rollout", step=step, cursor=self.state.cursor, prompts=prompts, keep_all=keep_all)
+        # Only before a step has changed anything: the weights are then those of the border before it.
+        training = step > self.state.step and self.state.phase == "rl"
+        abandon = (lambda: self.stopping.in_rollout(self.pace.save_s)) if training else (lambda: "")
+        asked = {"step": step, "cursor": self.state.cursor, "prompts": prompts, "keep_all": keep_all}
+        answers = self._ask("rollout", abandon, **asked)
         groups = [g for _, payload in answers for g in decode_groups(payload)]
         said = [a for a, _ in answers]
         total, count = (sum(a["rewards"][i] for a in said) for i in (0, 1))
@@ -271,6 +338,7 @@ class Loop:
         packed = pack(groups, values, updates=updates, loss_mean=self.config.algorithm.loss_mean, **self._packing())
         for batch in (b for ranks in packed for batches in ranks for b in batches):
             batch.temperature = self.config.rollout.temperature
+            assert (batch.routing is not None) == self.config.rollout.routing_replay
         return packed
 
     def recompute(self, batches: list[PackedBatch]) -> dict[str, float]:
@@ -287,42 +355,84 @@ class Loop:
         every = gather_rows(mine.float())
         return gap_metrics(every[:, 0], every[:, 1])
 
+    def save_logprobs(self, step: int, groups: list[SampleGroup], batches: list[PackedBatch]) -> None:
+        """The trainer's log-probabilities of a saved rollout, next to it."""
+        mine = logprob_rows(batches)
+        every = gather_rows(mine if self.trainer.is_data_parallel_leader else mine[:0])
+        if self.first:
+            write_trainer_logprobs(trainer_file(self.run_dir.path, step), groups, every)
+
     def probe_gap(self) -> dict[str, float]:
         """The gap of the present weights, on a rollout that nothing is trained on and that moves no cursor."""
         groups, _ = self.rollout(0, self.config.rollout.prompts_per_step, keep_all=True)
         updates = self.pack(groups, [[0.0] * len(g.samples) for g in groups], 1)
-        return self.recompute(updates[0][self.trainer.data_parallel_rank]) if updates else {}
+        if not updates:
+            return {}
+        batches = updates[0][self.trainer.data_parallel_rank]
+        record = self.recompute(batches)
+        if self.config.rollout.routing_replay:
+            for batch in batches:
+                batch.routing = None
+            record |= {key.replace("gap/", "gap_no_replay/"): value for key, value in self.recompute(batches).items()}
+        return record
 
     def evaluate(self) -> dict[str, float]:
-        """Held-out accuracy; the sampling state of the run is not touched."""
-        if self.config.data.eval is None:
+        """Held-out accuracy and, in the RL phase, the figures of eval.tasks; the sampling state of the run is not touched."""
+        c, checkpoint = self.config, self.state.name if self.state.phase == "rl" else None
+        if c.data.eval is None and not c.eval.tasks:
             return {}
         with self.timed("eval"):
-            said = [a for a, _ in self.channel.call("evaluate")]
-        questions = sum(a["questions"] for a in said)
-        return {
-            "eval/accuracy": sum(a["correct"] for a in said) / max(1, questions),
-            "eval/truncated": sum(a["truncated"] for a in said) / max(1, questions),
-        }
+            said = [a for a, _ in self._ask("evaluate", checkpoint=checkpoint)]
+            return merge(c, self.run_dir, said, checkpoint, self.state.step, writes=self.first)
 
     def sync(self) -> None:
         """Send the trainer's weights to every engine, under a version that is the number of steps taken; once a version."""
         version = self.state.version
-        if version == self.sent_version:
-            return
+        while version != self.sent_version:
+            if self._send(version):
+                self.sent_version = version
+
+    def _send(self, version: int) -> bool:
+        """One update; False if an engine lost the weights again meanwhile, and no copy was kept (sync.keep_last_update)."""
+        self.sends += 1
         verify = self.config.sync.verify == "always" or (
             self.config.sync.verify == "first" and self.sent_version is None
         )
+        checksums: dict[str, list[int]] = {name: [] for name in self.groups}
+
+        def start(source: str, bucket: WeightBucket) -> dist.Work:
+            if verify:
+                checksums[source].append(checksum(bucket.payload))
+            return self.groups[source].start_broadcast(bucket.payload, 0)
+
         with self.timed("sync"):
-            self.channel.post("update", version=version, verify=verify)
-            for bucket in self.stream.buckets(version):
-                assert self.group is not None
-                self.group.broadcast(bucket.payload, 0)
-            self.channel.collect()
-        self.sent_version = version
+            self.channel.post("update", version=version, verify=verify, number=self.sends)
+            self.stream.send(version, start)
+            for source in self.groups if verify else ():
+                publish_checksums(self.store, self.sends, source, checksums[source])
+            said = [a for a, _ in self.channel.collect()]
+        for part, seconds in self.stream.seconds.items():
+            self._spent(f"sync_{part}", seconds)
+        for part in said[0].get("seconds", ()):
+            self._spent(f"sync_{part}", max(a["seconds"][part] for a in said if "seconds" in a))
+        return not any(a.get("weights_lost") for a in said)
+
+    def _ask(self, kind: str, abandon: Callable[[], str] = lambda: "", **arguments: Any) -> list[tuple[dict, torch.Tensor]]:
+        """A command that needs the engines' weights; where an engine lost them they are sent again, then the command."""
+        while True:
+            self.channel.post(kind, **arguments)
+            answers = self.channel.collect(abandon)
+            if not any(a.get("weights_lost") for a, _ in answers):
+                return answers
+            self.sent_version = None
+            self.sync()
+
+    def _spent(self, phase: str, seconds: float) -> None:
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
 
     def save(self) -> None:
         """Write a checkpoint; a full disk is reported, and the run goes on with the older one."""
+        started = time.monotonic()
         tag = f"save/{self.state.name}"
         if self.first:
             try:
@@ -339,7 +449,10 @@ class Loop:
                 self.trainer.save(folder)  # an OSError on one rank is one on all
                 if self.first:
                     self.run_dir.commit_checkpoint(Path(folder), self.state)
+                    self.pace = replace(self.pace, save_s=time.monotonic() - started)
+                    self.pace.write(self.run_dir)
                     self.run_dir.prune(self.config.checkpoint.keep_last, self.config.checkpoint.keep_every)
+            self.on_disk = self.state
         except OSError as error:
             log.error("checkpoint %s was not written, the one before is kept: %s", self.state.name, error)
             if self.first:
@@ -372,6 +485,8 @@ class Loop:
         line = {"phase": self.state.phase, "step": self.state.step, **record, **times, "time/step": whole}
         if "tokens" in record:
             line["throughput/tokens_per_s"] = record["tokens"] / whole
+        if self.first:
+            self.run_dir.publish("metrics.jsonl")  # an attempt that has been replaced ends here
         for sink in self.sinks:
             sink.write(line)
 

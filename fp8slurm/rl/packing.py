@@ -19,10 +19,13 @@ RankBatches = list[list[PackedBatch]]
 class _Row:
     """One sequence; the response is what is trained on."""
 
+    sample: int
     prompt_ids: Sequence[int]
     response_ids: Sequence[int]
     rollout_logprobs: Sequence[float]
     advantage: float
+    routing: torch.Tensor | None = None
+    """uint8 or int16 [length - 1, layers, k]"""
 
     @property
     def length(self) -> int:
@@ -45,13 +48,14 @@ def pack(
     `updates` where there are fewer groups. Samples with `train` False and samples without tokens are left out, and
     groups without any other. The result is a function of the arguments alone.
     """
-    rows = []
+    rows, first = [], 0
     for group, values in zip(groups, advantages, strict=True):
         group_rows = [
-            _Row(group.prompt.token_ids, sample.response_ids, sample.logprobs, advantage)
-            for sample, advantage in zip(group.samples, values, strict=True)
+            _Row(number, group.prompt.token_ids, sample.response_ids, sample.logprobs, advantage, sample.routing)
+            for number, (sample, advantage) in enumerate(zip(group.samples, values, strict=True), first)
             if sample.train and sample.response_ids
         ]
+        first += len(group.samples)
         if group_rows:
             rows.append(group_rows)
     updates = min(updates, len(rows))
@@ -74,11 +78,12 @@ def pack_sft(
     loss_mean: Literal["token", "sequence"] = "token",
 ) -> RankBatches:
     """The micro-batches of one supervised update: [data-parallel rank][micro-batch], without advantages."""
-    rows = [_Row(e.prompt_ids, e.response_ids, [0.0] * len(e.response_ids), 0.0) for e in examples]
+    rows = [_Row(i, e.prompt_ids, e.response_ids, [0.0] * len(e.response_ids), 0.0) for i, e in enumerate(examples)]
     return _pack_update(rows, data_parallel_size, tokens_per_micro_batch, pad_multiple, loss_mean)
 
 
 def _pack_update(rows: list[_Row], ranks: int, budget: int, pad_multiple: int, loss_mean: str) -> RankBatches:
+    routing = next((row.routing for row in rows if row.routing is not None), None)
     bins = balanced_bins([row.length for row in rows], budget, ranks)
     # Largest first, dealt to and fro: sums stay even, and micro-batches that run at the same time are of like size.
     loads = sorted(range(len(bins)), key=lambda b: (-sum(rows[i].length for i in bins[b]), b))
@@ -88,7 +93,10 @@ def _pack_update(rows: list[_Row], ranks: int, budget: int, pad_multiple: int, l
         dealt[rank if turn % 2 == 0 else ranks - 1 - rank].append(b)
     weights = _token_weights(rows, loss_mean)
     return [
-        [_batch([rows[i] for i in sorted(bins[b])], [weights[i] for i in sorted(bins[b])], pad_multiple) for b in own]
+        [
+            _batch([rows[i] for i in sorted(bins[b])], [weights[i] for i in sorted(bins[b])], pad_multiple, routing)
+            for b in own
+        ]
         for own in dealt
     ]
 
@@ -139,8 +147,8 @@ def _least_loaded(lengths: list[int], order: list[int], budget: int, count: int)
     return bins
 
 
-def _batch(rows: list[_Row], weights: list[float], pad_multiple: int) -> PackedBatch:
-    """One PackedBatch; without rows it is pad_multiple tokens of padding."""
+def _batch(rows: list[_Row], weights: list[float], pad_multiple: int, like: torch.Tensor | None) -> PackedBatch:
+    """One PackedBatch; without rows it is pad_multiple tokens of padding. `like`: any row's routing, for its form."""
     tokens: list[int] = []
     labels: list[int] = []
     positions: list[int] = []
@@ -177,4 +185,27 @@ def _batch(rows: list[_Row], weights: list[float], pad_multiple: int) -> PackedB
         rollout_logprobs=torch.tensor(rollout, dtype=torch.float32),
         advantages=torch.tensor(advantages, dtype=torch.float32),
         loss_mask=torch.tensor(mask, dtype=torch.bool),
+        samples=tuple(row.sample for row in rows),
+        routing=None if like is None else _routing(rows, len(tokens), like),
     )
+
+
+def _routing(rows: list[_Row], length: int, like: torch.Tensor) -> torch.Tensor:
+    """The rows' routing laid end to end, [length, layers, k].
+
+    A row's last token and the padding were never an input of the engine and predict nothing: experts 0, 1, ... take
+    them in turns. ValueError for a row without routing, or with one of another shape.
+    """
+    layers, k = like.shape[1:]
+    # How many experts there are does not matter: those up to the largest that was seen can take turns.
+    experts = max([k, *(int(row.routing.max()) + 1 for row in rows if row.routing is not None and row.routing.numel())])
+    turns = (torch.arange(length)[:, None] * k + torch.arange(k)) % experts
+    out = turns[:, None].expand(length, layers, k).to(like.dtype).contiguous()
+    at = 0
+    for row in rows:
+        if row.routing is None or row.routing.shape != (row.length - 1, layers, k):
+            found, wanted = "none" if row.routing is None else list(row.routing.shape), [row.length - 1, layers, k]
+            raise ValueError(f"routing replay: a sample of {row.length} tokens has routing {found}, not {wanted}")
+        out[at : at + row.length - 1] = row.routing
+        at += row.length
+    return out

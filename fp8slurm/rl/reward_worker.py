@@ -1,6 +1,7 @@
 """The child process that calls one reward function: JSON lines in on stdin, JSON lines out on what was stdout.
 
-Started by rewards.RewardPool, as `python -m fp8slurm.rl.reward_worker KIND`. It imports only what the function needs.
+Started by rewards.RewardPool, as `python -m fp8slurm.rl.reward_worker KIND MEMORY_MIB`. It imports only what the
+function needs.
 """
 
 from __future__ import annotations
@@ -11,16 +12,24 @@ import math
 import numbers
 import os
 import queue
+import re
+import resource
 import sys
 import threading
 from typing import Callable
 
+from fp8slurm.rl.graders import last_boxed
+
 RewardFunction = Callable[[str, str], float]
+MATH_TAIL = 4000
+"""Characters at the end of a response without a box that are searched for its answer."""
 
 
 def load_function(kind: str) -> RewardFunction:
     """`math`, or the user's module:function; a module is searched in the working folder first."""
     if kind == "math":
+        import math_verify  # noqa: F401  (here, where no answer's time limit runs)
+
         return _math
     module, _, name = kind.partition(":")
     sys.path.insert(0, os.getcwd())
@@ -31,11 +40,23 @@ def load_function(kind: str) -> RewardFunction:
 
 
 def _math(response: str, label: str) -> float:
-    """1 if math-verify finds the last answer of the response equal to the label (LaTeX or plain), else 0."""
+    """1 if math-verify finds the last box of the response, or else its last answer, equal to the label, else 0.
+
+    The label is LaTeX or plain. Only the end of a response without a box is looked at.
+    """
     from math_verify import parse, verify
 
-    gold = parse(label if "\\" in label or "$" in label else f"${label}$", parsing_timeout=None)
-    return float(bool(gold) and verify(gold, parse(response, parsing_timeout=None), timeout_seconds=None))
+    box, label = last_boxed(response), _plain(label)
+    said = response[-MATH_TAIL:] if box is None else f"\\boxed{{{_plain(box)}}}"
+    gold = parse(label if "\\boxed" in label or "$" in label else f"${label}$", parsing_timeout=None)
+    if not gold:
+        raise ValueError(f"math-verify cannot read the label {label!r:.80}")
+    return float(verify(gold, parse(said, parsing_timeout=None), timeout_seconds=None))
+
+
+def _plain(latex: str) -> str:
+    """Without dollar signs that mean money, and with 1.5e3 as 1.5 \\times 10^{3}: math-verify reads neither."""
+    return re.sub(r"(\d)[eE]([+-]?\d{1,3})(?!\w)", r"\1 \\times 10^{\2}", latex.replace("\\$", ""))
 
 
 def assess(value: object) -> dict:
@@ -47,8 +68,14 @@ def assess(value: object) -> dict:
     return {"reward": float(value)}
 
 
-def main(kind: str) -> None:
-    """Answer {"response", "label"} with {"reward"} or {"error"}, until stdin ends."""
+def main(kind: str, memory_mib: int) -> None:
+    """Answer {"response", "label"} with {"reward"} or {"error"}, until stdin ends.
+
+    An error with "spent" says that memory ran out: this process is to be replaced. memory_mib: limit of the address
+    space, 0 for none.
+    """
+    if memory_mib:
+        resource.setrlimit(resource.RLIMIT_AS, (memory_mib << 20, memory_mib << 20))
     channel = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
     os.dup2(2, 1)  # what the function prints must not get into the answers
     requests: queue.SimpleQueue[str] = queue.SimpleQueue()
@@ -72,9 +99,12 @@ def main(kind: str) -> None:
         request = json.loads(requests.get())
         try:
             answer(assess(function(request["response"], request["label"])))
+        except MemoryError:
+            request = None
+            answer({"error": f"out of memory ({memory_mib} MiB)", "spent": True})
         except BaseException as error:
-            answer({"error": f"{type(error).__name__}: {error}"})
+            answer({"error": f"{type(error).__name__}: {error!s:.500}"})
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], int(sys.argv[2]))

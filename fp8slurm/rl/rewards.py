@@ -1,4 +1,4 @@
-"""Rewards: our own two are computed here, everything else in child processes that a hanging call cannot outlive."""
+"""Rewards: our own are computed here, math and users' functions in child processes that no hanging call outlives."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from collections import deque
 from pathlib import Path
 
 from fp8slurm.config.schema import RewardSection
+from fp8slurm.rl.graders import choice, digits, exact, numeric
 from fp8slurm.rl.types import Sample, SampleGroup
 
 log = logging.getLogger(__name__)
@@ -28,37 +29,35 @@ class RewardError(RuntimeError):
     """A reward function raised, hung or returned no finite number."""
 
 
-def exact(response: str, label: str) -> float:
-    """1 if the response is the label, white space around both left out, else 0."""
-    return float(response.strip() == label.strip())
+OWN = {"exact": exact, "numeric": numeric, "choice": choice}
+"""Kinds that are computed here; `digits`, with its weight, is too."""
+MATH_MEMORY_MIB = 2048
 
 
-def digits(response: str, label: str, weight: float) -> float:
-    """(1 - weight) * exact + weight * share of the positions whose characters agree, of the longer of the two."""
-    response, label = response.strip(), label.strip()
-    positions = max(len(response), len(label), 1)
-    share = sum(a == b for a, b in zip(response, label)) / positions if label else float(not response)
-    return (1 - weight) * float(response == label) + weight * share
+def check_kind(kind: str, flag: str = "reward.kind") -> None:
+    """ValueError: no such kind of reward."""
+    if kind not in (*OWN, "digits", "math") and not all(kind.partition(":")):
+        raise ValueError(f"{flag} {kind!r} is not one of {', '.join(OWN)}, digits, math, module:function")
 
 
 class RewardPool:
     """Scores groups by `reward.kind`, with at most `workers` calls at a time; a context manager.
 
-    `exact` and `digits` need no process. For the others each call has reward.timeout_s seconds, after which its child
-    is killed and replaced. ValueError: the kind is unknown or its function cannot be imported.
+    `exact`, `digits`, `numeric` and `choice` need no process. For the others each call has reward.timeout_s seconds,
+    after which its child is killed and replaced, and each child has reward.memory_mib of address space. ValueError:
+    the kind is unknown or its function cannot be imported.
     """
 
     def __init__(self, reward: RewardSection, workers: int = 2) -> None:
-        if reward.kind not in ("exact", "digits", "math") and not all(reward.kind.partition(":")):
-            raise ValueError(f"reward.kind {reward.kind!r} is not one of exact, digits, math, module:function")
+        check_kind(reward.kind)
         self.reward = reward
         self.failures = 0
         """Calls that failed since the start and counted as 0."""
         self._workers: list[_Worker] = []
-        if reward.kind not in ("exact", "digits"):
+        if reward.kind not in (*OWN, "digits"):
             try:
                 for _ in range(workers):
-                    self._workers.append(_Worker(reward.kind))
+                    self._workers.append(_Worker(reward.kind, _memory_mib(reward)))
                 for worker in self._workers:
                     worker.wait_ready()
             except BaseException:
@@ -66,12 +65,16 @@ class RewardPool:
                 raise
 
     def score(self, groups: list[SampleGroup]) -> None:
-        """Fill in `reward` of every sample. RewardError names function, prompt, sample and reason, unless
-        reward.on_error is "zero": then the sample gets 0, is counted in `failures`, and the first few are logged."""
+        """Fill in `reward` of every sample.
+
+        A user's function that fails is a RewardError, which names function, prompt, sample and reason. With
+        reward.on_error "zero", and always for math, where the response is to blame, the sample gets 0, is counted in
+        `failures`, and the first few are logged.
+        """
         calls = [(g, i, s) for g in groups for i, s in enumerate(g.samples)]
-        if self.reward.kind == "exact":
+        if self.reward.kind in OWN:
             for group, _, sample in calls:
-                sample.reward = exact(sample.text, group.prompt.label)
+                sample.reward = OWN[self.reward.kind](sample.text, group.prompt.label)
         elif self.reward.kind == "digits":
             for group, _, sample in calls:
                 sample.reward = digits(sample.text, group.prompt.label, self.reward.digits_weight)
@@ -103,7 +106,7 @@ class RewardPool:
 
     def _fail(self, group: SampleGroup, i: int, reason: str, failed: int) -> None:
         what = f"reward function {self.reward.kind} on prompt {group.prompt.index}, sample {i}: {reason}"
-        if self.reward.on_error == "error":
+        if self.reward.on_error == "error" and self.reward.kind != "math":
             raise RewardError(f'{what}. reward.on_error = "zero" counts such a sample as 0')
         self.failures += 1
         if failed <= WARNINGS:
@@ -122,11 +125,17 @@ class RewardPool:
         self.close()
 
 
+def _memory_mib(reward: RewardSection) -> int:
+    if reward.memory_mib is not None:
+        return reward.memory_mib
+    return MATH_MEMORY_MIB if reward.kind == "math" else 0
+
+
 class _Worker:
     """One child, at most one call at a time."""
 
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
+    def __init__(self, kind: str, memory_mib: int) -> None:
+        self.kind, self.memory_mib = kind, memory_mib
         self._start()
 
     def _start(self) -> None:
@@ -136,7 +145,7 @@ class _Worker:
         self._buffer = b""
         self._set_limit(START_LIMIT_S, "to start")
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "fp8slurm.rl.reward_worker", self.kind],
+            [sys.executable, "-m", "fp8slurm.rl.reward_worker", self.kind, str(self.memory_mib)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=os.environ | {"PYTHONPATH": os.pathsep.join(path)},
@@ -181,7 +190,10 @@ class _Worker:
         if not self._buffer.endswith(b"\n"):
             return None
         line, self._buffer = self._buffer, b""
-        return json.loads(line)
+        answer = json.loads(line)
+        if answer.get("spent"):
+            self.kill()
+        return answer
 
     def expire(self) -> dict:
         self.kill()

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable
 
+import numpy as np
+import torch
+
 from fp8slurm.config import RunConfig
 from fp8slurm.engine.client import GenerateRequest, Generation
+from fp8slurm.models.qwen3 import ModelSpec
 from fp8slurm.rl.data import end_token_ids, load_prompts, load_tokenizer
-from fp8slurm.rl.rewards import RewardPool, exact
 from fp8slurm.rl.types import Prompt, Sample, SampleGroup
 
 Generate = Callable[[list[GenerateRequest]], list[Generation]]
 
 
-def sample_seed(seed: int, position: int, sample: int) -> int:
-    """Seed of one sample, in [0, 2^31): the same for a prompt position and sample number in every attempt of a run."""
+def sample_seed(seed: int, position: int | str, sample: int) -> int:
+    """Seed of one sample, in [0, 2^31): the same for a prompt position and sample number in every attempt of a run.
+
+    position: of the prompt in the run, or TASK/ID of an evaluation's question.
+    """
     digest = hashlib.blake2b(f"{seed}/{position}/{sample}".encode(), digest_size=4).digest()
     return int.from_bytes(digest, "little") & 0x7FFFFFFF
 
@@ -41,14 +48,18 @@ class Sampler:
         return load_prompts(self.config.data, self.tokenizer, path)
 
     def sample(
-        self, generate: Generate, prompts: list[tuple[int, Prompt]], n: int, max_tokens: int, temperature: float
-    ) -> list[SampleGroup]:
-        """n samples for every (position, prompt); the position, unique in a run, makes the seed."""
+        self, generate: Generate, prompts: list[tuple[int, Prompt]], n: int, max_tokens: int, temperature: float,
+        routing: bool = False,
+    ) -> list[SampleGroup]:  # fmt: skip
+        """n samples for every (position, prompt); the position, unique in a run, makes the seed.
+
+        `routing`: with the experts of every token. RuntimeError where the engine does not return them.
+        """
         r = self.config.rollout
         requests = [
             GenerateRequest(
                 list(prompt.token_ids), max_tokens, temperature, r.top_p, r.top_k, self.stop_ids,
-                seed=sample_seed(self.config.run.seed, position, k),
+                seed=sample_seed(self.config.run.seed, position, k), routing=routing,
             )
             for position, prompt in prompts
             for k in range(n)
@@ -61,25 +72,29 @@ class Sampler:
             Sample(g.token_ids, g.logprobs, g.weight_versions, g.finish_reason, text)
             for g, text in zip(done, texts, strict=True)
         ]
+        if routing:
+            spec = ModelSpec.from_hf_dir(self.config.model.hf_checkpoint)
+            for sample, request, g in zip(samples, requests, done, strict=True):
+                sample.routing = routing_of(g, len(request.token_ids), spec)
         return [SampleGroup(prompt, samples[i * n : (i + 1) * n]) for i, (_, prompt) in enumerate(prompts)]
-
-    def greedy(self, generate: Generate, share: list[tuple[int, Prompt]]) -> list[SampleGroup]:
-        """One sample a prompt by the settings of [eval] (greedy unless eval.temperature says otherwise)."""
-        return self.sample(
-            generate,
-            share,
-            1,
-            self.config.eval.max_tokens or self.config.rollout.max_tokens,
-            self.config.eval.temperature,
-        )
 
     def _without_end(self, ids: list[int]) -> list[int]:
         return ids[:-1] if ids and ids[-1] in self.stop_ids else ids
 
 
-def correct(groups: list[SampleGroup], rewards: RewardPool) -> list[bool]:
-    """Which groups' first samples are right: the reward is 1 or, for rewards with partial credit, the match exact."""
-    if rewards.reward.kind in ("exact", "digits"):
-        return [exact(g.samples[0].text, g.prompt.label) == 1.0 for g in groups]
-    rewards.score(groups)
-    return [g.samples[0].reward >= 1.0 for g in groups]
+def routing_of(generation: Generation, prompt_tokens: int, spec: ModelSpec) -> torch.Tensor:
+    """The experts of every token but the last: uint8 (int16 above 256 experts) [tokens - 1, layers, k].
+
+    RuntimeError where the engine returned none, or those of another number of tokens.
+    """
+    tokens = prompt_tokens + len(generation.token_ids) - 1
+    shape = (tokens, spec.num_layers, spec.experts_per_token)
+    if generation.routing is None:
+        raise RuntimeError("rollout.routing_replay: the engine returned no experts with a sample")
+    if generation.routing.size != math.prod(shape):
+        raise RuntimeError(
+            f"rollout.routing_replay: the engine returned {generation.routing.size} experts for {tokens} tokens of "
+            f"{spec.num_layers} layers with {spec.experts_per_token} experts each; {math.prod(shape)} were expected"
+        )
+    small = np.uint8 if spec.num_experts <= 256 else np.int16
+    return torch.from_numpy(generation.routing.reshape(shape).astype(small))

@@ -35,6 +35,9 @@ class Sample:
     """The response decoded, end token left out."""
     reward: float = 0.0
     """What the reward function said."""
+    routing: torch.Tensor | None = field(default=None, compare=False)
+    """Experts that the engine chose, uint8 or int16 [prompt + response tokens - 1, layers, k]: the last token was never
+    an input. None unless rollout.routing_replay is on."""
     train: bool = True
     """False where the sample stays out of the loss (a truncated one, by setting)."""
 
@@ -66,5 +69,8 @@ class PackedBatch:
     loss_mask: torch.Tensor  # bool [T], True where a generated token that counts is predicted
     trainer_logprobs: torch.Tensor | None = None  # float32 [T], recomputed before the first update of the step
     reference_logprobs: torch.Tensor | None = None  # float32 [T]
+    routing: torch.Tensor | None = None  # uint8 or int16 [T, layers, k], experts to replay; None: the model's own
+    samples: tuple[int, ...] = ()
+    """Which sample every segment is, counted over all samples of the packed groups; a padding tail has no number."""
     temperature: float = 1.0
     """The policy is softmax(logits / temperature): the one that the engine sampled from, and took log-probabilities of."""

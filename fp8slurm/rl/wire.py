@@ -2,6 +2,7 @@
 
     8 bytes magic | uint64 header length | header (JSON, UTF-8) | zero padding to 8 bytes
     int32 prompt tokens of all groups | of all samples: int32 response tokens, int32 weight versions, float32 logprobs
+    | of all samples that have one: routing, uint8 or int16 as the header says
 
 All numbers are little-endian.
 """
@@ -9,6 +10,7 @@ All numbers are little-endian.
 from __future__ import annotations
 
 import json
+import math
 from itertools import chain
 from typing import Any
 
@@ -19,6 +21,7 @@ from fp8slurm.rl.types import Prompt, Sample, SampleGroup
 
 MAGIC = b"f8sgrp01"
 _INT, _FLOAT = np.dtype("<i4"), np.dtype("<f4")
+_ROUTING = {torch.uint8: np.dtype("u1"), torch.int16: np.dtype("<i2")}
 
 
 def encode_groups(groups: list[SampleGroup]) -> torch.Tensor:
@@ -38,6 +41,7 @@ def encode_groups(groups: list[SampleGroup]) -> torch.Tensor:
                     "text": s.text,
                     "reward": s.reward,
                     "train": s.train,
+                    **_routing_header(s.routing),
                 }
                 for s in g.samples
             ],
@@ -55,6 +59,7 @@ def encode_groups(groups: list[SampleGroup]) -> torch.Tensor:
         _raw(chain.from_iterable(s.response_ids for s in samples), _INT),
         _raw(chain.from_iterable(s.weight_versions for s in samples), _INT),
         _raw(chain.from_iterable(s.logprobs for s in samples), _FLOAT),
+        *(s.routing.numpy().astype(_ROUTING[s.routing.dtype]).tobytes() for s in samples if s.routing is not None),
     ]
     return torch.frombuffer(bytearray(b"".join(parts)), dtype=torch.uint8)
 
@@ -74,13 +79,16 @@ def decode_groups(data: torch.Tensor) -> list[SampleGroup]:
         prompts = [_count(g["tokens"]) for g in header]
         responses = [_count(s["tokens"]) for g in header for s in g["samples"]]
         start = 16 + length + (-(16 + length)) % 8
+        routings = [_routing_form(s) for g in header for s in g["samples"]]
         expected = start + 4 * (sum(prompts) + 3 * sum(responses))
+        expected += sum(dtype.itemsize * math.prod(shape) for dtype, shape in filter(None, routings))
         if expected != len(raw):
             raise ValueError(f"{len(raw)} bytes, the header says {expected}")
         prompt_ids, start = _lists(raw, start, prompts, _INT)
         response_ids, start = _lists(raw, start, responses, _INT)
         versions, start = _lists(raw, start, responses, _INT)
         logprobs, start = _lists(raw, start, responses, _FLOAT)
+        routing, start = _tensors(raw, start, routings)
         groups, at = [], 0
         for ids, g in zip(prompt_ids, header):
             group = SampleGroup(Prompt(index=int(g["index"]), token_ids=tuple(ids), label=str(g["label"])))
@@ -94,6 +102,7 @@ def decode_groups(data: torch.Tensor) -> list[SampleGroup]:
                         text=str(s["text"]),
                         reward=float(s["reward"]),
                         train=bool(s["train"]),
+                        routing=routing[at],
                     )
                 )
                 at += 1
@@ -105,6 +114,35 @@ def decode_groups(data: torch.Tensor) -> list[SampleGroup]:
 
 def _raw(values: Any, dtype: np.dtype) -> bytes:
     return np.array(list(values), dtype=dtype).tobytes()
+
+
+def _routing_header(routing: torch.Tensor | None) -> dict[str, Any]:
+    if routing is None:
+        return {}
+    return {"routing": list(routing.shape), "routing_dtype": str(routing.dtype).removeprefix("torch.")}
+
+
+def _routing_form(sample: dict[str, Any]) -> tuple[np.dtype, list[int]] | None:
+    if "routing" not in sample:
+        return None
+    names = {str(dtype).removeprefix("torch."): form for dtype, form in _ROUTING.items()}
+    return names[sample["routing_dtype"]], [_count(n) for n in sample["routing"]]
+
+
+def _tensors(
+    raw: bytes, start: int, forms: list[tuple[np.dtype, list[int]] | None]
+) -> tuple[list[torch.Tensor | None], int]:
+    """(one tensor for each form, None for None, first byte behind them)."""
+    tensors: list[torch.Tensor | None] = []
+    for form in forms:
+        if form is None:
+            tensors.append(None)
+            continue
+        dtype, shape = form
+        flat = np.frombuffer(raw, dtype, count=math.prod(shape), offset=start)
+        tensors.append(torch.from_numpy(flat.astype(dtype.newbyteorder("=")).reshape(shape)))
+        start += dtype.itemsize * flat.size
+    return tensors, start
 
 
 def _count(value: Any) -> int:

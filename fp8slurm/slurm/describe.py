@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from fp8slurm.config import RunConfig
+from fp8slurm.plan import make_plan
+from fp8slurm.plan.report import summary
 from fp8slurm.rl.precision import engine_in_fp8
 from fp8slurm.slurm.placement import place
 
 
 def describe(config: RunConfig) -> str:
-    """A few lines: tasks, layout, precisions, batch."""
+    """A few lines: tasks, layout, precisions, batch, what `fp8slurm plan` says, and the job script where there is one.
+
+    ValueError for a layout that cannot be.
+    """
     placement = place(config)
     p, r = config.parallel, config.rollout
     data = placement.world_size // (p.tensor_parallel_size * p.pipeline_parallel_size)
@@ -24,6 +29,12 @@ def describe(config: RunConfig) -> str:
         f"a step       {r.prompts_per_step} prompts x {r.n_samples} samples of at most {r.max_tokens} tokens, "
         f"{config.train.updates_per_step} update(s) of micro-batches of {config.train.tokens_per_micro_batch} tokens",
         f"run folder   {config.run.root / config.run.name}",
-        "nothing was started (--dry-run)",
+        summary(make_plan(config)),
     ]
+    if config.slurm.executor == "slurm":
+        from fp8slurm.slurm.submit import script
+
+        run_dir = (config.run.root / config.run.name).resolve()
+        lines += ["job script, as submitit writes it:", *(f"    {line}".rstrip() for line in script(config, run_dir).splitlines())]
+    lines.append("nothing was started (--dry-run)")
     return "\n".join(lines)

@@ -1,24 +1,28 @@
-"""Start a run's tasks through submitit and watch them."""
+"""Start a run: its tasks on this machine, or a Slurm job; and watch it."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Callable
+from typing import Callable, Protocol
 
-from fp8slurm.checkpoint.run import RunDirectory, RunState, damage, write_atomic
+from fp8slurm.checkpoint.run import RunDirectory, process_start
 from fp8slurm.config import RunConfig
+from fp8slurm.slurm import attempt
+from fp8slurm.slurm import job as slurm
 from fp8slurm.slurm.monitor import first_error
 from fp8slurm.slurm.placement import place
 from fp8slurm.slurm.task import run_task
 
-
 END_GRACE_S = 20.0
 """Time for all tasks to end by themselves once one has failed."""
+ASK_S = 5.0
+"""Between two questions to the controller about a job that is followed."""
 
 
 class RunFailed(RuntimeError):
@@ -26,86 +30,94 @@ class RunFailed(RuntimeError):
 
 
 def open_run(config: RunConfig) -> RunDirectory:
-    """Create or reopen the run directory and begin an attempt.
+    """Create or reopen the run directory and begin an attempt on this machine.
 
     Raises:
-        RunBusyError: another process holds it.
-        ValueError: it belongs to a run of another model or layout of data.
+        RunBusyError: a process or a job holds it.
+        ValueError: it belongs to a run of another model, precision or layout of data.
     """
     run = RunDirectory(config.run.root / config.run.name)
     run.path.mkdir(parents=True, exist_ok=True, mode=0o700)
-    run.acquire()
+    run.acquire(holder=attempt.holder)
     try:
-        saved = run.path / "config.json"
-        if saved.is_file():
-            changes = changed_keys(json.loads(saved.read_text()), config.model_dump(mode="json"))
-            for key in changes:
-                if key.split(":")[0] in ("model.hf_checkpoint", "model.dtype", "data.train", "run.seed"):
-                    raise ValueError(f"{run.path} belongs to another run ({key}): choose another name with --run.name")
-        write_atomic(saved, config.model_dump_json(indent=1))
-        versions = {"command": sys.argv, "packages": package_versions()}
-        write_atomic(run.attempt_dir / "versions.json", json.dumps(versions, indent=1))
+        attempt.write_versions(run, attempt.settle_configuration(config, run))
     except BaseException:
         run.release()
         raise
     return run
 
 
-def finished(config: RunConfig, run: RunDirectory) -> bool:
-    """Whether the newest checkpoint is that of the last step."""
-    last = RunState("rl", config.run.steps).name
-    return run.checkpoint_names()[:1] == [last] and not damage(run.checkpoints / last)
+class Tasks(Protocol):
+    """Processes on this machine that end together."""
+
+    def poll(self) -> int | None: ...
+
+    def end(self) -> None: ...
 
 
-def changed_keys(old: dict, new: dict) -> list[str]:
-    """ "section.key: old -> new" for every setting that differs."""
-    out = []
-    for section, values in new.items():
-        for key, value in values.items():
-            before = old.get(section, {}).get(key)
-            if before != value:
-                out.append(f"{section}.{key}: {before!r} -> {value!r}")
-    return out
+class LocalTasks:
+    """The tasks under submitit's local executor, each with its own log files."""
+
+    def __init__(self, config: RunConfig, run: RunDirectory) -> None:
+        import submitit
+
+        executor = submitit.LocalExecutor(folder=run.attempt_dir / "logs")
+        executor.update_parameters(tasks_per_node=place(config).tasks_per_node, timeout_min=60 * 24 * 365)
+        environment = dict(os.environ)
+        os.environ["PYTHONPATH"] = _python_path()
+        job = executor.submit(run_task, config.model_dump_json(), str(run.path.resolve()), run.attempt)
+        os.environ.clear()
+        os.environ.update(environment)
+        assert job._process is not None
+        self._process = job._process
+
+    def poll(self) -> int | None:
+        return self._process.poll()
+
+    def end(self) -> None:
+        self._process.send_signal(signal.SIGTERM)
+        self._process.wait(30)
 
 
-def package_versions() -> dict[str, str]:
-    from importlib import metadata
+class ForegroundTasks:
+    """slurm.executor debug: plain child processes, everything that they say on this terminal."""
 
-    names = ("fp8slurm", "torch", "megatron-core", "sglang", "transformers", "transformer-engine", "submitit")
-    versions = {}
-    for name in names:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = "not installed"
-    return versions
+    def __init__(self, config: RunConfig, run: RunDirectory) -> None:
+        (run.attempt_dir / "logs").mkdir(exist_ok=True)  # of the engines
+        path = run.attempt_dir / "config.json"
+        path.write_text(config.model_dump_json())
+        command = [sys.executable, "-u", "-m", "fp8slurm.slurm.foreground", str(path), str(run.path.resolve())]
+        environment = os.environ | {"PYTHONPATH": _python_path()}
+        self._processes = [
+            subprocess.Popen([*command, str(run.attempt), str(task.index)], env=environment) for task in place(config).tasks
+        ]
+
+    def poll(self) -> int | None:
+        codes = [p.poll() for p in self._processes]
+        return None if None in codes else max(codes, key=abs)
+
+    def end(self) -> None:
+        for p in self._processes:
+            p.wait(30)
 
 
-def run_local(config: RunConfig, run: RunDirectory, watch: Callable[[], None] = lambda: None) -> None:
+def _python_path() -> str:
+    return os.pathsep.join(p for p in (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")) if p)
+
+
+def run_here(config: RunConfig, run: RunDirectory, watch: Callable[[], None] = lambda: None) -> None:
     """Run every task on this machine and wait; `watch` is called a few times a second.
 
     Raises:
         RunFailed: a task ended with an error.
         KeyboardInterrupt: after every task was ended.
     """
-    import submitit
-
-    placement = place(config)
-    executor = submitit.LocalExecutor(folder=run.attempt_dir / "logs")
-    executor.update_parameters(tasks_per_node=placement.tasks_per_node, timeout_min=60 * 24 * 365)
-    environment = dict(os.environ)
-    os.environ["PYTHONPATH"] = os.pathsep.join(
-        p for p in (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")) if p
-    )
-    job = executor.submit(run_task, config.model_dump_json(), str(run.path.resolve()), run.attempt)
-    os.environ.clear()
-    os.environ.update(environment)
-    process = job._process
-    assert process is not None
+    kinds: dict[str, type] = {"local": LocalTasks, "debug": ForegroundTasks}
+    tasks: Tasks = kinds[config.slurm.executor](config, run)
     try:
         failed_at: float | None = None
         killed = False
-        while process.poll() is None:
+        while tasks.poll() is None:
             watch()
             time.sleep(0.2)
             if failed_at is None and any((run.attempt_dir / "errors").glob("task_*.json")):
@@ -115,24 +127,20 @@ def run_local(config: RunConfig, run: RunDirectory, watch: Callable[[], None] = 
                 killed = True
                 failed_at = time.monotonic()
     except BaseException:
-        process.send_signal(signal.SIGTERM)
         _end_tasks(run)
-        process.wait(30)
+        tasks.end()
         raise
     watch()
     error = first_error(run.attempt_dir, vanished=not killed)
     if error is not None:
         raise RunFailed(error)
-    done = len(list((run.attempt_dir / "tasks").glob("*.done")))
-    if done < placement.tasks_per_node:
-        raise RunFailed(
-            f"{placement.tasks_per_node - done} tasks ended without a word; their logs are in {run.attempt_dir / 'logs'}"
-        )
+    done, wanted = len(list((run.attempt_dir / "tasks").glob("*.done"))), place(config).tasks_per_node
+    if done < wanted:
+        raise RunFailed(f"{wanted - done} tasks ended without a word; their logs are in {run.attempt_dir / 'logs'}")
 
 
 def _end_tasks(run: RunDirectory, grace_s: float = 10.0) -> None:
     """Ask this attempt's tasks to end, by pid, and end those that do not."""
-    from fp8slurm.checkpoint.run import process_start
 
     def living() -> list[int]:
         tasks = [
@@ -147,3 +155,37 @@ def _end_tasks(run: RunDirectory, grace_s: float = 10.0) -> None:
         time.sleep(0.1)
     for pid in living():
         os.kill(pid, signal.SIGKILL)
+
+
+def follow(config: RunConfig, job_id: str, watch: Callable[[], None], say: Callable[[str], None]) -> None:
+    """Watch a Slurm job, through its requeues, until it is over; `say` gets a line when its state changes.
+
+    Raises:
+        RunFailed: it ended before the run was finished.
+    """
+    run = RunDirectory(config.run.root / config.run.name)
+    state, asked = "", 0.0
+    while True:
+        watch()
+        if time.monotonic() - asked > ASK_S:
+            asked = time.monotonic()
+            try:
+                job = slurm.show_job(job_id)
+            except slurm.SlurmError as error:
+                say(f"Slurm does not answer: {error}")
+            else:
+                now = job["JobState"] if job else "forgotten by Slurm"
+                if now != state:
+                    reason = job.get("Reason", "None") if job else "None"
+                    say(f"job {job_id}: {now}{'' if reason == 'None' else f' ({reason})'}")
+                    state = now
+                if now not in (*slurm.ACTIVE, "COMPLETING"):
+                    break
+        time.sleep(0.5)
+    watch()
+    if attempt.finished(config, run):
+        return
+    newest = run.newest_attempt()
+    run.attempt = newest if newest >= 0 else None
+    text = first_error(run.attempt_dir, vanished=False) if newest >= 0 else None
+    raise RunFailed(f"job {job_id} is {state}: {text or 'the reason is in its log'}")

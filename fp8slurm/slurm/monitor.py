@@ -22,6 +22,7 @@ from fp8slurm.checkpoint.run import process_start, write_atomic
 
 NEIGHBOUR_DIED = 75
 HUNG = 76
+VERDICT = "verdict.json"
 TERMINATED = 143
 
 
@@ -34,6 +35,9 @@ class Monitor:
         self.stacks = attempt_dir / "stacks"
         self.index, self.timeout_s = index, timeout_s
         self.on_exit: Callable[[], None] = lambda: None
+        self.on_notice: Callable[[], None] = lambda: None
+        self.on_tick: Callable[[], None] = lambda: None
+        self.stop_marker = attempt_dir / "stopped.json"
         self._last = time.monotonic()
         self._closing = threading.Event()
         self._signals, self._wakeup = os.pipe()
@@ -48,12 +52,17 @@ class Monitor:
         # thread at once.
         os.set_blocking(self._wakeup, False)
         signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
             signal.signal(number, lambda *_: None)
         threading.Thread(target=self._watch, name="monitor", daemon=True).start()
 
     def beat(self) -> None:
         self._last = time.monotonic()
+
+    def expect(self, seconds: float) -> None:
+        """What comes now may take this long, and has a deadline of its own; the watchdog's time runs after it, or from
+        the next beat."""
+        self._last = time.monotonic() + seconds
 
     def done(self) -> None:
         """This task ended well: its end does not alarm the others."""
@@ -77,6 +86,12 @@ class Monitor:
                 number = signal.Signals(os.read(self._signals, 1)[0])
                 if number in (signal.SIGTERM, signal.SIGINT):
                     self._end(TERMINATED, f"ended by {number.name}")
+                if number == signal.SIGUSR2:
+                    self.on_notice()
+            # Blocked since the task began, so that no child of it is killed by it: fetched from here.
+            while signal.sigtimedwait([signal.SIGUSR2], 0) is not None:
+                self.on_notice()
+            self.on_tick()
             dead = self._dead_neighbour()
             if dead:
                 time.sleep(0.2)  # its last words first
@@ -85,11 +100,21 @@ class Monitor:
                 self._end(HUNG, f"no progress for watchdog.timeout_s = {self.timeout_s:g} s; stacks in {self.stacks}")
 
     def _end(self, code: int, why: str) -> None:
+        if self.stop_marker.exists():  # the attempt is over as planned, and Slurm or its neighbours end what is left
+            print(f"task {self.index}: {why}, after the run had stopped", file=sys.stderr, flush=True)
+            self._leave(0)
         print(f"task {self.index}: {why}", file=sys.stderr, flush=True)
         if code != TERMINATED:  # where everybody stood when one died or hung
             with open(self.stacks / f"task_{self.index}.txt", "w") as f:
                 faulthandler.dump_traceback(f, all_threads=True)
-        record_error(self.errors, self.index, why, primary=code != NEIGHBOUR_DIED)
+        record_error(self.errors, self.index, why, primary=code not in (NEIGHBOUR_DIED, TERMINATED))
+        if code == HUNG:
+            dump = threading.Thread(target=_dump_flight_record, args=(self.stacks, self.index), daemon=True)
+            dump.start()
+            dump.join(5.0)  # it must not hang as well
+        self._leave(code)
+
+    def _leave(self, code: int) -> None:
         threading.Timer(10.0, os._exit, (code,)).start()  # on_exit must not keep a broken task alive
         try:
             self.on_exit()
@@ -97,17 +122,30 @@ class Monitor:
             os._exit(code)
 
 
-def record_error(folder: Path, index: int, text: str, primary: bool = True) -> None:
-    """Write a task's last words where the launcher looks for them; secondary ones are consequences of another's."""
+def _dump_flight_record(folder: Path, index: int) -> None:
+    """NCCL's flight recorder: this rank's last collectives, as torch's `torchfrtrace` reads them; nothing on the CPU."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+        (folder / f"nccl_rank_{index}").write_bytes(torch._C._distributed_c10d._dump_nccl_trace())
+
+
+def record_error(folder: Path, index: int, text: str, primary: bool = True, permanent: bool = False) -> None:
+    """Write a task's last words where the launcher looks for them; secondary ones are consequences of another's, after
+    permanent ones it is no use to start again."""
     path = folder / f"task_{index}.json"
     if not path.exists():
-        write_atomic(path, json.dumps({"time": time.time(), "task": index, "primary": primary, "text": text}))
+        said = {"time": time.time(), "task": index, "primary": primary, "permanent": permanent, "text": text}
+        write_atomic(path, json.dumps(said))
 
 
 def first_error(attempt_dir: Path, vanished: bool = True) -> str | None:
-    """What brought the attempt down: a task that vanished without a word (killed), else the earliest error that was
-    nobody else's consequence. None if there was no error. `vanished` False: the launcher itself killed what was left.
+    """What brought the attempt down: what the job script found out from srun, else a task that vanished without a word
+    (killed), else the earliest error that was nobody else's consequence. None if there was no error.
+    `vanished` False: the launcher itself killed what was left.
     """
+    verdict = attempt_dir / "errors" / VERDICT
+    if verdict.is_file():
+        return json.loads(verdict.read_text())["text"]
     errors = [json.loads(p.read_text()) for p in (attempt_dir / "errors").glob("task_*.json")]
     spoken = {str(e["task"]) for e in errors}
     for path in sorted((attempt_dir / "tasks").glob("[0-9]*.json")):

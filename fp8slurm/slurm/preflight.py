@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from typing import Any, Callable
 
 from fp8slurm.config import RunConfig
 from fp8slurm.fp8.environment import set_fp32_scales
+from fp8slurm.models.known import find_spec
 from fp8slurm.models.qwen3 import ModelSpec, check_layout
 from fp8slurm.slurm.placement import place
 
@@ -14,19 +16,41 @@ ROWS_CHECKED = 20_000
 """Rows of each data file that are read before a job is queued; the job itself reads all of them."""
 
 
-def preflight(config: RunConfig) -> list[str]:
+def preflight(config: RunConfig, dry_run: bool = False) -> list[str]:
     """Check a configuration against files and installed packages; returns warnings.
+
+    `dry_run`: nothing will be started, so what a start would be refused for (a checkpoint, a data file or a package that
+    is not here, a feature that is not there yet) is among the warnings; a layout that cannot be still is an error.
 
     Raises:
         ValueError: names the key, the value, what is allowed and the flag.
     """
     set_fp32_scales()
-    spec = _model(config)
-    _fp8(config)
+    refusals: list[str] = []
+
+    def check(what: Callable[..., None], *arguments: Any) -> None:
+        try:
+            what(*arguments)
+        except ValueError as error:
+            if not dry_run:
+                raise
+            refusals.append(f"a start would be refused here: {error}")
+
+    check(_model, config)
+    check(_fp8, config)
+    spec, _ = find_spec(config.model.hf_checkpoint)
+    check(_not_there_yet, config, spec)
     _parallel(config, spec)
+    _lengths(config, spec)
     _algorithm(config)
-    _data(config)
-    return _warnings(config)
+    check(_experts, config, spec)
+    check(_gpus, config)
+    paths = len(refusals)
+    for path, flag, what in _data_files(config):
+        check(_folder, path, flag, what)
+    if len(refusals) == paths and (config.model.hf_checkpoint or Path()).is_dir():
+        check(_data, config)
+    return refusals + _warnings(config)
 
 
 def _folder(path: Path | None, flag: str, what: str) -> Path:
@@ -37,9 +61,16 @@ def _folder(path: Path | None, flag: str, what: str) -> Path:
     return path
 
 
-def _model(config: RunConfig) -> ModelSpec:
+def _spec(folder: Path, flag: str) -> ModelSpec:
+    try:
+        return ModelSpec.from_hf_dir(folder)
+    except FileNotFoundError:
+        raise ValueError(f"{flag} {folder}: there is no config.json in it; give a Hugging Face folder") from None
+
+
+def _model(config: RunConfig) -> None:
     folder = _folder(config.model.hf_checkpoint, "--model.hf-checkpoint", "folder of a Hugging Face checkpoint")
-    spec = ModelSpec.from_hf_dir(folder)
+    spec = _spec(folder, "--model.hf-checkpoint")
     if spec.quantization is not None:
         raise ValueError(
             f"--model.hf-checkpoint {folder} is quantized: the trainer starts from BF16 or FP32 weights "
@@ -47,69 +78,160 @@ def _model(config: RunConfig) -> ModelSpec:
         )
     if config.model.rollout_checkpoint is not None:
         rollout = _folder(config.model.rollout_checkpoint, "--model.rollout-checkpoint", "folder that the engine loads")
-        ModelSpec.from_hf_dir(rollout)  # refuses block sizes and scale formats that we cannot make
-    return spec
+        _spec(rollout, "--model.rollout-checkpoint")  # refuses block sizes and scale formats that we cannot make
+        from fp8slurm.sync.check import check_rollout_checkpoint
+
+        check_rollout_checkpoint(rollout, spec)
 
 
 def _fp8(config: RunConfig) -> None:
+    from fp8slurm.trainer.start import check_optimizer
+
     fp8 = config.fp8
-    if fp8.param_gather:
-        raise ValueError(
-            "--fp8.param-gather: FP8 primary weights are not supported yet, and silently training with BF16 ones would be worse; "
-            "leave it off (--fp8.no-param-gather). Upstream, blockwise FP8 parameters and CPU-offloaded Adam exclude each other."
-        )
-    if fp8.backend == "transformer_engine" and importlib.util.find_spec("transformer_engine") is None:
+    check_optimizer(config, fp8.backend == "transformer_engine")
+    # A job in a container has packages of its own: there every rank looks for itself when it starts (trainer/start.py).
+    here = config.slurm.executor != "slurm" or config.slurm.container_image is None
+    if fp8.backend == "transformer_engine" and here and importlib.util.find_spec("transformer_engine") is None:
         raise ValueError(
             "--fp8.backend transformer_engine: TransformerEngine is not installed, and without it Megatron would ignore FP8 silently; "
             "install it (requirements/gpu.txt), or ask for --fp8.backend emulated (CPU) or --fp8.backend off (no FP8)"
         )
-    if config.optim.cpu_offload:
-        raise ValueError("--optim.cpu-offload: not there yet; leave it off (--optim.no-cpu-offload)")
 
 
-def _parallel(config: RunConfig, spec: ModelSpec) -> None:
-    p = config.parallel
-    if p.expert_parallel_size > 1 or p.expert_tensor_parallel_size > 1:
-        raise ValueError(
-            f"--parallel.expert-parallel-size {p.expert_parallel_size}, --parallel.expert-tensor-parallel-size "
-            f"{p.expert_tensor_parallel_size}: expert parallelism is not there yet; allowed: 1"
-        )
-    if spec.is_moe:
-        raise ValueError(
-            f"--model.hf-checkpoint {config.model.hf_checkpoint}: training mixture-of-experts models is not there yet"
-        )
-    if config.slurm.nodes > 1 and config.slurm.executor == "local":
-        raise ValueError(
-            f"--slurm.nodes {config.slurm.nodes} with --slurm.executor local: one machine is one node; allowed: 1"
-        )
-    if config.slurm.executor == "slurm":
-        raise ValueError("--slurm.executor slurm: not there yet; allowed: local")
+def _not_there_yet(config: RunConfig, spec: ModelSpec) -> None:
+    """What the configuration can say and `plan` can plan, but a run cannot do so far."""
+    if config.engine.placement == "split":
+        place(config)
+        raise ValueError("--engine.placement split: trainer and engines on separate GPUs is not there yet; allowed: shared")
     if config.engine.per_node != 1:
         raise ValueError(
             f"--engine.per-node {config.engine.per_node}: several engines a node are not there yet; allowed: 1"
         )
-    check_layout(spec, p, config.fp8.backend != "off", place(config).world_size)
+
+
+def _parallel(config: RunConfig, spec: ModelSpec) -> None:
+    if config.slurm.nodes > 1 and config.slurm.executor != "slurm":
+        raise ValueError(
+            f"--slurm.nodes {config.slurm.nodes} with --slurm.executor {config.slurm.executor}: one machine is one node; allowed: 1"
+        )
+    _limits(config)
+    check_layout(spec, config.parallel, config.fp8.backend != "off", place(config).world_size)
     check_engine_layout(config, spec)
 
 
+def _limits(config: RunConfig) -> None:
+    """The job's time limit and the notice before it."""
+    from fp8slurm.slurm.job import minutes
+
+    s = config.slurm
+    try:
+        limit = minutes(s.time)
+    except ValueError as error:
+        raise ValueError(f"--slurm.time {error}") from None
+    if s.executor == "slurm" and s.signal_delay_s >= 60 * limit:
+        raise ValueError(
+            f"--slurm.signal-delay-s {s.signal_delay_s}: the notice would come before the job starts; it must be less than "
+            f"--slurm.time {s.time} ({60 * limit} s)"
+        )
+    own = {"partition", "account", "qos", "reservation", "constraint", "exclude", "time", "nodes", "signal", "requeue"}
+    for key in s.sbatch:
+        if key.replace("_", "-") in own | {"ntasks-per-node", "cpus-per-task", "gpus-per-node", "mem", "output", "error"}:
+            raise ValueError(f"--slurm.sbatch {key}: it has a setting of its own, or follows from others; leave it out here")
+
+
 def check_engine_layout(config: RunConfig, spec: ModelSpec) -> None:
-    """SGLang's block FP8 wants every tensor-parallel piece of q, k, v, gate and up to be whole 128 blocks."""
+    """SGLang's block FP8 wants every tensor-parallel piece of q, k, v, gate and up to be whole 128 blocks.
+
+    Of key-value heads each GPU keeps at least one; of an expert it holds 1 / (tensor / expert parallel size).
+    """
     from fp8slurm.rl.precision import engine_in_fp8
 
-    tp = config.engine.tensor_parallel_size
+    e = config.engine
+    tp, ep = e.tensor_parallel_size, e.expert_parallel_size
+    if ep > 1 and (not spec.is_moe or tp % ep or spec.num_experts % ep):
+        what = f"{spec.num_experts} experts" if spec.is_moe else "a model without experts"
+        raise ValueError(
+            f"--engine.expert-parallel-size {ep} with --engine.tensor-parallel-size {tp} and {what}: "
+            f"it must divide both"
+        )
     if not engine_in_fp8(config):
         return
+    kv = tp if spec.num_kv_heads % tp == 0 else spec.num_kv_heads if tp % spec.num_kv_heads == 0 else tp
+    ffn = (spec.moe_ffn_hidden_size, tp // ep) if spec.is_moe else (spec.ffn_hidden_size, tp)
     sizes = {
-        "query heads": spec.num_heads * spec.head_dim,
-        "key-value heads": spec.num_kv_heads * spec.head_dim,
-        "FFN": spec.moe_ffn_hidden_size if spec.is_moe else spec.ffn_hidden_size,
+        "query heads": (spec.num_heads * spec.head_dim, tp),
+        "key-value heads": (spec.num_kv_heads * spec.head_dim, kv),
+        "experts' FFN" if spec.is_moe else "FFN": ffn,
     }
-    for what, size in sizes.items():
-        if size % (128 * tp):
+    for what, (size, cut) in sizes.items():
+        if size % (128 * cut):
+            more = " or --engine.expert-parallel-size above 1" if what.startswith("experts") else ""
             raise ValueError(
                 f"--engine.tensor-parallel-size {tp}: the {what} ({size} rows) are cut inside a 128 block of FP8; "
-                f"the size must be a multiple of {128 * tp}"
+                f"the size must be a multiple of {128 * cut}{more}"
             )
+
+
+def _lengths(config: RunConfig, spec: ModelSpec) -> None:
+    """The longest prompt and the longest response must fit the engine's context."""
+    e, flag = config.engine, "--engine.context-length"
+    if e.context_length is not None and e.context_length > spec.max_position_embeddings:
+        raise ValueError(
+            f"{flag} {e.context_length}: the model has {spec.max_position_embeddings} positions; allowed: up to that"
+        )
+    room = e.context_length or spec.max_position_embeddings
+    whose = f"{flag} {room}" if e.context_length else f"the model's {room} positions"
+    prompt = config.data.max_prompt_tokens
+    for key, response in (("rollout", config.rollout.max_tokens), ("eval", config.eval.max_tokens)):
+        if response is not None and prompt + response > room:
+            raise ValueError(
+                f"--data.max-prompt-tokens {prompt} + --{key}.max-tokens {response} = {prompt + response} do not fit "
+                f"{whose}; lower one of the two{' or raise the context' if e.context_length else ''}"
+            )
+
+
+def _gpus(config: RunConfig) -> None:
+    """A run on this machine needs its GPUs here; under Slurm the nodes have them."""
+    wanted = config.slurm.gpus_per_node
+    if not wanted or config.slurm.executor == "slurm":
+        return
+    import torch
+
+    if torch.cuda.device_count() < wanted:
+        raise ValueError(
+            f"--slurm.gpus-per-node {wanted} with --slurm.executor {config.slurm.executor}: this machine has "
+            f"{torch.cuda.device_count()} GPUs; start it where they are, or as a Slurm job (--slurm.executor slurm)"
+        )
+
+
+def _experts(config: RunConfig, spec: ModelSpec) -> None:
+    """Settings of mixtures of experts, against the model and the packages."""
+    from fp8slurm.trainer.start import check_dispatcher
+
+    replay = config.rollout.routing_replay
+    if not spec.is_moe:
+        changed = {
+            f"--moe.aux-loss-coef {config.moe.aux_loss_coef:g}": config.moe.aux_loss_coef,
+            f"--moe.dispatcher {config.moe.dispatcher}": config.moe.dispatcher != "alltoall",
+            "--rollout.routing-replay": replay,
+        }
+        for flag in (f for f, is_changed in changed.items() if is_changed):
+            raise ValueError(f"{flag}: the model has no experts; leave it out")
+        return
+    if config.slurm.executor == "slurm" and config.slurm.container_image is not None:
+        return  # the container has packages of its own: the ranks and the engine look for themselves
+    check_dispatcher(config.moe.dispatcher, config.fp8.backend != "emulated", _installed("deep_ep", "."))
+    if replay and not _installed("sglang", "srt/state_capturer/routed_experts.py"):
+        raise ValueError(
+            "--rollout.routing-replay: the installed SGLang does not return the experts of its tokens; install the one "
+            "of requirements/, or leave it off (--rollout.no-routing-replay)"
+        )
+
+
+def _installed(package: str, file: str) -> bool:
+    """Whether a package is there, with this file in it; nothing is imported."""
+    spec = importlib.util.find_spec(package)
+    return spec is not None and any((Path(p) / file).exists() for p in spec.submodule_search_locations or ())
 
 
 def _algorithm(config: RunConfig) -> None:
@@ -130,28 +252,55 @@ def _algorithm(config: RunConfig) -> None:
         )
 
 
+def _data_files(config: RunConfig) -> list[tuple[Path | None, str, str]]:
+    """(path, flag, what it is) of every data file that the run reads."""
+    files: list[tuple[Path | None, str, str]] = []
+    if config.run.steps:
+        files.append((config.data.train, "--data.train", "JSONL or parquet file with the training prompts"))
+    if config.data.eval is not None:
+        files.append((config.data.eval, "--data.eval", "JSONL or parquet file with the held-out prompts"))
+    if config.sft.data is not None:
+        files.append((config.sft.data, "--sft.data", "JSONL or parquet file with prompts and responses"))
+    return files
+
+
 def _data(config: RunConfig) -> None:
+    """The rows of the data files, which are there."""
     from fp8slurm.rl.data import load_prompts, load_sft, load_tokenizer
     from fp8slurm.rl.rewards import RewardPool
 
     assert config.model.hf_checkpoint is not None
     tokenizer = load_tokenizer(config.model.hf_checkpoint)
     if config.run.steps:
-        path = _folder(config.data.train, "--data.train", "JSONL or parquet file with the training prompts")
-        load_prompts(config.data, tokenizer, path, limit=ROWS_CHECKED)
+        assert config.data.train is not None
+        load_prompts(config.data, tokenizer, config.data.train, limit=ROWS_CHECKED)
         RewardPool(config.reward, workers=1).close()
     if config.data.eval is not None:
-        path = _folder(config.data.eval, "--data.eval", "JSONL or parquet file with the held-out prompts")
-        load_prompts(config.data, tokenizer, path, limit=ROWS_CHECKED)
+        load_prompts(config.data, tokenizer, config.data.eval, limit=ROWS_CHECKED)
+    _eval_tasks(config, tokenizer)
     if config.sft.data is not None:
-        path = _folder(config.sft.data, "--sft.data", "JSONL or parquet file with prompts and responses")
-        load_sft(config.data, config.sft, tokenizer, path, limit=ROWS_CHECKED)
+        load_sft(config.data, config.sft, tokenizer, config.sft.data, limit=ROWS_CHECKED)
         if config.sft.eval_every and config.data.eval is None:
             raise ValueError(
                 f"--sft.eval-every {config.sft.eval_every} needs --data.eval: there is nothing to evaluate on"
             )
     if not config.run.steps and config.sft.data is None:
         raise ValueError("--run.steps 0 without --sft.data: there is nothing to do")
+
+
+def _eval_tasks(config: RunConfig, tokenizer: Any) -> None:
+    from fp8slurm.eval.questions import load_questions
+    from fp8slurm.eval.tasks import grader_section, run_tasks
+    from fp8slurm.rl.rewards import RewardPool
+
+    if config.eval.n_samples > 1 and config.eval.temperature == 0:
+        raise ValueError(
+            f"--eval.n-samples {config.eval.n_samples} with --eval.temperature 0: greedy samples of a question are all the "
+            f"same; set a temperature, or --eval.n-samples 1"
+        )
+    for task in run_tasks(config) if config.eval.tasks else []:
+        load_questions(task, tokenizer, config.data, rows=ROWS_CHECKED)
+        RewardPool(grader_section(task, config.reward.timeout_s), workers=1).close()
 
 
 def _warnings(config: RunConfig) -> list[str]:

@@ -37,10 +37,11 @@ def host_store(address: str) -> tuple[dist.TCPStore, int]:
 
 
 def publish(path: Path, address: str, port: int) -> None:
-    """Tell the other tasks of the attempt where the store is: a file in the attempt's folder."""
+    """Tell the other tasks of the attempt where the store is, and the key of its values: a file that nobody else reads."""
     from fp8slurm.checkpoint.run import write_atomic
+    from fp8slurm.sync.sealed import new_key
 
-    write_atomic(path, json.dumps({"address": address, "port": port}))
+    write_atomic(path, json.dumps({"address": address, "port": port, "key": new_key()}), mode=0o600)
 
 
 def connect_store(path: Path, timeout_s: float) -> dist.TCPStore:
@@ -68,6 +69,10 @@ class Group:
 
     def broadcast(self, tensor: torch.Tensor, root: int) -> None:
         """In place; blocks until this member's part is done."""
+        self.start_broadcast(tensor, root).wait()
+
+    def start_broadcast(self, tensor: torch.Tensor, root: int) -> dist.Work:
+        """Begin a broadcast in place; the tensor is the group's until wait() returns. Started in the same order by all."""
         options = dist.BroadcastOptions()
         options.rootRank, options.rootTensor = root, 0
-        self._group.broadcast([tensor], options).wait()
+        return self._group.broadcast([tensor], options)

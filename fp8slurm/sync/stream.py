@@ -1,92 +1,212 @@
-"""The trainer's end of a weight update: shards -> HF names -> block FP8 -> buckets -> agents.
+"""The trainer's end of a weight update: shards -> HF names -> block FP8 -> buckets -> agents or engines.
 
-Everything that does not change between updates is decided once, in `plan`: what is quantized, where, into which bucket
-at which offset. For every tensor of a pipeline stage one of four ways is taken:
+Everything that does not change between updates is decided once (sync/plan.py) and bound once to the memory it works on:
+views of the parameters, of two payload buffers that take turns, and of the buffers that slices travel in. An update
+then runs lists of ready operations: no names are matched, nothing about the tensors is exchanged, nothing is allocated.
 
-    local        this stage's first tensor-parallel rank has the whole tensor; it is copied, or quantized into the bucket
-    shard-fp8    every tensor-parallel rank quantizes its slice; codes and scales are gathered (half the bytes of BF16)
-    gather       not quantized: the slices are gathered in the trainer's dtype
-    gather-quantize   the cut falls inside a block: gathered in the trainer's dtype, then quantized
+One bucket, on the ranks that share its tensors:
 
-The ranks of data-parallel rank 0 take part; the first tensor-parallel rank of each stage, the stage's source,
-broadcasts the finished buckets to the agents over a group of its own.
+    every rank      quantizes or copies its slices (the source straight into the payload, wherever they fit)
+    not the source  one message to the source with all of them
+    source          puts the slices of the others into place, quantizes what had to be gathered first, sends the bucket
+
+While a bucket travels the next one is filled; before a buffer is filled again its bucket has arrived.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass
-from typing import Callable, Iterator, Sequence
+from collections import deque
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Callable, Iterator, Protocol
 
 import torch
 import torch.distributed as dist
 
-from fp8slurm.fp8.block import BlockFP8
-from fp8slurm.fp8.policy import decide
+from fp8slurm.fp8.block import BLOCK, BlockFP8
 from fp8slurm.fp8.quantize import quantize
-from fp8slurm.models.names import Entry, NameTable, SliceSpec
+from fp8slurm.models.names import NameTable
 from fp8slurm.models.qwen3 import QuantizationSpec
-from fp8slurm.sync.bucket import TensorForm, WeightBucket, WeightSpec, layout, payload_bytes
+from fp8slurm.sync.bucket import WeightBucket, WeightSpec, payload_bytes
+from fp8slurm.sync.plan import SCALE, Planned, SourcePlan, plan, source_plans
 
-FP8 = torch.float8_e4m3fn
-SCALE = "_scale_inv"
+__all__ = ["Cut", "Planned", "WeightStream", "parse_description", "plan"]
+
+BUFFERS = 2
+
+
+class Pending(Protocol):
+    """Something under way."""
+
+    def wait(self) -> Any:
+        """Block until it is done; raises what went wrong."""
 
 
 @dataclass(frozen=True)
-class Planned:
-    """One HF tensor of the stage."""
+class Cut:
+    """The ranks that share a stage's matrices, or its experts' matrices."""
 
-    entry: Entry
-    part: int
-    """Which of the entry's HF tensors."""
-    name: str
-    shape: tuple[int, ...]
-    quantized: bool
-    way: str
-    reason: str
-    slices: tuple[SliceSpec, ...]
-    """One for every tensor-parallel rank; a single one where the tensor is not cut."""
-
-    def forms(self, dtype: torch.dtype) -> list[TensorForm]:
-        """What goes into the bucket for it."""
-        if not self.quantized:
-            return [(self.name, dtype, self.shape)]
-        n, k = self.shape
-        return [(self.name, FP8, self.shape), (self.name + SCALE, torch.float32, (-(-n // 128), -(-k // 128)))]
+    rank: int = 0
+    size: int = 1
+    group: dist.ProcessGroup | None = None
+    takes_part: bool = True
+    """False on all but one of the replicas (data-parallel ranks)."""
 
 
-def plan(
-    table: NameTable, names: Sequence[str], tensor_parallel_size: int, quantization: QuantizationSpec | None
-) -> list[Planned]:
-    """How each HF tensor made of the Megatron parameters `names` (global, those of one stage) is sent, in model order."""
-    held = set(names)
-    out = []
-    for entry in table:
-        if entry.name not in held:
-            continue
-        world = tensor_parallel_size if entry.tp_dim is not None else 1
-        by_rank = [entry.slices(r, world) for r in range(world)]
-        for part, tensor in enumerate(entry.tensors):
-            slices = tuple(ranks[part] for ranks in by_rank)
-            fp8, why = False, "the engine's checkpoint is not quantized"
-            if quantization is not None:
-                decision = decide(tensor.name, tensor.shape, quantization.modules_to_not_convert)
-                fp8, why = decision.quantize, decision.reason
-            if world == 1:
-                way, reason = "local", f"{why}; not cut"
-            elif not fp8:
-                way, reason = "gather", why
-            elif all(s.on_block_border() for s in slices):
-                way, reason = "shard-fp8", f"{why}; every cut is a block border"
+@dataclass
+class _Write:
+    """One piece of a parameter on its way into a buffer: quantized if there is a scale to be written, else copied."""
+
+    source: torch.Tensor
+    target: torch.Tensor
+    scale: torch.Tensor | None = None
+    name: str = ""
+
+    def run(self, seconds: dict[str, float]) -> None:
+        start = time.perf_counter()
+        if self.scale is None:
+            self.target.copy_(self.source)
+            seconds["copy"] += time.perf_counter() - start
+        else:
+            weight = self.source.reshape(self.target.shape)
+            quantize(weight, name=self.name, out=BlockFP8(self.target, self.scale))
+            seconds["quantize"] += time.perf_counter() - start
+
+
+@dataclass
+class _Fill:
+    """One bucket's operations on this rank, bound to memory."""
+
+    payload: torch.Tensor
+    outgoing: torch.Tensor | None = None
+    """This rank's slices, where it is not the source."""
+    incoming: list[torch.Tensor] = field(default_factory=list)
+    """The slices of ranks 1, 2, ..., where it is."""
+    own: list[_Write] = field(default_factory=list)
+    assemble: list[_Write] = field(default_factory=list)
+
+
+class _Lane:
+    """One source's buckets, as this rank takes part in them."""
+
+    def __init__(self, source: SourcePlan, cut: Cut, dtype: torch.dtype) -> None:
+        self.source, self.cut, self.dtype = source, cut, dtype
+        self.is_source = cut.takes_part and cut.rank == 0
+        self.fills: list[_Fill] = []
+        self.names = {p.entry.name for p in source.planned}
+
+    def bind(self, parameters: dict[str, torch.Tensor]) -> None:
+        """Make every view that an update needs."""
+        if not self.cut.takes_part or not self.source.planned:
+            return
+        planned = self.source.planned
+        cut_inside = next((p for p in planned if p.way == "gather-quantize"), planned[0])
+        device = parameters[planned[0].entry.name].device
+        trainer_dtype = parameters[cut_inside.entry.name].dtype
+        pieces = [self.source.pieces(i, self.dtype, trainer_dtype) for i in range(len(self.source.buckets))]
+        sizes = [payload_bytes(specs) for specs in self.source.buckets]
+        piece_sizes = [payload_bytes(specs) if specs else 0 for specs in pieces]
+        depth = min(BUFFERS, len(sizes))
+
+        def buffers(n: int, size: int) -> list[torch.Tensor]:
+            return [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(n)]
+
+        payloads = buffers(depth if self.is_source else 0, max(sizes))
+        own = buffers(1 if self.is_source else depth, max(piece_sizes))
+        others = buffers(self.cut.size - 1 if self.is_source else 0, max(piece_sizes))
+        split = _Split(parameters, self.cut)
+        self.fills = []
+        for i, specs in enumerate(self.source.buckets):
+            size = piece_sizes[i]
+            mine = own[i % len(own)][:size]
+            if self.is_source:
+                fill = _Fill(payloads[i % depth][: sizes[i]], None, [b[:size] for b in others] if size else [])
+                self._bind_source(fill, i, pieces[i], mine, split, trainer_dtype)
             else:
-                way, reason = "gather-quantize", f"{why}; a cut at {slices[0].length} is inside a 128 block"
-            out.append(Planned(entry, part, tensor.name, tensor.shape, fp8, way, reason, slices))
-    return out
+                fill = _Fill(mine[:0], mine if size else None)
+                views = dict(WeightBucket(0, pieces[i], mine).views())
+                for item in self.source.items(i):
+                    if item.way != "local":
+                        fill.own += split.writes(item, views[item.name], views.get(item.name + SCALE))
+            self.fills.append(fill)
+
+    def _bind_source(
+        self,
+        fill: _Fill,
+        bucket: int,
+        pieces: tuple[WeightSpec, ...],
+        mine: torch.Tensor,
+        split: _Split,
+        dtype: torch.dtype,
+    ) -> None:
+        whole = dict(WeightBucket(0, self.source.buckets[bucket], fill.payload).views())
+        staged = dict(WeightBucket(0, pieces, mine).views()) if pieces else {}
+        received = [dict(WeightBucket(0, pieces, b).views()) for b in fill.incoming]
+        for item in self.source.items(bucket):
+            name, data, scale = item.name, whole[item.name], whole.get(item.name + SCALE)
+            if item.way == "local":
+                fill.own += split.writes(item, data, scale)
+                continue
+            dim, length = item.slices[0].dim, item.slices[0].length
+            assert dim is not None
+            if item.way == "gather-quantize":  # into a matrix of its own first
+                data, final = torch.empty(item.shape, dtype=dtype, device=fill.payload.device), data
+            targets = [data.narrow(dim, r * length, length) for r in range(self.cut.size)]
+            for part, target in zip(received, targets[1:]):
+                fill.assemble.append(_Write(part[name], target))
+            if item.way != "shard-fp8":
+                fill.own += split.writes(item, targets[0], None)
+                if item.way == "gather-quantize":
+                    fill.assemble.append(_Write(data, final, scale, name))
+                continue
+            assert scale is not None
+            blocks = -(-length // BLOCK)
+            scale_targets = [scale.narrow(dim, r * blocks, blocks) for r in range(self.cut.size)]
+            for part, target in zip(received, scale_targets[1:]):
+                fill.assemble.append(_Write(part[name + SCALE], target))
+            if targets[0].is_contiguous():
+                fill.own += split.writes(item, targets[0], scale_targets[0])
+            else:  # the quantizer writes whole rows
+                fill.own += split.writes(item, staged[name], staged[name + SCALE])
+                fill.assemble.append(_Write(staged[name], targets[0]))
+                fill.assemble.append(_Write(staged[name + SCALE], scale_targets[0]))
+
+
+class _Split:
+    """Cuts this rank's parameters into their HF tensors."""
+
+    def __init__(self, parameters: dict[str, torch.Tensor], cut: Cut) -> None:
+        self.parameters, self.cut = parameters, cut
+
+    def writes(self, item: Planned, target: torch.Tensor, scale: torch.Tensor | None) -> list[_Write]:
+        """The operations that write this rank's slice of `item` into `target` (and its scales)."""
+        entry, shard = item.entry, self.parameters[item.entry.name]
+        world = len(item.slices)
+        if entry.kind != "qkv":
+            piece = entry.split(shard, self.cut.rank if world > 1 else 0, world)[item.part].data
+            return [_Write(piece, target, scale, item.name)]
+        # q, k and v lie interleaved by query group: [groups, rows of q | rows of k | rows of v, hidden]
+        groups = entry.groups // world
+        rows = [t.shape[0] // entry.groups for t in entry.tensors]
+        grouped = shard.reshape(groups, sum(rows), *shard.shape[1:])
+        piece = grouped.narrow(1, sum(rows[: item.part]), rows[item.part])
+        if scale is None:
+            return [_Write(piece, target.view(piece.shape), None, item.name)] if target.is_contiguous() else [
+                _Write(piece[g], target.narrow(0, g * rows[item.part], rows[item.part])) for g in range(groups)
+            ]  # fmt: skip
+        if shard.is_cuda or rows[item.part] % BLOCK:  # one launch and a copy, or no way around the copy
+            return [_Write(piece, target, scale, item.name)]
+        n, blocks = rows[item.part], rows[item.part] // BLOCK
+        return [
+            _Write(piece[g], target.narrow(0, g * n, n), scale.narrow(0, g * blocks, blocks), item.name)
+            for g in range(groups)
+        ]
 
 
 class WeightStream:
-    """One rank's part in every update. Ranks outside data-parallel rank 0 make one too; their `send` does nothing."""
+    """One rank's part in every update. Ranks outside the first replica make one too; their part is nothing."""
 
     def __init__(
         self,
@@ -95,92 +215,111 @@ class WeightStream:
         quantization: QuantizationSpec | None,
         bucket_bytes: int,
         dtype: torch.dtype,
-        tensor_parallel_rank: int = 0,
-        tensor_parallel_size: int = 1,
-        tensor_parallel_group: dist.ProcessGroup | None = None,
-        takes_part: bool = True,
+        cut: Cut = Cut(),
+        stage: int = 0,
+        expert_cut: Cut = Cut(),
+        expert_rank: int = 0,
     ) -> None:
         """`shards` yields (global Megatron name, this rank's parameter [any float dtype]); `dtype` is that of the engine's
-        tensors that are not quantized; tensor_parallel_group as in Megatron."""
-        self.shards, self.takes_part = shards, takes_part
-        self.rank, self.size, self.group = tensor_parallel_rank, tensor_parallel_size, tensor_parallel_group
+        tensors that are not quantized; `cut` and `expert_cut` are the ranks that share the stage's matrices and its
+        experts'; expert_rank is this rank's expert-parallel rank."""
+        self.shards = shards
         names = [name for name, _ in shards()]
-        self.dtype = dtype
-        self.planned = plan(table, names, tensor_parallel_size, quantization)
-        self._by_name = {p.name: p for p in self.planned}
-        self.specs = layout([p.forms(self.dtype) for p in self.planned], bucket_bytes)
+        dense, experts = source_plans(
+            table, names, f"stage{stage}", quantization, dtype, bucket_bytes, cut.size, expert_cut.size, expert_rank
+        )
+        self._lanes = [_Lane(dense, cut, dtype)]
+        if experts is not None:
+            self._lanes.append(_Lane(experts, expert_cut, dtype))
+        self.planned = [p for lane in self._lanes for p in lane.source.planned]
+        self._bound: list[int] = []
         self.seconds: dict[str, float] = {}
+        """Of the last update: quantize, copy, gather (slices to the source, or waiting for them), wait (for a bucket under
+        way, because its buffer is needed)."""
+        self.counts: dict[str, int] = {}
+        """Of the last update: bytes gathered and broadcast by this rank, messages and buckets, as in traffic.RankTraffic."""
 
     @property
-    def is_source(self) -> bool:
-        return self.takes_part and self.rank == 0
+    def sources(self) -> dict[str, SourcePlan]:
+        """What this rank is the source of, by name: nothing, a stage, its experts, or both."""
+        return {lane.source.name: lane.source for lane in self._lanes if lane.is_source}
 
-    def describe(self) -> str:
-        """The buckets as JSON, for the agents."""
+    def describe(self, source: str) -> str:
+        """The buckets of a source as JSON, for the agents."""
         return json.dumps(
             [
                 [[s.name, str(s.dtype).removeprefix("torch."), list(s.shape), s.offset] for s in specs]
-                for specs in self.specs
+                for specs in self.sources[source].buckets
             ]
         )
 
-    def buckets(self, version: int) -> Iterator[WeightBucket]:
-        """This stage's finished buckets, on its source; on the other tensor-parallel ranks it yields nothing but has to be
-        run to its end, because the gathers are collective."""
-        if not self.takes_part:
-            return
-        self.seconds = {"quantize": 0.0, "gather": 0.0}
+    def send(self, version: int, start: Callable[[str, WeightBucket], Pending]) -> None:
+        """One update. `start(source, bucket)` begins to send a finished bucket; it may travel while the next is filled.
+
+        Collective over the ranks that share the tensors. Raises ValueError for a weight that is not finite, by name.
+        """
+        under_way: deque[Pending] = deque()
+        for source, bucket in self.buckets(version):
+            under_way.append(start(source, bucket))
+            if len(under_way) == BUFFERS:
+                with self._timed("wait"):
+                    under_way.popleft().wait()
+        with self._timed("wait"):
+            for pending in under_way:
+                pending.wait()
+
+    def buckets(self, version: int) -> Iterator[tuple[str, WeightBucket]]:
+        """(source, finished bucket) for everything that this rank is the source of. A bucket is good until the next but one
+        is asked for. On the other ranks it yields nothing but has to be run to its end: the gathers are collective."""
+        self._bind()
+        self.seconds = dict.fromkeys(("quantize", "copy", "gather", "wait"), 0.0)
+        self.counts = dict.fromkeys(("gathered", "gathers", "broadcast", "buckets"), 0)
+        for lane in self._lanes:
+            sent: deque[Pending] = deque()
+            for specs, fill in zip(lane.source.buckets, lane.fills):
+                if lane.is_source:
+                    self._fill(fill, lane.cut)
+                    self.counts["broadcast"] += fill.payload.numel()
+                    self.counts["buckets"] += 1
+                    yield lane.source.name, WeightBucket(version, specs, fill.payload)
+                elif fill.outgoing is not None:
+                    if len(sent) == BUFFERS:
+                        self._wait(sent.popleft())
+                    self._run(fill.own)
+                    sent.append(dist.isend(fill.outgoing, group=lane.cut.group, group_dst=0))
+                    self.counts["gathered"] += fill.outgoing.numel()
+                    self.counts["gathers"] += 1
+            for pending in sent:
+                self._wait(pending)
+
+    def _bind(self) -> None:
         parameters = dict(self.shards())
-        for specs in self.specs:
-            payload = torch.empty(payload_bytes(specs), dtype=torch.uint8)
-            bucket = WeightBucket(version, specs, payload)
-            self._fill(bucket, parameters)
-            if self.is_source:
-                yield bucket
+        where = [p.data_ptr() for p in parameters.values()]
+        if where != self._bound:  # the first update, or the trainer has moved its parameters
+            for lane in self._lanes:
+                lane.bind({name: p.detach() for name, p in parameters.items() if name in lane.names})
+            self._bound = where
 
-    def _fill(self, bucket: WeightBucket, parameters: dict[str, torch.Tensor]) -> None:
-        views = dict(bucket.views())
-        items = [self._by_name[s.name] for s in bucket.specs if s.name in self._by_name]
-        for item in items:
-            shard = parameters[item.entry.name].detach()
-            world = len(item.slices)
-            piece = item.entry.split(shard, self.rank if world > 1 else 0, world)[item.part].data
-            if item.way == "local":
-                if item.quantized:
-                    self._quantize(piece, item.name, views)
-                else:
-                    views[item.name].copy_(piece)
-            elif item.way == "shard-fp8":
-                start = time.perf_counter()
-                block = quantize(piece.contiguous(), name=item.name)
-                self.seconds["quantize"] += time.perf_counter() - start
-                dim = item.slices[0].dim
-                assert dim is not None
-                self._gather(block.data.view(torch.uint8), views[item.name].view(torch.uint8), dim)
-                self._gather(block.scale_inv, views[item.name + SCALE], dim)
-            else:
-                dim = item.slices[0].dim
-                assert dim is not None
-                if item.way == "gather":
-                    piece, whole = piece.to(self.dtype), views[item.name]
-                else:
-                    whole = torch.empty(item.shape, dtype=piece.dtype)
-                self._gather(piece.contiguous(), whole, dim)
-                if item.way == "gather-quantize" and self.rank == 0:
-                    self._quantize(whole, item.name, views)
+    def _fill(self, fill: _Fill, cut: Cut) -> None:
+        receiving = [dist.irecv(b, group=cut.group, group_src=r) for r, b in enumerate(fill.incoming, 1)]
+        self._run(fill.own)
+        for pending in receiving:
+            self._wait(pending)
+        self._run(fill.assemble)
 
-    def _quantize(self, weight: torch.Tensor, name: str, views: dict[str, torch.Tensor]) -> None:
+    def _run(self, writes: list[_Write]) -> None:
+        for write in writes:
+            write.run(self.seconds)
+
+    def _wait(self, pending: Any) -> None:
+        with self._timed("gather"):
+            pending.wait()
+
+    @contextmanager
+    def _timed(self, part: str) -> Iterator[None]:
         start = time.perf_counter()
-        quantize(weight.contiguous(), name=name, out=BlockFP8(views[name], views[name + SCALE]))
-        self.seconds["quantize"] += time.perf_counter() - start
-
-    def _gather(self, piece: torch.Tensor, whole: torch.Tensor, dim: int) -> None:
-        start = time.perf_counter()
-        parts = [torch.empty_like(piece) for _ in range(self.size)] if self.rank == 0 else None
-        dist.gather(piece, parts, group=self.group, group_dst=0)
-        if parts is not None:
-            torch.cat(parts, dim, out=whole)
-        self.seconds["gather"] += time.perf_counter() - start
+        yield
+        self.seconds[part] += time.perf_counter() - start
 
 
 def parse_description(text: str) -> list[tuple[WeightSpec, ...]]:

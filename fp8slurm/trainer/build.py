@@ -36,7 +36,7 @@ def transformer_config(config: RunConfig, spec: ModelSpec) -> Any:
         "expert_tensor_parallel_size": p.expert_tensor_parallel_size,
         "sequence_parallel": p.sequence_parallel,
         "variable_seq_lengths": True,
-        "moe_token_dispatcher_type": "alltoall",  # the default refuses variable lengths, experts or not
+        "moe_token_dispatcher_type": config.moe.dispatcher,  # the default refuses variable lengths, experts or not
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
         "autocast_dtype": dtype,
@@ -52,6 +52,10 @@ def transformer_config(config: RunConfig, spec: ModelSpec) -> Any:
         arguments[fusion] = cuda and fusion in ("apply_rope_fusion", "persist_layer_norm", "bias_activation_fusion")
     if spec.is_moe:
         arguments |= {"moe_grouped_gemm": cuda, "moe_permute_fusion": cuda}
+        arguments |= {"moe_enable_routing_replay": config.rollout.routing_replay}
+        if config.moe.aux_loss_coef:
+            balance = {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": config.moe.aux_loss_coef}
+            arguments |= balance
     if config.train.recompute == "full":
         arguments |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     if config.fp8.backend == "transformer_engine":
@@ -117,7 +121,11 @@ def build_optimizer(config: RunConfig, ddp: Any) -> Any:
         use_distributed_optimizer=o.distributed,
         optimizer_cpu_offload=o.cpu_offload,
         optimizer_offload_fraction=1.0 if o.cpu_offload else 0.0,
-        use_precision_aware_optimizer=o.cpu_offload,
+        # gradients travel to the host, and weights back, parameter by parameter while the CPU works on another
+        overlap_cpu_optimizer_d2h_h2d=o.cpu_offload,
+        use_precision_aware_optimizer=o.cpu_offload or o.moments != "float32",
+        exp_avg_dtype=getattr(torch, o.moments),
+        exp_avg_sq_dtype=getattr(torch, o.moments),
     )
     optimizer = get_megatron_optimizer(optimizer_config, [ddp], use_gloo_process_groups=torch.cuda.is_available())
     for part in optimizer.chained_optimizers:
@@ -126,7 +134,16 @@ def build_optimizer(config: RunConfig, ddp: Any) -> Any:
 
 
 def _allocate_state(adam: Any) -> None:
-    """torch's AdamW makes its state in the first step, but a checkpoint may be written or read before that."""
+    """torch's AdamW makes its state in the first step, but a checkpoint may be written or read before that.
+
+    For the CPU-offloaded one Megatron would take a step on random gradients instead, and count it.
+    """
+    from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
+
+    if isinstance(adam, HybridDeviceOptimizer):
+        for one in adam.sub_optimizers:
+            _allocate_state(one)
+        adam._sync_sub_optimizers_state_to_hdo()
     if not isinstance(adam, (torch.optim.Adam, torch.optim.AdamW)):
         return
     for group in adam.param_groups:

@@ -47,23 +47,22 @@ def save(trainer: Trainer, path: Path) -> None:
 
 
 def load(trainer: Trainer, path: Path) -> None:
-    """Take over a folder written by `save`, in any layout for a dense model.
+    """Take over a folder written by `save`, in this or (with optim.distributed) any other layout.
 
-    ValueError where that cannot be: experts on another expert-parallel layout, another kind of optimizer.
+    ValueError where that cannot be: another kind of optimizer, another dtype, another layout without optim.distributed.
     """
     from megatron.core import dist_checkpointing
 
-    saved = dist_checkpointing.load_common_state_dict(str(path))["layout"]
+    saved = {"moments": "float32"} | dist_checkpointing.load_common_state_dict(str(path))["layout"]
     now = layout(trainer)
-    for key, flag in (("distributed_optimizer", "--optim.distributed"), ("dtype", "--model.dtype")):
+    for key, flag in (
+        ("distributed_optimizer", "--optim.distributed"),
+        ("dtype", "--model.dtype"),
+        ("moments", "--optim.moments"),
+    ):
         if saved[key] != now[key]:
             raise ValueError(f"{path} was saved with {flag} {saved[key]}, this run has {now[key]}: they must be equal")
     same = all(saved[k] == now[k] for k in ("tensor", "pipeline", "data", "expert", "expert_tensor"))
-    if trainer.spec.is_moe and not same:
-        raise ValueError(
-            f"{path} was saved with {_shown(saved)}, this run has {_shown(now)}: the optimizer state of experts cannot "
-            f"be taken over to another layout; allowed: the same one"
-        )
     if not trainer.config.optim.distributed and not same:
         raise ValueError(
             f"{path} was saved with {_shown(saved)}, this run has {_shown(now)}: without --optim.distributed only the "
@@ -73,11 +72,35 @@ def load(trainer: Trainer, path: Path) -> None:
         trainer.snapshot_reference()  # of whatever is there: the saved one is loaded into it
     state = dist_checkpointing.load(_state(trainer, True, same, saved["reference"]), str(path))
     trainer.module.load_state_dict(state["model"])
-    trainer.optimizer.load_state_dict(state["optimizer"])
+    trainer.optimizer.load_state_dict(_regrouped(trainer, state["optimizer"]))
     if saved["reference"]:
         _inner(trainer.reference).load_state_dict(state["reference"])
     if same:
         _set_random_state(state["random"])
+
+
+def _regrouped(trainer: Trainer, loaded: dict[Any, Any]) -> Any:
+    """The loaded optimizer state in the form that this layout's optimizer has.
+
+    Experts that are sharded otherwise than the rest have an optimizer of their own, and Megatron then nests the state
+    by the optimizer's number: {0: ..., 1: ...} instead of {...}. Its load_state_dict refuses the other form (KeyError,
+    or a wrong count), although the tensors of both are the same. What is nested besides them is the parameter groups'
+    settings, which are this run's own, and the number of steps, the same in all groups.
+    """
+    parts = trainer.optimizer.chained_optimizers
+    chained_now, chained_then = len(parts) > 1, "optimizer" not in loaded
+    if chained_now == chained_then:
+        return loaded
+    saved = loaded[0] if chained_then else loaded
+    step = saved["optimizer"]["param_groups"][0]["step"]
+    out = {}
+    for i, part in enumerate(parts):
+        tensors = (loaded[i] if chained_now else loaded)["param_state"]
+        own = part.state_dict()
+        for group in own["optimizer"]["param_groups"]:
+            group["step"] = step
+        out[i] = own | {"param_state": tensors, "param_state_sharding_type": METADATA["distrib_optim_sharding_type"]}
+    return out if chained_now else out[0]
 
 
 def layout(trainer: Trainer) -> dict[str, Any]:
@@ -91,6 +114,7 @@ def layout(trainer: Trainer) -> dict[str, Any]:
         "expert_tensor": p.expert_tensor_parallel_size,
         "distributed_optimizer": trainer.config.optim.distributed,
         "dtype": trainer.config.model.dtype,
+        "moments": trainer.config.optim.moments,
         "reference": trainer.reference is not None,
     }
 

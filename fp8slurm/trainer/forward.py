@@ -9,6 +9,7 @@ from typing import Any, Callable, Iterator
 import torch
 
 from fp8slurm.rl.types import PackedBatch
+from fp8slurm.trainer.experts import RoutingReplay
 from fp8slurm.trainer.logprobs import vocab_parallel_logprobs
 
 Outputs = tuple[torch.Tensor, "torch.Tensor | None"]
@@ -22,11 +23,12 @@ def run_schedule(
     *,
     with_entropy: bool,
     forward_only: bool,
+    replay: RoutingReplay | None = None,
 ) -> list[Any]:
     """Forward, and backward of the sum of all losses, over the micro-batches.
 
     `loss` gives (scalar, anything to keep). Returns what was kept of every micro-batch on the last pipeline stage,
-    and nothing on the others.
+    and nothing on the others. `replay`: of this model's routers.
     """
     from megatron.core import parallel_state
     from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -40,6 +42,8 @@ def run_schedule(
 
     def forward_step(batches: Iterator[PackedBatch], model: Any) -> tuple[Any, Callable[..., Any]]:
         batch = _on_device(next(batches))
+        if replay is not None:
+            replay.set(batch)
         outputs = model(
             batch.tokens[None],
             batch.position_ids[None],
@@ -50,7 +54,7 @@ def run_schedule(
         )
         return outputs, partial(loss_of, batch=batch)
 
-    return get_forward_backward_func()(
+    kept = get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=iter(micro_batches),
         model=[model],
@@ -59,6 +63,9 @@ def run_schedule(
         micro_batch_size=1,
         forward_only=forward_only,
     )
+    if replay is not None:
+        replay.finish()
+    return kept
 
 
 def _logprobs_of(

@@ -31,12 +31,7 @@ def check_machine(config: RunConfig, cuda: bool, transformer_engine: bool) -> No
     """
     backend = config.fp8.backend
     here = ("transformer_engine, off" if transformer_engine else "none") if cuda else "emulated, off"
-    if config.fp8.param_gather:
-        raise ValueError(
-            "--fp8.param-gather: FP8 primary weights do not work yet: Megatron hands blockwise shards to the "
-            "CPU-offloaded Adam as None, and without offload they need FP32 masters all the same; "
-            "allowed: --fp8.no-param-gather"
-        )
+    check_optimizer(config, cuda and transformer_engine)
     if backend == "transformer_engine" and not transformer_engine:
         raise ValueError(
             f"--fp8.backend transformer_engine: TransformerEngine is not installed, and training would silently be "
@@ -48,10 +43,62 @@ def check_machine(config: RunConfig, cuda: bool, transformer_engine: bool) -> No
         raise ValueError(f"--fp8.backend emulated is for machines without a GPU; allowed here: {here}")
     if cuda and not transformer_engine:
         raise ValueError("training on a GPU needs TransformerEngine (packed attention); it is not installed")
-    if config.optim.cpu_offload and not cuda:
-        raise ValueError("--optim.cpu-offload: there is no GPU to offload from; allowed here: --optim.no-cpu-offload")
+    check_dispatcher(config.moe.dispatcher, cuda, importlib.util.find_spec("deep_ep") is not None)
     if backend == "transformer_engine" and config.model.dtype != "bfloat16":
         raise ValueError(f"--model.dtype {config.model.dtype} with TransformerEngine's FP8; allowed: bfloat16")
+
+
+def check_optimizer(config: RunConfig, fused_adam: bool) -> None:
+    """Refuse optimizer settings that exclude one another or that nobody here offers; ValueError names the way out.
+
+    `fused_adam`: TransformerEngine's optimizer is there, and a GPU for it.
+    """
+    o = config.optim
+    if config.fp8.param_gather and o.cpu_offload:
+        raise ValueError(
+            "--fp8.param-gather with --optim.cpu-offload: Megatron hands blockwise FP8 shards to the CPU-offloaded "
+            "Adam as None, so that nothing would be updated; allowed: --fp8.no-param-gather (BF16 weights, quantized "
+            "for every product) with --optim.cpu-offload"
+        )
+    if config.fp8.param_gather:
+        raise ValueError(
+            "--fp8.param-gather: FP8 primary weights do not work yet, and silently training with BF16 ones would be "
+            "worse; allowed: --fp8.no-param-gather"
+        )
+    if o.cpu_offload and not o.distributed:
+        raise ValueError(
+            "--optim.cpu-offload needs the distributed optimizer; allowed: --optim.distributed, or "
+            "--optim.no-cpu-offload"
+        )
+    if o.cpu_offload and config.model.dtype != "bfloat16":
+        raise ValueError(
+            f"--optim.cpu-offload with --model.dtype {config.model.dtype}: Megatron cannot load its checkpoints; "
+            f"allowed: --model.dtype bfloat16, or --optim.no-cpu-offload"
+        )
+    if o.moments == "float32":
+        return
+    if o.cpu_offload:
+        raise ValueError(
+            f"--optim.moments {o.moments} with --optim.cpu-offload: the CPU's Adam keeps FP32 moments; allowed: "
+            f"float32, or --optim.no-cpu-offload"
+        )
+    if not fused_adam:
+        raise ValueError(
+            f"--optim.moments {o.moments}: only TransformerEngine's FusedAdam on a GPU keeps such moments; allowed "
+            f"here: float32"
+        )
+    if not o.distributed:
+        raise ValueError(f"--optim.moments {o.moments} needs the distributed optimizer; allowed: --optim.distributed")
+
+
+def check_dispatcher(dispatcher: str, cuda: bool, deep_ep: bool) -> None:
+    """Refuse a token dispatcher that this machine does not have. `deep_ep`: the package can be imported."""
+    if dispatcher != "flex":
+        return
+    if not deep_ep:
+        raise ValueError("--moe.dispatcher flex: DeepEP (package deep_ep) is not installed; allowed here: alltoall")
+    if not cuda:
+        raise ValueError("--moe.dispatcher flex: DeepEP's kernels need a GPU; allowed here: alltoall")
 
 
 def start(config: RunConfig, rank: int, world_size: int, store: dist.Store, local_rank: int = 0) -> None:
@@ -93,7 +140,9 @@ def start(config: RunConfig, rank: int, world_size: int, store: dist.Store, loca
 def stop() -> None:
     """Undo `start`: destroy Megatron's and torch's process groups."""
     from megatron.core import parallel_state
+    from megatron.core.transformer.moe.router_replay import RouterReplay
 
+    RouterReplay.clear_global_router_replay_instances()
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
 

@@ -16,6 +16,7 @@ from fp8slurm.models.names import NameTable
 from fp8slurm.models.qwen3 import ModelSpec, check_layout
 from fp8slurm.rl.types import PackedBatch
 from fp8slurm.trainer import build, checkpoint
+from fp8slurm.trainer.experts import RoutingReplay, scale_aux_loss, take_aux_loss
 from fp8slurm.trainer.forward import Outputs, run_schedule
 from fp8slurm.trainer.weights import HfReader, Shards
 
@@ -33,7 +34,7 @@ class StepResult:
     """What one optimizer step did; the same on all ranks."""
 
     loss: float
-    """Sum of the loss over all micro-batches of all data-parallel ranks."""
+    """Sum of the loss over all micro-batches of all data-parallel ranks, without the experts' load-balancing loss."""
     grad_norm: float
     """Global 2-norm of the gradient, before clipping."""
     ok: bool
@@ -59,6 +60,10 @@ class Trainer:
         self.shards = Shards(self.module, self.table)
         self.reference: Any = None
         self._ps = parallel_state
+        self.replay: RoutingReplay | None = None
+        if config.rollout.routing_replay:
+            sequence = (self.tensor_parallel_rank, self.tensor_parallel_size)
+            self.replay = RoutingReplay(self.module, *(sequence if config.parallel.sequence_parallel else (0, 1)))
 
     # Who this rank is.
 
@@ -90,6 +95,21 @@ class Trainer:
     @property
     def tensor_parallel_group(self) -> dist.ProcessGroup:
         return self._ps.get_tensor_model_parallel_group()
+
+    @property
+    def expert_parallel_rank(self) -> int:
+        return self._ps.get_expert_model_parallel_rank()
+
+    @property
+    def expert_tensor_parallel(self) -> tuple[int, int, dist.ProcessGroup]:
+        """(rank, size, group) of the ranks that cut each expert."""
+        group = self._ps.get_expert_tensor_parallel_group()
+        return self._ps.get_expert_tensor_parallel_rank(), self._ps.get_expert_tensor_parallel_world_size(), group
+
+    @property
+    def expert_data_parallel_rank(self) -> int:
+        """Number of this rank among those that hold the same experts."""
+        return self._ps.get_expert_data_parallel_rank()
 
     @property
     def pipeline_parallel_rank(self) -> int:
@@ -149,7 +169,8 @@ class Trainer:
 
         model.eval()
         with torch.no_grad():
-            kept = self._run(model, micro_batches, keep, with_entropy=False, forward_only=True)
+            replay = None if reference else self.replay  # a reference chooses its own experts
+            kept = self._run(model, micro_batches, keep, with_entropy=False, forward_only=True, replay=replay)
         model.train()
         sizes = [len(b.tokens) for b in micro_batches]
         flat = torch.cat(kept) if kept else torch.empty(sum(sizes), device=torch.cuda.current_device())
@@ -171,12 +192,18 @@ class Trainer:
             kept = {"loss": value} | {f"metric/{k}": v for k, v in metrics.items()}
             return value, {k: torch.as_tensor(v).detach() for k, v in kept.items()}
 
-        sums = self._sum(self._run(self.ddp, micro_batches, loss, with_entropy=with_entropy, forward_only=False))
+        balance = self.spec.is_moe and self.config.moe.aux_loss_coef > 0
+        if balance:
+            scale_aux_loss(self.transformer_config, micro_batches, self._ps.get_data_parallel_group())
+        how = {"with_entropy": with_entropy, "forward_only": False, "replay": self.replay}
+        sums = self._sum(self._run(self.ddp, micro_batches, loss, **how))
         total = sums.pop("loss")
+        if balance:
+            sums["moe/aux_loss"] = take_aux_loss(self.spec.num_layers, len(micro_batches), self.data_parallel_size)
         grad_norm, ok = self._update(lr, math.isfinite(total))
         return StepResult(total, grad_norm, ok, {k.removeprefix("metric/"): v for k, v in sums.items()})
 
-    def _run(self, model: Any, micro_batches: list[PackedBatch], loss: Callable[..., Any], **how: bool) -> list[Any]:
+    def _run(self, model: Any, micro_batches: list[PackedBatch], loss: Callable[..., Any], **how: Any) -> list[Any]:
         if not micro_batches:
             raise ValueError("no micro-batches")
         for size in (len(b.tokens) for b in micro_batches):

@@ -4,35 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from fp8slurm.checkpoint.hf_folder import open_hf
+from fp8slurm.checkpoint.sources import HfSource
 from fp8slurm.checkpoint.torch_dist_source import EMBEDDING, HEAD
 from fp8slurm.models.names import Entry, NameTable
 
 
 class HfReader(Mapping[str, torch.Tensor]):
-    """The tensors of a Hugging Face folder by name, each read when it is asked for (safetensors, sharded or not)."""
+    """The tensors of a Hugging Face folder by name, each read when it is asked for (safetensors, sharded or not).
+
+    Experts are there one by one, also where the folder holds them fused.
+    """
 
     def __init__(self, path: str | Path) -> None:
         """Errors as for the converters' `open_hf`: BadCheckpoint for a missing or damaged shard or a wrong index."""
-        self._files = {name: tensor.path for name, tensor in open_hf(path).tensors.items()}
-        self._open: dict[Path, Any] = {}
+        self._source = HfSource(open_hf(path))
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        file = self._files[name]
-        if file not in self._open:
-            self._open[file] = safe_open(file, "pt")
-        return self._open[file].get_tensor(name)
+        return self._source.whole(name)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
+        return iter(self._source.tensors)
 
     def __len__(self) -> int:
-        return len(self._files)
+        return len(self._source.tensors)
 
 
 class Shards:

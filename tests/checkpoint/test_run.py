@@ -98,6 +98,57 @@ def test_a_dead_holder_does_not_block(run):
     assert again.attempt == 2
 
 
+def test_an_old_attempts_file_is_not_the_runs_any_more(run):
+    """The old attempt appends to a file that nobody reads; the new one goes on behind what it found."""
+    old = open(run.own_copy("metrics.jsonl"), "a")
+    old.write("1\n2\n")
+    old.flush()
+    run.publish("metrics.jsonl")
+    shown = run.path / "metrics.jsonl"
+    run.release()
+    newer = RunDirectory(run.path)
+    newer.acquire()
+    with open(newer.own_copy("metrics.jsonl"), "a") as new:
+        new.write("3\n")
+    newer.publish("metrics.jsonl")
+    old.write("3 of the old attempt\n")
+    old.flush()
+    assert shown.read_text() == "1\n2\n3\n"
+    with pytest.raises(FencedError):
+        run.publish("metrics.jsonl")
+    with pytest.raises(FencedError):
+        run.own_copy("metrics.jsonl")
+    os.replace(run.attempt_dir / "metrics.jsonl", shown)  # the old one had looked at the fence a moment before
+    newer.publish("metrics.jsonl")
+    assert shown.read_text() == "1\n2\n3\n"
+
+
+def test_a_full_disk_leaves_the_checkpoint_before_in_use(run, monkeypatch):
+    saved(run, RunState("rl", 1))
+    tmp = run.begin_checkpoint(RunState("rl", 2))
+    (tmp / "shard").write_text("half")
+
+    def full(path, text):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("fp8slurm.checkpoint.run.write_atomic", full)
+    with pytest.raises(OSError, match="No space left"):
+        run.commit_checkpoint(tmp, RunState("rl", 2))
+    assert usable(run) == ["step_000001"] and run.newest_checkpoint() == "step_000001"
+
+
+def test_a_checkpoint_that_an_older_attempt_sealed_late_is_replaced(run):
+    state = RunState("rl", 4)
+    saved(run, state, "sealed by the old attempt")
+    run.release()
+    newer = RunDirectory(run.path)
+    newer.acquire()
+    saved(newer, state, "new")
+    assert (newer.checkpoints / "step_000004" / "shard").read_text() == "new" and usable(newer) == ["step_000004"]
+    newer.prune(1, 0)
+    assert [p.name for p in newer.checkpoints.iterdir()] == ["step_000004"]
+
+
 def test_an_old_attempt_that_still_writes_loses(run):
     state = RunState("rl", 4)
     tmp = run.begin_checkpoint(state)

@@ -125,11 +125,19 @@ def test_a_run_leaves_what_it_should(reference):
     assert "gap/mean_abs" in records[20] and "final_gap/mean_abs" in records[-1]
     assert {r["step"] for r in records if "eval/accuracy" in r and r["phase"] == "rl"} == {0, 4, 8, 10}
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step_000005", "step_000010"]
-    assert sorted(p.name for p in (run / "rollouts").iterdir()) == [
-        "step_000003.jsonl",
-        "step_000006.jsonl",
-        "step_000009.jsonl",
-    ]
+    saved = ["step_000003.jsonl", "step_000006.jsonl", "step_000009.jsonl"]
+    assert sorted(p.name for p in (run / "rollouts").glob("*.jsonl")) == saved
+    for step in (3, 6, 9):  # the gap of the metrics, token by token
+        engine, trainer = (
+            [json.loads(line) for line in (run / "rollouts" / folder / f"step_{step:06d}.jsonl").read_text().splitlines()]
+            for folder in ("", "trainer")
+        )
+        assert [e["index"] for e in engine] == [t["index"] for t in trainer]
+        pairs = [(e["logprobs"], t["trainer_logprobs"]) for e, t in zip(engine, trainer) if t["trainer_logprobs"]]
+        sizes = [abs(a - b) for e, t in pairs for a, b in zip(t, e, strict=True)]
+        record = next(r for r in records if (r["phase"], r["step"]) == ("rl", step))
+        assert sum(sizes) / len(sizes) == pytest.approx(record["gap/mean_abs"], rel=1e-6)
+        assert max(sizes) == pytest.approx(record["gap/max"], rel=1e-6)
     assert (run / "plot.png").stat().st_size > 10_000 and list((run / "tb").rglob("events*"))
     assert "rl 10/10" in out and oct(run.stat().st_mode)[-3:] == "700"
     state = RunState.read(run / "checkpoints" / "step_000010")
@@ -201,9 +209,14 @@ def test_evaluation_of_the_checkpoint_equals_the_last_one_in_the_loop(reference)
         [sys.executable, "-m", "fp8slurm.cli", "eval", "--run", str(run)], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    summary = json.loads((run / "eval" / "step_000010" / "fp8" / "summary.json").read_text())
-    assert summary["accuracy"] == read_metrics(run)[-1]["eval/accuracy"] and summary["questions"] == 64
-    assert len((run / "eval" / "step_000010" / "fp8" / "samples.jsonl").read_text().splitlines()) == 64
+    folder = run / "eval" / "step_000010-fp8"
+    task = json.loads((folder / "summary.json").read_text())["tasks"]["held_out"]
+    assert task["accuracy"]["value"] == read_metrics(run)[-1]["eval/accuracy"] and task["questions"] == 64
+    rows, looped = (
+        {r["id"]: r["response"] for r in map(json.loads, (f / "samples.jsonl").read_text().splitlines())}
+        for f in (folder, folder.with_name(f"{folder.name}-training"))
+    )
+    assert len(rows) == 64 and rows == looped, "greedy answers of the checkpoint and in the loop"
     assert "accuracy" in done.stdout
 
 

@@ -74,3 +74,16 @@ def test_first_difference_names_it() -> None:
     assert "parameter c" in first_difference([{**want[0], "c": ""}], want)
     assert "2 ranks, 1" in first_difference(want * 2, want)
     assert overall({"a": "1", "b": "2"}) == overall({"b": "2", "a": "1"}) != overall({"a": "2", "b": "1"})
+
+
+def test_expert_parallel_ranks_hold_their_experts() -> None:
+    p = "model.layers.0.mlp.experts."
+    parts = {f"{p}{e}.{x}_proj.weight": tensor(4, 2, 10 * e + 5 * i) for e in range(4) for i, x in enumerate(("gate", "up"))}
+    name = f"{p}w13_weight"
+    facts = {"num_key_value_heads": 1, "tensor_parallel_size": 4}
+    ranks = expected_digests(parts.items(), expert_parallel_size=2, **facts)
+    halves = [torch.cat([parts[f"{p}{e}.gate_proj.weight"][2:], parts[f"{p}{e}.up_proj.weight"][2:]]) for e in (2, 3)]
+    assert ranks[3] == {name: raw_digest(torch.stack(halves))}
+    apart = expected_digests(parts.items(), expert_parallel_size=4, **facts)
+    whole = torch.cat([parts[f"{p}1.gate_proj.weight"], parts[f"{p}1.up_proj.weight"]])
+    assert apart[1] == {name: raw_digest(whole[None])}

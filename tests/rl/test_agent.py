@@ -21,7 +21,7 @@ class Sampler:
     def __init__(self) -> None:
         self.positions: list[int] = []
 
-    def sample(self, generate, prompts, n, max_tokens, temperature):
+    def sample(self, generate, prompts, n, max_tokens, temperature, routing):
         self.positions += [position for position, _ in prompts]
         return [SampleGroup(p, [Sample([7, 258], [-0.5, -0.1], [3, 3], "stop", "x") for _ in range(n)]) for _, p in prompts]
 
@@ -41,7 +41,7 @@ def agent_with(store, number=0, agents=1, **rollout):
     agent.sampler, agent.rewarder, agent.store = Sampler(), Rewards(), store
     agent.train_prompts = [Prompt(i, (1, 2), "l") for i in range(20)]
     agent.order = PromptOrder(20, 0, False)
-    agent.channel = SimpleNamespace(count=4)
+    agent.channel = SimpleNamespace(count=4, get=lambda key: int(store.get(key)))
     return agent
 
 

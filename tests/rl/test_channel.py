@@ -16,7 +16,7 @@ def test_an_agent_without_work_beats_and_still_hears_the_command(monkeypatch):
     here = dist.TCPStore("127.0.0.1", port, None, is_master=False, wait_for_workers=False)
     ranks = RankChannel(store, SimpleNamespace(rank=0), ranks=1, agents=1)
     beats = threading.Semaphore(0)
-    agent = AgentChannel(here, SimpleNamespace(rank=1), 1, 0, beats.release)
+    agent = AgentChannel(here, SimpleNamespace(rank=1, size=2), 1, 0, beats.release)
     heard: list[dict] = []
 
     def work() -> None:

@@ -189,7 +189,7 @@ pool.score([SampleGroup(Prompt(0, (1,), ""), [Sample([], [], [], "stop", text="h
 
 @pytest.mark.parametrize("kind", ["exacts", "module:", ":f", ""])
 def test_an_unknown_kind_is_refused(kind):
-    with pytest.raises(ValueError, match="not one of exact, digits, math, module:function"):
+    with pytest.raises(ValueError, match="not one of exact, numeric, choice, digits, math, module:function"):
         RewardPool(RewardSection(kind=kind))
 
 

@@ -46,13 +46,25 @@ def test_the_recipe_passes(tiny):
         (["--data.eval", "no/where.jsonl"], ["--data.eval"]),
         (["--fp8.backend", "transformer_engine"], ["transformer_engine", "emulated"]),
         (["--fp8-param-gather"], ["--fp8.param-gather", "--fp8.no-param-gather"]),
-        (["--optim.cpu-offload"], ["--optim.cpu-offload"]),
+        (["--optim.cpu-offload", "--fp8-param-gather"], ["--optim.cpu-offload", "--fp8.no-param-gather", "as None"]),
+        (["--optim.cpu-offload", "--optim.no-distributed"], ["--optim.cpu-offload", "--optim.distributed"]),
+        (["--optim.moments", "bfloat16"], ["--optim.moments bfloat16", "FusedAdam"]),
+        (["--moe.aux-loss-coef", "0.01"], ["--moe.aux-loss-coef 0.01", "no experts"]),
+        (["--moe.dispatcher", "flex"], ["--moe.dispatcher flex", "no experts"]),
+        (["--rollout.routing-replay"], ["--rollout.routing-replay", "no experts"]),
         (["--parallel.tensor-parallel-size", "3", "--slurm.ranks-per-node", "3"], ["3", "heads"]),
         (["--parallel.tensor-parallel-size", "4", "--slurm.ranks-per-node", "4"], ["4"]),
         (["--parallel.pipeline-parallel-size", "4", "--slurm.ranks-per-node", "4"], ["4", "layers"]),
         (["--parallel.tensor-parallel-size", "2", "--slurm.ranks-per-node", "3"], ["3"]),
         (["--parallel.expert-parallel-size", "2"], ["--parallel.expert-parallel-size"]),
-        (["--engine.tensor-parallel-size", "4"], ["--engine.tensor-parallel-size 4", "128"]),
+        (["--engine.tensor-parallel-size", "8"], ["--engine.tensor-parallel-size 8", "128"]),
+        (["--engine.expert-parallel-size", "2"], ["--engine.expert-parallel-size 2", "without experts"]),
+        (["--rollout.max-tokens", "65"], ["--data.max-prompt-tokens 64", "--rollout.max-tokens 65", "129", "--engine.context-length 128"]),
+        (["--eval.max-tokens", "100"], ["--eval.max-tokens 100", "164"]),
+        (["--engine.context-length", "2048"], ["--engine.context-length 2048", "1024 positions"]),
+        (["--data.max-prompt-tokens", "1020", "--engine.context-length", "None"], ["the model's 1024 positions"]),
+        (["--slurm.gpus-per-node", "2"], ["--slurm.gpus-per-node 2", "this machine has 0 GPUs", "--slurm.executor slurm"]),
+        (["--engine.per-node", "2"], ["--engine.per-node 2"]),
         (["--slurm.nodes", "2"], ["--slurm.nodes 2"]),
         (["--data.label-key", "answer"], ["answer", "train.jsonl:1", "label"]),
         (["--reward.kind", "nonsense"], ["nonsense"]),
@@ -81,6 +93,27 @@ def test_refusals(tiny, more, says):
 def test_warnings(tiny, more, says):
     (warning,) = preflight(parse("tiny-fp8", flags(tiny, *more)))
     assert says in warning
+
+
+def test_experts(tiny, tmp_path, monkeypatch):
+    """The recipe's layout passes for a mixture of experts; what is wrong with one is said."""
+    (tmp_path / "moe").mkdir()
+    write_model(tmp_path / "moe", moe=True)
+    given = [*flags(tiny), "--model.hf-checkpoint", str(tmp_path / "moe")]
+    assert preflight(parse("tiny-moe-fp8", given)) == []
+    assert preflight(parse("tiny-moe-fp8", [*given, "--moe.aux-loss-coef", "0.01"])) == []
+    for more, says in [
+        (["--moe.dispatcher", "flex"], "--moe.dispatcher flex: DeepEP"),
+        (["--parallel.expert-parallel-size", "3", "--slurm.ranks-per-node", "3"], "--parallel.expert-parallel-size 3"),
+        (["--parallel.expert-tensor-parallel-size", "4", "--slurm.ranks-per-node", "8"], "inside a 128-wide FP8 block"),
+        (["--parallel.tensor-parallel-size", "2"], "--parallel.sequence-parallel"),
+    ]:
+        with pytest.raises(ValueError, match=says):
+            preflight(parse("tiny-moe-fp8", [*given, *more]))
+    monkeypatch.setattr("fp8slurm.slurm.preflight._installed", lambda package, file: False)
+    with pytest.raises(ValueError, match="--rollout.routing-replay: the installed SGLang does not return the experts"):
+        preflight(parse("tiny-moe-fp8", given))
+    assert preflight(parse("tiny-moe-fp8", [*given, "--rollout.no-routing-replay"])) == []
 
 
 def test_an_ffn_that_cuts_a_block_at_this_tp(tiny, tmp_path):
@@ -134,6 +167,31 @@ def test_dry_run_prints_and_starts_nothing(tiny, tmp_path, capsys):
     out = capsys.readouterr().out
     assert 'backend = "emulated"' in out and "2 ranks + 1 agent" in out and "nothing was started" in out
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("recipe", ["qwen3-4b-fp8", "qwen3-30b-a3b-fp8"])
+def test_a_headline_recipe_is_refused_here_in_a_sentence_and_described_all_the_same(recipe, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)  # no checkpoint, no data
+    assert main(["train", "--recipe", recipe]) == 2
+    assert "--model.hf-checkpoint models/Qwen3-" in capsys.readouterr().err
+    assert main(["train", "--recipe", recipe, "--dry-run"]) == 0
+    out, err = capsys.readouterr()
+    assert "a start would be refused here: --model.hf-checkpoint" in err and "--data.train" in err
+    for words in ('backend = "transformer_engine"', "#SBATCH", "GB a GPU", "an update", "nothing was started"):
+        assert words in out, words
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_without_config_is_refused_by_name(tiny, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert "config.json" in refused(tiny, "--model.hf-checkpoint", str(tmp_path / "empty"))
+    assert "config.json" in refused(tiny, "--model.rollout-checkpoint", str(tmp_path / "empty"))
+
+
+def test_a_dry_run_of_an_impossible_layout_is_an_error(tiny, capsys):
+    layout = ["--parallel.tensor-parallel-size", "3", "--slurm.ranks-per-node", "3"]
+    assert main(["train", "--recipe", "tiny-fp8", "--dry-run", *flags(tiny, *layout)]) == 2
+    assert "heads" in capsys.readouterr().err
 
 
 def test_bad_input_gives_one_sentence_and_status_2(tiny, capsys):

@@ -1,19 +1,24 @@
 """The trainer's end of an update: whatever the cut, the buckets hold the converter's bytes."""
 
 import json
+import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
+
 from fp8slurm.fp8.policy import decide
 from fp8slurm.fp8.quantize import quantize
 from fp8slurm.models.names import NameTable
 from fp8slurm.models.qwen3 import ModelSpec, QuantizationSpec
 from fp8slurm.models.tiny import model_config
 from fp8slurm.sync.bucket import WeightBucket, layout, payload_bytes
-from fp8slurm.sync.stream import WeightStream, parse_description, plan
+from fp8slurm.sync.plan import plan, source_names
+from fp8slurm.sync.stream import Cut, WeightStream, parse_description
+from fp8slurm.sync.traffic import RankTraffic, traffic
 
 FP8 = torch.float8_e4m3fn
 
@@ -39,7 +44,7 @@ def expected(weights: dict[str, torch.Tensor], fp8: bool) -> dict[str, torch.Ten
 
 
 def collect(stream: WeightStream, version: int = 1) -> dict[str, torch.Tensor]:
-    return {n: t.clone() for b in stream.buckets(version) for n, t in b.views()}
+    return {n: t.clone() for _, b in stream.buckets(version) for n, t in b.views()}
 
 
 def assert_same_bytes(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> None:
@@ -76,11 +81,50 @@ def test_layout_is_gapless_aligned_and_keeps_codes_with_scales():
 def test_one_rank_sends_the_converters_bytes(moe, fp8):
     table = NameTable(spec_of(moe))
     weights = weights_of(table)
-    shards = lambda: ((e.name, e.merge(weights)) for e in table)  # noqa: E731
-    stream = WeightStream(table, shards, QuantizationSpec() if fp8 else None, 300_000, torch.bfloat16)
-    assert len(stream.specs) > 3
+    parameters = {e.name: e.merge(weights).clone() for e in table}
+    quantization = QuantizationSpec() if fp8 else None
+    stream = WeightStream(table, lambda: iter(parameters.items()), quantization, 300_000, torch.bfloat16)
+    assert list(stream.sources) == (["stage0", "stage0.experts0"] if moe else ["stage0"])
     assert_same_bytes(collect(stream), expected(weights, fp8))
-    assert parse_description(stream.describe()) == [tuple(s) for s in stream.specs]
+    for name, source in stream.sources.items():
+        assert len(source.buckets) > 3
+        assert parse_description(stream.describe(name)) == list(source.buckets)
+    assert_counted(stream, traffic(table, quantization, 300_000).ranks[0])
+    with torch.no_grad():  # as an optimizer does it: in place
+        for p in parameters.values():
+            p.mul_(2)
+    assert_same_bytes(collect(stream, 2), expected({n: w * 2 for n, w in weights.items()}, fp8))
+    parameters.update({n: p * 2 for n, p in parameters.items()})  # and new tensors are noticed
+    assert_same_bytes(collect(stream, 3), expected({n: w * 4 for n, w in weights.items()}, fp8))
+
+
+def assert_counted(stream: WeightStream, rank: RankTraffic) -> None:
+    assert stream.counts == {k: getattr(rank, k) for k in ("gathered", "gathers", "broadcast", "buckets")}
+
+
+def test_a_buffer_is_filled_again_only_after_its_bucket_arrived():
+    table = NameTable(spec_of())
+    weights = weights_of(table)
+    parameters = {e.name: e.merge(weights) for e in table}
+    stream = WeightStream(table, lambda: iter(parameters.items()), QuantizationSpec(), 100_000, torch.bfloat16)
+    events, arrived = [], {}
+
+    class Travelling:
+        def __init__(self, number, bucket):
+            self.number, self.bucket = number, bucket
+            events.append(("start", number))
+
+        def wait(self):  # what is read only now is still what was sent
+            events.append(("arrived", self.number))
+            arrived.update({n: t.clone() for n, t in self.bucket.views()})
+
+    numbers = iter(range(100))
+    stream.send(1, lambda source, bucket: Travelling(next(numbers), bucket))
+    assert_same_bytes(arrived, expected(weights, True))
+    last = next(numbers) - 1
+    assert last > 5 and events[:5] == [("start", 0), ("start", 1), ("arrived", 0), ("start", 2), ("arrived", 1)]
+    assert events[-1] == ("arrived", last) and set(stream.seconds) == {"quantize", "copy", "gather", "wait"}
+    assert all(p.stride()[-1] == 1 for p in parameters.values()) and stream.seconds["quantize"] > 0
 
 
 def test_modules_to_not_convert_are_sent_as_they_are():
@@ -107,11 +151,31 @@ def test_a_plan_that_does_not_fit_together_is_refused():
     table = NameTable(spec_of())
     weights = weights_of(table)
     stream = WeightStream(table, lambda: ((e.name, e.merge(weights)) for e in table), None, 2**20, torch.bfloat16)
-    raw = json.loads(stream.describe())
+    raw = json.loads(stream.describe("stage0"))
     raw[0][1][3] += 2
     with pytest.raises(ValueError, match="begins at byte"):
         parse_description(json.dumps(raw))
 
+
+def test_a_weight_that_is_not_finite_is_named():
+    table = NameTable(spec_of())
+    weights = weights_of(table)
+    weights["model.layers.1.self_attn.k_proj.weight"][130, 7] = float("nan")
+    stream = WeightStream(
+        table, lambda: ((e.name, e.merge(weights)) for e in table), QuantizationSpec(), 2**20, torch.bfloat16
+    )
+    with pytest.raises(ValueError, match="model.layers.1.self_attn.k_proj.weight holds nan"):
+        collect(stream)
+
+
+CASES = {
+    # name: (changes to the tiny model, TP, ETP, EP)
+    "aligned": ({}, 2, 1, 1),
+    "cut-inside-a-block": ({"intermediate_size": 384}, 2, 1, 1),
+    "experts-on-two-ranks": ({"moe": True}, 2, 1, 2),
+    "experts-cut": ({"moe": True}, 2, 2, 1),
+    "experts-cut-inside-a-block": ({"moe": True, "moe_intermediate_size": 128}, 2, 2, 1),
+}
 
 WORKER = """
 import sys, torch, torch.distributed as dist
@@ -120,58 +184,78 @@ sys.path.insert(0, {tests!r})
 from test_stream import *
 from fp8slurm.sync.groups import Group, connect_store, host_store, publish
 
-rank, folder, ffn = int(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+rank, folder = int(sys.argv[1]), Path(sys.argv[2])
 where = folder / "store.json"
 if rank == 0:
     store, port = host_store("127.0.0.1")
     publish(where, "127.0.0.1", port)
 else:
     store = connect_store(where, 60)
-table = NameTable(spec_of(intermediate_size=ffn))
-weights = weights_of(table)
 if rank < 2:
     dist.init_process_group("gloo", store=dist.PrefixStore("ranks", store), rank=rank, world_size=2)
-    shards = lambda: ((e.name, e.shard(weights, rank, 2)) for e in table)
-    stream = WeightStream(table, shards, QuantizationSpec(), 300_000, torch.bfloat16, rank, 2, dist.group.WORLD)
-    if stream.is_source:
-        store.set("plan", stream.describe())
-        group = Group(store, "sync", 0, 2, "127.0.0.1")
-    for version in (1, 2):
-        for bucket in stream.buckets(version):
-            group.broadcast(bucket.payload, 0)
-    store.set(f"left/{{rank}}", "")
-    if rank == 0:
-        store.wait(["left/1", "left/2"])
-else:
-    specs = parse_description(store.get("plan").decode())
-    group = Group(store, "sync", 1, 2, "127.0.0.1")
-    for version in (1, 2):
-        got = {{}}
-        for s in specs:
-            bucket = WeightBucket(version, s, torch.empty(payload_bytes(s), dtype=torch.uint8))
-            group.broadcast(bucket.payload, 0)
-            got |= {{n: t.clone() for n, t in bucket.views()}}
-        assert_same_bytes(got, expected(weights, True))
-    print("same bytes")
-    store.set("left/2", "")
+for case, (changes, tp, etp, ep) in CASES.items():
+    table = NameTable(spec_of(**changes))
+    weights = weights_of(table)
+    layout = dict(tensor_parallel_size=tp, expert_parallel_size=ep, expert_tensor_parallel_size=etp)
+    counted = traffic(table, QuantizationSpec(), 300_000, **layout)
+    sources = source_names(1, ep if table.spec.is_moe else 0)
+    if rank < 2:
+        held = {{}}
+        for e in table:
+            if e.expert is None:
+                held[e.name] = e.shard(weights, rank, tp)
+            elif e.expert // (table.spec.num_experts // ep) == (rank if ep > 1 else 0):
+                held[e.name] = e.shard(weights, rank if etp > 1 else 0, etp)
+        experts = Cut(rank, 2, dist.group.WORLD) if etp > 1 else Cut()
+        cut = Cut(rank, tp, dist.group.WORLD)
+        stream = WeightStream(
+            table, lambda: iter(held.items()), QuantizationSpec(), 300_000, torch.bfloat16, cut, 0, experts,
+            rank if ep > 1 else 0,
+        )
+        for name in stream.sources:
+            store.set(f"{{case}}/{{name}}", stream.describe(name))
+        groups = {{name: Group(store, f"{{case}}/{{name}}", 0, 2, "127.0.0.1") for name in stream.sources}}
+        for version in (1, 2):
+            stream.send(version, lambda name, bucket: groups[name].start_broadcast(bucket.payload, 0))
+            assert_counted(stream, counted.ranks[rank])
+    else:
+        plans = {{name: parse_description(store.get(f"{{case}}/{{name}}").decode()) for name in sources}}
+        groups = {{name: Group(store, f"{{case}}/{{name}}", 1, 2, "127.0.0.1") for name in sources}}
+        for version in (1, 2):
+            got, received = {{}}, 0
+            for name in sources:
+                for s in plans[name]:
+                    bucket = WeightBucket(version, s, torch.empty(payload_bytes(s), dtype=torch.uint8))
+                    groups[name].broadcast(bucket.payload, 0)
+                    got |= {{n: t.clone() for n, t in bucket.views()}}
+                    received += bucket.payload.numel()
+            assert_same_bytes(got, expected(weights, True))
+            assert received == counted.payload == counted.loaded
+        print("same bytes:", case)
+store.set(f"left/{{rank}}", "")
+if rank == 0:
+    store.wait(["left/1", "left/2"])
 """
 
 
-@pytest.mark.parametrize("ffn", [512, 384], ids=["aligned", "cut-inside-a-block"])
-def test_two_ranks_send_the_converters_bytes(tmp_path, ffn):
-    """Two tensor-parallel ranks and an agent over real gloo; each slice quantized where it lies, where the cut permits."""
-    from pathlib import Path
-
+def test_two_ranks_send_the_converters_bytes(tmp_path):
+    """Two ranks and an agent over real gloo, dense and experts; slices quantized where they lie, where the cut permits;
+    bytes and messages are those of `traffic`."""
     script = textwrap.dedent(WORKER).format(tests=str(Path(__file__).parent))
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", script, str(r), str(tmp_path), str(ffn)],
+            [sys.executable, "-c", script, str(r), str(tmp_path)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
         for r in range(3)
     ]
-    outputs = [p.communicate(timeout=120) for p in processes]
+    try:
+        outputs = [p.communicate(timeout=240) for p in processes]
+    finally:
+        for p in processes:
+            p.kill()
     assert [p.returncode for p in processes] == [0, 0, 0], outputs
-    assert "same bytes" in outputs[2][0]
+    assert [line.removeprefix("same bytes: ") for line in outputs[2][0].splitlines()] == list(CASES), outputs

@@ -36,11 +36,14 @@ class Launch:
 
 @pytest.fixture(scope="session")
 def launch(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Launch]:
-    """launch(name, world_size, scenarios, **paths): run the scenarios, in order, on that many ranks."""
+    """launch(name, world_size, scenarios, module, **paths): run a module's scenarios, in order, on that many ranks."""
 
-    def run(name: str, world_size: int, scenarios: list[str], **paths: Path) -> Launch:
+    def run(
+        name: str, world_size: int, scenarios: list[str], module: str = "trainer_scenarios", **paths: Path
+    ) -> Launch:
         folder = tmp_path_factory.mktemp(name)
-        job = {"world_size": world_size, "scenarios": scenarios, "paths": {k: str(v) for k, v in paths.items()}}
+        job = {"world_size": world_size, "module": module, "scenarios": scenarios}
+        job["paths"] = {k: str(v) for k, v in paths.items()}
         (folder / "job.json").write_text(json.dumps(job))
         path = os.pathsep.join([str(HERE), str(HERE.parents[1])])
         env = dict(os.environ) | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}

@@ -49,9 +49,34 @@ def test_settings_that_work(backend: str, cuda: bool, te: bool) -> None:
     check_machine(run_config(fp8={"backend": backend}, model={"dtype": "bfloat16"}), cuda, te)
 
 
-def test_offload_without_a_gpu_is_refused() -> None:
-    with pytest.raises(ValueError, match="--optim.cpu-offload"):
-        check_machine(run_config(optim={"cpu_offload": True}), False, False)
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"optim": {"cpu_offload": True}, "fp8": {"param_gather": True}},
+         "as None, so that nothing would be updated; allowed: --fp8.no-param-gather"),
+        ({"optim": {"cpu_offload": True, "distributed": False}}, "allowed: --optim.distributed"),
+        ({"optim": {"cpu_offload": True}, "model": {"dtype": "float32"}}, "--model.dtype float32"),
+        ({"optim": {"moments": "bfloat16"}}, "only TransformerEngine's FusedAdam on a GPU"),
+        ({"optim": {"moments": "bfloat16", "cpu_offload": True}}, "the CPU's Adam keeps FP32 moments"),
+        ({"moe": {"dispatcher": "flex"}}, "DeepEP (package deep_ep) is not installed; allowed here: alltoall"),
+    ],
+)  # fmt: skip
+def test_optimizer_and_dispatcher_that_this_machine_does_not_have(sections: dict[str, Any], message: str) -> None:
+    config = run_config(**{"model": {"dtype": "bfloat16"}} | sections)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        check_machine(config, False, False)
+
+
+def test_optimizer_and_dispatcher_of_a_gpu() -> None:
+    from fp8slurm.trainer.start import check_dispatcher, check_optimizer
+
+    check_optimizer(run_config(optim={"moments": "bfloat16"}), True)
+    check_optimizer(run_config(optim={"cpu_offload": True}, model={"dtype": "bfloat16"}), False)
+    with pytest.raises(ValueError, match="--optim.distributed"):
+        check_optimizer(run_config(optim={"moments": "bfloat16", "distributed": False}), True)
+    check_dispatcher("flex", True, True)
+    with pytest.raises(ValueError, match="need a GPU"):
+        check_dispatcher("flex", False, True)
 
 
 def test_the_shim_stays_away_from_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable
 
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -26,6 +27,9 @@ MOE = {
 
 LENGTHS = ([13, 27, 20], [5, 41, 2], [30, 30], [1, 64, 3, 3])
 """Segments of the four packs that the scenarios train on."""
+LR = 1e-3
+AUX_LOSS = 0.3
+"""Coefficient of the load-balancing loss where it is tested: large, so that it shows in the gradient."""
 
 
 def write_model(path: Path, seed: int = 0, tie: bool = True, moe: bool = False, **changes: Any) -> Path:
@@ -72,6 +76,30 @@ def pack(lengths: list[int], seed: int, pad_multiple: int = 1, vocab: int = SIZE
     )  # fmt: skip
 
 
+def routing(batch: PackedBatch) -> torch.Tensor:
+    """Experts for every token and layer of a pack, uint8 [T, layers, k]: random, but the same for the same tokens."""
+    g = torch.Generator().manual_seed(int(batch.tokens[: batch.cu_seqlens[1]].sum()))
+    order = torch.rand(256, SIZES["num_hidden_layers"], MOE["num_experts"], generator=g).argsort(-1)
+    return order[: len(batch.tokens), :, : MOE["num_experts_per_tok"]].to(torch.uint8)
+
+
+def fuse_experts(source: Path, path: Path) -> Path:
+    """A copy of a folder with its experts in transformers 5's form: gate_up_proj [E, 2I, H] and down_proj [E, H, I]."""
+    from safetensors.torch import load_file, save_file
+
+    path.mkdir()
+    (path / "config.json").write_text((source / "config.json").read_text())
+    tensors = load_file(source / "model.safetensors")
+    out = {n: t for n, t in tensors.items() if ".experts." not in n}
+    for layer in range(SIZES["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}.mlp.experts."
+        each = [[tensors[f"{prefix}{e}.{x}_proj.weight"] for x in ("gate", "up", "down")] for e in range(4)]
+        out[prefix + "gate_up_proj"] = torch.stack([torch.cat([gate, up]) for gate, up, _ in each])
+        out[prefix + "down_proj"] = torch.stack([down for _, _, down in each])
+    save_file(out, path / "model.safetensors", metadata={"format": "pt"})
+    return path
+
+
 def run_config(**sections: dict[str, Any]) -> RunConfig:
     """fp32, no FP8, AdamW without decay, unless `sections` says otherwise."""
     base: dict[str, dict[str, Any]] = {
@@ -105,3 +133,99 @@ def reference_logprobs(model: Any, batch: PackedBatch) -> torch.Tensor:
         logits = model(batch.tokens[None, start:end]).logits[0]
         out.append(F.log_softmax(logits.float(), -1).gather(1, batch.labels[start:end, None]).squeeze(1))
     return torch.cat(out)
+
+
+def replayed_logprobs(model: Any, batch: PackedBatch) -> torch.Tensor:
+    """As reference_logprobs, every token sent to the experts of `routing`, weighted by the model's own logits."""
+    chosen, cu, out = routing(batch).long(), batch.cu_seqlens.tolist(), []
+    forwards = []
+    for i, layer in enumerate(model.model.layers):
+        gate = layer.mlp.gate
+        forwards.append(gate.forward)
+
+        def forward(x: torch.Tensor, gate: Any = gate, i: int = i) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            logits, here = F.linear(x, gate.weight), chosen[start:end, i]
+            weights = logits.softmax(-1).gather(1, here)
+            return logits, weights / weights.sum(-1, keepdim=True), here
+
+        gate.forward = forward
+    for start, end in zip(cu, cu[1:]):
+        logits = model(batch.tokens[None, start:end]).logits[0]
+        out.append(F.log_softmax(logits, -1).gather(1, batch.labels[start:end, None]).squeeze(1))
+    for layer, forward in zip(model.model.layers, forwards):
+        layer.mlp.gate.forward = forward
+    return torch.cat(out)
+
+
+def load_balancing_loss(model: Any, step: list[PackedBatch]) -> torch.Tensor:
+    """Switch Transformer's loss (eq. 4, without its coefficient), sum over layers, mean over the packs' tokens."""
+    total, tokens = torch.zeros(()), sum(len(b.tokens) for b in step)
+    for batch in step:
+        cu = batch.cu_seqlens.tolist()
+        segments = [
+            model(batch.tokens[None, s:e], output_router_logits=True).router_logits for s, e in zip(cu, cu[1:])
+        ]
+        for logits in (torch.cat(layer) for layer in zip(*segments)):
+            p = logits.softmax(-1)
+            share = F.one_hot(logits.topk(2).indices, 4).sum((0, 1)) / (2 * len(logits))
+            total = total + 4 * (share * p.mean(0)).sum() * len(batch.tokens) / tokens
+    return total
+
+
+def packs(seed: int, pad_multiple: int = 1) -> list[PackedBatch]:
+    """The four packs that a step of all data-parallel ranks trains on."""
+    return [pack(lengths, 10 * seed + i, pad_multiple) for i, lengths in enumerate(LENGTHS)]
+
+
+Logprobs = Callable[[Any, PackedBatch], torch.Tensor]
+
+
+def expected_training(
+    folder: Path,
+    logprobs: Logprobs = reference_logprobs,
+    further_loss: Callable[..., Any] | None = None,
+    steps: int = 3,
+) -> dict[str, Any]:
+    """What the scenarios' `train` has to return for a model, by transformers and torch.optim.AdamW.
+
+    `further_loss`(model, number of the step) is added to what is differentiated, not to what is reported.
+    """
+    model = transformers_model(folder)
+    adam = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0.0)
+    with torch.no_grad():
+        before = [logprobs(model, b) for b in packs(0)]
+    history = []
+    for seed in range(steps):
+        adam.zero_grad()
+        loss = sum(cross_entropy(logprobs(model, b), None, b)[0] for b in packs(seed))
+        (loss + (further_loss(model, seed) if further_loss else 0.0)).backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        adam.step()
+        history.append([loss.item(), float(norm), float(sum(b.loss_mask.sum() for b in packs(seed)))])
+    with torch.no_grad():
+        after = [logprobs(model, b) for b in packs(0)]
+    return {"before": before, "steps": history, "after": after}
+
+
+def check(
+    got: dict[str, Any], wanted: dict[str, Any], share: slice = slice(None), after: float = 2e-4
+) -> None:
+    """Log-probabilities and first loss within 1e-5, and `after` three steps within what AdamW makes of that: its first
+    steps are as large for a gradient that is next to nothing, whose sign is a matter of rounding."""
+    for mine, theirs in zip(got["before"], wanted["before"][share], strict=True):
+        torch.testing.assert_close(mine[: len(theirs)], theirs, atol=1e-5, rtol=0)
+    assert abs(got["steps"][0][0] - wanted["steps"][0][0]) < 1e-5
+    assert got["steps"][0][1] == pytest.approx(wanted["steps"][0][1], rel=1e-5)
+    for mine, theirs in zip(got["steps"], wanted["steps"], strict=True):
+        assert mine == pytest.approx(theirs, rel=2e-5)
+    for mine, theirs in zip(got["after"], wanted["after"][share], strict=True):
+        torch.testing.assert_close(mine[: len(theirs)], theirs, atol=after, rtol=0)
+
+
+def check_continued(got: dict[str, Any], wanted: dict[str, Any], share: slice = slice(None)) -> None:
+    """Two steps after a checkpoint in another layout: the same steps, from the same optimizer state."""
+    assert {entry[0] for entry in got["adam"]} == {4.0}
+    for mine, theirs in zip(got["steps"], wanted["steps"], strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-4)
+    for mine, theirs in zip(got["after"], wanted["after"][share], strict=True):
+        torch.testing.assert_close(mine[: len(theirs)], theirs[: len(mine)], atol=2e-4, rtol=0)

@@ -16,15 +16,15 @@ from fp8slurm.models.qwen3 import ModelSpec
 from fp8slurm.rl.types import PackedBatch
 from fp8slurm.trainer.start import start, stop
 from fp8slurm.trainer.trainer import Trainer
-from trainer_reference import LENGTHS, cross_entropy, pack, run_config
+from trainer_reference import LENGTHS, LR, cross_entropy, pack, run_config
 
 _sessions = itertools.count()
 FP8 = {"fp8": {"backend": "emulated"}}
 BF16 = {"model": {"dtype": "bfloat16"}}
+OFFLOAD = {"optim": {"cpu_offload": True}}
 TP2 = {"parallel": {"tensor_parallel_size": 2}}
 TP2SP = {"parallel": {"tensor_parallel_size": 2, "sequence_parallel": True}}
 PP2 = {"parallel": {"pipeline_parallel_size": 2}}
-LR = 1e-3
 
 
 @dataclass
@@ -116,10 +116,6 @@ def one_rank_bf16(ranks: Ranks) -> dict[str, Any]:
 
 def one_rank_bf16_fp8(ranks: Ranks) -> dict[str, Any]:
     return train(ranks, **FP8, **BF16)
-
-
-def experts(ranks: Ranks) -> dict[str, Any]:
-    return train(ranks, folder="moe")
 
 
 def entropy(ranks: Ranks) -> dict[str, Any]:
@@ -328,9 +324,6 @@ def refused(ranks: Ranks) -> dict[str, str]:
         with ranks.trainer(**sections):
             pass
 
-    with ranks.trainer(folder="moe", parallel={"expert_tensor_parallel_size": 1}) as trainer:
-        experts = ranks.make("experts")
-        trainer.save(experts)
     out["layout"] = message(lambda: wrong_layout(folder="narrow", **FP8))
     return out
 
@@ -342,15 +335,15 @@ def resume_exactly(ranks: Ranks, **sections: Any) -> dict[str, Any]:
     """Four steps in one go, and two, a save, a load in a new trainer, and two: everything must be equal to the bit."""
     with ranks.trainer(**sections) as trainer:
         steps(trainer, range(2))
-        folder = ranks.make("resume_" + "_".join(sorted(sections)))
-        trainer.save(folder)
+        path = ranks.make("resume_" + "_".join(sorted(sections)))
+        trainer.save(path)
         straight = {"steps": steps(trainer, range(2, 4)), "weights": weights(trainer)}
         straight["random"] = torch.rand(3).tolist()
         straight["adam"] = adam_state(trainer)
         last = trainer.logprobs(batches(trainer))
     with ranks.trainer(load=False, **sections) as trainer:
         torch.rand(5)
-        trainer.load(folder)
+        trainer.load(path)
         resumed = {"steps": steps(trainer, range(2, 4)), "weights": weights(trainer)}
         resumed["random"] = torch.rand(3).tolist()
         resumed["adam"] = adam_state(trainer)
@@ -372,13 +365,13 @@ def resume_one_rank(ranks: Ranks) -> dict[str, Any]:
     return resume_exactly(ranks, **FP8, **BF16)
 
 
-def save_before_any_step(ranks: Ranks) -> dict[str, Any]:
-    with ranks.trainer() as trainer:
-        folder = ranks.make("zero")
-        trainer.save(folder)
+def save_before_any_step(ranks: Ranks, **sections: Any) -> dict[str, Any]:
+    with ranks.trainer(**sections) as trainer:
+        path = ranks.make("zero_" + "_".join(sorted(sections)))
+        trainer.save(path)
         first = steps(trainer, range(1))
-    with ranks.trainer(load=False) as trainer:
-        trainer.load(folder)
+    with ranks.trainer(load=False, **sections) as trainer:
+        trainer.load(path)
         return {"straight": first, "resumed": steps(trainer, range(1))}
 
 
@@ -396,7 +389,7 @@ def next_two(trainer: Trainer) -> dict[str, Any]:
 
 
 def continue_here(ranks: Ranks, name: str, **sections: Any) -> dict[str, Any]:
-    """The two steps after the save at paths[name]."""
+    """The two steps after the save at paths[name]; `folder`, as in all of these, is the model's."""
     with ranks.trainer(load=False, **sections) as trainer:
         trainer.load(ranks.paths[name])
         return next_two(trainer)
@@ -424,16 +417,6 @@ def full_disk(ranks: Ranks, **sections: Any) -> dict[str, Any]:
 
 def tp2_full_disk(ranks: Ranks) -> dict[str, Any]:
     return full_disk(ranks, **TP2)
-
-
-def experts_to_ep2(ranks: Ranks) -> dict[str, Any]:
-    """The message where experts are to continue on another layout."""
-    with ranks.trainer(folder="moe", load=False, parallel={"expert_parallel_size": 2}) as trainer:
-        try:
-            trainer.load(ranks.paths["experts"])
-        except ValueError as error:
-            return {"said": str(error)}
-    return {"said": ""}
 
 
 def save_one_rank(ranks: Ranks) -> dict[str, Any]:
@@ -509,10 +492,6 @@ def tp2_fp8(ranks: Ranks) -> dict[str, Any]:
 
 def tp2_sequence_parallel_fp8(ranks: Ranks) -> dict[str, Any]:
     return train(ranks, **TP2SP, **FP8)
-
-
-def experts_ep2(ranks: Ranks) -> dict[str, Any]:
-    return train(ranks, folder="moe", parallel={"expert_parallel_size": 2})
 
 
 def tp2_fp8_layers(ranks: Ranks) -> dict[str, Any]:

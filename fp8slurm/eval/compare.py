@@ -1,0 +1,135 @@
+"""Two finished evaluations of the same questions: paired differences, flips, log-probability gap, speed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Sequence
+
+from fp8slurm.checkpoint.run import write_atomic
+from fp8slurm.engine.client import EngineClient
+from fp8slurm.eval.questions import Question
+from fp8slurm.eval.records import FORMAT, SAMPLES, SCORED, SETTINGS, SUMMARY, read_rows
+from fp8slurm.eval.stats import paired_difference
+from fp8slurm.eval.summary import by_question
+
+SCORED_TOKENS = 1024
+"""Most response tokens of a sequence that are scored."""
+_SEQUENCES = 8
+"""Sequences that are scored in one request."""
+
+
+def load(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """(summary, graded rows) of a finished evaluation. ValueError: it is none."""
+    if not (folder / SUMMARY).is_file():
+        what = (
+            "is an unfinished evaluation: run it again to complete it"
+            if (folder / SETTINGS).is_file()
+            else "has no summary.json"
+        )
+        raise ValueError(f"{folder} {what}")
+    return json.loads((folder / SUMMARY).read_text()), list(read_rows(folder / SAMPLES))
+
+
+def compare(a: Path, b: Path, fail_if_worse: float | None = None) -> dict[str, Any]:
+    """compare.json (docs/eval.md) of evaluation `a` against the baseline `b`.
+
+    ValueError: one of them is not finished, or they asked other questions. The numbers of samples may differ.
+    """
+    (summary_a, rows_a), (summary_b, rows_b) = load(a), load(b)
+    names = list(summary_a["tasks"])
+    if sorted(names) != sorted(summary_b["tasks"]):
+        raise ValueError(f"{a} has the tasks {', '.join(names)}, {b} has {', '.join(summary_b['tasks'])}")
+    tasks = {name: _task(name, rows_a, rows_b, a, b) for name in names}
+    speeds = [s.get("tokens_per_second") for s in (summary_a, summary_b)]
+    return {
+        "format": FORMAT,
+        "a": str(a),
+        "b": str(b),
+        "precision": [summary_a["precision"], summary_b["precision"]],
+        "checkpoint": summary_a["checkpoint"],
+        "tasks": tasks,
+        "logprob_gap": _gap(a / SCORED, b / SCORED),
+        "speed_ratio": speeds[0] / speeds[1] if all(speeds) else None,
+        "fail_if_worse": fail_if_worse,
+        "worse": [n for n in names if fail_if_worse is not None and tasks[n]["difference"]["high"] < -fail_if_worse],
+    }
+
+
+def write(found: dict[str, Any], folder: Path) -> Path:
+    """Write compare.json into a folder; its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(folder / "compare.json", json.dumps(found, indent=1))
+    return folder / "compare.json"
+
+
+def _task(name: str, rows_a: Sequence[dict], rows_b: Sequence[dict], a: Path, b: Path) -> dict[str, Any]:
+    ours, base = (by_question(r for r in rows if r["task"] == name) for rows in (rows_a, rows_b))
+    if {i: q[0]["label"] for i, q in ours.items()} != {i: q[0]["label"] for i, q in base.items()}:
+        raise ValueError(f"{a} and {b} did not ask the same questions of {name}: a difference would mean nothing")
+    mine = [sum(r["correct"] for r in ours[i]) / len(ours[i]) for i in ours]
+    other = [sum(r["correct"] for r in base[i]) / len(base[i]) for i in ours]
+    flips = [(i, x >= 0.5, y >= 0.5) for i, x, y in zip(ours, mine, other)]
+    return {
+        "a": sum(mine) / len(mine),
+        "b": sum(other) / len(other),
+        "difference": paired_difference(mine, other).to_json(),
+        "questions": len(mine),
+        "lost": [i for i, x, y in flips if y and not x],
+        "won": [i for i, x, y in flips if x and not y],
+    }
+
+
+def _gap(a: Path, b: Path) -> dict[str, float] | None:
+    """Gap of the tokens that both have scored, None if they have not scored the same."""
+    if not (a.is_file() and b.is_file()):
+        return None
+    import torch
+
+    from fp8slurm.rl.loss import gap_metrics
+
+    ours, base = ({r["tokens"]: r["logprobs"] for r in read_rows(path)} for path in (a, b))
+    if set(ours) != set(base):
+        return None
+    pairs = [(x, y) for key in base for x, y in zip(ours[key], base[key], strict=True)]
+    if not pairs:
+        return None
+    values = torch.tensor(pairs, dtype=torch.float64)
+    found = gap_metrics(values[:, 0], values[:, 1])
+    return {"tokens": len(pairs)} | {key.removeprefix("gap/"): float(value) for key, value in found.items()}
+
+
+def fixed_sequences(
+    rows: Sequence[dict[str, Any]], questions: dict[str, list[Question]], per_task: int
+) -> list[tuple[list[int], list[int]]]:
+    """(prompt tokens, response tokens) of the first sample of each task's first `per_task` questions."""
+    first = {(r["task"], r["id"]): r["response_ids"][:SCORED_TOKENS] for r in rows if r["sample"] == 0}
+    return [
+        (list(q.token_ids), first[name, q.id])
+        for name, asked in questions.items()
+        for q in asked[:per_task]
+        if first[name, q.id]
+    ]
+
+
+def _name(prompt: list[int], response: list[int]) -> str:
+    return hashlib.sha256(json.dumps([prompt, response]).encode()).hexdigest()[:16]
+
+
+def is_scored(folder: Path, sequences: Sequence[tuple[list[int], list[int]]]) -> bool:
+    """Whether folder/scored.jsonl holds just these sequences."""
+    path = folder / SCORED
+    return path.is_file() and {r["tokens"] for r in read_rows(path)} == {_name(*s) for s in sequences}
+
+
+def score(client: EngineClient, sequences: Sequence[tuple[list[int], list[int]]], folder: Path) -> None:
+    """Write the log-probability of every response token to folder/scored.jsonl."""
+    lines = []
+    for start in range(0, len(sequences), _SEQUENCES):
+        part = sequences[start : start + _SEQUENCES]
+        for (prompt, response), found in zip(part, client.score([p + r for p, r in part]), strict=True):
+            own = found[len(prompt) - 1 :]
+            assert len(own) == len(response)
+            lines.append(json.dumps({"tokens": _name(prompt, response), "logprobs": own}) + "\n")
+    write_atomic(folder / SCORED, "".join(lines))

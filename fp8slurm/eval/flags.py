@@ -1,0 +1,192 @@
+"""The flags of `fp8slurm eval`, checked, and the tasks that they name."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from fp8slurm.config import RunConfig
+from fp8slurm.config.schema import EngineSection, Section
+from fp8slurm.eval.tasks import EvalTask, held_out, parse_task, run_tasks, shipped, unique
+
+WORSE = 3
+"""Exit status: significantly worse than --fail-if-worse allows."""
+
+
+class _Flags(Section):
+    """What --engine.KEY may set."""
+
+    engine: EngineSection = EngineSection()
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="fp8slurm eval",
+        description="Ask a checkpoint the questions of one or more tasks, in FP8, in BF16, or in both and compare. The "
+        "same command again goes on where an interrupted one stopped. docs/eval.md has the formats.",
+    )
+    p.add_argument("--run", type=Path, help="a run, such as runs/tiny-fp8; --checkpoint then names a step of it")
+    p.add_argument(
+        "--checkpoint",
+        help="a run, a step of it, a torch_dist folder, or a Hugging Face folder in BF16 or FP8 (a run: its newest "
+        "complete checkpoint)",
+    )
+    p.add_argument("--precision", choices=("fp8", "bf16", "both"), default="fp8", help="of the engine (default: fp8)")
+    p.add_argument(
+        "--tasks",
+        nargs="+",
+        metavar="TASK",
+        help=f"{', '.join(shipped())} (with =FILE, or --data), a JSONL or parquet file, or a definition MY.toml[=FILE] "
+        "(default: a run's held-out prompts and its eval.tasks)",
+    )
+    p.add_argument("--data", type=Path, help="file with the questions, or folder with TASK.jsonl or TASK.parquet")
+    p.add_argument("--grader", help="exact, numeric, choice, math or module:function, instead of the task's")
+    sampling = p.add_argument_group("sampling (default: the task's)")
+    sampling.add_argument("--n-samples", type=int, metavar="N", help="samples a question")
+    sampling.add_argument("--temperature", type=float, metavar="T", help="0 is greedy")
+    sampling.add_argument("--top-p", type=float, metavar="P")
+    sampling.add_argument("--max-tokens", type=int, metavar="N", help="longest response")
+    sampling.add_argument("--seed", type=int, help="default: the run's, or 0")
+    p.add_argument("--limit", type=int, metavar="N", help="only the first N questions of each task")
+    p.add_argument(
+        "--max-prompt-tokens", type=int, metavar="N", help="longer questions are left out (default: the run's, or none)"
+    )
+    p.add_argument("--on-bad-line", choices=("error", "skip"), help="a line that cannot be used: stop, or leave it out")
+    p.add_argument(
+        "--chat-template-kwargs", type=json.loads, metavar="JSON", help="""such as '{"enable_thinking": false}'"""
+    )
+    both = p.add_argument_group("with --precision both")
+    both.add_argument(
+        "--fail-if-worse", type=float, metavar="X",
+        help=f"exit status {WORSE} when FP8 is significantly worse by more than X (0.02: two points)",
+    )  # fmt: skip
+    both.add_argument(
+        "--score-questions",
+        type=int,
+        default=32,
+        metavar="N",
+        help="answers of each task whose log-probabilities are compared (default: 32)",
+    )
+    model = p.add_argument_group("model and engines")
+    model.add_argument("--origin-hf-dir", type=Path, metavar="HF", help="config and tokenizer for torch_dist")
+    model.add_argument(
+        "--fp8-checkpoint", type=Path, metavar="HF", help="FP8 folder made elsewhere, instead of converting"
+    )
+    model.add_argument(
+        "--modules-to-not-convert", nargs="+", default=[], metavar="MODULE", help="kept out of FP8 when it is made"
+    )
+    model.add_argument(
+        "--engines",
+        type=int,
+        default=0,
+        metavar="K",
+        help="engines that share the work (default: as many as the GPUs carry, one without)",
+    )
+    model.add_argument(
+        "--batch-size",
+        type=int,
+        metavar="N",
+        help="samples in one request (default: 1 on GPUs, engine.max_running_requests on the CPU)",
+    )
+    model.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="on GPUs: engines for which --seed counts, slower (a run's run.deterministic is the default)",
+    )
+    model.add_argument(
+        "--grader-timeout", type=float, default=5.0, metavar="S", help="seconds for one answer (default: 5)"
+    )
+    model.add_argument(
+        "--eval-dir", type=Path, metavar="DIR", help="where evaluations go (default: RUN/eval, or runs/eval)"
+    )
+    model.add_argument("--out", type=Path, metavar="DIR", help="folder of this evaluation (one precision)")
+    model.add_argument("--dry-run", action="store_true", help="say what would be asked, start nothing")
+    p.epilog = "--engine.KEY VALUE sets what [engine] of a run does, such as --engine.tensor-parallel-size 2"
+    return p
+
+
+def check(args: argparse.Namespace) -> None:
+    """ValueError: a value out of range, or flags that exclude each other."""
+    if args.run is None and args.checkpoint is None:
+        raise ValueError("say what to evaluate: --checkpoint FOLDER, or --run RUN")
+    for flag, least in (
+        ("n_samples", 1),
+        ("max_tokens", 1),
+        ("limit", 1),
+        ("max_prompt_tokens", 1),
+        ("batch_size", 1),
+        ("engines", 0),
+    ):
+        value = getattr(args, flag)
+        if value is not None and value < least:
+            raise ValueError(f"--{flag.replace('_', '-')} {value}; allowed: {least} or more")
+    if args.temperature is not None and not args.temperature >= 0:
+        raise ValueError(f"--temperature {args.temperature}; allowed: 0 (greedy) or more")
+    if args.top_p is not None and not 0 < args.top_p <= 1:
+        raise ValueError(f"--top-p {args.top_p}; allowed: above 0, at most 1")
+    if args.grader_timeout <= 0:
+        raise ValueError(f"--grader-timeout {args.grader_timeout}; allowed: above 0 seconds")
+    if args.fail_if_worse is not None and (args.precision != "both" or not args.fail_if_worse >= 0):
+        raise ValueError(
+            f"--fail-if-worse {args.fail_if_worse} needs --precision both, and is 0 or more; allowed: 0 to 1"
+        )
+    if args.out is not None and args.precision == "both":
+        raise ValueError("--out names one evaluation; with --precision both give --eval-dir")
+    if args.fp8_checkpoint is not None and args.precision == "bf16":
+        raise ValueError("--fp8-checkpoint is not used with --precision bf16")
+    if args.chat_template_kwargs is not None and not isinstance(args.chat_template_kwargs, dict):
+        raise ValueError("--chat-template-kwargs is a JSON object")
+
+
+def engine_section(config: RunConfig | None, flags: list[str]) -> EngineSection:
+    """[engine] of the run, or its defaults, with the --engine.KEY flags on top. ValueError: any other flag."""
+    import tyro
+    from pydantic import ValidationError
+
+    unknown = [f for f in flags if f.startswith("-") and not f.startswith("--engine.")]
+    if unknown or (flags and not flags[0].startswith("--engine.")):
+        raise ValueError(f"{(unknown or flags)[0]}: no such flag (fp8slurm eval --help)")
+    default = _Flags(engine=config.engine if config is not None else EngineSection())
+    try:
+        return tyro.cli(_Flags, prog="fp8slurm eval", args=flags, default=default).engine
+    except ValidationError as error:
+        raise ValueError("; ".join(f"--{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())) from None
+
+
+def tasks_of(args: argparse.Namespace, config: RunConfig | None) -> list[EvalTask]:
+    """The tasks, the flags for sampling on top. ValueError."""
+    if args.tasks is not None:
+        kind = config.reward.kind if config is not None else None
+        own = args.grader or ("exact" if kind == "digits" else kind)
+        bare = [t.endswith((".jsonl", ".parquet")) and "=" not in t for t in args.tasks]
+        tasks = [parse_task(t, args.data, own if b else args.grader) for t, b in zip(args.tasks, bare)]
+        if (
+            args.data is not None
+            and args.data.is_file()
+            and sum("=" not in t and not b for t, b in zip(args.tasks, bare)) > 1
+        ):
+            raise ValueError(f"--data {args.data} is one file for several tasks; give each its own: NAME=FILE")
+    elif config is None:
+        if args.data is None:
+            raise ValueError(f"say what to ask: --tasks {', '.join(shipped())}, or a JSONL or parquet file")
+        tasks = [parse_task(str(args.data), None, args.grader)]
+    elif args.data is not None:
+        first = held_out(config, args.data)
+        assert first is not None
+        tasks = [first if args.grader is None else first.model_copy(update={"grader": args.grader})]
+    else:
+        tasks = run_tasks(config)
+        if not tasks:
+            raise ValueError("the run has no held-out prompts: give questions with --tasks or --data")
+        if args.grader is not None:
+            raise ValueError("--grader needs --tasks or --data: the run's own prompts are graded by its reward")
+    flags = {k: getattr(args, k) for k in ("n_samples", "temperature", "top_p", "max_tokens")}
+    tasks = [t.model_copy(update={k: v for k, v in flags.items() if v is not None}) for t in unique(tasks)]
+    for task in tasks:
+        if task.n_samples > 1 and task.temperature == 0:
+            raise ValueError(
+                f"{task.name}: {task.n_samples} samples at temperature 0 are all the same; set --temperature, or "
+                f"--n-samples 1"
+            )
+    return tasks

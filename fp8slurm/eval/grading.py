@@ -1,0 +1,82 @@
+"""Grades rows of samples.jsonl, in a thread beside the generation."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from typing import Any, Sequence
+
+from fp8slurm.eval.records import Key, key_of
+from fp8slurm.eval.tasks import EvalTask, grader_section
+from fp8slurm.rl.rewards import RewardPool
+from fp8slurm.rl.types import Prompt, Sample, SampleGroup
+
+Rows = Sequence[dict[str, Any]]
+
+
+class Graders:
+    """A grader for every task; a context manager. ValueError: a user's function cannot be loaded."""
+
+    def __init__(self, tasks: Sequence[EvalTask], timeout_s: float) -> None:
+        self.scores: dict[Key, float] = {}
+        """Of every row that was graded."""
+        self._pools: dict[str, RewardPool] = {}
+        self._kinds = {t.name: t.grader for t in tasks}
+        self.failures = {t.name: 0 for t in tasks}
+        """Answers that a task's grader could not digest, counted as wrong."""
+        self._rows: queue.SimpleQueue[Rows | None] = queue.SimpleQueue()
+        self._error: BaseException | None = None
+        try:
+            for task in tasks:
+                if task.grader not in self._pools:
+                    self._pools[task.grader] = RewardPool(grader_section(task, timeout_s))
+        except BaseException:
+            self.close()
+            raise
+        self._thread = threading.Thread(target=self._work, name="graders", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> Graders:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._rows.put(None)
+        self._thread.join()
+        self.close()
+
+    def close(self) -> None:
+        for pool in self._pools.values():
+            pool.close()
+
+    def submit(self, rows: Rows) -> None:
+        """Grade these when there is time."""
+        self._rows.put(rows)
+
+    def finish(self) -> dict[Key, float]:
+        """Scores of all rows that were submitted."""
+        self._rows.put(None)
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        return self.scores
+
+    def grade(self, rows: Rows) -> None:
+        """Grade these now."""
+        for name in dict.fromkeys(row["task"] for row in rows):
+            mine = [row for row in rows if row["task"] == name]
+            groups = [
+                SampleGroup(Prompt(i, (), row["label"]), [Sample([], [], [], "stop", text=row["response"])])
+                for i, row in enumerate(mine)
+            ]
+            pool = self._pools[self._kinds[name]]
+            before = pool.failures
+            pool.score(groups)
+            self.failures[name] += pool.failures - before
+            self.scores |= {key_of(row): g.samples[0].reward for row, g in zip(mine, groups)}
+
+    def _work(self) -> None:
+        try:
+            while (rows := self._rows.get()) is not None:
+                self.grade(rows)
+        except BaseException as error:
+            self._error = error

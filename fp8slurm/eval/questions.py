@@ -1,0 +1,140 @@
+"""Questions of a task from a local file, rendered and tokenized."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import random
+import re
+import string
+from dataclasses import dataclass
+from typing import Any
+
+from fp8slurm.config.schema import DataSection
+from fp8slurm.eval.tasks import EvalTask
+from fp8slurm.rl.data import BadRow, check_template_arguments, encode, prompt_text, read_rows
+from fp8slurm.rl.graders import label_error
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Question:
+    """A tokenized question."""
+
+    id: str
+    text: str
+    """What the tokenizer got, the chat template applied."""
+    token_ids: tuple[int, ...]
+    label: str
+
+
+def load_questions(
+    task: EvalTask, tokenizer: Any, data: DataSection, limit: int | None = None, rows: int | None = None
+) -> tuple[list[Question], int]:
+    """(the questions of task.data in the file's order, how many rows were left out).
+
+    `data` gives chat_template_kwargs, max_prompt_tokens (longer questions are left out and counted) and on_bad_line.
+    limit: only the first so many questions; rows: read only so many rows. ValueError: no such file, a row that cannot
+    be used or an id that is there twice (file and line are named), no question left.
+    """
+    assert task.data is not None
+    check_template_arguments(data.chat_template_kwargs)
+    kept: list[tuple[str, str, str]] = []
+    seen: dict[str, int] = {}
+    bad = read = 0
+    for index, parse in read_rows(task.data):
+        if rows is not None and read >= rows:
+            break
+        read += 1
+        try:
+            row = parse()
+            id, text, label = _question(task, row, index, data, tokenizer)
+            if id in seen:
+                raise BadRow(f"id {id!r} is there twice, first in line {seen[id] + 1}")
+        except BadRow as error:
+            where = f"{task.data}:{index + 1}"
+            if data.on_bad_line == "error":
+                raise ValueError(f"{where}: {error}. --on-bad-line skip leaves such lines out") from None
+            log.warning("%s left out: %s", where, error)
+            bad += 1
+            continue
+        seen[id] = index
+        kept.append((id, text, label))
+    ids = encode(tokenizer, [text for _, text, _ in kept])
+    questions = [
+        Question(id, text, tuple(tokens), label)
+        for (id, text, label), tokens in zip(kept, ids, strict=True)
+        if 0 < len(tokens) <= data.max_prompt_tokens
+    ]
+    if not questions:
+        raise ValueError(
+            f"{task.data} has no question for {task.name}: {read} rows, {bad} of them bad, {len(kept)} longer than "
+            f"{data.max_prompt_tokens} tokens (data.max_prompt_tokens, --max-prompt-tokens)"
+        )
+    long = len(kept) - len(questions)
+    if long:
+        log.warning("%s: %d questions left out, longer than %d tokens", task.data, long, data.max_prompt_tokens)
+    return questions[:limit], bad + long
+
+
+def _question(task: EvalTask, row: dict, index: int, data: DataSection, tokenizer: Any) -> tuple[str, str, str]:
+    """(id, text with the template applied, label)."""
+    id = _first(row, task.id_keys)
+    prompt = _first(row, task.prompt_keys)
+    if prompt is None:
+        raise BadRow(f"no {' or '.join(map(repr, task.prompt_keys))} among its keys {sorted(row)} (prompt_keys)")
+    choices = _first(row, task.choices_keys)
+    if choices is None and task.choice_columns and any(c in row for c in task.choice_columns):
+        choices, label = _from_columns(task, row, str(prompt))
+    else:
+        label = _label(task, row, choices)
+    if isinstance(prompt, str):
+        parts = {"prompt": prompt.strip() if task.chat else prompt, "choices": _listed(choices)}
+        prompt = re.sub(r"\{(prompt|choices)\}", lambda m: parts[m[1]], task.template)
+        if task.chat:
+            prompt = [{"role": "user", "content": prompt.strip()}]
+    error = label_error(task.grader, label)
+    if error is not None:
+        raise BadRow(error)
+    text = prompt_text({"prompt": prompt}, data.model_copy(update={"prompt_key": "prompt"}), tokenizer)
+    return str(index if id is None else id), text, label
+
+
+def _first(row: dict, keys: list[str]) -> Any:
+    return next((row[k] for k in keys if row.get(k) is not None), None)
+
+
+def _label(task: EvalTask, row: dict, choices: Any) -> str:
+    value = _first(row, task.label_keys)
+    if value is None:
+        raise BadRow(f"no {' or '.join(map(repr, task.label_keys))} among its keys {sorted(row)} (label_keys)")
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise BadRow(f"the label is text or a number, not {type(value).__name__}")
+    label = str(value)
+    if task.label_pattern is not None:
+        found = [m[1] for m in re.finditer(task.label_pattern, label)]
+        label = found[-1] if found else label
+    if choices is None:
+        return label
+    if not isinstance(choices, list) or not 2 <= len(choices) <= 26:
+        raise BadRow(f"the choices are a list of 2 to 26 texts, not {choices!r:.80}")
+    letters = string.ascii_uppercase[: len(choices)]
+    letter = letters[int(label)] if label.isascii() and label.isdigit() and int(label) < len(letters) else label.strip()
+    if letter.upper() not in letters or len(letter) != 1:
+        raise BadRow(f"the label {label!r} is none of {', '.join(letters)} and no number from 0 to {len(letters) - 1}")
+    return letter.upper()
+
+
+def _from_columns(task: EvalTask, row: dict, question: str) -> tuple[list[str], str]:
+    missing = [c for c in task.choice_columns if row.get(c) is None]
+    if missing:
+        raise BadRow(f"no {missing[0]!r} among its keys {sorted(row)} (choice_columns)")
+    order = list(range(len(task.choice_columns)))
+    random.Random(hashlib.sha256(question.encode()).digest()).shuffle(order)
+    choices = [str(row[task.choice_columns[i]]).strip() for i in order]
+    return choices, string.ascii_uppercase[order.index(0)]
+
+
+def _listed(choices: list[Any] | None) -> str:
+    return "\n".join(f"{letter}. {choice}" for letter, choice in zip(string.ascii_uppercase, choices or []))

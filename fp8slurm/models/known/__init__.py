@@ -1,0 +1,45 @@
+"""Shapes of published models, for planning without a checkpoint: the shape fields of their public config.json."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from fp8slurm.models.qwen3 import ModelSpec
+
+FOLDER = Path(__file__).parent
+
+
+def known_models() -> list[str]:
+    """Names of the models whose shape is known."""
+    return sorted(p.stem for p in FOLDER.glob("*.json"))
+
+
+def known_model(name: str) -> ModelSpec:
+    """The shape of a published model by its name, such as Qwen3-4B. ValueError lists the known ones."""
+    if name not in known_models():
+        raise ValueError(f"no shape is known for a model named {name!r}; known: {', '.join(known_models())}")
+    file = FOLDER / f"{name}.json"
+    return ModelSpec.from_hf_config(json.loads(file.read_text()), str(file))
+
+
+def find_spec(checkpoint: Path | None) -> tuple[ModelSpec, str]:
+    """(shape, where it comes from): from CHECKPOINT/config.json, else the known model that the folder is named after.
+
+    ValueError where neither is there: it names the folder, the known models and the flag.
+    """
+    flag = "--model.hf-checkpoint"
+    if checkpoint is None:
+        raise ValueError(
+            f"{flag} is not set: give a Hugging Face folder, or a known model ({', '.join(known_models())})"
+        )
+    if (checkpoint / "config.json").is_file():
+        return ModelSpec.from_hf_dir(checkpoint), f"{checkpoint}/config.json"
+    if checkpoint.name in known_models():
+        return known_model(checkpoint.name), (
+            f"the published shape of {checkpoint.name}, by the folder's name: {checkpoint}/config.json is not there"
+        )
+    raise ValueError(
+        f"{flag} {checkpoint}: there is no config.json, and the folder is not named after a known model "
+        f"({', '.join(known_models())})"
+    )

@@ -1,0 +1,52 @@
+"""`fp8slurm plan`: what a run will hold and move, before anything is started."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+
+def main(argv: list[str]) -> int:
+    """`fp8slurm plan --recipe R [--section.key VALUE ...] [--gpu-memory GB ...] [--json]`; returns the exit status.
+
+    0: printed; 2 (by ValueError, in cli.main): the layout does not fit the model, or its shape is not known.
+    """
+    from fp8slurm.config import parse, recipe_names
+
+    parser = argparse.ArgumentParser(
+        prog="fp8slurm plan",
+        add_help=False,
+        allow_abbrev=False,
+        description="Memory of every rank, host memory, bytes of a weight update and block alignment; needs "
+        "no GPU and, for Qwen3-0.6B, Qwen3-4B and Qwen3-30B-A3B, no checkpoint.",
+    )
+    parser.add_argument("--recipe", help=f"{', '.join(recipe_names())}, or the path of a .toml file")
+    parser.add_argument(
+        "--gpu-memory", type=float, action="append", metavar="GB",
+        help="memory of a GPU in 10^9 bytes; may be given several times (default: 80 for an H100 and 141 for an H200)",
+    )  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables; bytes are integers")
+    parser.add_argument(
+        "--row", metavar="LABEL", help="print one row of a Markdown table with that label, for comparing layouts"
+    )
+    own, flags = parser.parse_known_args(argv)
+    if "-h" in flags or "--help" in flags:
+        parser.print_help()
+    if any(size <= 0 for size in own.gpu_memory or ()):
+        raise ValueError("--gpu-memory must be above 0, in 10^9 bytes")
+    config = parse(own.recipe, flags, prog="fp8slurm plan")
+
+    from fp8slurm.plan.plan import make_plan
+
+    sizes = {f"{size:g} GB": int(size * 1e9) for size in own.gpu_memory} if own.gpu_memory else None
+    plan = make_plan(config, sizes)
+    if own.json:
+        print(json.dumps(plan.to_json(), indent=1))
+        return 0
+    from fp8slurm.plan.report import row, show
+
+    if own.row is not None:
+        print(row(plan, own.row))
+    else:
+        show(plan)
+    return 0

@@ -1,0 +1,191 @@
+"""Bytes that a training rank holds, by kind. What is counted is exact; what is estimated or assumed says so.
+
+Activations follow Korthikanti et al. 2022 (Reducing Activation Recomputation in Large Transformer Models, section 4),
+term by term, adapted: no dropout, grouped-query attention that stores no scores (FlashAttention: one log-sum-exp a head
+and token), q and k norms, SwiGLU, packed sequences (tokens of the budget in place of sequence times batch), and inputs
+of FP8 linears kept in FP8, as TransformerEngine does. tests/plan compares weights, gradients and optimizer with a built
+trainer and the output layer's factors with the code; the activations of a layer are not compared with a GPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from fp8slurm.config import RunConfig
+from fp8slurm.models.qwen3 import ModelSpec
+from fp8slurm.plan.parameters import StageParameters
+
+Basis = Literal["exact", "estimate", "assumed"]
+
+OUTPUT_LAYER_FORWARD = 14
+"""Peak bytes a logit in the forward pass of trainer/logprobs.py in BF16: 2 for the logits, three fp32 tensors."""
+OUTPUT_LAYER_BACKWARD = 24
+"""Peak bytes a logit in its backward pass: the softmax and five fp32 tensors of the entropy's gradient."""
+TRAINER_RESIDENT = 3_000_000_000
+"""Assumed: CUDA context, cuBLAS and cuDNN workspaces, NCCL's buffers of a Megatron rank."""
+ENGINE_RESIDENT = 3_000_000_000
+"""Assumed: the same of an engine rank, and its CUDA graphs; they stay when weights and KV cache are given back."""
+HOST_PROCESS = 4_000_000_000
+"""Assumed: host memory of a rank's, an agent's or an engine's process apart from what is counted here."""
+EXPERT_IMBALANCE = 1.5
+"""Assumed: the fullest expert-parallel rank gets this many times the mean number of tokens."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One kind of memory."""
+
+    name: str
+    bytes: int
+    basis: Basis
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """What one rank of a pipeline stage holds."""
+
+    stage: int
+    state: tuple[Item, ...]
+    """Kept between steps on the GPU."""
+    working: tuple[Item, ...]
+    """Only while the trainer works."""
+    host: tuple[Item, ...] = field(default=())
+    """In host memory all the time (the offloaded optimizer)."""
+
+    @property
+    def state_bytes(self) -> int:
+        return sum(i.bytes for i in self.state)
+
+    @property
+    def working_bytes(self) -> int:
+        return sum(i.bytes for i in self.working)
+
+
+def weight_bytes(config: RunConfig) -> int:
+    """Bytes of a parameter."""
+    return 2 if config.model.dtype == "bfloat16" else 4
+
+
+def rank_memory(config: RunConfig, spec: ModelSpec, p: StageParameters, micro_batches: int) -> RankMemory:
+    """Memory of a rank of stage `p.stage`, with `micro_batches` in an update."""
+    state, host = _state(config, p)
+    return RankMemory(p.stage, tuple(state), tuple(_working(config, spec, p, micro_batches)), tuple(host))
+
+
+def _state(config: RunConfig, p: StageParameters) -> tuple[list[Item], list[Item]]:
+    o, size = config.optim, weight_bytes(config)
+    elements = sum(b.padded if o.distributed else b.elements for b in p.buffers)
+    dtype = "BF16" if size == 2 else "FP32"
+    state = [
+        Item("weights", elements * size, "exact", dtype),
+        Item("gradients", elements * 4, "exact", "FP32, DDP's buffer (grad_reduce_in_fp32)"),
+    ]
+    sharded = sum(b.padded // b.data if o.distributed else b.elements for b in p.buffers)
+    where = "over " + " and ".join(str(b.data) for b in p.buffers) + " ranks" if o.distributed else "on every rank"
+    host = []
+    if o.cpu_offload:
+        # HybridDeviceOptimizer (megatron-core 0.19.2): FP32 masters, two moments and a pinned copy of the gradients
+        host.append(
+            Item("offloaded optimizer", sharded * 16, "estimate", f"FP32 master, two moments, gradients; {where}")
+        )
+    else:
+        state.append(_optimizer(config, sharded, where))
+    if config.fp8.backend == "transformer_engine":
+        # codes and scales, row-wise and column-wise: FP8 GEMMs on Hopper take one orientation each
+        note = "codes and scales in both orientations, kept by TransformerEngine between micro-batches"
+        state.append(Item("FP8 copies", p.quantized * 2 + p.quantized // 16384 * 8, "estimate", note))
+    elif config.fp8.backend == "emulated":
+        state.append(Item("quantized copies", p.quantized * 4, "exact", "FP32, of the emulation"))
+    if config.algorithm.kl_coef:
+        state.append(Item("reference model", p.total * size, "exact", dtype))
+    return state, host
+
+
+def _optimizer(config: RunConfig, elements: int, where: str) -> Item:
+    if config.optim.moments == "bfloat16":
+        # TransformerEngine's FusedAdam keeps of an FP32 master only the 16 bits that the BF16 weight lacks
+        # (megatron-core 0.19.2, OptimizerConfig.store_param_remainders)
+        return Item("optimizer", elements * 6, "estimate", f"remainder of the FP32 master, two BF16 moments, {where}")
+    if weight_bytes(config) == 2:
+        return Item("optimizer", elements * 12, "exact", f"FP32 master and two moments, {where}")
+    return Item("optimizer", elements * 8, "exact", f"two FP32 moments (the weights are their own masters), {where}")
+
+
+@dataclass(frozen=True)
+class LayerActivations:
+    """Bytes a token of one layer on one rank."""
+
+    kept: float
+    """Kept for the backward pass without recomputation."""
+    checkpoint: float
+    """The layer's input: all that is kept with full recomputation."""
+    passing: float
+    """Alive besides while the layer's backward pass runs: gradients of the widest tensors and their FP8 copies."""
+
+
+def layer_activations(
+    config: RunConfig, spec: ModelSpec, tensor: int, expert_tensor: int, sequence: bool
+) -> LayerActivations:
+    """A transformer layer's activations, for a token of the micro-batch (see the module's docstring)."""
+    b = weight_bytes(config)
+    te = config.fp8.backend == "transformer_engine"
+    h, d = spec.hidden_size, spec.head_dim
+    q, kv = spec.num_heads * d / tensor, spec.num_kv_heads * d / tensor
+    s = 1 / tensor if sequence else 1.0  # share of the tokens where tensor parallelism does not cut the width
+    saved = 1 + 4 / 128 if te else b  # a linear's input: one orientation of codes, a scale for every 128
+    attention = b * h * s + saved * h * s  # the norm's input and the qkv projection's
+    attention += b * (q + 2 * kv) + b * (q + kv)  # q, k, v; q and k again behind norm and rotary embedding
+    attention += b * q + 4 * spec.num_heads / tensor  # attention's output and log-sum-exps
+    attention += saved * q if te else 0  # the output projection's input; the same tensor without FP8
+    mlp = b * h * s
+    if not spec.is_moe:
+        f = spec.ffn_hidden_size / tensor
+        mlp += saved * h * s + b * 2 * f + saved * f
+        passing = 2 * b * h + 2 * (b * 2 * f)
+    else:
+        f = spec.moe_ffn_hidden_size / expert_tensor
+        rows = spec.experts_per_token * s * expert_tensor * EXPERT_IMBALANCE
+        mlp += (
+            b * h * s + 3 * 4 * spec.num_experts * s
+        )  # the norm's output; the router's logits, scores and map in fp32
+        mlp += rows * (saved * h + b * 2 * f + saved * f + 4)
+        passing = rows * (3 * b * h + 2 * (b * 2 * f))  # tokens before and after the exchange, and their gradient
+    return LayerActivations(attention + mlp, b * h * s, passing)
+
+
+def _working(config: RunConfig, spec: ModelSpec, p: StageParameters, micro_batches: int) -> list[Item]:
+    tokens, layout = config.train.tokens_per_micro_batch, p.layout
+    a = layer_activations(config, spec, layout.tensor, layout.expert_tensor, layout.sequence_parallel)
+    flying = min(
+        micro_batches, layout.pipeline - p.stage
+    )  # 1F1B: a stage runs ahead of its backward by those behind it
+    flight = f"{p.layers} layers x {flying} micro-batch(es) in flight x {tokens} tokens"
+    if config.train.recompute == "full":
+        items = [
+            Item(
+                "layer inputs",
+                int(a.checkpoint * p.layers * flying * tokens),
+                "estimate",
+                f"{a.checkpoint:.0f} B a token; {flight}",
+            )
+        ]
+        one = a.kept + a.passing
+    else:
+        items = [
+            Item(
+                "activations", int(a.kept * p.layers * flying * tokens), "estimate", f"{a.kept:.0f} B a token; {flight}"
+            )
+        ]
+        one = a.passing
+    layer = Item("one layer's backward", int(one * tokens), "estimate", f"{one:.0f} B a token")
+    if p.stage < layout.pipeline - 1:
+        return [*items, layer]
+    logits = tokens * spec.vocab_size // layout.tensor
+    head = Item(
+        "output layer", logits * max(OUTPUT_LAYER_FORWARD, OUTPUT_LAYER_BACKWARD), "estimate",
+        f"{tokens} tokens x {spec.vocab_size // layout.tensor} logits x {OUTPUT_LAYER_BACKWARD} B",
+    )  # fmt: skip
+    # The output layer's backward is over before the layers' begins: only the larger of the two counts.
+    return [*items, max(head, layer, key=lambda i: i.bytes)]

@@ -1,0 +1,285 @@
+"""The plan of a run: parameters, memory and traffic of every rank, from the configuration alone."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from fp8slurm.config import RunConfig
+from fp8slurm.fp8.policy import decide
+from fp8slurm.models.known import find_spec
+from fp8slurm.models.names import NameTable
+from fp8slurm.models.qwen3 import BLOCK, ModelSpec, QuantizationSpec, check_layout
+from fp8slurm.plan import memory
+from fp8slurm.plan.engine import EngineMemory, engine_memory, quantized
+from fp8slurm.plan.memory import Item, RankMemory, rank_memory
+from fp8slurm.plan.parameters import Layout, StageParameters, stages
+from fp8slurm.rl.precision import engine_quantization
+from fp8slurm.sync.traffic import Traffic, traffic
+
+GPU_MEMORY = {"H100": 80_000_000_000, "H200": 141_000_000_000}
+"""Bytes counted on: the names' gigabytes, 5 to 6% less than the cards have, which is left to fragmentation."""
+LENGTH_SHARES = (1.0, 0.25)
+"""Mean response lengths, as shares of rollout.max_tokens, for which micro-batches are counted."""
+TENSOR_SIZES = (1, 2, 4, 8, 16)
+"""Tensor-parallel sizes for which the cuts are compared with the blocks."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One pipeline stage."""
+
+    stage: int
+    layers: int
+    dense_parameters: int
+    expert_parameters: int
+    memory: RankMemory
+
+    @property
+    def parameters(self) -> int:
+        return self.dense_parameters + self.expert_parameters
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """A kind of matrix and the tensor-parallel sizes whose cuts fall on block borders."""
+
+    matrix: str
+    along: str
+    """Which of its sides is cut."""
+    size: int
+    matrices: int
+    cut_by: int
+    """The size that cuts it in this layout: tensor or expert-tensor parallelism."""
+    aligned: tuple[int, ...]
+    not_aligned: tuple[int, ...]
+    impossible: tuple[int, ...]
+    """Sizes by which the side (or the number of heads) cannot be divided."""
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Micro-batches of an update, for a mean response length."""
+
+    response_tokens: int
+    micro_batches: int
+    bubble: float
+    """Share of the time in which a stage waits: (p - 1) / (m + p - 1) (Narayanan et al. 2021, section 2.2)."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What an accelerator holds in a phase of a step, in the fullest stage."""
+
+    name: str
+    bytes: int
+    parts: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The phases on one kind of accelerator."""
+
+    gpu: str
+    gpu_bytes: int
+    engine: EngineMemory
+    phases: tuple[Phase, ...]
+
+    @property
+    def fits(self) -> bool:
+        return all(p.bytes <= self.gpu_bytes for p in self.phases) and self.engine.kv_tokens > 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that `fp8slurm plan` prints."""
+
+    name: str
+    model_source: str
+    spec: ModelSpec
+    parameters: int
+    placement: str
+    layout: Layout
+    quantization: QuantizationSpec | None
+    stages: tuple[Stage, ...]
+    pipeline: tuple[Pipeline, ...]
+    fits: tuple[Fit, ...]
+    host: tuple[Item, ...]
+    """Host memory of a node."""
+    traffic: Traffic
+    """One weight update."""
+    matrices: int
+    """Quantized matrices."""
+    alignment: tuple[Alignment, ...]
+    longest_sequence: int
+    checkpoint_bytes: int
+    """On disk: weights, FP32 masters and both moments."""
+    gpus_per_node: int
+    """0: the run asks for no GPU; the figures are what it would take on one."""
+    samples_per_engine: int
+    """Samples of a step for each engine."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as plain values; bytes are integers."""
+        values = asdict(self)
+        values["layout"] |= {"data": self.layout.data, "expert_data": self.layout.expert_data}
+        for stage, mine in zip(values["stages"], self.stages):
+            stage["parameters"] = mine.parameters
+        for fit, mine in zip(values["fits"], self.fits):
+            fit["fits"] = mine.fits
+        return values
+
+
+def make_plan(config: RunConfig, gpu_memory: dict[str, int] | None = None) -> Plan:
+    """The plan of a configuration. `gpu_memory`: bytes by name; left out: H100 and H200.
+
+    Raises:
+        ValueError: the layout does not fit the model, or the model's shape is not known (as in preflight).
+    """
+    from fp8slurm.slurm.placement import place
+    from fp8slurm.slurm.preflight import check_engine_layout
+
+    spec, source = find_spec(config.model.hf_checkpoint)
+    placement = place(config)
+    check_layout(spec, config.parallel, config.fp8.backend != "off", placement.world_size)
+    check_engine_layout(config, spec)
+    quantization = engine_quantization(config)
+    layout = Layout.of(config.parallel, placement.world_size)
+    table = NameTable(spec)
+    parts = stages(table, layout)
+    pipeline = tuple(_pipeline(config, layout, share) for share in LENGTH_SHARES)
+    held = tuple(_stage(config, spec, p, pipeline[0].micro_batches) for p in parts)
+    moved = traffic(
+        table, quantization, config.sync.bucket_bytes,
+        tensor_parallel_size=layout.tensor, pipeline_parallel_size=layout.pipeline,
+        expert_parallel_size=layout.expert, expert_tensor_parallel_size=layout.expert_tensor,
+        dtype=getattr(torch, config.engine.dtype), trainer_dtype=getattr(torch, config.model.dtype),
+    )  # fmt: skip
+    matrices = [t for t in table.hf_tensors().values() if quantized(t.name, t.shape, quantization)]
+    parameters = sum(math.prod(t.shape) for t in table.hf_tensors().values())
+    return Plan(
+        name=config.run.name,
+        model_source=source,
+        spec=spec,
+        parameters=parameters,
+        placement=config.engine.placement,
+        layout=layout,
+        quantization=quantization,
+        stages=held,
+        pipeline=pipeline,
+        fits=tuple(
+            _fit(config, table, quantization, held, moved.largest_bucket, n, b)
+            for n, b in (gpu_memory or GPU_MEMORY).items()
+        ),
+        host=_host(config, held, moved.payload),
+        traffic=moved,
+        matrices=len(matrices),
+        alignment=tuple(_alignment(table, layout)),
+        longest_sequence=longest_sequence(config),
+        checkpoint_bytes=parameters * (memory.weight_bytes(config) + 12),
+        gpus_per_node=config.slurm.gpus_per_node,
+        samples_per_engine=-(-config.rollout.prompts_per_step * config.rollout.n_samples // len(placement.engines)),
+    )
+
+
+def longest_sequence(config: RunConfig) -> int:
+    """Tokens of the longest prompt with the longest response."""
+    return config.data.max_prompt_tokens + config.rollout.max_tokens
+
+
+def _stage(config: RunConfig, spec: ModelSpec, p: StageParameters, micro_batches: int) -> Stage:
+    return Stage(p.stage, p.layers, p.dense, p.experts, rank_memory(config, spec, p, micro_batches))
+
+
+def _pipeline(config: RunConfig, layout: Layout, share: float) -> Pipeline:
+    """Micro-batches of the update with the most samples, if every response has `share` of the longest length."""
+    r, t = config.rollout, config.train
+    response = max(1, int(r.max_tokens * share))
+    samples = -(-r.prompts_per_step // t.updates_per_step) * r.n_samples
+    per_batch = max(1, t.tokens_per_micro_batch // (response + int(config.data.max_prompt_tokens * share)))
+    m = max(1, -(-samples // (per_batch * layout.data)))
+    return Pipeline(response, m, (layout.pipeline - 1) / (m + layout.pipeline - 1))
+
+
+def _fit(
+    config: RunConfig, table: NameTable, quantization: QuantizationSpec | None, held: tuple[Stage, ...],
+    largest_bucket: int, name: str, size: int,
+) -> Fit:  # fmt: skip
+    shared = config.engine.placement == "shared"
+    resident = memory.TRAINER_RESIDENT + memory.ENGINE_RESIDENT if shared else memory.ENGINE_RESIDENT
+    engine = engine_memory(config, table, quantization, size, resident)
+    fullest = max((s.memory for s in held), key=lambda m: m.state_bytes + m.working_bytes)
+    largest = max((s.memory for s in held), key=lambda m: m.state_bytes)
+    trainer = {"trainer resident": memory.TRAINER_RESIDENT}
+    serving = {"engine resident": memory.ENGINE_RESIDENT}
+    # two for every list of buckets that a rank sends: its stage's, and its experts' where there are any
+    buckets = {"update buffers": 2 * largest_bucket * (2 if table.spec.is_moe else 1)}
+    weights, cache = {"engine weights": engine.weights}, {"KV cache": engine.kv_bytes}
+
+    def state(m: RankMemory, working: bool) -> dict[str, int]:
+        return {i.name: i.bytes for i in (*m.state, *(m.working if working else ()))}
+
+    if shared:
+        phases = {
+            "train": trainer | serving | buckets | state(fullest, True),
+            "sync": trainer | serving | buckets | state(largest, False) | weights,
+            "rollout": trainer | serving | buckets | weights | cache,
+        }
+    else:
+        phases = {
+            "train (trainer's GPU)": trainer | buckets | state(fullest, True),
+            "sync (trainer's GPU)": trainer | buckets | state(largest, False),
+            "sync and rollout (engine's GPU)": serving | buckets | weights | cache,
+        }
+    return Fit(name, size, engine, tuple(Phase(n, sum(p.values()), p) for n, p in phases.items()))
+
+
+def _host(config: RunConfig, held: tuple[Stage, ...], payload: int) -> tuple[Item, ...]:
+    """Host memory of the fullest node."""
+    ranks = config.slurm.ranks_per_node
+    out = [Item("last update", payload, "exact", "held by the agent: an engine that restarts is served from here")]
+    offloaded = max(sum(i.bytes for i in s.memory.host) for s in held)
+    if offloaded:
+        out.append(Item("offloaded optimizer", offloaded * ranks, "estimate", f"{ranks} ranks"))
+    if config.engine.placement == "shared":
+        # gradients are dropped, not moved (megatron-core 0.19.2, param_and_grad_buffer.py: offload_to_cpu), and the FP8
+        # copies are made again
+        moved = max(
+            sum(i.bytes for i in s.memory.state if i.name in ("weights", "optimizer", "reference model")) for s in held
+        )
+        out.append(Item("trainer's state while the engine works", moved * ranks, "estimate", f"pinned; {ranks} ranks"))
+    processes = ranks + 1 + config.engine.per_node * config.engine.tensor_parallel_size
+    out.append(Item("processes", processes * memory.HOST_PROCESS, "assumed", f"{processes} processes"))
+    return tuple(out)
+
+
+def _alignment(table: NameTable, layout: Layout) -> list[Alignment]:
+    """Every kind of quantized matrix: which side tensor parallelism cuts, and where that hits block borders."""
+    kinds: dict[tuple[str, int, int, bool], int] = {}
+    for entry in table:
+        for t in entry.tensors:
+            if entry.tp_dim is not None and decide(t.name, t.shape).quantize:
+                name = t.name.split(".")[-2] + (" (experts)" if entry.expert is not None else "")
+                key = (name, entry.tp_dim, t.shape[entry.tp_dim], entry.expert is not None)
+                kinds[key] = kinds.get(key, 0) + 1
+    out = []
+    for (name, dim, size, expert), count in kinds.items():
+        heads = table.spec.num_kv_heads if name in ("q_proj", "k_proj", "v_proj") else size
+        possible = [n for n in TENSOR_SIZES if heads % n == 0 and size % n == 0]
+        aligned = tuple(n for n in possible if n == 1 or size // n % BLOCK == 0)
+        out.append(
+            Alignment(
+                name,
+                "rows" if dim == 0 else "columns",
+                size,
+                count,
+                layout.expert_tensor if expert else layout.tensor,
+                aligned,
+                tuple(n for n in possible if n not in aligned),
+                tuple(n for n in TENSOR_SIZES if n not in possible),
+            )
+        )
+    return out

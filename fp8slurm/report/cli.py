@@ -1,0 +1,55 @@
+"""`fp8slurm report RUN [--compare RUN2 ...] [--out FILE] [--text]`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from fp8slurm.checkpoint.run import write_atomic
+from fp8slurm.report.read import read_run
+from fp8slurm.report.samples import LIMIT, read_samples
+
+
+def main(argv: list[str]) -> int:
+    """Exit status 0; bad input is a ValueError that names it."""
+    parser = argparse.ArgumentParser(
+        prog="fp8slurm report", description="A run as one HTML file that needs nothing else, or as Markdown (--text). docs/report.md."
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="run directory, such as runs/tiny-fp8; finished or not")
+    parser.add_argument("--compare", nargs="+", type=Path, default=[], metavar="RUN2", help="further runs to lay beside it")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="file to write (default: report.html in RUN; --text: the terminal)")
+    parser.add_argument("--text", action="store_true", help="Markdown instead of HTML")
+    parser.add_argument("--samples", type=int, default=LIMIT, metavar="N", help=f"saved samples to embed at most ({LIMIT}; --text shows 3)")
+    args = parser.parse_args(argv)
+    if args.samples < 0:
+        raise ValueError(f"--samples {args.samples} is below 0")
+    if args.out is not None and args.out.is_dir():
+        raise ValueError(f"--out {args.out} is a folder: give the name of a file")
+    if args.out is not None and not args.out.resolve().parent.is_dir():
+        raise ValueError(f"--out {args.out}: there is no folder {args.out.parent}")
+    paths = [args.run, *args.compare]
+    runs = [read_run(p) for p in paths]
+    names = [r.name for r in runs]
+    if len(set(names)) < len(names):
+        names = [str(p) for p in paths]
+    if len(set(names)) < len(names):
+        raise ValueError(f"--compare: a run is named twice ({', '.join(names)})")
+    try:
+        if args.text:
+            from fp8slurm.report.text import markdown
+
+            document = markdown(runs[0], read_samples(runs[0], min(args.samples, 3)), runs[1:], names)
+            if args.out is None:
+                sys.stdout.write(document)
+                return 0
+            write_atomic(args.out, document)
+        else:
+            from fp8slurm.report.page import page
+
+            args.out = args.out or args.run / "report.html"
+            write_atomic(args.out, page(runs[0], read_samples(runs[0], args.samples), runs[1:], names))
+    except OSError as error:
+        raise ValueError(f"{error.filename or args.out} cannot be written: {error.strerror}") from None
+    print(f"{args.out}  ({args.out.stat().st_size / 1e6:.1f} MB)")
+    return 0

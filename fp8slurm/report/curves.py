@@ -1,0 +1,113 @@
+"""Which curves a report draws."""
+
+from __future__ import annotations
+
+from fp8slurm.report.charts import Chart, Line
+from fp8slurm.report.content import sync_and_memory
+from fp8slurm.report.read import Run, Series
+
+_GAP = "d = trainer's minus engine's log-probability of each sampled token"
+
+
+def one_run(run: Run) -> list[Chart]:
+    """The curves of a run; what it did not record is left out (`missing` names it)."""
+    last_sft = run.last_step("sft") or 0
+    early = [(s - last_sft, v) for s, v in run.series("eval/accuracy", "sft")]
+    accuracy = [Line("held-out prompts", early + run.series("eval/accuracy"))]
+    tasks = [k for k in run.keys("eval/") if k.endswith("/accuracy") and k.count("/") == 2]
+    accuracy += [Line(k.split("/")[1], run.series(k), i % 6) for i, k in enumerate(tasks, 1)]
+    charts = [
+        Chart("reward", "Reward", "mean of all samples", [Line("reward", run.series("reward/mean"))]),
+        Chart(
+            "accuracy", "Held-out accuracy", "share right", accuracy, zero=True, marks=[(0, "RL starts")] if early else [],
+            note="Negative steps: the supervised warm start" if early else "",
+        ),
+        Chart(
+            "gap", "Gap", "nats",
+            [Line("99th percentile |d|", run.series("gap/p99"), 1), Line("mean |d|", run.series("gap/mean_abs"), 0)],
+            log=True, note=_GAP,
+        ),
+        Chart("k3", "Gap as KL (k3)", "nats", [Line("k3", run.series("gap/k3"))], log=True, note="KL of engine and trainer, estimated from the sampled tokens"),
+        Chart(
+            "clip", "Clipped tokens", "share",
+            [Line("above", run.series("ratio/clipped_high"), 1), Line("below", run.series("ratio/clipped_low"), 0)], zero=True,
+        ),
+        Chart("entropy", "Entropy", "nats per token", [Line("entropy", run.series("entropy"))]),
+        Chart("length", "Response length", "tokens, mean", [Line("length", run.series("rollout/response_length"))]),
+        Chart("grad", "Gradient norm", "before clipping", [Line("gradient norm", run.series("grad_norm"))], zero=True),
+        Chart("lr", "Learning rate", "", [Line("learning rate", run.series("lr"))], zero=True),
+        Chart("loss", "Loss", "", [Line("loss", run.series("loss"))]),
+        Chart("truncated", "Truncated responses", "share", [Line("truncated", run.series("rollout/truncated"))], zero=True),
+        Chart("speed", "Trained tokens", "per second", [Line("tokens/s", run.series("throughput/tokens_per_s"))], zero=True),
+    ]  # fmt: skip
+    sft = [
+        Chart("sft-loss", "Supervised loss", "nats per token", [Line("loss", run.series("loss/sft", "sft"))]),
+        Chart("sft-grad", "Supervised gradient norm", "before clipping", [Line("norm", run.series("grad_norm", "sft"))], zero=True),
+    ]  # fmt: skip
+    return [c for c in charts + sft if _any(c)]
+
+
+SYNC_CHARTS = 9
+
+
+def sync(run: Run) -> list[Chart]:
+    """One curve for every key of weight sync and memory."""
+    keys = [s.key for s in sync_and_memory(run) if run.values(s.key)][:SYNC_CHARTS]
+    charts = [
+        Chart(f"sync-{i}", key, "seconds" if key.startswith("time/") else "", [Line(key, run.series(key))], zero=True)
+        for i, key in enumerate(keys)
+    ]
+    return [c for c in charts if _any(c)]
+
+
+WANTED = (
+    ("reward", "reward/mean", "recorded in every RL step"),
+    ("held-out accuracy", "eval/accuracy", "give data.eval and eval.every"),
+    ("gap", "gap/mean_abs", "recorded in every RL step"),
+    ("clip fraction", "ratio/clipped_low", "recorded in every RL step that updates"),
+    ("entropy", "entropy", "recorded in every RL step that updates"),
+    ("response length", "rollout/response_length", "recorded in every RL step"),
+    ("gradient norm", "grad_norm", "recorded in every step that updates"),
+    ("learning rate", "lr", "recorded in every step that updates"),
+)
+
+
+def missing(run: Run) -> list[tuple[str, str]]:
+    """(name, how to record it) of the curves that one expects and that this run has no value of."""
+    return [(name, how) for name, key, how in WANTED if not run.values(key)]
+
+
+COMPARED = (
+    ("reward", "Reward", "mean of all samples", "reward/mean", False, False),
+    ("accuracy", "Held-out accuracy", "share right", "eval/accuracy", False, True),
+    ("gap", "Gap, mean |d|", "nats", "gap/mean_abs", True, False),
+    ("p99", "Gap, 99th percentile |d|", "nats", "gap/p99", True, False),
+    ("k3", "Gap as KL (k3)", "nats", "gap/k3", True, False),
+    ("entropy", "Entropy", "nats per token", "entropy", False, False),
+    ("length", "Response length", "tokens, mean", "rollout/response_length", False, False),
+    ("grad", "Gradient norm", "before clipping", "grad_norm", False, True),
+    ("lr", "Learning rate", "", "lr", False, True),
+    ("step", "Time per step", "seconds", "time/step", False, True),
+    ("speed", "Trained tokens", "per second", "throughput/tokens_per_s", False, True),
+)
+
+
+def several(runs: list[Run], names: list[str]) -> list[Chart]:
+    """The same curves of several runs on each other, a colour and a dash each."""
+    charts = []
+    for id, title, unit, key, log, zero in COMPARED:
+        lines = [Line(name, run.series(key), i % 6, i % 6) for i, (run, name) in enumerate(zip(runs, names))]
+        charts.append(Chart(id, title, unit, lines, log, zero))
+    total: list[Series] = []
+    for run in runs:
+        low, high = dict(run.series("ratio/clipped_low")), dict(run.series("ratio/clipped_high"))
+        both = sorted({*low, *high})
+        total.append([(s, None if low.get(s) is None or high.get(s) is None else low[s] + high[s]) for s in both])
+    lines = [Line(name, series, i % 6, i % 6) for i, (series, name) in enumerate(zip(total, names))]
+    charts.insert(5, Chart("clip", "Clipped tokens", "share", lines, zero=True))
+    return [c for c in charts if _any(c)]
+
+
+def _any(chart: Chart) -> bool:
+    """Whether there is a value that the chart can show."""
+    return any(v is not None and (v > 0 or not chart.log) for line in chart.lines for _, v in line.points)

@@ -1,0 +1,140 @@
+"""Graders that need no process of their own: time linear in the response, no arithmetic on unbounded numbers."""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+
+TAIL = 20_000
+"""Characters at the end of a response in which an answer that is not boxed is looked for."""
+TOLERANCE = Fraction(1, 10**9)
+"""Largest relative difference of two numbers that count as equal."""
+_LONGEST_NUMBER = 400
+_FAR = 40
+"""Characters between two boxes that make one answer."""
+_BRACES = re.compile(r"\\(?:boxed|fbox)\s*(\{)|\\.|[{}]", re.DOTALL)
+_BETWEEN = re.compile(r"[\s,;$.]*(?:and|or|\\text\{\s*(?:and|or)\s*\})?[\s,;$]*")
+_FRACTION = re.compile(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}|\\[dt]?frac\s*(\d)\s*(\d)")
+_PLAIN = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
+_NUMBER = re.compile(rf"(?<![\w.])([-+]?)\s?\$?\s?({_PLAIN})(?:[eE]([-+]?\d{{1,3}})(?!\d))?(?:\s*/\s*({_PLAIN}))?")
+_LETTER_FIRST = re.compile(r"\W*(?:(?:text|textbf|mathrm|mathbf)\s*\{)?\W*([A-Za-z])(?![A-Za-z0-9])")
+_SAID = re.compile(
+    r"(?i:\b(?:answer|choice|option))\**\s*(?i:is|:|=)?\**\s*:?\s*(?i:option|choice)?\s*"
+    r"(?:[*_(\"'\[{$\s]|\\(?:text|textbf|mathrm|mathbf)\s*\{)*([A-Z])(?![A-Za-z0-9'])"
+)
+_ALONE = re.compile(r"[^A-Za-z0-9]*([A-Za-z])[^A-Za-z0-9]*")
+
+
+def exact(response: str, label: str) -> float:
+    """1 if the response is the label, white space around both left out, else 0."""
+    return float(response.strip() == label.strip())
+
+
+def digits(response: str, label: str, weight: float) -> float:
+    """(1 - weight) * exact + weight * share of the positions whose characters agree, of the longer of the two."""
+    response, label = response.strip(), label.strip()
+    positions = max(len(response), len(label), 1)
+    share = sum(a == b for a, b in zip(response, label)) / positions if label else float(not response)
+    return (1 - weight) * float(response == label) + weight * share
+
+
+def numeric(response: str, label: str) -> float:
+    """1 if the number of the last \\boxed{}, or else the last number of the response, equals the label's, else 0.
+
+    Thousands separators, $, %, units and trailing zeros do not count; fractions do.
+    """
+    wanted, found = last_number(label), last_number(final_answer(response))
+    if wanted is None or found is None:
+        return 0.0
+    return float(abs(wanted - found) <= TOLERANCE * max(abs(wanted), abs(found)))
+
+
+def choice(response: str, label: str) -> float:
+    """1 if the letter that the response settles on is the label's, else 0."""
+    found = chosen_letter(response)
+    return float(found is not None and found == chosen_letter(label))
+
+
+def boxed_answers(text: str) -> list[tuple[int, int, int]]:
+    """(start of \\boxed, start and end of what is in its braces) of every closed \\boxed{} or \\fbox{}, by start."""
+    open_braces: list[tuple[int, int] | None] = []
+    found = []
+    for match in _BRACES.finditer(text):
+        if match[1]:
+            open_braces.append((match.start(), match.end()))
+        elif match[0] == "{":
+            open_braces.append(None)
+        elif match[0] == "}" and open_braces:
+            opened = open_braces.pop()
+            if opened is not None:
+                found.append((*opened, match.start()))
+    return sorted(found)
+
+
+def last_boxed(text: str) -> str | None:
+    """What the last closed \\boxed{} holds; several with only commas, "and" or "or" between are joined. None: none."""
+    found = boxed_answers(text)
+    if not found:
+        return None
+    parts = [found[-1]]
+    for earlier in reversed(found[:-1]):
+        later = parts[-1]
+        if (
+            earlier[2] > later[0]
+            or later[0] - earlier[2] > _FAR
+            or not _BETWEEN.fullmatch(text, earlier[2] + 1, later[0])
+        ):
+            break
+        parts.append(earlier)
+    return ", ".join(text[start:end].strip() for _, start, end in reversed(parts))
+
+
+def final_answer(response: str) -> str:
+    """The part of a response where its answer stands: the last box, or else its end."""
+    box = last_boxed(response)
+    return response[-TAIL:] if box is None else box
+
+
+def last_number(text: str) -> Fraction | None:
+    """The last number of a text: 1,234.50, -3, 2.5e3, 3/4, \\frac{3}{4}. None: there is none (or one of 400 digits)."""
+    text = text[-TAIL:].replace("\u2212", "-").replace("{,}", ",")
+    text = text.replace("\\,", "").replace("\\!", "").replace("\\$", "$")
+    text = _FRACTION.sub(lambda m: f" {m[1] or m[3]}/{m[2] or m[4]}", text)
+    text = re.sub(r"([-+])\s+(?=\S+/)", r"\1", text)
+    last = None
+    for last in _NUMBER.finditer(text):
+        pass
+    if last is None or len(last[0]) > _LONGEST_NUMBER:
+        return None
+    sign, number, exponent, under = last.groups()
+    value = Fraction(number.replace(",", "")) * Fraction(10) ** int(exponent or 0)
+    if under is not None:
+        below = Fraction(under.replace(",", ""))
+        if below == 0:
+            return None
+        value /= below
+    return -value if sign == "-" else value
+
+
+def chosen_letter(text: str) -> str | None:
+    """The letter of the last box, else of the last "answer is X", else a text or last line that is only a letter."""
+    box = last_boxed(text)
+    if box is not None:
+        match = _LETTER_FIRST.match(box)
+        return match[1].upper() if match else None
+    tail = text[-TAIL:].strip()
+    said = [m[1] for m in _SAID.finditer(tail)]
+    if said:
+        return said[-1]
+    line = tail.rsplit("\n", 1)[-1]
+    match = _ALONE.fullmatch(line)
+    return match[1].upper() if match else None
+
+
+def label_error(grader: str, label: str) -> str | None:
+    """Why no response could ever equal this label, or None."""
+    if grader == "numeric" and last_number(label) is None:
+        return f"the label {label!r:.80} has no number, which grader numeric compares"
+    if grader == "choice" and chosen_letter(label) is None:
+        return f"the label {label!r:.80} is no letter, which grader choice compares"
+    return None

@@ -1,0 +1,172 @@
+"""Beginning an attempt inside a Slurm job: one task creates it, the others find it by the job's number."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from fp8slurm.checkpoint.run import RunDirectory, RunState, damage, process_of, write_atomic
+from fp8slurm.config import RunConfig
+from fp8slurm.slurm import job as slurm
+from fp8slurm.slurm.job import Job, SlurmError
+
+JOIN_TIMEOUT_S = 600.0
+
+GUARDED = (
+    "model.hf_checkpoint", "model.dtype", "fp8.backend", "fp8.engine", "data.train", "data.prompt_key", "data.shuffle",
+    "data.max_prompt_tokens", "data.on_bad_line", "data.chat_template_kwargs", "sft.data", "sft.response_key", "run.seed",
+    "optim.distributed",
+)  # fmt: skip
+"""Settings that a run keeps: the weights it started from, its precision, and what its data cursors count."""
+
+
+class NoProgressError(ValueError):
+    """Too many attempts in a row without a new checkpoint."""
+
+
+def settle_configuration(config: RunConfig, run: RunDirectory) -> list[str]:
+    """Write config.json; returns the settings that differ from the attempt before.
+
+    Raises:
+        ValueError: the directory belongs to a run of another model, precision or layout of data.
+    """
+    saved = run.path / "config.json"
+    changes: list[str] = []
+    if saved.is_file():
+        changes = changed_keys(json.loads(saved.read_text()), config.model_dump(mode="json"))
+        foreign = [c for c in changes if c.split(":")[0] in GUARDED]
+        if foreign and run.newest_checkpoint():
+            raise ValueError(
+                f"{run.path} belongs to another run ({'; '.join(foreign)}): choose another name with --run.name"
+            )
+    write_atomic(saved, config.model_dump_json(indent=1))
+    return changes
+
+
+def changed_keys(old: dict, new: dict) -> list[str]:
+    """ "section.key: old -> new" for every setting that differs."""
+    out = []
+    for section, values in new.items():
+        for key, value in values.items():
+            before = old.get(section, {}).get(key)
+            if before != value:
+                out.append(f"{section}.{key}: {before!r} -> {value!r}")
+    return out
+
+
+def write_versions(run: RunDirectory, changes: list[str]) -> None:
+    """versions.json of the attempt: the command, the packages, and what was changed since the attempt before."""
+    versions = {"command": sys.argv, "packages": package_versions(), "changed": changes}
+    write_atomic(run.attempt_dir / "versions.json", json.dumps(versions, indent=1))
+
+
+def package_versions() -> dict[str, str]:
+    from importlib import metadata
+
+    names = ("fp8slurm", "torch", "megatron-core", "sglang", "transformers", "transformer-engine", "submitit")
+    versions = {}
+    for name in names:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return versions
+
+
+def finished(config: RunConfig, run: RunDirectory, verify: bool = False) -> bool:
+    """Whether the newest sealed checkpoint is that of the last step; verify: and undamaged, which means to read it all."""
+    last = RunState("rl", config.run.steps).name
+    return run.newest_checkpoint() == last and not (verify and damage(run.checkpoints / last))
+
+
+def holder(held: dict[str, Any]) -> str | None:
+    """The living holder of an attempt in words: a job that waits or runs, or a process of this machine; None if gone.
+
+    A start of one's own job is no holder: Slurm begins the next one when the one before is over, or cut off.
+    """
+    if "job" not in held:
+        return process_of(held)
+    mine = Job.here()
+    if mine is not None and held["job"] == mine.id:
+        return None
+    try:
+        return f"job {held['job']}" if slurm.is_active(held["job"]) else None
+    except SlurmError as error:
+        print(f"fp8slurm: cannot ask Slurm about job {held['job']}, which held the run ({error})", file=sys.stderr)
+        return None  # the attempt number fences it off
+
+
+def without_progress(run: RunDirectory, job: Job) -> int:
+    """Attempts in a row, the newest included, of this job (or of one that it was resubmitted from), that began at the
+    checkpoint that is still the newest."""
+    newest, id, count = run.newest_checkpoint(), job.id, 0
+    for attempt in range(run.newest_attempt(), -1, -1):
+        owner = run.owner(attempt)
+        if owner is None or "job" not in owner or owner["checkpoint"] != newest:
+            break
+        if owner["job"] != id:
+            stopped = run.attempts / str(attempt) / "stopped.json"
+            if not stopped.is_file() or json.loads(stopped.read_text()).get("resubmitted") != id:
+                break
+            id = owner["job"]
+        count += 1
+    return count
+
+
+def begin(config: RunConfig, path: Path, job: Job) -> RunDirectory:
+    """Begin the next attempt for this start of the job (one task calls this).
+
+    Raises:
+        RunBusyError: another job or process holds the run directory.
+        NoProgressError: slurm.max_attempts_without_progress attempts in a row made no new checkpoint.
+        ValueError: as settle_configuration.
+    """
+    run = RunDirectory(path)
+    run.path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    count = without_progress(run, job)
+    if count >= config.slurm.max_attempts_without_progress:
+        raise NoProgressError(no_progress(run, count))
+    owner = {"job": job.id, "restart": job.restart, "step": job.step, "checkpoint": run.newest_checkpoint()}
+    run.acquire(owner, holder)
+    write_versions(run, settle_configuration(config, run))
+    (run.attempt_dir / "logs").mkdir()
+    (run.attempt_dir / "begun").touch()
+    return run
+
+
+def no_progress(run: RunDirectory, count: int) -> str:
+    """Why the run is not started again."""
+    from fp8slurm.slurm.monitor import first_error
+
+    last = run.newest_attempt()
+    error = first_error(run.attempts / str(last)) or "it ended without a word"
+    return (
+        f"{run.path}: {count} attempts in a row without a new checkpoint (slurm.max_attempts_without_progress); the run "
+        f"ends. Attempt {last}: {error}"
+    )
+
+
+def find(path: Path, job: Job) -> RunDirectory | None:
+    """The attempt of this start of the job, once it has been begun."""
+    run = RunDirectory(path)
+    newest = run.newest_attempt()
+    owner = run.owner(newest)
+    if owner is None or (owner.get("job"), owner.get("restart")) != (job.id, job.restart):
+        return None
+    if job.step is not None and owner.get("step") != job.step:  # a step of the same allocation before this one
+        return None
+    run.attempt = newest
+    return run if (run.attempt_dir / "begun").exists() else None
+
+
+def join(path: Path, job: Job, timeout_s: float = JOIN_TIMEOUT_S) -> RunDirectory:
+    """Wait for the attempt of this start of the job. Raises TimeoutError."""
+    deadline = time.monotonic() + timeout_s
+    while (run := find(path, job)) is None:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{path}: task 0 did not begin an attempt for job {job.id} within {timeout_s:g} s")
+        time.sleep(0.1)
+    return run

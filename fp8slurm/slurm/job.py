@@ -1,0 +1,190 @@
+"""The job that this process runs in, as Slurm's environment describes it, and what Slurm's commands say about a job."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import time
+from dataclasses import dataclass
+from datetime import datetime
+
+COMMAND_TIMEOUT_S = 30.0
+
+
+class SlurmError(RuntimeError):
+    """A Slurm command failed or did not answer; the message is its own."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A start of a Slurm job: a requeued job keeps its id and counts its restarts."""
+
+    id: str
+    restart: int
+    step: str | None
+    """Number of the job step; None in the job script itself."""
+
+    @classmethod
+    def here(cls) -> Job | None:
+        """The job of this process, None outside Slurm."""
+        id, step = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_STEP_ID", "")
+        restart = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+        return cls(id, restart, step if step.isdigit() and int(step) < FIRST_SPECIAL_STEP else None) if id else None
+
+
+FIRST_SPECIAL_STEP = 0xFFFFFFF0
+"""Slurm numbers the job script's own step from the top."""
+
+
+def ask(
+    *command: str, timeout_s: float = COMMAND_TIMEOUT_S, environment: dict[str, str] | None = None, cwd: str | None = None
+) -> str:
+    """Standard output of a Slurm command. Raises SlurmError with what it said."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, env=environment, cwd=cwd)
+    except FileNotFoundError:
+        raise SlurmError(f"{command[0]}: there is no such command on this machine") from None
+    except subprocess.TimeoutExpired:
+        raise SlurmError(f"{' '.join(command)}: no answer within {timeout_s:g} s") from None
+    if done.returncode:
+        raise SlurmError((done.stderr or done.stdout).strip() or f"{' '.join(command)}: exit status {done.returncode}")
+    return done.stdout
+
+
+def environment_for_a_job(environment: dict[str, str]) -> dict[str, str]:
+    """What a new job may inherit when it is submitted from within a job: nothing that describes the old one."""
+    foreign = ("SLURM_", "SLURMD_", "SRUN_", "SUBMITIT_")
+    return {k: v for k, v in environment.items() if k == "SLURM_CONF" or not k.startswith(foreign)}
+
+
+def available() -> bool:
+    """Whether Slurm's commands are installed here."""
+    return all(shutil.which(c) for c in ("sbatch", "srun", "scontrol", "squeue"))
+
+
+def fields(line: str) -> dict[str, str]:
+    """`scontrol -o show ...`'s KEY=VALUE pairs; of a key that comes twice, the first."""
+    out: dict[str, str] = {}
+    for key, value in re.findall(r"(\S+?)=(\S*)", line):
+        out.setdefault(key, value)
+    return out
+
+
+def show_job(job_id: str) -> dict[str, str] | None:
+    """What the controller knows about a job, None if it knows none of that number (any more). Raises SlurmError."""
+    try:
+        return fields(ask("scontrol", "-o", "show", "job", job_id))
+    except SlurmError as error:
+        if "Invalid job id" in str(error):
+            return None
+        raise
+
+
+ACTIVE = ("PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "RESIZING", "STOPPED")
+"""States of a job that writes, or will. One that is COMPLETING is being killed; should it still write, it is fenced off."""
+
+
+def is_active(job_id: str) -> bool:
+    """Whether a job waits or runs. Raises SlurmError."""
+    job = show_job(job_id)
+    return job is not None and job["JobState"] in ACTIVE
+
+
+def parse_time(text: str) -> float | None:
+    """A time as scontrol prints it (2026-11-23T20:34:11), in Unix seconds; None for Unknown."""
+    try:
+        return datetime.fromisoformat(text).timestamp()
+    except ValueError:
+        return None
+
+
+def end_time(job_id: str) -> float | None:
+    """When Slurm will end the running job: the time limit, or the end of a preemption's grace. None: never, or unknown."""
+    try:
+        job = show_job(job_id)
+    except SlurmError:
+        job = None
+    if job is not None and job.get("TimeLimit") != "UNLIMITED" and parse_time(job.get("EndTime", "")):
+        return parse_time(job["EndTime"])
+    said = os.environ.get("SLURM_JOB_END_TIME", "")
+    return float(said) if said.isdigit() else None
+
+
+def minutes(text: str) -> int:
+    """A time limit in minutes, rounded up: MINUTES, MM:SS, HH:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text.strip())
+    if match is None:
+        raise ValueError(f"{text!r} is no time: allowed are minutes, HH:MM:SS and D-HH:MM:SS")
+    days, a, b, c = (None if g is None else int(g) for g in match.groups())
+    if days is not None:
+        seconds = days * 86400 + a * 3600 + (b or 0) * 60 + (c or 0)
+    elif c is not None:
+        seconds = a * 3600 + b * 60 + c
+    elif b is not None:
+        seconds = a * 60 + b
+    else:
+        seconds = a * 60
+    if seconds <= 0:
+        raise ValueError(f"{text!r} is no time limit: it must be above 0")
+    return -(-seconds // 60)
+
+
+def address() -> str:
+    """This node's address on the network that joins the job's nodes: the interface that leads to where srun was started.
+
+    Raises:
+        SlurmError: Slurm names no address, and the node's own name resolves to a loopback one.
+    """
+    launcher = os.environ.get("SLURM_LAUNCH_NODE_IPADDR")
+    if launcher:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:  # nothing is sent: only the route is looked up
+            s.connect((launcher, 9))
+            return s.getsockname()[0]
+    name = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    found = socket.gethostbyname(name)
+    if found.startswith("127."):
+        raise SlurmError(f"this node's name {name} resolves to {found}, which other nodes cannot reach")
+    return found
+
+
+def interface_of(address: str) -> str:
+    """Name of the network interface that has this IPv4 address. Raises SlurmError."""
+    import psutil
+
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(a.family == socket.AF_INET and a.address == address for a in addresses):
+            return name
+    raise SlurmError(f"no network interface of this node has the address {address}")
+
+
+def gpu_list() -> list[str]:
+    """The GPUs that Slurm gave this job on this node, as CUDA names them; empty if it gave none."""
+    for name in ("CUDA_VISIBLE_DEVICES", "SLURM_STEP_GPUS", "SLURM_JOB_GPUS"):
+        value = os.environ.get(name)
+        if value and value != "NoDevFiles":
+            return value.split(",")
+    return []
+
+
+def requeue(job_id: str, patience_s: float = 20.0) -> None:
+    """Put the running job back into the queue; Slurm then ends this start of it. Tries again while the controller is away.
+
+    Raises:
+        SlurmError: Slurm refuses (requeueing is disabled), or does not answer.
+    """
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            ask("scontrol", "requeue", job_id)
+            return
+        except SlurmError as error:
+            if time.monotonic() > deadline or not re.search("contact|connect|answer", str(error), re.I):
+                raise
+            time.sleep(1)

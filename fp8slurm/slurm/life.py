@@ -1,0 +1,154 @@
+"""The end of a job's start, and what follows: notice, deadline, requeue.
+
+    SIGUSR2, or the job's own clock     -> noticed
+    next border between two steps       -> all ranks stop there (rank 0 decides, the store tells), save, requeue
+    not enough time left in a rollout   -> the step is given up, the border before it saved, requeue
+    no time left at all                 -> requeue without saving: the newest checkpoint counts
+
+One writer: rank 0. Its main thread stops at borders, its monitor thread takes notices and keeps the last deadline.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from fp8slurm.checkpoint.run import FencedError, RunDirectory, write_atomic
+from fp8slurm.config import RunConfig
+from fp8slurm.slurm import job as slurm
+from fp8slurm.slurm.job import Job, SlurmError
+
+log = logging.getLogger(__name__)
+
+REQUEUE_S = 8.0
+"""Seconds before the end at which the job is requeued, saved or not."""
+SAFETY = 1.5
+"""A save may take this many times as long as the last one."""
+STOPPED = "stopped.json"
+
+
+class StoppedForGood(RuntimeError):
+    """The run has stopped before its end and is not queued again."""
+
+    permanent = True
+
+
+class Life:
+    """Implements rl.stopping.Stopping for one rank of a Slurm job; `notice` and `tick` are the monitor thread's."""
+
+    def __init__(self, config: RunConfig, run: RunDirectory, job: Job, first: bool) -> None:
+        self.config, self.run, self.job, self.first = config, run, job, first
+        self.end: float | None = None
+        self._noticed = threading.Event()
+        self._lock = threading.Lock()
+        if first:
+            self.end = slurm.end_time(job.id)
+
+    # -- monitor thread ------------------------------------------------------------------------------------------
+
+    def notice(self) -> None:
+        """SIGUSR2 came: the time limit is near, or the job is preempted; then its end has moved."""
+        if self._noticed.is_set():
+            return
+        if self.first:
+            log.warning("notice (SIGUSR2): the run stops at the next border between two steps")
+            self.end = slurm.end_time(self.job.id) or time.time() + self.config.slurm.signal_delay_s
+        self._noticed.set()
+
+    def tick(self) -> None:
+        """Called twice a second: the last moment to requeue, whatever the loop is doing."""
+        if self.first and self.end is not None and time.time() > self.end - REQUEUE_S:
+            self.end = slurm.end_time(self.job.id)  # it may have been extended
+            if self.end is not None and time.time() > self.end - REQUEUE_S:
+                self.end = None
+                try:
+                    self._go_on("no time left to save", "", False)
+                except (FencedError, OSError) as error:  # the monitor must go on watching
+                    log.error("no time left to save, and the job cannot be requeued: %s", error)
+
+    # -- rank 0's main thread ------------------------------------------------------------------------------------
+
+    def noticed(self) -> bool:
+        return self._noticed.is_set()
+
+    def at_border(self, noticed: bool, step_s: float, save_s: float) -> str:
+        if noticed:
+            return "notice from Slurm (SIGUSR2)"
+        needed = 1.2 * step_s + SAFETY * save_s + REQUEUE_S
+        if self.end is not None and time.time() + needed > self.end:
+            self.end = slurm.end_time(self.job.id)
+            if self.end is not None and time.time() + needed > self.end:
+                return f"{self.end - time.time():.0f} s of the job are left, a step and a save may take {needed:.0f} s"
+        return ""
+
+    def in_rollout(self, save_s: float) -> str:
+        if self._noticed.is_set() and self.end is not None and time.time() + SAFETY * save_s + 2 * REQUEUE_S > self.end:
+            return f"{self.end - time.time():.0f} s of the job are left, too few for this step and a save"
+        return ""
+
+    def stopped(self, where: str, saved: bool) -> None:
+        """Raises StoppedForGood where the run does not go on by itself."""
+        said = self._go_on("stopped as planned", where, saved)
+        if not said["next"]:
+            raise StoppedForGood(f"stopped at {where}; {said['why_not']}. Submit the run again to go on")
+
+    # -- both ----------------------------------------------------------------------------------------------------
+
+    def _go_on(self, why: str, where: str, saved: bool) -> dict[str, Any]:
+        """Once an attempt: say in stopped.json what happened, and requeue (or resubmit) the job."""
+        with self._lock:
+            path = self.run.attempt_dir / STOPPED
+            if path.is_file():
+                return json.loads(path.read_text())
+            self.run.check_fence()
+            said: dict[str, Any] = {"why": why, "at": where, "saved": saved, "time": time.time(), "next": "", "why_not": ""}
+            if not self.config.slurm.requeue:
+                said["why_not"] = "slurm.requeue is off"
+                write_atomic(path, json.dumps(said))
+                return said
+            # Slurm ends this process as soon as it has taken the requeue: what is to be said must be on disk before.
+            write_atomic(path, json.dumps(said | {"next": "requeued"}))
+            said |= requeue_or_resubmit(self.config, self.run, self.job)
+            write_atomic(path, json.dumps(said))
+            log.warning("%s: %s", why, said["next"] or said["why_not"])
+            return said
+
+
+def requeue_or_resubmit(config: RunConfig, run: RunDirectory, job: Job) -> dict[str, Any]:
+    """Put the job back into the queue; where the site has that disabled, submit it anew. Returns next, why_not, resubmitted."""
+    try:
+        slurm.requeue(job.id)
+        return {"next": "requeued"}
+    except SlurmError as refusal:
+        try:
+            new = resubmit(config, run, job)
+        except (SlurmError, OSError) as error:
+            return {"next": "", "why_not": f"scontrol requeue: {refusal}; sbatch: {error}"}
+        return {"next": f"resubmitted as job {new}", "resubmitted": new, "why_not": f"scontrol requeue: {refusal}"}
+
+
+def resubmit(config: RunConfig, run: RunDirectory, job: Job) -> str:
+    """Submit the job's own script again, to start when this job has ended; returns the new job's id. Raises SlurmError."""
+    script = run.attempt_dir / "job_script.sh"
+    slurm.ask("scontrol", "write", "batch_script", job.id, str(script))
+    folder = os.environ.get("SUBMITIT_FOLDER")
+    said = slurm.ask(
+        "sbatch", "--parsable", f"--dependency=afterany:{job.id}", str(script),
+        environment=slurm.environment_for_a_job(dict(os.environ)), cwd=os.environ.get("SLURM_SUBMIT_DIR"),
+    )  # fmt: skip
+    new = said.strip().split(";")[0]
+    if folder:  # submitit looks for what to run under the job's number
+        pickle = Path(folder) / f"{job.id}_submitted.pkl"
+        os.link(pickle, pickle.with_name(f"{new}_submitted.pkl"))
+    from fp8slurm.slurm.submit_chain import follow
+
+    try:
+        follow(run.path, job.id, new)
+    except SlurmError as error:
+        log.warning("the jobs of the chain that wait for job %s cannot be moved behind job %s: %s", job.id, new, error)
+    return new

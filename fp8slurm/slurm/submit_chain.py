@@ -1,0 +1,265 @@
+"""`fp8slurm chain`: queue the jobs of a chain, write RUN/chain.json, show them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Sequence
+
+from fp8slurm.checkpoint.run import write_atomic
+from fp8slurm.config import RunConfig
+from fp8slurm.slurm.chain import TRAIN, Link, dependency, links, log_file, parse_sbatch, script, script_file
+from fp8slurm.slurm.job import SlurmError, ask, environment_for_a_job
+from fp8slurm.slurm.queue import jobs
+from fp8slurm.slurm.status import Facts, size_damage
+
+CHAIN = "chain.json"
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A link, its number from 1, and why it needs no job ("" where it needs one)."""
+
+    link: Link
+    number: int
+    done: str
+
+
+def main(argv: list[str]) -> int:
+    """Exit status 0: queued, or nothing left to do; 1: Slurm failed; bad input is a ValueError."""
+    parser = argparse.ArgumentParser(
+        prog="fp8slurm chain",
+        add_help=False,
+        description="Hugging Face -> torch_dist and FP8 -> train -> Hugging Face -> FP8 -> evaluation, as Slurm jobs "
+        "that wait for each other. Settings are those of fp8slurm train. The same command again leaves out what is "
+        "done. --dry-run prints the scripts.",
+    )
+    parser.add_argument(
+        "--convert-sbatch", action="append", default=[], metavar="--NAME=VALUE",
+        help='a flag of sbatch for the conversion jobs, such as --convert-sbatch="--partition=cpu"; may be repeated',
+    )  # fmt: skip
+    parser.add_argument(
+        "--eval-sbatch", action="append", default=[], metavar="--NAME=VALUE",
+        help="the same for the evaluation job",
+    )  # fmt: skip
+    own, rest = parser.parse_known_args(argv)
+    if not argv or "-h" in argv or "--help" in argv:
+        parser.print_help()
+    from fp8slurm.slurm.preflight import preflight
+    from fp8slurm.slurm.submit import configuration
+
+    config, dry_run = configuration(rest, "fp8slurm chain")
+    for warning in preflight(config, dry_run=dry_run):
+        print(f"fp8slurm chain: warning: {warning}", file=sys.stderr)
+    run = (config.run.root / config.run.name).resolve()
+    found = plan(config, run, own.convert_sbatch, own.eval_sbatch)
+    if dry_run:
+        print(describe(found, config, run), end="")
+        return 0
+    if all(p.done for p in found):
+        print(f"{run}: every job of the chain is done; the evaluation is {found[-1].link.output}")
+        return 0
+    from fp8slurm.doctor.quick import quick
+    from fp8slurm.slurm.cluster import check_cluster
+
+    for warning in [*quick(config), *check_cluster(config)]:
+        print(f"fp8slurm chain: warning: {warning}", file=sys.stderr)
+    refuse_second(run)
+    try:
+        record = submit(found, config, run, argv)
+    except SlurmError as error:
+        print(f"fp8slurm chain: {error}", file=sys.stderr)
+        return 1
+    show(record, run)
+    return 0
+
+
+def plan(config: RunConfig, run: Path, convert_sbatch: list[str], eval_sbatch: list[str]) -> list[Planned]:
+    """Every link, and why it needs no job.
+
+    Raises:
+        ValueError: the run directory belongs to another model, or has an export of a checkpoint that it has not.
+    """
+    before = _read(run / CHAIN).get("hf_checkpoint")
+    if before not in (None, str(config.model.hf_checkpoint)):
+        raise ValueError(
+            f"{run} holds a chain that began with {before}, not with --model.hf-checkpoint "
+            f"{config.model.hf_checkpoint}: choose another name with --run.name"
+        )
+    found: list[Planned] = []
+    trained = False
+    for number, link in enumerate(links(config, run, convert_sbatch, eval_sbatch), 1):
+        if link.name == TRAIN:
+            trained = size_damage(link.output) is None
+            done = f"{link.output} is there" if trained else ""
+        else:
+            done = f"{link.output} is there" if link.output.exists() else ""
+            if done and not trained and TRAIN in [p.link.name for p in found]:
+                raise ValueError(
+                    f"{done}, but the checkpoint that it comes from is not: move it away, or choose another name with "
+                    f"--run.name"
+                )
+        found.append(Planned(link, number, done))
+    return found
+
+
+def describe(found: list[Planned], config: RunConfig, run: Path) -> str:
+    """The scripts, as --dry-run prints them."""
+    from fp8slurm.slurm.submit import script as train_script
+
+    parts = []
+    waiting = [p.link.name for p in found if not p.done]
+    for p in found:
+        head = f"# ---- {p.number} {p.link.name}: "
+        flags = dependency([f"<{name}>" for name in p.link.after if name in waiting])
+        if p.done:
+            parts.append(f"{head}nothing to do, {p.done}\n")
+        elif p.link.name == TRAIN:
+            parts.append(f"{head}as fp8slurm submit\n{train_script(with_sbatch(config, flags), run)}\n")
+        else:
+            parts.append(f"{head}sbatch {' '.join(flags)}".rstrip() + f"\n{script(p.link, p.number, config, run)}")
+    return "\n".join(parts) + "\n# nothing was queued (--dry-run)\n"
+
+
+def with_sbatch(config: RunConfig, flags: Sequence[str]) -> RunConfig:
+    """The configuration whose training job has further flags of sbatch."""
+    sbatch = config.slurm.sbatch | parse_sbatch("--slurm.sbatch", flags)
+    return config.model_copy(update={"slurm": config.slurm.model_copy(update={"sbatch": sbatch})})
+
+
+def refuse_second(run: Path) -> None:
+    """Raises ValueError where a job or a process of this run is alive already, or Slurm cannot say."""
+    facts = Facts(run, time.time())
+    known, problem = jobs(facts.job_ids)
+    if problem:
+        raise ValueError(f"Slurm cannot say whether jobs of {run} are queued: {problem}")
+    active = [job.id for job in known.values() if job.active]
+    if active:
+        raise ValueError(
+            f"{run}: jobs {', '.join(active)} of it wait or run; fp8slurm status {run} shows them, "
+            f"scancel {' '.join(active)} ends them, --run.name starts another run"
+        )
+    if facts.held() == "running":
+        raise ValueError(f"{run} is held by a process of this machine: wait for it, or choose another --run.name")
+
+
+def submit(found: list[Planned], config: RunConfig, run: Path, arguments: list[str]) -> dict[str, Any]:
+    """Queue the links that need a job; returns what chain.json says.
+
+    Raises:
+        SlurmError: Slurm refused one; those queued before it were cancelled.
+    """
+    (run / "chain").mkdir(parents=True, exist_ok=True, mode=0o700)
+    os.chmod(run, 0o700)
+    record: dict[str, Any] = {
+        "command": ["fp8slurm", "chain", *arguments],
+        "time": time.time(),
+        "hf_checkpoint": str(config.model.hf_checkpoint),
+        "links": [],
+    }
+    ids: dict[str, str] = {}
+    try:
+        for p in found:
+            entry = {"name": p.link.name, "job_id": None, "done": p.done, "after": [], "log": ""}
+            if not p.done:
+                after = [ids[name] for name in p.link.after if name in ids]
+                ids[p.link.name], log = queue(p, after, config, run)
+                entry |= {"job_id": ids[p.link.name], "after": after, "log": log}
+            record["links"].append(entry)
+            write_atomic(run / CHAIN, json.dumps(record, indent=1))
+    except BaseException as error:
+        cancel(list(ids.values()))
+        if isinstance(error, SlurmError):
+            raise SlurmError(f"{error}; nothing of the chain is left in the queue") from None
+        raise
+    return record
+
+
+def queue(planned: Planned, after: list[str], config: RunConfig, run: Path) -> tuple[str, str]:
+    """Queue one link to start after the jobs `after`; returns its job id and the path of its log. Raises SlurmError."""
+    link, flags = planned.link, dependency(after)
+    if link.name == TRAIN:
+        from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+        from fp8slurm.slurm.submit import FOLDER
+        from fp8slurm.slurm.submit import submit as submit_training
+
+        try:
+            job_id = submit_training(with_sbatch(config, flags))
+        except (FailedJobError, FailedSubmissionError) as error:
+            raise SlurmError(f"sbatch refused the training job: {error}") from None
+        assert job_id is not None, "a finished run is left out of the chain"
+        return job_id, str(run / FOLDER / f"{job_id}_0_log.err")
+    file = script_file(run, planned.number, link.name)
+    write_atomic(file, script(link, planned.number, config, run))
+    try:
+        said = ask("sbatch", "--parsable", *flags, str(file), environment=environment_for_a_job(dict(os.environ)))
+    except SlurmError as error:
+        raise SlurmError(f"sbatch refused {file}: {error}") from None
+    return said.strip().split(";")[0], str(log_file(run, planned.number, link.name))
+
+
+def cancel(ids: list[str]) -> None:
+    """scancel, whatever it says."""
+    if ids:
+        try:
+            ask("scancel", *ids)
+        except SlurmError as error:
+            print(f"fp8slurm chain: {error}; cancel {' '.join(ids)} yourself", file=sys.stderr)
+
+
+def follow(run: Path, old: str, new: str) -> None:
+    """Let the links that wait for job `old` wait for `new`, which goes on with its work (a site without requeueing).
+
+    Raises:
+        SlurmError: Slurm refused; the chain is then cancelled when `old` ends.
+    """
+    record = _read(run / CHAIN)
+    for link in record.get("links", []):
+        if link["job_id"] == old:
+            link["job_id"] = new
+        elif old in link["after"]:
+            link["after"] = [new if i == old else i for i in link["after"]]
+            ask("scontrol", "update", f"JobId={link['job_id']}", f"Dependency=afterok:{':'.join(link['after'])}")
+    if record:
+        write_atomic(run / CHAIN, json.dumps(record, indent=1))
+
+
+def show(record: dict[str, Any], run: Path) -> None:
+    """The table of the chain's jobs."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for title in ("chain", "job", "after", ""):
+        table.add_column(title, no_wrap=bool(title))
+    where = os.path.relpath(run)
+    for link in record["links"]:
+        note = link["done"] or link["log"]
+        note = note.replace(str(run), where)
+        table.add_row(
+            link["name"], link["job_id"] or Text("done", style="cyan"), " ".join(link["after"]), Text(note, style="dim")
+        )
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=140)
+    console.print(table)
+    ids = " ".join(link["job_id"] for link in record["links"] if link["job_id"])
+    print(f"fp8slurm status {where}  shows how far it is; scancel {ids}  ends it")
+    print("the same command again goes on where it stopped")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """chain.json, empty if there is none. ValueError: it cannot be read."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read ({error}): move it away") from None

@@ -1,0 +1,81 @@
+"""What srun starts: find or begin this job's attempt, then be one of its tasks.
+
+The same for a job that `fp8slurm submit` made (submitit unpickles `work` with two strings) and for a hand-written script
+(`srun ... fp8slurm worker --recipe R`).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+from fp8slurm.checkpoint.run import RunDirectory
+from fp8slurm.config import RunConfig
+from fp8slurm.slurm import attempt
+from fp8slurm.slurm.job import Job
+from fp8slurm.slurm.placement import Placement, Task, place
+from fp8slurm.slurm.task import be_task
+
+
+def work(config_json: str, run_dir: str) -> None:
+    """Be task SLURM_PROCID of the run. Does not return, except where the run is finished.
+
+    Raises:
+        ValueError: not started by srun, or not with the tasks of this configuration; the run directory is held; too many
+            attempts without progress.
+    """
+    # First of all: no process that is started from here on is ended by Slurm's notice.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
+    config = RunConfig.model_validate_json(config_json)
+    placement = place(config)
+    job, task = Job.here(), this_task(placement)
+    assert job is not None
+    path = Path(run_dir)
+    if attempt.finished(config, RunDirectory(path)):
+        if task.index == 0:
+            print(f"{path} is finished: {config.run.steps} steps (--run.steps more of them to go on)")
+        return
+    run = attempt.begin(config, path, job) if task.index == 0 else attempt.join(path, job)
+    redirect_output(run, task)
+    be_task(config, run, placement, task, job)
+
+
+def this_task(placement: Placement) -> Task:
+    """The placement's task that Slurm's environment says this process is. Raises ValueError."""
+    try:
+        index, tasks, node = (int(os.environ[f"SLURM_{n}"]) for n in ("PROCID", "NTASKS", "NODEID"))
+    except KeyError as missing:
+        raise ValueError(
+            f"{missing} is not set: this is no task of a Slurm job. Start it with srun from a job script (sbatch/), or use "
+            f"fp8slurm submit"
+        ) from None
+    want = f"{placement.nodes} nodes x {placement.tasks_per_node} tasks (--slurm.nodes, --slurm.ranks-per-node + 1 agent)"
+    if tasks != len(placement.tasks):
+        raise ValueError(f"srun started {tasks} tasks; the configuration needs {want}")
+    task = placement.tasks[index]
+    if task.node != node:
+        raise ValueError(f"task {index} is on node {node} instead of {task.node}; needed are {want}, dealt in blocks")
+    return task
+
+
+def redirect_output(run: RunDirectory, task: Task) -> None:
+    """Standard output and error into the attempt's folder: Slurm's own files go on from one attempt to the next."""
+    where = run.attempt_dir / "logs"
+    print(f"task {task.index} ({task.role} {task.number}): attempt {run.attempt}, logs in {where}", file=sys.stderr)
+    for stream, end in ((sys.stdout, "out"), (sys.stderr, "err")):
+        stream.flush()
+        fd = os.open(run.attempt_dir / "logs" / f"{task.index}_log.{end}", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        os.dup2(fd, stream.fileno())
+        os.close(fd)
+
+
+def main(argv: list[str]) -> int:
+    """`fp8slurm worker --recipe R [--section.key VALUE ...]`: one task of a hand-written job script."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
+    from fp8slurm.slurm.submit import configuration
+
+    config, _ = configuration(argv, "fp8slurm worker")
+    work(config.model_dump_json(), str((config.run.root / config.run.name).resolve()))
+    return 0

@@ -1,0 +1,82 @@
+"""An agent's end of the broadcasts from the trainer's sources."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from typing import Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+
+from fp8slurm.sync.bucket import WeightBucket, WeightSpec, payload_bytes
+from fp8slurm.sync.groups import Group
+
+Source = tuple[str, Group, Sequence[tuple[WeightSpec, ...]]]
+"""Name, the group whose rank 0 is the source, and its buckets."""
+
+
+class CorruptUpdate(RuntimeError):
+    """A bucket did not arrive as it was sent."""
+
+
+def checksum(payload: torch.Tensor) -> int:
+    """CRC-32 of a payload (uint8 [n], any device)."""
+    return zlib.crc32(payload.cpu().numpy().data)
+
+
+def publish_checksums(store: dist.Store, number: int, source: str, checksums: list[int]) -> None:
+    """Tell the agents what the buckets of update `number` were when `source` sent them."""
+    store.set(f"sync/checksums/{number}/{source}", json.dumps(checksums))
+
+
+class Receiver:
+    """Takes updates, one after the other; while a bucket is worked on, the next one arrives."""
+
+    def __init__(self, store: dist.Store, sources: Sequence[Source], keep: bool) -> None:
+        """keep: hold the last update in host memory (as many bytes as all buckets together) instead of three buckets."""
+        self.store, self.sources, self.keep = store, sources, keep
+        self.held: list[WeightBucket] = []
+        """The last update where it is kept and has wholly arrived, else nothing."""
+        sizes = [payload_bytes(specs) for _, _, plan in sources for specs in plan]
+        self._payloads = self._allocate(sizes) if keep else []
+        self._turns = [] if keep else self._allocate([max(sizes)] * 3)
+        self._sizes = sizes
+
+    @staticmethod
+    def _allocate(sizes: Sequence[int]) -> list[torch.Tensor]:
+        return [torch.empty(n, dtype=torch.uint8) for n in sizes]
+
+    def receive(self, version: int, number: int, verify: bool) -> Iterator[WeightBucket]:
+        """The buckets of update `number`, which gets `version`. Each is good until the next but one is asked for; with verify
+        all of them last, and at the end they are compared with what the sources say they sent (CorruptUpdate)."""
+        self.held = []
+        if self.keep:
+            payloads = self._payloads
+        elif verify:
+            payloads = self._allocate(self._sizes)
+        else:
+            payloads = [self._turns[i % 3][:n] for i, n in enumerate(self._sizes)]
+        order = [(group, specs) for _, group, plan in self.sources for specs in plan]
+        buckets = [WeightBucket(version, specs, payload) for (_, specs), payload in zip(order, payloads)]
+        arriving = order[0][0].start_broadcast(payloads[0], 0)
+        for i, bucket in enumerate(buckets):
+            arriving.wait()
+            if i + 1 < len(buckets):
+                arriving = order[i + 1][0].start_broadcast(payloads[i + 1], 0)
+            yield bucket
+        if verify:
+            self._compare(number, buckets)
+        if self.keep:
+            self.held = buckets
+
+    def _compare(self, number: int, buckets: list[WeightBucket]) -> None:
+        rest = iter(buckets)
+        for name, _, plan in self.sources:
+            sent = json.loads(self.store.get(f"sync/checksums/{number}/{name}"))
+            for i, (crc, bucket) in enumerate(zip(sent, (next(rest) for _ in plan), strict=True)):
+                if checksum(bucket.payload) != crc:
+                    raise CorruptUpdate(
+                        f"bucket {i} of {name} ({bucket.specs[0].name} and {len(bucket.specs) - 1} more) is not what was "
+                        f"sent: its CRC-32 is {checksum(bucket.payload):08x}, {crc:08x} when it left the trainer"
+                    )

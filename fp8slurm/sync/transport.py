@@ -1,0 +1,206 @@
+"""How a bucket gets from this process into one engine: three ways, the same bytes.
+
+    gloo      CPU. One group on loopback: this process is rank 0, the engine's ranks are 1 to tensor_parallel_size.
+    nccl      GPUs that only serve: the same over NVLink or the network, from a payload on this process's GPU.
+    cuda-ipc  GPUs that trainer and engine share: the engine maps the payload where it lies. What is posted is the
+              handle of the memory and the specs, pickled, because SGLang takes nothing else; it is the only pickled
+              object of this project and goes to an engine on this node, behind its API key.
+"""
+
+from __future__ import annotations
+
+import base64
+import itertools
+import os
+import pickle
+import time
+from abc import ABC, abstractmethod
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from typing import Any, Callable, Literal
+
+import torch
+import torch.distributed as dist
+
+from fp8slurm.engine.client import EngineClient
+from fp8slurm.engine.server import EngineError
+from fp8slurm.sync.bucket import WeightBucket
+from fp8slurm.sync.groups import listen
+
+LOOPBACK = "127.0.0.1"
+JOIN_TIMEOUT = timedelta(seconds=120)
+_numbers = itertools.count()
+
+
+class Transport(ABC):
+    """Carries buckets into one engine."""
+
+    def __init__(self) -> None:
+        self.seconds = {"handover": 0.0, "load": 0.0}
+        """Since last cleared: until the engine had the bytes, and from then until it had loaded them."""
+
+    @abstractmethod
+    def open(self, client: EngineClient, tensor_parallel_size: int) -> None:
+        """Get ready. Raises EngineError if the engine does not take part."""
+
+    @abstractmethod
+    def start(self, bucket: WeightBucket) -> None:
+        """Begin to have the engine load a bucket; one at a time."""
+
+    @abstractmethod
+    def finish(self) -> None:
+        """Wait until the bucket under way is loaded: its payload may be overwritten then. Raises EngineError."""
+
+    @abstractmethod
+    def close(self, engine_answers: bool) -> None:
+        """Give everything up; `engine_answers`: whether the engine is to be told."""
+
+
+class BroadcastTransport(Transport):
+    """gloo or nccl: the engine is told by HTTP what comes, then it comes as one broadcast."""
+
+    def __init__(self, backend: Literal["gloo", "nccl"] = "gloo") -> None:
+        super().__init__()
+        self.backend = backend
+        self._client: EngineClient | None = None
+        self._group: dist.ProcessGroup | None = None
+        self._store: dist.TCPStore | None = None
+        self._name = ""
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="engine-link")
+
+    def open(self, client: EngineClient, tensor_parallel_size: int) -> None:
+        assert self._group is None, "the transport is open"
+        self._client, size = client, 1 + tensor_parallel_size
+        self._name = f"fp8slurm-{os.getpid()}-{next(_numbers)}"
+        listener = listen(LOOPBACK)  # a TCPStore by itself listens on every interface
+        port = listener.getsockname()[1]
+        fd = listener.detach()
+        self._store = dist.TCPStore(
+            LOOPBACK, port, is_master=True, wait_for_workers=False, timeout=JOIN_TIMEOUT, master_listen_fd=fd
+        )
+        own_keys = self._store.num_keys()
+        joining = self._pool.submit(client.join_group, self._name, port, size, self.backend)
+        while not joining.done() and self._store.num_keys() == own_keys:
+            time.sleep(0.01)
+        if joining.done():  # it cannot have joined without us: the group would wait in vain for an engine that is gone
+            joining.result()
+        try:
+            self._group = engine_group(self._store, self._name, size, self.backend)
+            joining.result()
+        except RuntimeError as error:
+            raise EngineError(f"{client.url} did not join the weight group: {error}") from error
+
+    def start(self, bucket: WeightBucket) -> None:
+        assert self._client is not None and self._group is not None, "open() comes first"
+        self._times = times = [time.perf_counter()]
+        names = [spec.name for spec in bucket.specs]
+        dtypes = [str(spec.dtype).removeprefix("torch.") for spec in bucket.specs]
+        shapes = [list(spec.shape) for spec in bucket.specs]
+        self._loading = self._pool.submit(self._client.receive_bucket, self._name, names, dtypes, shapes)
+        self._loading.add_done_callback(lambda _: times.append(time.perf_counter()))
+        options = dist.BroadcastOptions()
+        options.rootRank, options.rootTensor = 0, 0
+        self._sending = self._group.broadcast([bucket.payload], options)
+        if self.backend == "gloo":  # nccl's is done when the stream is, which says nothing: all of it counts as handover
+            self._sending.get_future().add_done_callback(lambda _: times.append(time.perf_counter()))
+
+    def finish(self) -> None:
+        self._loading.result()  # before the broadcast: an engine that refuses or dies never takes part in it
+        self._sending.wait()
+        if self.backend == "nccl":
+            torch.cuda.current_stream().synchronize()  # wait() only orders streams
+        began, arrived = self._times[0], min(self._times[1:], default=self._times[0])
+        self.seconds["handover"] += arrived - began
+        self.seconds["load"] += max(self._times) - arrived
+
+    def close(self, engine_answers: bool) -> None:
+        if self._group is not None and self._client is not None and engine_answers:
+            self._client.leave_group(self._name)
+        self._group = self._store = None
+
+
+def engine_group(store: dist.Store, name: str, size: int, backend: str) -> dist.ProcessGroup:
+    """Rank 0 of the group that SGLang's init_custom_process_group makes: its keys lie under the same prefixes.
+
+    PrefixStore(name) is SGLang's (utils/common.py); name/ and the first device of the backend are those of torch's
+    _new_process_group_helper. A bare group: torch.distributed's default group is neither needed nor touched.
+    """
+    device = next(iter(dist.distributed_c10d.BackendConfig(dist.Backend(backend)).get_device_backend_map()))
+    for prefix in (name, f"{name}/", f"{device}/"):
+        store = dist.PrefixStore(prefix, store)
+    if backend == "nccl":
+        options = dist.ProcessGroupNCCL.Options()
+        options._timeout = JOIN_TIMEOUT
+        return dist.ProcessGroupNCCL(store, 0, size, options)
+    options = dist.ProcessGroupGloo._Options()
+    options._timeout = JOIN_TIMEOUT
+    options._devices = [dist.ProcessGroupGloo.create_device(hostname=LOOPBACK)]
+    return dist.ProcessGroupGloo(store, 0, size, options)
+
+
+class CudaIpcTransport(Transport):
+    """cuda-ipc: the payload stays where it is, on a GPU of this node; each engine rank maps the one on its own GPU."""
+
+    def __init__(self, gather_handles: Callable[[str], list[str]] | None = None) -> None:
+        """gather_handles: this process's handle -> those of all engine ranks, in their order, where trainer ranks in other
+        processes hold the same bucket on the other GPUs. Left out: every engine rank maps this process's payload.
+
+        The memory must come from cudaMalloc (no expandable segments).
+        """
+        super().__init__()
+        self._gather = gather_handles
+        self._client: EngineClient | None = None
+        self._size = 1
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="engine-link")
+
+    def open(self, client: EngineClient, tensor_parallel_size: int) -> None:
+        self._client, self._size = client, tensor_parallel_size
+
+    def start(self, bucket: WeightBucket) -> None:
+        assert self._client is not None, "open() comes first"
+        start = time.perf_counter()
+        torch.cuda.current_stream().synchronize()  # the payload is finished before another process reads it
+        handle = ipc_handle(bucket)
+        handles = [handle] * self._size if self._gather is None else self._gather(handle)
+        self.seconds["handover"] += time.perf_counter() - start
+        self._loading = self._pool.submit(self._load, self._client, handles)
+
+    def _load(self, client: EngineClient, handles: list[str]) -> None:
+        start = time.perf_counter()
+        client.receive_handles(handles)  # the engine's plugin answers once its copies are done
+        self.seconds["load"] += time.perf_counter() - start
+
+    def finish(self) -> None:
+        self._loading.result()
+
+    def close(self, engine_answers: bool) -> None:
+        self._client = None
+
+
+def ipc_handle(bucket: WeightBucket) -> str:
+    """base64 of what /update_weights_from_tensor takes as a flattened bucket: the CUDA memory's handle and the specs."""
+    from sglang.srt.weight_sync.tensor_bucket import FlattenedTensorMetadata
+
+    specs = []
+    for s in bucket.specs:
+        where = {"start_idx": s.offset, "end_idx": s.offset + s.nbytes, "numel": s.nbytes}
+        specs.append(FlattenedTensorMetadata(name=s.name, shape=torch.Size(s.shape), dtype=s.dtype, **where))
+    content = {"flattened_tensor": _CudaHandle(bucket.payload), "metadata": specs}
+    return base64.b64encode(pickle.dumps(content)).decode()
+
+
+class _CudaHandle:
+    """Pickles as the tensor that it holds, by handle; the GPU is named by its UUID, since numbers differ by process."""
+
+    DEVICE_ARGUMENT = 6  # of torch.multiprocessing.reductions.rebuild_cuda_tensor; SGLang looks for the UUID there
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        from torch.multiprocessing.reductions import reduce_tensor
+
+        rebuild, arguments = reduce_tensor(self.tensor)
+        uuid = str(torch.cuda.get_device_properties(self.tensor.device).uuid)
+        i = self.DEVICE_ARGUMENT
+        return rebuild, (*arguments[:i], uuid, *arguments[i + 1 :])

@@ -1,0 +1,83 @@
+"""Mixture of experts on top of Megatron's routers: replayed routing, and the scale of the load-balancing loss."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from fp8slurm.rl.types import PackedBatch
+
+
+class RoutingReplay:
+    """Has the routers of a model send tokens where a micro-batch says (`PackedBatch.routing`), if it says so.
+
+    Only the choice of experts is replayed: their weights are the softmax of this model's own logits at those experts,
+    so that gradients reach the router. Megatron keeps one RouterReplay a router, in a list of all models in the
+    process; here each is reached through its own router, so that a reference model is left alone.
+    """
+
+    def __init__(self, module: torch.nn.Module, sequence_rank: int = 0, sequence_size: int = 1) -> None:
+        """`module`: a GPTModel made with moe_enable_routing_replay. The sequence is cut into `sequence_size` equal
+        parts (sequence parallelism), this rank's being number `sequence_rank`."""
+        self._routers = [layer.mlp.router for layer in module.decoder.layers]
+        self._rank, self._size = sequence_rank, sequence_size
+        self._active = False
+        for router in self._routers:
+            router.register_forward_pre_hook(self._choose)
+
+    def set(self, batch: PackedBatch) -> None:
+        """To be called before the forward pass of every micro-batch (its routing: uint8 or int16 [T, layers, k])."""
+        self._active = batch.routing is not None
+        if batch.routing is None:
+            return
+        part = batch.routing.chunk(self._size)[self._rank]
+        for router in self._routers:
+            router.router_replay.set_target_indices(part[:, router.layer_number - 1].long())
+
+    def finish(self) -> None:
+        """Forget what was replayed, after the last micro-batch's backward pass."""
+        self._active = False
+        for router in self._routers:
+            router.router_replay.clear_indices()
+
+    def _choose(self, router: Any, _: Any) -> None:
+        from megatron.core.transformer.moe.router_replay import RouterReplayAction
+
+        action = None
+        if self._active:
+            # A layer that is recomputed runs without gradients first and with them in the backward pass, when later
+            # micro-batches have long been set: Megatron keeps a queue for that.
+            again = router.training and router.config.recompute_granularity == "full" and torch.is_grad_enabled()
+            action = RouterReplayAction.REPLAY_BACKWARD if again else RouterReplayAction.REPLAY_FORWARD
+        router.router_replay.set_router_replay_action(action)
+
+
+def scale_aux_loss(transformer_config: Any, micro_batches: list[PackedBatch], group: dist.ProcessGroup) -> None:
+    """Make the load-balancing loss of an update the mean over its tokens, to be called on all ranks before it.
+
+    Megatron multiplies each micro-batch's by its number of tokens, expecting gradients to be divided by the tokens of
+    the batch, which the trainer does not do: its losses are summed as they are. `group`: the data-parallel ranks.
+    """
+    tokens = torch.tensor(sum(len(b.tokens) for b in micro_batches), device=torch.cuda.current_device())
+    dist.all_reduce(tokens, group=group)
+    transformer_config.moe_grad_scale_func = lambda: 1.0 / tokens.float()
+
+
+def take_aux_loss(layers: int, micro_batches: int, data_parallel_size: int) -> float:
+    """The load-balancing loss (without its coefficient) of the update just made, mean over layers and micro-batches.
+
+    E * sum over experts of (share of tokens * mean probability): 1 if balanced, E / k if k experts take everything
+    (Fedus et al. 2021, Switch Transformer, eq. 4). Called on all ranks; the same on all.
+    """
+    from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+
+    tracker = get_moe_metrics_tracker()
+    total = torch.zeros(1, dtype=torch.float64, device=torch.cuda.current_device())
+    if "load_balancing_loss" in tracker.metrics:
+        values = tracker.metrics["load_balancing_loss"].values
+        total += values.double().sum()
+        values.zero_()
+    dist.all_reduce(total)  # stages hold their layers' part, sequence-parallel ranks their tokens'
+    return float(total) / (layers * micro_batches * data_parallel_size)

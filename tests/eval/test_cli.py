@@ -1,0 +1,109 @@
+import json
+import shutil
+
+import pytest
+from fp8slurm.checkpoint import hf_to_fp8, hf_to_torch_dist
+from fp8slurm.cli import main
+from fp8slurm.eval.checkpoints import prepare, recognize
+from fp8slurm.models import tiny
+from safetensors.torch import load_file
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    (folder / "hf").mkdir()
+    tiny.write_model(folder / "hf")
+    hf_to_fp8(folder / "hf", folder / "fp8", modules_to_not_convert=["model.layers.0"])
+    hf_to_torch_dist(folder / "hf", folder / "dist")
+    (folder / "q.jsonl").write_text('{"prompt": "1|2=", "label": "2"}\n')
+    return folder
+
+
+def seen(path, **given):
+    return recognize(path, None, None, given.get("origin"), given.get("eval_dir"))
+
+
+def test_a_checkpoint_is_recognized_by_its_contents(models, tmp_path):
+    assert seen(models / "hf").kind == "Hugging Face" and seen(models / "fp8").kind == "Hugging Face, block FP8"
+    dist = seen(models / "dist", origin=models / "fp8")
+    assert dist.kind == "torch_dist" and "model.layers.0" in dist.keep and dist.tokenizer_folder == models / "fp8"
+    with pytest.raises(ValueError, match="--origin-hf-dir"):
+        seen(models / "dist")
+    with pytest.raises(ValueError, match="not recognized; allowed: a run"):
+        seen(tmp_path)
+    with pytest.raises(ValueError, match="no such folder"):
+        seen(tmp_path / "none")
+    with pytest.raises(ValueError, match="no config.json there"):
+        recognize(None, tmp_path, None, None, None)
+
+
+def test_conversions_are_kept_until_the_source_changes(models, tmp_path):
+    source = tmp_path / "hf"
+    shutil.copytree(models / "hf", source)
+    checkpoint = seen(source, eval_dir=tmp_path / "eval")
+    assert prepare(checkpoint, "bf16") == (source, "as it is")
+    folder, how = prepare(checkpoint, "fp8")
+    assert how.startswith("converted: ") and folder == tmp_path / "eval" / "models" / "hf-fp8"
+    assert prepare(checkpoint, "fp8") == (folder, "converted earlier")
+    _, how = prepare(checkpoint, "fp8", ("model.layers.1",))
+    assert how.startswith("converted: ") and "model.layers.1.mlp.up_proj.weight_scale_inv" not in load_file(
+        folder / "model.safetensors"
+    )
+    assert prepare(checkpoint, "fp8")[1].startswith("converted: ")
+    tiny.write_model(models / "hf", seed=0)  # the same bytes in the original: nothing was written there by us
+    shutil.copy(models / "hf" / "model.safetensors", source / "model.safetensors")
+    assert prepare(checkpoint, "fp8")[1].startswith("converted: "), "a newer file is another source"
+    (folder.parent / "hf-fp8.source.json").unlink()  # a crash between conversion and note
+    assert prepare(checkpoint, "fp8")[1].startswith("converted: ")
+    back, _ = prepare(seen(models / "fp8", eval_dir=tmp_path / "eval"), "bf16")
+    assert "quantization_config" not in json.loads((back / "config.json").read_text())
+
+
+def test_torch_dist_becomes_what_the_folder_would(models, tmp_path):
+    dist, _ = prepare(seen(models / "dist", origin=models / "hf", eval_dir=tmp_path), "fp8", ("model.layers.0",))
+    assert (dist / "model.safetensors").read_bytes() == (models / "fp8" / "model.safetensors").read_bytes()
+
+
+BAD = {
+    "": "say what to evaluate",
+    "--checkpoint {m}/hf": "say what to ask",
+    "--checkpoint {m}/hf --tasks {m}/q.jsonl": "say how its answers are graded",
+    "--checkpoint {m}/hf --tasks gsm8k": "nothing is downloaded",
+    "--checkpoint {m}/hf --tasks gsm8k math500 --data {m}/q.jsonl": "give each its own",
+    "--checkpoint {m}/hf --tasks {m}/q.jsonl --grader maths": "not one of exact",
+    "--checkpoint {m}/hf --tasks {m}/q.jsonl --grader exact --n-samples 4": "at temperature 0 are all the same",
+    "--checkpoint {m}/hf --tasks {m}/q.jsonl --grader exact --n-samples 0": "--n-samples 0; allowed: 1 or more",
+    "--checkpoint {m}/hf --tasks {m}/q.jsonl --grader exact --temperature=-1": "--temperature",
+    "--checkpoint {m}/hf --tasks {m}/q.jsonl --grader exact --top-p 0": "--top-p",
+    "--checkpoint {m}/hf --tasks {m}/q.jsonl --grader exact --fail-if-worse 0.1": "needs --precision both",
+    "--checkpoint {m}/hf --tasks {m}/q.jsonl --grader exact --precision both --out x": "give --eval-dir",
+    "--checkpoint {m}/hf --tasks {m}/q.jsonl --grader exact --nonsense 3": "--nonsense: no such flag",
+    "--checkpoint {m}/hf --tasks {m}/q.jsonl {m}/q.jsonl --grader exact": "q is there twice",
+    "--checkpoint {m}/hf --tasks {m}/q.jsonl --grader choice": "is no letter",
+    "--checkpoint {m}/hf --tasks {m}/q.jsonl --grader exact --max-prompt-tokens 2": "has no question",
+    "--run {m}/hf": "",
+}
+
+
+@pytest.mark.parametrize("line", BAD, ids=lambda line: line.replace("{m}/", ""))
+def test_a_mistake_is_one_sentence_and_status_two(models, capsys, line):
+    assert main(["eval", *line.format(m=models).split()]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("fp8slurm eval: ") and BAD[line] in said and "Traceback" not in said
+
+
+def test_a_prompt_that_fills_the_context_is_refused_before_an_engine_starts(models, tmp_path, capsys):
+    arguments = (
+        f"--checkpoint {models}/hf --tasks {models}/q.jsonl --grader exact --precision bf16 --eval-dir {tmp_path}"
+    )
+    arguments += " --engine.context-length 4"
+    assert main(["eval", *arguments.split()]) == 2
+    assert "question 0 of q has 4 tokens, the engine's context 4" in capsys.readouterr().err
+
+
+def test_dry_run_says_what_would_be_asked(models, tmp_path, capsys):
+    arguments = f"--checkpoint {models}/hf --tasks {models}/q.jsonl --grader numeric --dry-run --eval-dir {tmp_path}/e"
+    assert main(["eval", *arguments.split()]) == 0
+    out = capsys.readouterr().out
+    assert "q: 1 questions of" in out and "grader numeric" in out and "'1|2='" in out and not (tmp_path / "e").exists()

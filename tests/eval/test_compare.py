@@ -1,0 +1,121 @@
+import json
+
+import pytest
+from fp8slurm.cli import main
+from fp8slurm.eval.compare import compare
+from fp8slurm.eval.summary import speed, summarize
+from fp8slurm.eval.tasks import EvalTask
+
+
+def rows_of(right, n=1, name="t"):
+    """right: for each question how many of its n samples are right."""
+    return [
+        {
+            "task": name,
+            "id": str(i),
+            "sample": k,
+            "label": str(i),
+            "response_ids": [1] * (4 + k),
+            "finish_reason": "length" if k == 1 else "stop",
+            "score": float(k < c),
+            "correct": k < c,
+            "attempt": 0,
+            "at": 2.0,
+        }
+        for i, c in enumerate(right)
+        for k in range(n)
+    ]
+
+
+def evaluation(folder, right, precision, n=1, scored=None, tokens_per_second=100.0):
+    task, rows = EvalTask(name="t", n_samples=n), rows_of(right, n)
+    folder.mkdir()
+    (folder / "samples.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    summary = {
+        "checkpoint": "step_000040",
+        "precision": precision,
+        "tokens_per_second": tokens_per_second,
+        "tasks": {"t": summarize(task, rows)},
+    }
+    (folder / "summary.json").write_text(json.dumps(summary))
+    if scored is not None:
+        (folder / "scored.jsonl").write_text(
+            "".join(json.dumps({"tokens": k, "logprobs": v}) + "\n" for k, v in scored.items())
+        )
+    return folder
+
+
+def test_a_summary_by_hand():
+    found = summarize(EvalTask(name="t", n_samples=4), rows_of([4, 2, 0, 1], 4), failures=3, left_out=1)
+    assert (found["questions"], found["samples"], found["correct"]) == (4, 16, 7)
+    assert found["accuracy"]["value"] == pytest.approx((1 + 0.5 + 0 + 0.25) / 4) == pytest.approx(found["score"])
+    assert {k: v["value"] for k, v in found["pass_at_k"].items()} == pytest.approx(
+        {"1": (1 + 0.5 + 0 + 0.25) / 4, "2": (1 + (1 - 1 / 6) + 0 + 0.5) / 4, "4": 3 / 4}
+    )
+    assert all(v["low"] <= v["value"] <= v["high"] for v in found["pass_at_k"].values())
+    assert found["response_tokens"] == {"mean": 5.5, "median": 5.5, "p95": 7.0, "longest": 7}
+    assert (found["truncated"], found["aborted"], found["grader_failures"], found["left_out"]) == (0.25, 0, 3, 1)
+
+
+def test_speed_counts_every_start():
+    rows = [{"response_ids": [1] * 10, "attempt": a, "at": t} for a, t in [(0, 1.0), (0, 4.0), (1, 2.0), (1, 0.5)]]
+    assert speed(rows) == (40, 6.0)
+
+
+def test_differences_flips_gap_and_speed_by_hand(tmp_path):
+    a = evaluation(
+        tmp_path / "a", [1, 1, 0, 0, 1], "fp8", scored={"x": [-1.0, -2.0], "y": [-0.5]}, tokens_per_second=150
+    )
+    b = evaluation(tmp_path / "b", [1, 1, 1, 0, 0], "bf16", scored={"x": [-1.1, -2.0], "y": [-0.2]})
+    found = compare(a, b)
+    task = found["tasks"]["t"]
+    assert (task["a"], task["b"], task["difference"]["value"], task["lost"], task["won"]) == (
+        0.6,
+        0.6,
+        0.0,
+        ["2"],
+        ["4"],
+    )
+    assert task["difference"]["low"] < 0 < task["difference"]["high"]
+    gap = found["logprob_gap"]
+    assert gap["tokens"] == 3 and gap["mean_abs"] == pytest.approx(0.4 / 3) and gap["max"] == pytest.approx(0.3)
+    assert gap["k1"] == pytest.approx(0.2 / 3) and found["speed_ratio"] == 1.5 and found["worse"] == []
+    samples = evaluation(tmp_path / "c", [4, 2, 1, 0, 3], "fp8", n=4)
+    task = compare(samples, b)["tasks"]["t"]
+    assert task["lost"] == ["2"] and task["won"] == ["4"] and task["difference"]["value"] == pytest.approx(0.5 - 0.6)
+    assert compare(samples, b)["logprob_gap"] is None
+    other = evaluation(tmp_path / "d", [1, 1, 1, 0, 0], "bf16", scored={"x": [-1.1, -2.0]})
+    assert compare(a, other)["logprob_gap"] is None, "other tokens were scored"
+
+
+def test_exit_status_three_only_where_the_whole_interval_is_worse(tmp_path, capsys):
+    n = 200
+    base = evaluation(tmp_path / "base", [1] * 160 + [0] * 40, "bf16")
+    same = evaluation(tmp_path / "same", [0] * 4 + [1] * 156 + [1] * 4 + [0] * 36, "fp8")
+    bad = evaluation(tmp_path / "bad", [0] * 40 + [1] * 120 + [0] * 40, "fp8")  # 20 points worse, interval about +-5.5
+    assert n == 200
+    for folder, limit, status in [
+        (same, "0", 0),
+        (bad, "0.02", 3),
+        (bad, "0.12", 3),
+        (bad, "0.19", 0),
+        (bad, "0.5", 0),
+    ]:
+        assert main(["compare", str(folder), str(base), "--fail-if-worse", limit]) == status, (folder, limit)
+    out = capsys.readouterr().out
+    assert "FP8 is worse on t, by more than 2 points" in out and "not significantly worse" in out
+    assert main(["compare", str(bad), str(base), "--out", str(tmp_path / "c")]) == 0
+    found = json.loads((tmp_path / "c" / "compare.json").read_text())
+    assert found["fail_if_worse"] is None and len(found["tasks"]["t"]["lost"]) == 40
+
+
+def test_what_cannot_be_compared_is_refused(tmp_path, capsys):
+    a = evaluation(tmp_path / "a", [1, 0], "fp8")
+    b = evaluation(tmp_path / "b", [1, 0, 1], "bf16")
+    for other, complaint in [(b, "did not ask the same questions of t"), (tmp_path / "none", "has no summary.json")]:
+        assert main(["compare", str(a), str(other)]) == 2
+        assert complaint in capsys.readouterr().err
+    (b / "summary.json").unlink()
+    (b / "settings.json").write_text("{}")
+    assert main(["compare", str(a), str(b)]) == 2 and "run it again to complete it" in capsys.readouterr().err
+    assert main(["compare", str(a), str(a), "--fail-if-worse=-1"]) == 2

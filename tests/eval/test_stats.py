@@ -1,0 +1,97 @@
+import itertools
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from fp8slurm.eval.stats import bootstrap, ks, paired_difference, pass_at_k
+from hypothesis import given
+from hypothesis import strategies as st
+
+
+def test_pass_at_k_is_what_counting_every_subset_gives():
+    for n in range(1, 9):
+        for c in range(n + 1):
+            for k in range(1, n + 1):
+                subsets = list(itertools.combinations([1] * c + [0] * (n - c), k))
+                share = sum(any(s) for s in subsets) / len(subsets)
+                assert pass_at_k(n, c, k) == pytest.approx(share, abs=1e-12), (n, c, k)
+
+
+@given(st.integers(1, 400), st.data())
+def test_pass_at_k_is_the_closed_form(n, data):
+    c, k = data.draw(st.integers(0, n)), data.draw(st.integers(1, n))
+    exact = 1 - Fraction(math.comb(n - c, k), math.comb(n, k))
+    assert pass_at_k(n, c, k) == pytest.approx(float(exact), abs=1e-9)
+
+
+def test_pass_at_k_of_the_papers_sizes():
+    """Values of 1 - prod(1 - k / arange(n - c + 1, n + 1)), the paper's listing, worked out in exact fractions."""
+    for n, c, k, value in [
+        (200, 10, 1, 0.05),
+        (200, 10, 10, 0.4084012),
+        (200, 10, 100, 0.9992287),
+        (200, 150, 100, 1.0),
+    ]:
+        assert pass_at_k(n, c, k) == pytest.approx(float(1 - Fraction(math.comb(n - c, k), math.comb(n, k))), abs=1e-12)
+        assert pass_at_k(n, c, k) == pytest.approx(value, abs=2e-3)
+
+
+@pytest.mark.parametrize(("n", "c", "k"), [(4, 5, 1), (4, -1, 1), (4, 2, 0), (4, 2, 5)])
+def test_pass_at_k_refuses_what_makes_no_sense(n, c, k):
+    with pytest.raises(ValueError, match="allowed"):
+        pass_at_k(n, c, k)
+
+
+def test_ks():
+    assert [ks(n) for n in (1, 2, 3, 8, 12)] == [[1], [1, 2], [1, 2, 3], [1, 2, 4, 8], [1, 2, 4, 8, 12]]
+
+
+def binomial_quantile(n, p, level):
+    total = 0.0
+    for k in range(n + 1):
+        total += math.comb(n, k) * p**k * (1 - p) ** (n - k)
+        if total >= level:
+            return k / n
+    return 1.0
+
+
+@pytest.mark.parametrize(("n", "right"), [(30, 12), (200, 150), (500, 425)])
+def test_the_bootstrap_of_right_and_wrong_is_binomial(n, right):
+    """Resampling n answers, `right` of them 1, draws from Binomial(n, right / n): its quantiles are the interval."""
+    found = bootstrap([1.0] * right + [0.0] * (n - right))
+    assert found.value == pytest.approx(right / n)
+    assert found.low == pytest.approx(binomial_quantile(n, right / n, 0.025), abs=1.01 / n)
+    assert found.high == pytest.approx(binomial_quantile(n, right / n, 0.975), abs=1.01 / n)
+
+
+def test_about_95_of_100_intervals_hold_the_truth():
+    rng = np.random.default_rng(5)
+    inside = 0
+    for i in range(400):
+        found = bootstrap((rng.random(150) < 0.7).astype(float).tolist(), draws=1000, seed=i)
+        inside += found.low <= 0.7 <= found.high
+    assert 0.91 <= inside / 400 <= 0.98
+
+
+def test_pairing_takes_out_what_both_sides_find_hard():
+    rng = np.random.default_rng(3)
+    hard = rng.random(400)
+    base = (rng.random(400) < hard).astype(float)
+    ours = base.copy()
+    ours[:8] = 1 - ours[:8]  # eight questions flip
+    paired = paired_difference(ours.tolist(), base.tolist())
+    alone = bootstrap(ours.tolist())
+    assert paired.value == pytest.approx(ours.mean() - base.mean())
+    assert paired.high - paired.low < 0.5 * (alone.high - alone.low)
+    same = paired_difference(base.tolist(), base.tolist())
+    assert (same.value, same.low, same.high) == (0, 0, 0)
+
+
+def test_the_interval_is_a_function_of_the_values_alone():
+    values = [0.0, 0.25, 1.0, 0.5] * 20
+    state = np.random.get_state()[1].copy()
+    assert bootstrap(values) == bootstrap(values)
+    assert (np.random.get_state()[1] == state).all(), "the global random state was moved"
+    with pytest.raises(ValueError, match="no questions"):
+        bootstrap([])

@@ -1,0 +1,189 @@
+"""What the plan says against what is there: built trainers on four ranks, the converter's output, SGLang, the code."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from fp8slurm.checkpoint import hf_to_fp8
+from fp8slurm.checkpoint.hf_folder import open_hf
+from fp8slurm.config import RunConfig
+from fp8slurm.models import tiny
+from fp8slurm.models.known import known_model
+from fp8slurm.models.names import NameTable
+from fp8slurm.models.qwen3 import ModelSpec, QuantizationSpec
+from fp8slurm.plan import make_plan, memory
+from fp8slurm.plan.engine import engine_memory, weights_on_gpu
+from fp8slurm.sync.traffic import traffic
+from fp8slurm.trainer.logprobs import vocab_parallel_logprobs
+
+HERE = Path(__file__).parent
+RANKS = 4
+LAYOUTS: dict[str, dict[str, dict[str, Any]]] = {
+    "tp2_pp2": {"parallel": {"tensor_parallel_size": 2, "pipeline_parallel_size": 2}},
+    "tp2_sp_dp2": {"parallel": {"tensor_parallel_size": 2, "sequence_parallel": True}},
+    "pp2_dp2": {"parallel": {"pipeline_parallel_size": 2}},
+    "dp4_not_distributed": {"optim": {"distributed": False}},
+    "dp4_offload": {"optim": {"cpu_offload": True}},
+    "tp2_fp32": {"parallel": {"tensor_parallel_size": 2}, "model": {"dtype": "float32"}},
+    "moe_ep2": {"parallel": {"expert_parallel_size": 2}},
+    "moe_pp2_ep2": {"parallel": {"pipeline_parallel_size": 2, "expert_parallel_size": 2}},
+    "moe_tp2_ep4": {"parallel": {"tensor_parallel_size": 2, "sequence_parallel": True, "expert_parallel_size": 4}},
+    "moe_tp2_etp2": {
+        "parallel": {"tensor_parallel_size": 2, "sequence_parallel": True, "expert_tensor_parallel_size": 2}
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    out = {}
+    for name in ("dense", "moe"):
+        out[name] = tmp_path_factory.mktemp("models") / name
+        out[name].mkdir()
+        tiny.write_model(out[name], moe=name == "moe")
+    return out
+
+
+def configuration(name: str, models: dict[str, Path]) -> RunConfig:
+    values = {s: dict(v) for s, v in LAYOUTS[name].items()}
+    model = {"hf_checkpoint": str(models["moe" if name.startswith("moe") else "dense"])}
+    values["model"] = model | values.get("model", {})
+    values |= {"fp8": {"backend": "emulated"}, "slurm": {"ranks_per_node": RANKS}}
+    return RunConfig.model_validate(values)
+
+
+@pytest.fixture(scope="module")
+def held(tmp_path_factory: pytest.TempPathFactory, models: dict[str, Path]) -> list[dict[str, dict[str, int]]]:
+    """[rank][layout]: what a built trainer holds."""
+    folder = tmp_path_factory.mktemp("held")
+    layouts = {name: configuration(name, models).model_dump(mode="json") for name in LAYOUTS}
+    (folder / "layouts.json").write_text(json.dumps(layouts))
+    env = dict(os.environ) | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parents[1])}
+    ranks = []
+    for rank in range(RANKS):
+        with open(folder / f"rank{rank}.log", "w") as log:
+            command = [sys.executable, str(HERE / "held_worker.py"), str(folder), str(rank)]
+            ranks.append(subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT))
+    try:
+        for process in ranks:
+            process.wait(timeout=600)
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait()
+    for rank in range(RANKS):
+        if not (folder / f"held.{rank}.json").is_file():
+            pytest.fail((folder / f"rank{rank}.log").read_text()[-3000:], pytrace=False)
+    return [json.loads((folder / f"held.{rank}.json").read_text()) for rank in range(RANKS)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_built_trainer_holds_what_the_plan_says(name, models, held):
+    config = configuration(name, models)
+    plan = make_plan(config)
+    by_stage: dict[int, list[dict[str, int]]] = {}
+    for rank in held:
+        by_stage.setdefault(rank[name]["stage"], []).append(rank[name])
+    assert sorted(by_stage) == [s.stage for s in plan.stages]
+    for stage in plan.stages:
+        planned = {i.name: i.bytes for i in stage.memory.state}
+        if config.optim.cpu_offload:  # a quarter of it are the gradients, which come with the first step
+            planned["optimizer"] = stage.memory.host[0].bytes * 12 // 16
+        for rank in by_stage[stage.stage]:
+            for key in ("parameters", "expert_parameters"):
+                assert rank[key] == getattr(stage, key), key
+            assert rank["weights"] == planned["weights"]
+            assert rank["gradients"] == planned["gradients"]
+            # The last data-parallel rank's share holds the padding: the plan counts the fullest.
+            assert rank["optimizer"] <= planned["optimizer"] < 1.01 * max(r["optimizer"] for r in by_stage[stage.stage])
+        each = 12 if config.model.dtype == "bfloat16" else 8
+        replicas = plan.layout.data if not config.optim.distributed else 1
+        total = sum(r["optimizer"] for r in by_stage[stage.stage])
+        dense, experts = stage.dense_parameters, stage.expert_parameters
+        cut = plan.layout.expert * plan.layout.expert_tensor
+        assert total == replicas * each * (dense * plan.layout.tensor + experts * cut)
+
+
+def test_whole_parameters_are_those_of_the_checkpoint(models):
+    for name, folder in models.items():
+        plan = make_plan(configuration("moe_ep2" if name == "moe" else "pp2_dp2", models))
+        assert plan.parameters == sum(math.prod(t.info.shape) for t in open_hf(folder).tensors.values())
+
+
+@pytest.mark.parametrize("name", ["dense", "moe"])
+def test_engine_weights_and_payload_are_the_converters_bytes(name, models, tmp_path):
+    hf_to_fp8(models[name], tmp_path / "fp8")
+    written = sum(t.info.nbytes for t in open_hf(tmp_path / "fp8").tensors.values())
+    table = NameTable(ModelSpec.from_hf_dir(models[name]))
+    quantization = ModelSpec.from_hf_dir(tmp_path / "fp8").quantization
+    assert weights_on_gpu(table, quantization, 2, tensor=1) == written
+    assert traffic(table, quantization, 2**20).payload == written
+    unquantized = sum(t.info.nbytes for t in open_hf(models[name]).tensors.values())
+    assert weights_on_gpu(table, None, 2, tensor=1) == unquantized
+
+
+@pytest.mark.slow
+def test_kv_cache_as_sglang_counts_it(models, tmp_path):
+    folders = dict(models)
+    for name in ("Qwen3-4B", "Qwen3-30B-A3B"):
+        folders[name] = tmp_path / name
+        folders[name].mkdir()
+        source = Path(sys.modules["fp8slurm.models.known"].__file__).parent / f"{name}.json"
+        (folders[name] / "config.json").write_text(source.read_text())
+    env = dict(os.environ) | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parents[1])}
+    command = [sys.executable, str(HERE / "sglang_cell_size.py"), *map(str, folders.values())]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    sizes = json.loads(done.stdout.splitlines()[-1])
+    for folder in folders.values():
+        table = NameTable(ModelSpec.from_hf_dir(folder))
+        for tp, expected in sizes[str(folder)].items():
+            config = RunConfig.model_validate({"engine": {"tensor_parallel_size": int(tp)}})
+            assert engine_memory(config, table, None, 10**12, 0).kv_bytes_per_token == expected, (folder, tp)
+
+
+def test_output_layer_peaks_are_those_of_the_code():
+    tokens, vocabulary = 256, 4096
+    logits = torch.randn(tokens, vocabulary, dtype=torch.bfloat16, requires_grad=True)
+    labels = torch.randint(0, vocabulary, (tokens,))
+    kept: list[Any] = []
+
+    def peak(work: Any) -> float:
+        """Bytes a logit that were allocated at most, above those at the start."""
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as p:
+            work()
+        events = [e for e in p.profiler.kineto_results.events() if e.name() == "[memory]"]
+        now = most = 0
+        for e in sorted(events, key=lambda e: e.start_ns()):
+            now += e.nbytes()
+            most = max(most, now)
+        return most / (tokens * vocabulary)
+
+    forward = peak(lambda: kept.append(vocab_parallel_logprobs(logits, labels, None, with_entropy=True)))
+    backward = peak(lambda: kept[0][0].sum().backward())
+    held_logits, held_softmax = 2, 4
+    assert forward + held_logits == pytest.approx(memory.OUTPUT_LAYER_FORWARD, rel=0.01)
+    assert backward + held_softmax == pytest.approx(memory.OUTPUT_LAYER_BACKWARD, rel=0.01)
+
+
+def test_known_models_have_the_published_sizes():
+    payloads = {}
+    for name in ("Qwen3-0.6B", "Qwen3-4B", "Qwen3-30B-A3B"):
+        table = NameTable(known_model(name))
+        t = traffic(table, QuantizationSpec(), 2**29)
+        payloads[name] = (round(t.bf16 / 1e9, 2), round(t.payload / 1e9, 2))
+        assert t.quantized / t.quantized_bf16 <= 0.502
+    assert payloads["Qwen3-4B"] == (8.04, 4.41)
+    assert payloads["Qwen3-30B-A3B"] == (61.06, 31.17)
+    assert payloads["Qwen3-0.6B"][0] == 1.19

@@ -1,0 +1,338 @@
+"""The report of made-up runs: what it says, what it survives, and that it executes nothing."""
+
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+
+import pytest
+from made_up_run import HOSTILE, record, sample, write_json, write_lines
+
+from fp8slurm.report import charts, content, safe
+from fp8slurm.report.cli import main
+from fp8slurm.report.page import embed
+from fp8slurm.report.read import read_run
+from fp8slurm.report.samples import read_samples
+
+
+class Elements(HTMLParser):
+    """Every start tag with its attributes, and the text of the scripts and of the rest."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.scripts, self.text, self._stack = [], [], [], []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag in ("script", "style"):
+            self._stack.append(tag)
+
+    def handle_endtag(self, tag):
+        if self._stack and tag == self._stack[-1]:
+            self._stack.pop()
+
+    def handle_data(self, data):
+        (self.scripts if self._stack else self.text).append(data)
+
+
+def html(run, *more):
+    assert main([str(run), *more]) == 0
+    return (run / "report.html").read_text(encoding="utf-8")
+
+
+def text(run, capsys, *more):
+    capsys.readouterr()
+    assert main([str(run), "--text", *more]) == 0
+    return capsys.readouterr().out
+
+
+def data_of(document):
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', document, re.S)[1])
+
+
+def test_it_says_what_the_run_recorded(make_run, capsys):
+    run = make_run()
+    document = html(run)
+    words = re.sub(r"\s+", " ", " ".join(Elements(document).text))
+    for said in (
+        "20 of 20 RL steps", "FP8 trainer (emulated on the CPU), FP8 engine", "run.deterministic", "checkpoint step_000010 was skipped: a.bin was altered (SHA-256)",
+        "engine 0 failed (it died); restart 1", "no significant difference", "0.820 to 0.880", "every task ended by itself",
+        "Memory: not recorded", "12 of the 12 samples of 2 saved steps",
+    ):  # fmt: skip
+        assert said in words, said
+    drawn = data_of(document)["charts"]
+    assert {"reward", "accuracy", "gap", "k3", "clip", "entropy", "length", "grad", "lr", "sft-loss"} <= set(drawn)
+    assert len(drawn["reward"]["lines"][0]["p"]) == 21 and [line["name"] for line in drawn["gap"]["lines"]] == ["99th percentile |d|", "mean |d|"]
+    same = text(run, capsys)
+    for said in ("20 of 20 RL steps", "run.deterministic", "a.bin was altered (SHA-256)", "no significant difference", "Largest gaps", "Memory: not recorded"):
+        assert said in same, said
+
+
+def test_nothing_of_a_hostile_run_is_obeyed(make_run, capsys):
+    run = make_run(hostile=True)
+    document = html(run)
+    elements = Elements(document)
+    tags = [t for t, _ in elements.tags]
+    assert tags.count("script") == 2 and tags.count("style") == 1 and not {"img", "iframe", "object", "link", "base", "form"} & set(tags)
+    for tag, attributes in elements.tags:
+        assert not any(name.startswith("on") or name in ("src", "style") for name in attributes), (tag, attributes)
+        assert attributes.get("href", "#").startswith("#")
+    policy = next(a["content"] for t, a in elements.tags if a.get("http-equiv") == "Content-Security-Policy")
+    assert policy.startswith("default-src 'none';") and "unsafe" not in policy and "*" not in policy
+    shown = data_of(document)["samples"]
+    assert len(shown) == 12
+    assert all("</script>" in s["prompt"] and "\u27e8U+202E\u27e9" in s["prompt"] and "\u241b[31m\u2400" in s["prompt"] for s in shown)
+    for c in "\x00\x1b\u202e\u202c\u2028":
+        assert c not in document
+        assert c not in (same := text(run, capsys))
+    assert not re.search(r"^(?! {4}).*(?<!\\)<script", same, re.M), "text of a sample outside a code block"
+
+
+@pytest.mark.parametrize("value", ["</script>", "<!--<script>", "&lt;", "]]>", "a\u2028b", "'\"\\", "\ud800"])
+def test_embedded_json_holds_no_markup_and_reads_back(value):
+    shown = safe.visible(value)
+    raw = embed({"x": shown})
+    raw.encode()
+    assert not set("<>&\u2028") & set(raw) and json.loads(raw) == {"x": shown}
+
+
+def test_a_nan_breaks_the_line_and_is_counted(make_run, capsys):
+    run = make_run()
+    rows = [record(s) for s in range(21)]
+    rows[7]["grad_norm"] = rows[8]["grad_norm"] = None
+    for row in rows:
+        del row["entropy"]
+        row["gap/k3"] = 0.0
+    write_lines(run / "metrics.jsonl", rows)
+    document = html(run)
+    assert "NaN or infinite at 2 steps" in document and "entropy: recorded in every RL step that updates" in document
+    drawn = data_of(document)["charts"]
+    assert "k3" not in drawn, "a logarithmic axis has no zero"
+    figure = re.search(r'data-chart="grad".*?</svg>', document, re.S)[0]
+    assert re.search(r'class="l c0 d0" d="M[^M]*M[^M]*"', figure), "two pieces"
+    assert "not recorded: entropy" in text(run, capsys)
+
+
+def test_a_run_whose_every_number_is_missing(make_run, capsys):
+    run = make_run()
+    write_lines(run / "metrics.jsonl", [{"phase": "rl", "step": s, "loss": None, "time/step": None} for s in range(5)])
+    assert "Not recorded: no step has a time yet" in html(run)
+    assert "Not recorded: no step has a time yet" in text(run, capsys)
+
+
+def files_of(run):
+    return sorted(p.relative_to(run).as_posix() for p in run.rglob("*") if p.is_file())
+
+
+def test_a_run_interrupted_at_any_file(make_run, capsys):
+    """Each file cut in half, garbage, of another shape, gone or a folder: a report all the same, or a clear refusal."""
+    whole = make_run("whole", steps=10, sft=2, samples=1)
+    reports = 0
+    for name in files_of(whole):
+        for damage in ("half", "garbage", "shape", "gone", "folder"):
+            run = whole.parent / "broken"
+            shutil.rmtree(run, ignore_errors=True)
+            shutil.copytree(whole, run)
+            path = run / name
+            raw = path.read_bytes()
+            if damage == "half":
+                path.write_bytes(raw[: len(raw) // 2])
+            elif damage == "garbage":
+                path.write_bytes(b"\xff\xfe\x00{[" * 50 + b"\n")
+            elif damage == "shape":
+                path.write_text('[{"tasks": [1], "step": "x", "phase": 3}, null, 1e999]\n{"tasks": {"a": []}, "checkpoint": 4, "step": [], "prompt": {}}\n')
+            else:
+                path.unlink()
+                if damage == "folder":
+                    path.mkdir()
+            document = html(run)
+            Elements(document)
+            data_of(document)
+            if damage in ("half", "shape"):
+                assert text(run, capsys).startswith("# broken"), (name, damage)
+            if name in ("config.json", "metrics.jsonl"):
+                assert "Not everything could be read" in document, (name, damage)
+            reports += 1
+    assert reports > 50
+
+
+def test_broken_lines_are_counted_and_the_rest_is_shown(make_run):
+    run = make_run()
+    path = run / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:10] + ["{broken\n", lines[9]] + lines[10:]) + '{"phase": "rl", "st')
+    document = html(run)
+    assert "1 of 31 lines cannot be read" in document and "1 steps are there twice" in document and "ends in half a line" in document
+    assert len(data_of(document)["charts"]["reward"]["lines"][0]["p"]) == 21
+
+
+def test_what_is_no_run_is_refused(tmp_path, make_run):
+    (tmp_path / "data").mkdir()
+    for path, why in ((tmp_path / "data", "no run directory"), (tmp_path / "none", "is no folder")):
+        with pytest.raises(ValueError, match=why):
+            main([str(path)])
+    run = make_run()
+    for flags, why in (
+        (["--out", str(tmp_path)], "is a folder"), (["--out", str(tmp_path / "no" / "r.html")], "there is no folder"),
+        (["--samples", "-1"], "below 0"), (["--compare", str(run)], "named twice"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=why):
+            main([str(run), *flags])
+    assert not (run / "report.html").exists()
+
+
+def test_a_run_that_has_just_begun(tmp_path, capsys):
+    run = tmp_path / "new"
+    (run / "attempts").mkdir(parents=True)
+    document = html(run)
+    assert "no step yet" in document and "metrics.jsonl is missing" in document and "no step yet" in text(run, capsys)
+
+
+def test_sizes_are_bounded(make_run):
+    """10,000 steps, and 1,000 with 400 long samples: megabytes, not tens of them; every extreme is still in the curve."""
+    run = make_run("long", steps=9, samples=1)
+    rows = [record(s) for s in range(10_001)]
+    rows[5003]["grad_norm"] = 1234.5
+    write_lines(run / "metrics.jsonl", rows)
+    document = html(run)
+    assert len(document.encode()) < 1_500_000
+    points = data_of(document)["charts"]["grad"]["lines"][0]["p"]
+    assert len(points) <= charts.POINTS and max(p[4] for p in points) == 1234.5
+
+    run = make_run("wide", steps=1000, samples=0)
+    shutil.rmtree(run / "rollouts")
+    for step in range(50, 1001, 50):
+        rows = [sample(i, "word " * 400, range(600), prompt="p" * 20_000) for i in range(20)]
+        write_lines(run / f"rollouts/step_{step:06d}.jsonl", rows)
+        gaps = [{"index": i, "trainer_logprobs": [-0.25] * 600} for i in range(20)]
+        write_lines(run / f"rollouts/trainer/step_{step:06d}.jsonl", gaps)
+    document = html(run, "--samples", "100000")
+    assert len(document.encode()) < 5_000_000
+    words = " ".join(Elements(document).text)
+    shown = data_of(document)["samples"]
+    assert f"{len(shown)} of the 400 samples of 20 saved steps" in words and len({s["step"] for s in shown}) == 20
+
+
+def test_the_gap_belongs_to_its_token(make_run):
+    run = make_run(name_of_model="models/not-there")
+    found = read_samples(read_run(run))
+    assert found.with_gap and not found.decoded and found.saved == 12
+    s = next(s for s in found.shown if s.index == 3)
+    assert [round(p.gap, 6) for p in s.pieces] == [0.2, -0.2, 0.2] and s.max_gap == pytest.approx(0.2)
+    assert [p.engine for p in s.pieces] == [-0.5, -0.625, -0.75] and s.pieces[0].text == "\u27e824\u27e9"
+
+
+def test_another_attempts_gaps_are_left_out(make_run):
+    run = make_run()
+    path = run / "rollouts/trainer/step_000010.jsonl"
+    path.write_text(path.read_text().replace('"index": 2', '"index": 77'))
+    read = read_run(run)
+    found = read_samples(read)
+    assert {s.step for s in found.shown if s.max_gap is not None} == {20} and any("belongs to other samples" in n for n in read.notes)
+
+
+def test_samples_of_several_agents_are_counted_on(make_run):
+    run = make_run(steps=10, samples=4)
+    path = run / "rollouts/step_000010.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.unlink()
+    for agent in (0, 1):
+        (run / f"rollouts/step_000010.{agent}.jsonl").write_text("".join(lines[2 * agent : 2 * agent + 2]))
+    found = read_samples(read_run(run))
+    assert [s.index for s in found.shown] == [0, 1, 2, 3] and found.shown[3].max_gap == pytest.approx(0.2)
+
+
+def test_the_largest_gaps_are_among_the_shown(make_run):
+    run = make_run(steps=10, samples=200)
+    found = read_samples(read_run(run), 20)
+    indices = [s.index for s in found.shown]
+    assert found.saved == 200 and len(indices) == 20 and set(range(190, 200)) <= set(indices) and indices[0] == 0
+
+
+def test_tokens_are_decoded_and_parts_of_a_character_put_together(make_run, tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    (tmp_path / "model").mkdir()
+    tokenizer.save(str(tmp_path / "model" / "tokenizer.json"))
+    ids = tokenizer.encode("a \u20ac\n").ids
+    assert len(ids) == 6
+    run = make_run(steps=10, samples=1, name_of_model=str(tmp_path / "model"))
+    write_lines(run / "rollouts/step_000010.jsonl", [sample(0, "a \u20ac\n", ids)])
+    write_lines(run / "rollouts/trainer/step_000010.jsonl", [{"index": 0, "trainer_logprobs": [-0.5, -0.6, -0.75, -0.5, -1.0, -1.2]}])
+    found = read_samples(read_run(run))
+    assert found.decoded and [p.text for p in found.shown[0].pieces] == ["a", " ", "\u20ac", "\u21b5\n"]
+    euro = found.shown[0].pieces[2]
+    assert euro.gap == pytest.approx(0.375) and euro.trainer == pytest.approx(-2.25), "the token where it is largest; the sum"
+
+
+def test_comparing_runs(make_run, capsys):
+    a, b = make_run("a"), make_run("b")
+    config = json.loads((b / "config.json").read_text())
+    config["fp8"]["backend"] = "off"
+    write_json(b / "config.json", config)
+    write_lines(b / "metrics.jsonl", [record(s, **{"gap/mean_abs": 1e-3}) for s in range(21)])
+    document = html(a, "--compare", str(b))
+    assert [line["name"] for line in data_of(document)["charts"]["all-gap"]["lines"]] == ["a", "b"]
+    assert "fp8.backend" in document.split("Settings that differ")[1].split("</section>")[0]
+    same = text(a, capsys, "--compare", str(b))
+    rows = [line for line in same.splitlines() if line.startswith("| fp8.backend")]
+    assert re.search(r"emulated +\| off", rows[0]) and "b minus a" in same
+    assert content.differences([read_run(a), read_run(b)]) == [("fp8.backend", ["emulated", "off"])]
+
+
+def test_the_first_format_of_an_evaluation_is_shown_without_an_interval(make_run):
+    run = make_run()
+    shutil.rmtree(run / "eval")
+    write_json(run / "eval/step_000020/fp8/summary.json", {"accuracy": 0.852, "questions": 500, "truncated": 5, "precision": "fp8", "step": 20, "checkpoint": "c/step_000020"})
+    (x,) = read_run(run).evaluations
+    assert x.accuracy == (0.852, None, None) and x.truncated == 0.01 and x.checkpoint == "step_000020"
+    assert "not recorded" in html(run)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "verdict"),
+    [(-0.02, -0.001, "FP8 is significantly worse"), (0.001, 0.02, "FP8 is significantly better"), (-0.01, 0.02, "no significant difference")],
+)
+def test_the_verdict_follows_the_interval(make_run, low, high, verdict):
+    run = make_run()
+    path = run / "eval/compare-step_000010/compare.json"
+    said = json.loads(path.read_text())
+    next(iter(said["tasks"].values()))["difference"] = {"value": (low + high) / 2, "low": low, "high": high}
+    write_json(path, said)
+    assert read_run(run).comparisons[0].verdict == verdict and verdict in html(run)
+
+
+def test_the_old_report_stays_until_the_new_one_is_whole(make_run, monkeypatch):
+    run = make_run()
+    before = html(run)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(ValueError, match="No space left"):
+        main([str(run)])
+    assert (run / "report.html").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(0, "0"), (0.85, "0.850"), (-0.004, "\u22120.004"), (3.29e-5, "3.29e-5"), (1234567, "1.23e6"), (2781.2, "2,781"), (5, "5"), (12.345, "12.35"), (None, "\u2013")],
+)
+def test_figures_are_short(value, shown):
+    assert safe.figure(value) == shown
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (-3, 29), (1e-9, 2e-9), (0.26, 0.67), (0, 10_000), (5, 5), (-1e9, 1e9)])
+def test_ticks_are_round_and_inside(low, high):
+    found = charts.ticks(low, high)
+    assert 1 <= len(found) <= 8 and all(low - 1e-9 * abs(low) <= t <= high + 1e-9 * abs(high) for t in found)
+
+
+def test_hostile_text_is_the_one_that_is_tested():
+    assert "</script>" in HOSTILE and "\x1b" in HOSTILE

@@ -1,0 +1,282 @@
+"""A Slurm cluster of two nodes for the tests, and runs on it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Callable, Iterator
+
+import pytest
+from fp8slurm.models.tiny import write_model
+from fp8slurm.observe.metrics import read_metrics
+from fp8slurm.rl.tiny_task import write_data
+from fp8slurm.slurm.job import fields
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge", "iproute2")
+TIMEOUT_S = 600.0
+"""Of every wait: far more than any of them takes on a loaded machine."""
+
+
+def why_no_lab() -> str | None:
+    """What is missing for a Slurm cluster on this machine; with CI=true or INSTALL=1 the packages are installed first."""
+    missing = [c for c in ("slurmctld", "slurmd", "sbatch", "munged", "ip", "nsenter") if not shutil.which(c)]
+    ci = os.environ.get("CI") == "true"
+    if missing and (ci or os.environ.get("INSTALL") == "1") and os.geteuid() == 0:
+        for command in (["update"], ["install", "-y", "--no-install-recommends", *PACKAGES]):
+            subprocess.run(["apt-get", "-q", *command], check=True, stdout=subprocess.DEVNULL)
+        missing = []
+    if os.geteuid() != 0:
+        return "a Slurm cluster with network namespaces needs root"
+    return f"{', '.join(missing)} not installed: INSTALL=1 installs {' '.join(PACKAGES)}" if missing else None
+
+
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
+
+
+class Lab:
+    """tools/slurm_lab.sh, and questions to it."""
+
+    def __init__(self, state: Path, process_tracking: str) -> None:
+        self.state, self.process_tracking = state, process_tracking
+        self.environment = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SRUN", "SBATCH"))}
+        self.environment |= {
+            "SLURM_CONF": str(state / "slurm.conf"),
+            "PATH": f"{state / 'bin'}{os.pathsep}{os.environ['PATH']}",
+            "LAB_STATE": str(state),
+            "LAB_PROC": process_tracking,
+        }
+
+    def do(self, *action: str) -> str:
+        done = subprocess.run(
+            [str(ROOT / "tools" / "slurm_lab.sh"), *action], env=self.environment, stdout=subprocess.PIPE, text=True, timeout=300
+        )
+        assert done.returncode == 0, f"slurm_lab.sh {' '.join(action)}: status {done.returncode}"
+        return done.stdout
+
+    def ask(self, *command: str) -> str:
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def job(self, job_id: str) -> dict[str, str]:
+        return fields(self.ask("scontrol", "-o", "show", "job", job_id))
+
+    def processes(self, node: int) -> dict[int, str]:
+        """Command lines of a node's processes by id, Slurm's own daemons left out."""
+        found = {}
+        for pid in map(int, self.do("pids", str(node)).split()):
+            try:
+                command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
+            except OSError:
+                continue
+            if command and not command.startswith(("slurmd", "slurmstepd")):
+                found[pid] = command
+        return found
+
+    def wait_empty(self) -> None:
+        """Until no job's process is left on any node."""
+
+        def left() -> dict[int, str]:
+            return self.processes(1) | self.processes(2)
+
+        wait_until(lambda: not left(), "processes are left", left)
+
+
+def wait_until(
+    condition: Callable[[], Any], what: str, shown: Callable[[], Any] = lambda: "", timeout_s: float = TIMEOUT_S
+) -> Any:
+    """The first true value of `condition`."""
+    deadline = time.monotonic() + timeout_s
+    while not (value := condition()):
+        if time.monotonic() > deadline:
+            pytest.fail(f"{what} after {timeout_s:g} s: {shown()}")
+        time.sleep(0.2)
+    return value
+
+
+class Runs:
+    """Runs of one tiny model, on 2 nodes x (2 ranks + 1 agent) unless the flags say otherwise."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        (folder / "model").mkdir()
+        (folder / "data").mkdir()
+        write_model(folder / "model")
+        write_data(folder / "data")
+        held_out = (folder / "data" / "eval.jsonl").read_text().splitlines()[:16]
+        (folder / "data" / "eval.jsonl").write_text("\n".join(held_out) + "\n")
+
+    def flags(self, name: str, *more: str) -> list[str]:
+        data = self.folder / "data"
+        flags = {
+            "run.name": name, "run.root": self.folder / "runs", "run.steps": 32, "model.hf-checkpoint": self.folder / "model",
+            "data.train": data / "train.jsonl", "data.eval": data / "eval.jsonl", "sft.data": data / "sft.jsonl",
+            "sft.max-steps": 8, "sft.warmup-steps": 2, "sft.batch-size": 32, "sft.eval-every": 0, "rollout.prompts-per-step": 6,
+            "rollout.n-samples": 4, "rollout.max-replacements": 0, "checkpoint.every": 3, "eval.every": 10,
+            "train.updates-per-step": 1,
+            "slurm.nodes": 2, "slurm.ranks-per-node": 2, "slurm.cpu-threads": 1, "slurm.engine-threads": 1, "slurm.time": 30,
+            "slurm.signal-delay-s": 60, "watchdog.timeout-s": 120,
+        }  # fmt: skip
+        switches = ["--rollout.no-drop-no-signal", "--observe.no-tensorboard", "--observe.no-plot"]
+        return ["--recipe", "tiny-fp8", *(f"--{k}={v}" for k, v in flags.items()), *switches, *more]
+
+    def command(self, command: str, name: str, *more: str) -> list[str]:
+        return [sys.executable, "-m", "fp8slurm.cli", command, *self.flags(name, *more)]
+
+    def path(self, name: str) -> Path:
+        return self.folder / "runs" / name
+
+    def submit(self, lab: Lab, name: str, *more: str) -> str:
+        done = subprocess.run(self.command("submit", name, *more), env=lab.environment, capture_output=True, text=True)
+        assert done.returncode == 0 and done.stdout.startswith("job "), done.stdout + done.stderr
+        return done.stdout.split()[1].rstrip(":")
+
+    def step(self, name: str) -> int:
+        """The last RL step that was recorded, -1 if none was."""
+        try:
+            records = read_metrics(self.path(name))
+        except ValueError:
+            return -1
+        return max((r["step"] for r in records if r["phase"] == "rl"), default=-1)
+
+    def attempt(self, name: str) -> int:
+        folders = [int(p.name) for p in self.path(name).glob("attempts/*") if (p / "begun").exists()]
+        return max(folders, default=-1)
+
+    def task(self, name: str, index: int) -> dict[str, Any]:
+        """What task `index` of the newest attempt says about itself: host, pid, start."""
+        return json.loads((self.path(name) / "attempts" / str(self.attempt(name)) / "tasks" / f"{index}.json").read_text())
+
+    def log(self, name: str) -> str:
+        """Everything that the jobs and the tasks of a run have said."""
+        files = [*self.path(name).glob("slurm/*.err"), *self.path(name).glob("attempts/*/logs/*_log.err")]
+        return "\n".join(f"== {p}\n{p.read_text(errors='replace')[-3000:]}" for p in sorted(files))
+
+    wait_until = staticmethod(wait_until)
+
+    def wait_attempt(self, lab: Lab, name: str, job_id: str, attempt: int) -> None:
+        """Until an attempt has begun; fails at once when the job has ended before."""
+
+        def begun() -> bool:
+            if self.attempt(name) >= attempt:
+                return True
+            job = lab.job(job_id)
+            assert job["JobState"] not in ENDED, f"job {job_id} is {job['JobState']}\n{self.log(name)}"
+            return False
+
+        wait_until(begun, f"attempt {attempt} of {name} did not begin", lambda: self.log(name))
+
+    def wait_step(self, lab: Lab, name: str, job_id: str, step: int) -> None:
+        """Until a step is recorded; fails at once when the job has ended before."""
+
+        def reached() -> bool:
+            if self.step(name) >= step:
+                return True
+            state = lab.job(job_id)["JobState"]
+            if state in ENDED:
+                assert self.step(name) >= step, f"job {job_id} is {state}\n{self.log(name)}"
+                return True
+            return False
+
+        wait_until(reached, f"step {step} of {name} was not reached", lambda: self.log(name))
+
+    def wait_end(self, lab: Lab, name: str, job_id: str, state: str = "COMPLETED") -> None:
+        wait_until(lambda: lab.job(job_id)["JobState"] in ENDED, f"job {job_id} did not end", lambda: self.log(name))
+        assert lab.job(job_id)["JobState"] == state, self.log(name)
+        lab.wait_empty()
+
+
+@pytest.fixture(scope="session")
+def start_lab(tmp_path_factory) -> Iterator[Callable[[str], Lab]]:
+    """start_lab(process tracking): a running lab; skipped where that is impossible, but never with CI=true."""
+    labs: dict[str, Lab] = {}
+    made: list[Path] = []
+
+    def start(process_tracking: str) -> Lab:
+        if process_tracking not in labs:
+            reason = why_no_lab()
+            if reason:
+                (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(reason)
+            state = tmp_path_factory.getbasetemp() / f"lab-{process_tracking}"
+            if len(str(state)) > 60:  # the sockets of Slurm and munge lie in it
+                made.append(Path(tempfile.mkdtemp(prefix="fp8slurm-")))
+                state = made[-1] / "lab"
+            labs[process_tracking] = Lab(state, process_tracking)
+            labs[process_tracking].do("up")
+        return labs[process_tracking]
+
+    yield start
+    for lab in labs.values():
+        lab.do("down")
+    for folder in made:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory) -> Runs:
+    return Runs(tmp_path_factory.mktemp("slurm-runs"))
+
+
+TABLE = ROOT / ".cache" / "faults.json"
+"""Measured: seconds and steps lost to every fault."""
+
+
+@pytest.fixture(scope="session")
+def measure() -> Callable[..., Any]:
+    """measure(lab, runs, name, what, before): a context from a fault until the run is past step `before` again."""
+
+    @contextmanager
+    def measured(lab: Lab, runs: Runs, name: str, what: str, before: int) -> Iterator[None]:
+        begun = time.monotonic()
+        attempt = runs.attempt(name)
+        yield
+        steps = 0
+        if runs.attempt(name) > attempt:
+            owner = json.loads((runs.path(name) / "attempts" / str(runs.attempt(name)) / "owner.json").read_text())
+            phase, _, step = owner["checkpoint"].rpartition("_")
+            steps = before - int(step) if phase == "step" else before
+        TABLE.parent.mkdir(exist_ok=True)
+        table = json.loads(TABLE.read_text()) if TABLE.is_file() else {}
+        table[f"{what} ({lab.process_tracking})"] = {"seconds": round(time.monotonic() - begun, 1), "steps": max(0, steps)}
+        TABLE.write_text(json.dumps(table, indent=1))
+
+    return measured
+
+
+def weight_bytes(run: Path, out: Path) -> dict[str, bytes]:
+    """Every tensor of a run's newest checkpoint as bytes, by its Hugging Face name."""
+    import torch
+    from fp8slurm.checkpoint import torch_dist_to_hf
+    from safetensors.torch import load_file
+
+    newest = max((run / "checkpoints").glob("step_*"), key=lambda p: p.name)
+    config = json.loads((run / "config.json").read_text())
+    torch_dist_to_hf(newest, out, origin_hf_dir=config["model"]["hf_checkpoint"])
+    tensors = {k: v for f in sorted(out.glob("*.safetensors")) for k, v in load_file(f).items()}
+    return {k: v.contiguous().view(torch.uint8).numpy().tobytes() for k, v in tensors.items()}
+
+
+@pytest.fixture
+def same_run(runs, tmp_path) -> Callable[[str, str], None]:
+    """same_run(name, reference): equal records (no step twice, none missing) and equal weights in every byte."""
+    from fp8slurm.observe.metrics import without_times
+
+    def compare(name: str, reference: str) -> None:
+        got, want = ([without_times(r) for r in read_metrics(runs.path(n))] for n in (name, reference))
+        steps = [(r["phase"], r["step"]) for r in got]
+        assert steps == [(r["phase"], r["step"]) for r in want], steps
+        assert got == want
+        a, b = weight_bytes(runs.path(name), tmp_path / "got"), weight_bytes(runs.path(reference), tmp_path / "want")
+        assert a.keys() == b.keys() and not [k for k in b if a[k] != b[k]]
+        shutil.rmtree(tmp_path / "got")
+        shutil.rmtree(tmp_path / "want")
+
+    return compare

@@ -1,0 +1,288 @@
+"""Chains of jobs: what is queued and what is left out; and one on a real Slurm, broken, repaired and requeued."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from fp8slurm.config import RunConfig
+from fp8slurm.slurm.chain import Link, links, parse_sbatch, script
+from fp8slurm.slurm.job import SlurmError
+from fp8slurm.slurm.submit_chain import describe, follow, plan, queue, refuse_second, submit
+
+ORDER = ["hf-to-torch-dist", "hf-to-fp8", "train", "torch-dist-to-hf", "export-to-fp8", "eval"]
+TIMEOUT_S = 600.0
+
+
+def config(**sections: dict) -> RunConfig:
+    values = {"run": {"name": "r", "steps": 7}, "model": {"hf_checkpoint": "m"}, "slurm": {"executor": "slurm"}}
+    names = values.keys() | sections.keys()
+    return RunConfig.model_validate({k: values.get(k, {}) | sections.get(k, {}) for k in names})
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    """Stand-ins for Slurm's commands; slurm.calls() is what they were called with."""
+    folder = tmp_path / "commands"
+    folder.mkdir()
+    log = tmp_path / "calls"
+    log.touch()
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+
+    class Slurm:
+        def command(self, name: str, *lines: str) -> None:
+            path = folder / name
+            path.write_text("\n".join(["#!/bin/sh", f'echo "{name} $*" >> {log}', *lines, ""]))
+            path.chmod(path.stat().st_mode | stat.S_IXUSR)
+
+        def calls(self) -> list[str]:
+            return log.read_text().splitlines()
+
+    return Slurm()
+
+
+def test_every_job_waits_for_what_it_reads(tmp_path):
+    found = links(config(), tmp_path)
+    assert [x.name for x in found] == ORDER
+    made: dict[str, set[str]] = {}
+    for link in found:
+        before = set(link.after).union(*(made[n] for n in link.after)) if link.after else set()
+        made[link.name] = before
+        read = {x.name for x in found if str(x.output) in " ".join(link.command) and x is not link}
+        assert read <= before | {link.name}, f"{link.name} reads what it does not wait for"
+    assert set(found[2].after) == set(ORDER[:2]) and found[2].output == tmp_path / "checkpoints" / "step_000007"
+    assert found[1].output == tmp_path / "engine_model", "where the agents look for the engine's checkpoint"
+
+
+def test_a_given_rollout_checkpoint_is_not_made_and_its_exclusions_are_kept(tmp_path):
+    rollout = tmp_path / "fp8"
+    rollout.mkdir()
+    (rollout / "config.json").write_text(json.dumps({"quantization_config": {"modules_to_not_convert": ["a.b", "c"]}}))
+    found = links(config(model={"rollout_checkpoint": str(rollout)}), tmp_path / "run")
+    assert [x.name for x in found] == [n for n in ORDER if n != "hf-to-fp8"]
+    export = next(x for x in found if x.name == "export-to-fp8")
+    assert export.command[-3:] == ("--modules-to-not-convert", "a.b", "c")
+
+
+def test_directives_follow_the_settings(tmp_path):
+    asked = {"partition": "gpu", "account": "me", "gpus_per_node": 8, "ranks_per_node": 8, "requeue": False}
+    c = config(slurm=asked)
+    found = {x.name: x for x in links(c, tmp_path, ["--partition=cpu", "--exclusive"], ["--time=5"])}
+    convert, evaluation = found["export-to-fp8"].directives, found["eval"].directives
+    assert (convert["partition"], convert["account"], convert["exclusive"]) == ("cpu", "me", "")
+    assert "gpus-per-node" not in convert
+    assert (evaluation["partition"], evaluation["gpus-per-node"], evaluation["time"]) == ("gpu", "8", "5")
+    text = script(found["export-to-fp8"], 5, c, tmp_path)
+    assert "#SBATCH --exclusive\n" in text and "#SBATCH --no-requeue\n" in text and "#SBATCH --requeue\n" not in text
+    with pytest.raises(ValueError, match="--convert-sbatch -p: sbatch flags are written --name=value"):
+        parse_sbatch("--convert-sbatch", ["-p"])
+
+
+def test_scripts_survive_spaces_and_run_in_a_container(tmp_path):
+    c = config(
+        model={"hf_checkpoint": "my models/m"},
+        slurm={"container_image": "a image.sqsh", "container_mounts": ["/a:/b", "/c:/d"], "setup": ["module load x"]},
+    )
+    found = links(c, tmp_path / "a run")
+    text = script(found[0], 1, c, tmp_path / "a run")
+    subprocess.run(["bash", "-n"], input=text, text=True, check=True)
+    command = shlex.split(text.splitlines()[-1])
+    assert command[:2] == ["exec", "srun"] and "my models/m" in command and "python3" in command
+    assert "--container-image=a image.sqsh" in command and "--container-mounts=/a:/b,/c:/d" in command
+    assert "module load x" in text.splitlines()
+
+
+def test_what_is_done_is_left_out(tmp_path):
+    run = tmp_path
+    (run / "torch_dist").mkdir()
+    found = plan(config(), run, [], [])
+    assert [bool(p.done) for p in found] == [True, False, False, False, False, False]
+    checkpoint = run / "checkpoints" / "step_000007"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "data").write_text("123")
+    (checkpoint / "COMPLETE").write_text(json.dumps({"files": {"data": {"bytes": 3}}}))
+    (run / "export" / "step_000007-hf").mkdir(parents=True)
+    found = plan(config(), run, [], [])
+    assert [bool(p.done) for p in found] == [True, False, True, True, False, False]
+    text = describe(found, config(), run)
+    assert "# ---- 3 train: nothing to do" in text and "# ---- 5 export-to-fp8: sbatch\n" in text
+    (checkpoint / "data").write_text("12")
+    with pytest.raises(ValueError, match="step_000007-hf is there, but the checkpoint that it comes from is not"):
+        plan(config(), run, [], [])
+
+
+def test_another_model_in_the_same_run_is_refused(tmp_path):
+    (tmp_path / "chain.json").write_text(json.dumps({"hf_checkpoint": "other"}))
+    with pytest.raises(ValueError, match="began with other, not with --model.hf-checkpoint m"):
+        plan(config(), tmp_path, [], [])
+
+
+def test_a_second_chain_is_refused_while_jobs_of_the_first_wait(tmp_path, slurm):
+    first = {"links": [{"name": "eval", "job_id": "5"}, {"name": "x", "job_id": "6"}]}
+    (tmp_path / "chain.json").write_text(json.dumps(first))
+    slurm.command("squeue", 'echo "5|COMPLETED|None|0:01|1:00|n|N/A"; echo "6|PENDING|Dependency|0:00|1:00||N/A"')
+    with pytest.raises(ValueError, match="jobs 6 of it wait or run.*scancel 6"):
+        refuse_second(tmp_path)
+    slurm.command("squeue", "echo 'Unable to contact slurm controller' >&2; exit 1")
+    with pytest.raises(ValueError, match="Slurm cannot say.*Unable to contact"):
+        refuse_second(tmp_path)
+
+
+def test_a_refused_job_takes_those_before_it_along(tmp_path, slurm):
+    """The first two are queued, the training job is refused: both are cancelled."""
+    count = tmp_path / "count"
+    slurm.command(
+        "sbatch", f'n=$(cat {count} 2>/dev/null || echo 0); echo $((n + 1)) > {count}',
+        'if [ "$n" = 2 ]; then echo "sbatch: error: invalid account" >&2; exit 1; fi', "echo 10$n",
+    )  # fmt: skip
+    slurm.command("scancel")
+    slurm.command("srun")
+    with pytest.raises(SlurmError, match="invalid account.*nothing of the chain is left in the queue"):
+        submit(plan(config(), tmp_path / "r", [], []), config(run={"root": str(tmp_path)}), tmp_path / "r", [])
+    assert slurm.calls()[-1] == "scancel 100 101"
+
+
+def test_dependencies_reach_sbatch(tmp_path, slurm):
+    slurm.command("sbatch", "echo '42;cluster'")
+    link = Link("export-to-fp8", ("convert", "hf-to-fp8", "a", "b"), tmp_path / "b", ("x",), {"nodes": "1"})
+    (tmp_path / "chain").mkdir()
+    planned = plan(config(), tmp_path, [], [])[4]
+    assert planned.link.name == link.name
+    job_id, log = queue(planned, ["7", "8"], config(), tmp_path)
+    assert job_id == "42" and log.endswith("chain/5-export-to-fp8.log")
+    assert slurm.calls() == [
+        f"sbatch --parsable --dependency=afterok:7:8 --kill-on-invalid-dep=yes {tmp_path}/chain/5-export-to-fp8.sbatch"
+    ]
+
+
+def test_the_chain_follows_a_resubmitted_job(tmp_path, slurm):
+    slurm.command("scontrol")
+    chain = {"links": [
+        {"name": "train", "job_id": "3", "after": ["1", "2"]}, {"name": "next", "job_id": "4", "after": ["3"]},
+        {"name": "last", "job_id": "5", "after": ["4"]},
+    ]}  # fmt: skip
+    (tmp_path / "chain.json").write_text(json.dumps(chain))
+    follow(tmp_path, "3", "9")
+    assert slurm.calls() == ["scontrol update JobId=4 Dependency=afterok:9"]
+    after = json.loads((tmp_path / "chain.json").read_text())["links"]
+    assert [(x["job_id"], x["after"]) for x in after] == [("9", ["1", "2"]), ("4", ["9"]), ("5", ["4"])]
+    follow(tmp_path / "no chain", "3", "9")
+
+
+# -- a real Slurm ------------------------------------------------------------------------------------------------
+
+
+class Chain:
+    """One tiny run as a chain on the lab."""
+
+    def __init__(self, lab, runs) -> None:
+        self.lab, self.runs, self.name = lab, runs, "chain"
+        self.run = runs.path(self.name)
+        self.flags = runs.flags(
+            self.name, "--run.steps=3", "--checkpoint.every=1", "--sft.max-steps=4", "--eval.every=0",
+            "--slurm.nodes=1", "--slurm.ranks-per-node=1",
+        )  # fmt: skip
+
+    def start(self, *more: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "fp8slurm.cli", "chain", *self.flags, *more]
+        return subprocess.run(command, env=self.lab.environment, capture_output=True, text=True, timeout=TIMEOUT_S)
+
+    def ids(self) -> dict[str, str]:
+        record = json.loads((self.run / "chain.json").read_text())
+        return {x["name"]: x["job_id"] for x in record["links"] if x["job_id"]}
+
+    def states(self) -> dict[str, str]:
+        return {name: self.lab.job(job_id)["JobState"] for name, job_id in self.ids().items()}
+
+    def wait(self, reached) -> None:
+        deadline = time.monotonic() + TIMEOUT_S
+        while not reached():
+            assert time.monotonic() < deadline, f"{self.states()}\n{self.logs()}"
+            time.sleep(0.3)
+
+    def wait_end(self) -> dict[str, str]:
+        self.wait(lambda: not set(self.states().values()) & {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING"})
+        return self.states()
+
+    def logs(self) -> str:
+        others = sorted(self.run.glob("chain/*.log"))
+        return self.runs.log(self.name) + "".join(f"== {p}\n{p.read_text()}" for p in others)
+
+    def status(self) -> dict:
+        command = [sys.executable, "-m", "fp8slurm.cli", "status", "--json", str(self.run)]
+        done = subprocess.run(command, env=self.lab.environment, capture_output=True, text=True, timeout=TIMEOUT_S)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def chain(start_lab, runs):
+    return Chain(start_lab("linuxproc"), runs)
+
+
+@pytest.fixture(scope="module")
+def broken(chain):
+    """The chain with training data that become unusable while it waits."""
+    data = chain.runs.folder / "data" / "train.jsonl"
+    kept = data.read_text()
+    done = chain.start("--convert-sbatch=--hold")
+    assert done.returncode == 0, done.stderr
+    try:
+        second = chain.start()
+        waiting = chain.status()
+        data.write_text('{"prompt": "without a label"}\n' + kept)
+        for name in ORDER[:2]:
+            chain.lab.ask("scontrol", "release", chain.ids()[name])
+        states = chain.wait_end()
+    finally:
+        data.write_text(kept)
+    return done, second, waiting, states
+
+
+@pytest.mark.slow
+@pytest.mark.slurm
+def test_a_failing_link_cancels_the_rest(chain, broken):
+    done, second, waiting, states = broken
+    assert all(name in done.stdout for name in ORDER) and "scancel" in done.stdout
+    assert second.returncode == 2 and "wait or run" in second.stderr
+    assert waiting["state"] == "pending" and [x["state"] for x in waiting["links"]] == ["pending"] * 6
+    want = dict.fromkeys(ORDER[:2], "COMPLETED") | {"train": "FAILED"} | dict.fromkeys(ORDER[3:], "CANCELLED")
+    assert states == want, chain.logs()
+    after = chain.status()
+    assert after["state"] == "failed" and "label" in after["error"], after
+    assert [x["state"] for x in after["links"]] == ["completed"] * 2 + ["failed"] + ["cancelled"] * 3
+    chain.lab.wait_empty()
+
+
+@pytest.mark.slow
+@pytest.mark.slurm
+def test_the_same_command_again_goes_on_and_a_requeued_job_keeps_its_place(chain, broken):
+    """The conversions are not made again; the training job is requeued; the rest waits for it all the same."""
+    before = {p: p.stat().st_mtime_ns for n in ("torch_dist", "engine_model") for p in (chain.run / n).iterdir()}
+    failed = chain.runs.attempt(chain.name)
+    done = chain.start()
+    assert done.returncode == 0, done.stderr
+    assert list(chain.ids()) == ORDER[2:] and done.stdout.count("is there") == 2
+    train = chain.ids()["train"]
+    chain.runs.wait_step(chain.lab, chain.name, train, 1)
+    running = chain.status()
+    assert (running["state"], running["phase"], running["job_id"], running["total"]) == ("running", "rl", train, 3)
+    chain.lab.ask("scontrol", "requeue", train)
+    states = chain.wait_end()
+    assert states == dict.fromkeys(ORDER[2:], "COMPLETED"), chain.logs()
+    assert chain.runs.attempt(chain.name) >= failed + 2 and int(chain.lab.job(train)["Restarts"]) >= 1
+    assert before == {p: p.stat().st_mtime_ns for p in before}
+    summary = json.loads((chain.run / "eval" / "step_000003-fp8" / "summary.json").read_text())
+    assert summary["tasks"]["held_out"]["questions"] == 16
+    for folder in ("step_000003-hf", "step_000003-fp8"):
+        assert (chain.run / "export" / folder / "model.safetensors").is_file()
+    assert chain.status()["state"] == "finished"
+    chain.lab.wait_empty()
+    again = chain.start()
+    assert again.returncode == 0 and "every job of the chain is done" in again.stdout

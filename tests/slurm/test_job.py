@@ -1,0 +1,100 @@
+"""What Slurm's environment and commands say."""
+
+import socket
+
+import pytest
+from fp8slurm.slurm import job
+from fp8slurm.slurm.job import Job
+from fp8slurm.slurm.task import set_gpus
+
+
+@pytest.fixture(autouse=True)
+def outside_slurm(monkeypatch):
+    import os
+
+    for name in [n for n in os.environ if n.startswith(("SLURM", "CUDA"))]:
+        monkeypatch.delenv(name)
+
+
+@pytest.mark.parametrize(
+    "text, minutes",
+    [("90", 90), ("2:30", 3), ("04:00:00", 240), ("0:0:1", 1), ("1-00", 1440), ("2-01:30", 2970), ("1-02:03:04", 1564)],
+)
+def test_time_limits(text, minutes):
+    assert job.minutes(text) == minutes
+
+
+@pytest.mark.parametrize("text", ["", "0", "four", "1:2:3:4", "-5", "1.5"])
+def test_what_is_no_time_limit(text):
+    with pytest.raises(ValueError, match="no time"):
+        job.minutes(text)
+
+
+def test_the_job_of_a_process(monkeypatch):
+    assert Job.here() is None
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    assert Job.here() == Job("12", 0, None)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "3")
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
+    assert Job.here() == Job("12", 3, "0")
+    monkeypatch.setenv("SLURM_STEP_ID", str(0xFFFFFFFB))  # the job script
+    assert Job.here() == Job("12", 3, None)
+
+
+def test_ranks_take_the_gpus_that_slurm_gave(monkeypatch):
+    import os
+
+    assert job.gpu_list() == []
+    monkeypatch.setenv("SLURM_JOB_GPUS", "2,3,6,7")
+    assert job.gpu_list() == ["2", "3", "6", "7"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")  # renumbered by a cgroup: this is what CUDA understands
+    assert job.gpu_list() == ["0", "1", "2", "3"]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    set_gpus(4)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "2,3,6,7"
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    with pytest.raises(ValueError, match="4 GPUs.*2,3,6,7.*--slurm.gpus-per-node is 8"):
+        set_gpus(8)
+
+
+def test_fields_of_scontrol():
+    line = "JobId=3 JobName=a=b UserId=root(0) JobState=RUNNING EndTime=2026-11-23T20:34:11 Reason=None NodeList=node[1-2]"
+    shown = job.fields(line)
+    assert shown["JobId"] == "3" and shown["JobState"] == "RUNNING" and shown["NodeList"] == "node[1-2]"
+    assert job.parse_time(shown["EndTime"]) > 0 and job.parse_time("Unknown") is None
+
+
+def test_a_command_that_is_not_there():
+    with pytest.raises(job.SlurmError, match="no such command"):
+        job.ask("no-such-slurm-command")
+
+
+def test_the_address_is_that_of_the_interface_towards_the_launcher(monkeypatch):
+    monkeypatch.setenv("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1")
+    assert job.address() == "127.0.0.1" and job.interface_of("127.0.0.1") == "lo"
+    monkeypatch.delenv("SLURM_LAUNCH_NODE_IPADDR")
+    monkeypatch.setattr(socket, "gethostbyname", lambda name: "127.0.1.1")
+    with pytest.raises(job.SlurmError, match="127.0.1.1"):
+        job.address()
+
+
+def test_a_job_inherits_nothing_that_describes_another():
+    kept = job.environment_for_a_job({"SLURM_CONF": "c", "SLURM_JOB_ID": "1", "SUBMITIT_FOLDER": "f", "PATH": "p"})
+    assert kept == {"SLURM_CONF": "c", "PATH": "p"}
+
+
+def test_requeue_waits_for_the_controller_but_not_for_a_refusal(monkeypatch):
+    answers = iter(["Unable to contact slurm controller (connect failure)", None])
+
+    def ask(*command, **_):
+        answer = next(answers)
+        if answer:
+            raise job.SlurmError(answer)
+        return ""
+
+    monkeypatch.setattr(job, "ask", ask)
+    monkeypatch.setattr(job.time, "sleep", lambda s: None)
+    job.requeue("7")
+    answers = iter(["Requested operation is presently disabled for job 7"])
+    with pytest.raises(job.SlurmError, match="disabled"):
+        job.requeue("7")

@@ -1,0 +1,115 @@
+"""Nodes that die or lose the network, and what depends on signals under cgroup tracking. `make test-faults`."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+
+import pytest
+from fp8slurm.checkpoint.run import process_start
+
+pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.faults]
+
+ONE_NODE = ("--slurm.nodes=1", "--run.steps=80")
+"""Long enough for the controller to notice a cut before the run is over."""
+
+
+@pytest.fixture(scope="module")
+def lab(start_lab):
+    return start_lab("linuxproc")
+
+
+@pytest.fixture(scope="module")
+def reference(lab, runs):
+    """An undisturbed run on two nodes."""
+    job = runs.submit(lab, "faults-reference")
+    runs.wait_end(lab, "faults-reference", job)
+    return "faults-reference"
+
+
+@pytest.fixture(scope="module")
+def one_node(lab, runs):
+    """An undisturbed run on one node: what it computes depends on the number of engines."""
+    job = runs.submit(lab, "one-node", *ONE_NODE)
+    runs.wait_end(lab, "one-node", job)
+    return "one-node"
+
+
+def test_a_node_dies_and_comes_back(lab, runs, reference, same_run, measure):
+    name = "node-death"
+    job = runs.submit(lab, name)
+    runs.wait_step(lab, name, job, 4)
+    before = runs.step(name)
+    with measure(lab, runs, name, "node killed", before):
+        lab.do("kill-node", "2")
+        # down for longer than the controller takes to notice: it requeues the job, which waits for the node
+        time.sleep(20)
+        lab.do("start-node", "2")
+        runs.wait_attempt(lab, name, job, 1)
+        runs.wait_step(lab, name, job, before + 1)
+    runs.wait_end(lab, name, job)
+    same_run(name, reference)
+
+
+def test_a_cut_off_node_goes_on_writing_and_harms_nothing(lab, runs, one_node, same_run, measure):
+    """The old attempt does not notice the cut (all its tasks are on the node) and goes on beside the new one."""
+    name = "cut"
+    job = runs.submit(lab, name, *ONE_NODE)
+    runs.wait_step(lab, name, job, 3)
+    old = [runs.task(name, i) for i in range(3)]
+    cut = int(old[0]["host"].removeprefix("node"))
+    before = runs.step(name)
+    with measure(lab, runs, name, "node cut off", before):
+        lab.do("cut-node", str(cut))
+        runs.wait_attempt(lab, name, job, 1)
+        reached = runs.step(name)
+        assert reached > before, "the old attempt did not go on"
+        runs.wait_step(lab, name, job, reached + 1)
+    assert runs.task(name, 0)["host"] != old[0]["host"]
+    lab.do("join-node", str(cut))
+    runs.wait_end(lab, name, job)
+    assert all(process_start(t["pid"]) != t["start"] for t in old)
+    errors = [json.loads(p.read_text())["text"] for p in (runs.path(name) / "attempts" / "0" / "errors").glob("task_*.json")]
+    assert any("attempt 1 has begun; attempt 0 stops" in text for text in errors), errors
+    same_run(name, one_node)
+
+
+def test_a_failing_run_ends_with_the_reason(lab, runs, tmp_path):
+    """The traceback of the task that failed is the last thing in the job's log; another attempt would only meet it again."""
+    name = "failing"
+    (tmp_path / "bad_reward.py").write_text("def reward(response, label):\n    raise KeyError('no such answer')\n")
+    lab.environment["PYTHONPATH"] = f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    try:
+        job = runs.submit(lab, name, "--reward.kind=bad_reward:reward", "--slurm.max-attempts-without-progress=1", *ONE_NODE)
+    finally:
+        del lab.environment["PYTHONPATH"]
+    runs.wait_end(lab, name, job, "FAILED")
+    said = (runs.path(name) / "slurm" / f"{job}_0_log.err").read_text()
+    assert "no such answer" in said.strip().splitlines()[-2] + said.strip().splitlines()[-1], said
+
+
+def test_signals_under_cgroup_tracking(start_lab, runs, reference, same_run, measure):
+    """Notice before a preemption, engine kill, scancel: only the tasks themselves get Slurm's signals here."""
+    lab, name = start_lab("cgroup"), "cgroup"
+    job = runs.submit(lab, name, "--slurm.partition=graced")
+    runs.wait_step(lab, name, job, 2)
+    engines = [pid for pid, command in lab.processes(1).items() if command.endswith("fp8slurm.engine.child")]
+    before = runs.step(name)
+    with measure(lab, runs, name, "engine killed", before):
+        os.kill(min(engines), signal.SIGKILL)
+        runs.wait_step(lab, name, job, before + 1)
+    assert runs.attempt(name) == 0
+    before = runs.step(name)
+    with measure(lab, runs, name, "preemption with notice", before):
+        lab.ask("srun", "--partition=main", "--nodes=2", "--exclusive", "--time=1", "sleep", "1")
+        runs.wait_attempt(lab, name, job, 1)
+        runs.wait_step(lab, name, job, before + 1)
+    stopped = json.loads((runs.path(name) / "attempts" / "0" / "stopped.json").read_text())
+    assert stopped["saved"] and stopped["next"] == "requeued"
+    lab.ask("scancel", job)
+    runs.wait_end(lab, name, job, "CANCELLED")
+    job = runs.submit(lab, name)
+    runs.wait_end(lab, name, job)
+    same_run(name, reference)

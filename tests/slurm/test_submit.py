@@ -1,0 +1,144 @@
+"""The job script, pinned; and what is refused before a job is queued."""
+
+from pathlib import Path
+
+import pytest
+from fp8slurm.checkpoint.run import RunBusyError, RunDirectory
+from fp8slurm.config import RunConfig
+from fp8slurm.slurm import cluster, job, submit
+from fp8slurm.slurm.attempt import finished
+from fp8slurm.slurm.job import SlurmError
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def config(**slurm) -> RunConfig:
+    engine = {"per_node": 1, "tensor_parallel_size": 8}
+    defaults = {"executor": "slurm", "nodes": 2, "ranks_per_node": 8, "gpus_per_node": 8, "time": "1-00:00:00"}
+    return RunConfig(run={"name": "qwen"}, slurm=defaults | slurm, engine=engine)
+
+
+@pytest.mark.parametrize(
+    "name, settings",
+    [
+        ("plain", {"nodes": 1, "ranks_per_node": 8}),
+        (
+            "everything",
+            {
+                "partition": "gpu", "account": "lab", "qos": "high", "reservation": "res", "constraint": "h100", "exclude": "n7",
+                "memory": "0", "cpus_per_task": 12, "container_image": "image.sqsh", "container_mounts": ["/data:/data", "/scratch:/s"],
+                "setup": ["module load cuda"], "sbatch": {"exclusive": True, "mail-type": "FAIL"}, "srun": ["--mpi=none"],
+                "signal_delay_s": 600,
+            },
+        ),
+    ],
+)  # fmt: skip
+def test_the_script_is_the_pinned_one(name, settings, monkeypatch):
+    monkeypatch.setattr(submit.sys, "executable", "/env/bin/python")
+    monkeypatch.setattr(submit.parameters, "__defaults__", ("/env/bin/python",))
+    got = submit.script(config(**settings), Path("/runs/qwen"))
+    assert got == (GOLDEN / f"{name}.sbatch").read_text()
+
+
+PARTITIONS = """PartitionName=gpu AllocNodes=ALL Default=YES GraceTime=0 MaxNodes=UNLIMITED MaxTime=2-00:00:00 PreemptMode=OFF TotalNodes=4
+PartitionName=spot AllocNodes=ALL Default=NO GraceTime=30 MaxNodes=2 MaxTime=UNLIMITED PreemptMode=REQUEUE TotalNodes=64
+"""
+
+
+@pytest.fixture
+def slurm(monkeypatch):
+    """Answers of a cluster with two partitions; sbatch agrees unless a test says otherwise."""
+    answers = {"scontrol": PARTITIONS, "sbatch": ""}
+
+    def ask(*command, **_):
+        answer = answers[command[0]]
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(job, "ask", ask)
+    monkeypatch.setattr(job, "available", lambda: True)
+    return answers
+
+
+@pytest.mark.parametrize(
+    "settings, says",
+    [
+        ({"partition": "gpus"}, ["--slurm.partition gpus", "gpu, spot"]),
+        ({"nodes": 5}, ["--slurm.nodes 5", "at most 4"]),
+        ({"nodes": 3, "partition": "spot"}, ["--slurm.nodes 3", "spot", "at most 2"]),
+        ({"time": "2-00:01:00"}, ["--slurm.time 2-00:01:00", "gpu", "2-00:00:00"]),
+    ],
+)
+def test_what_the_cluster_does_not_have_is_refused(slurm, settings, says):
+    with pytest.raises(ValueError) as error:
+        cluster.check_cluster(config(**settings))
+    assert all(word in str(error.value) for word in says), error.value
+
+
+def test_what_sbatch_refuses_and_a_machine_without_slurm(slurm, monkeypatch):
+    assert cluster.check_cluster(config()) == []
+    slurm["sbatch"] = SlurmError("Invalid account")
+    with pytest.raises(ValueError, match="Invalid account"):
+        cluster.check_cluster(config())
+    monkeypatch.setattr(job, "available", lambda: False)
+    with pytest.raises(ValueError, match="no Slurm on this machine.*--slurm.executor local"):
+        cluster.check_cluster(config())
+
+
+def test_the_time_limit_and_the_notice_are_compared_with_what_was_measured(slurm, tmp_path):
+    c = config(time="5", signal_delay_s=60)
+    c = c.model_copy(update={"run": c.run.model_copy(update={"root": tmp_path})})
+    (tmp_path / "qwen").mkdir()
+    assert cluster.check_cluster(c) == []
+    (tmp_path / "qwen" / "pace.json").write_text('{"step_s": 40.0, "save_s": 20.0}')
+    (warning,) = cluster.check_cluster(c)
+    assert "slurm.signal_delay_s 60" in warning
+    (tmp_path / "qwen" / "pace.json").write_text('{"step_s": 200.0, "save_s": 60.0}')
+    with pytest.raises(ValueError, match="--slurm.time 5 .300 s. is shorter than one step and one save"):
+        cluster.check_cluster(c)
+
+
+def test_a_preemption_without_time_to_save_is_named(slurm, tmp_path):
+    c = config(partition="spot")
+    c = c.model_copy(update={"run": c.run.model_copy(update={"root": tmp_path})})
+    assert cluster.check_cluster(c) == []
+    (tmp_path / "qwen").mkdir()
+    (tmp_path / "qwen" / "pace.json").write_text('{"step_s": 10.0, "save_s": 40.0}')
+    (warning,) = cluster.check_cluster(c)
+    assert "partition spot" in warning and "30 s of notice, a save takes 40 s" in warning
+    slurm["scontrol"] = PARTITIONS.replace("GraceTime=30", "GraceTime=0")
+    (warning,) = cluster.check_cluster(config(partition="spot"))
+    assert "no time to save" in warning and "checkpoint.every 10 steps" in warning
+
+
+def test_a_second_job_is_refused_while_the_first_waits_or_runs(tmp_path, monkeypatch):
+    run = RunDirectory(tmp_path / "qwen")
+    (run.path / submit.FOLDER).mkdir(parents=True)
+    active = {"41": False, "42": True}
+    monkeypatch.setattr(job, "is_active", lambda id: active[id])
+    submit.refuse_second_job(run)
+    for id in active:
+        (run.path / submit.FOLDER / f"{id}_submitted.pkl").touch()
+    with pytest.raises(RunBusyError, match="job 42"):
+        submit.refuse_second_job(run)
+    active["42"] = False
+    submit.refuse_second_job(run)
+    run.acquire({"job": "43"})  # a hand-written script's
+    active["43"] = True
+    with pytest.raises(RunBusyError, match="job 43"):
+        submit.refuse_second_job(run)
+
+
+def test_a_finished_run(tmp_path):
+    c = config()
+    run = RunDirectory(tmp_path / "qwen")
+    assert not finished(c, run)
+    for step, complete in ((c.run.steps, False), (c.run.steps - 1, True)):
+        folder = run.checkpoints / f"step_{step:06d}"
+        folder.mkdir(parents=True)
+        if complete:
+            (folder / "COMPLETE").touch()
+    assert not finished(c, run)
+    (run.checkpoints / f"step_{c.run.steps:06d}" / "COMPLETE").touch()
+    assert finished(c, run)

@@ -1,0 +1,131 @@
+#!/usr/bin/env python3
+"""Training step of one GPU, BF16 against FP8: tokens/s, TFLOP/s, memory. Each measurement is a process of its own.
+
+usage: bench_train.py [--model Qwen3-4B] [--tokens 8192 16384] [--layers N] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tools" / "gpu")]
+SEQUENCE = 2048
+
+
+def measure(model: Path, backend: str, tokens: int, recompute: str, rounds: int) -> dict:
+    """Medians of `rounds` optimizer steps on one packed micro-batch of sequences of SEQUENCE tokens."""
+    import torch
+    import torch.distributed as dist
+
+    from fp8slurm.config import parse
+    from fp8slurm.models.qwen3 import ModelSpec
+    from fp8slurm.rl.data import SftExample
+    from fp8slurm.rl.loss import sft_loss
+    from fp8slurm.rl.packing import pack_sft
+    from fp8slurm.trainer.start import start
+
+    cuda = torch.cuda.is_available()
+    flags = ["--model.hf-checkpoint", str(model), "--fp8.backend", backend, "--train.recompute", recompute]
+    config = parse(None, flags)
+    start(config, 0, 1, dist.FileStore(tempfile.mktemp(), 1))
+    from fp8slurm.trainer.trainer import Trainer
+
+    spec = ModelSpec.from_hf_dir(model)
+    t = Trainer(config, spec)
+    with torch.no_grad():
+        for p in t.module.parameters():
+            p.fill_(1.0) if p.dim() == 1 else p.normal_(0, 0.02)
+    t.optimizer.reload_model_params()
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda n: tuple(torch.randint(0, spec.vocab_size, (n,), generator=generator).tolist())  # noqa: E731
+    length = min(SEQUENCE, tokens)
+    examples = [SftExample(draw(1), draw(length - 1)) for _ in range(tokens // length)]
+    batches = pack_sft(examples, data_parallel_size=1, tokens_per_micro_batch=tokens, pad_multiple=t.pad_multiple)[0]
+    assert sum(len(b.tokens) for b in batches) == tokens, [len(b.tokens) for b in batches]
+    sync = torch.cuda.synchronize if cuda else lambda: None
+    parts: dict[str, list[float]] = {"step": [], "forward_backward": []}
+    run = t._run
+
+    def timed_run(*args, **kwargs):
+        sync()
+        began = time.perf_counter()
+        out = run(*args, **kwargs)
+        sync()
+        parts["forward_backward"].append(time.perf_counter() - began)
+        return out
+
+    t._run = timed_run
+    for _ in range(rounds + 2):
+        sync()
+        began = time.perf_counter()
+        result = t.train_step(batches, sft_loss, 1e-6)
+        sync()
+        parts["step"].append(time.perf_counter() - began)
+    assert result.ok, "the step was skipped"
+    seconds = {k: statistics.median(v[2:]) for k, v in parts.items()}
+    linear = sum(p.numel() for n, p in t.module.named_parameters() if p.dim() == 2 and "embedding" not in n)
+    if spec.tie_word_embeddings:
+        linear += spec.vocab_size * spec.hidden_size
+    # causal attention: QK^T and PV, forward and twice that backward, over half of each sequence's square
+    attention = 6 * spec.num_layers * spec.num_heads * spec.head_dim * length * tokens
+    flop = 6 * linear * tokens + attention
+    memory = torch.cuda.max_memory_allocated() / 1e9 if cuda else float("nan")
+    return {
+        "backend": backend, "tokens": tokens, "recompute": recompute, "seconds": seconds["step"],
+        "forward_backward_s": seconds["forward_backward"], "tokens_per_s": tokens / seconds["step"],
+        "tflops": flop / seconds["forward_backward"] / 1e12, "memory_gb": memory, "loss": result.loss,
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="Qwen3-4B", help="a folder, or a shape of fp8slurm/models/known")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 16384])
+    parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
+    parser.add_argument("--recompute", default="none", choices=["none", "full"])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--one", nargs=2, metavar=("BACKEND", "TOKENS"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    import torch
+
+    model = Path(args.model)
+    if not model.is_dir():
+        from random_model import KNOWN
+
+        config = json.loads((KNOWN / f"{args.model}.json").read_text())
+        if args.layers:
+            config["num_hidden_layers"] = args.layers
+        model = Path(tempfile.mkdtemp())
+        (model / "config.json").write_text(json.dumps(config))
+    if args.one:
+        print(json.dumps(measure(model, args.one[0], int(args.one[1]), args.recompute, args.rounds)))
+        return
+    backends = ["off", "transformer_engine" if torch.cuda.is_available() else "emulated"]
+    rows = []
+    for tokens in args.tokens:
+        for backend in backends:
+            again = [sys.executable, __file__, "--model", str(model), "--recompute", args.recompute]
+            again += ["--rounds", str(args.rounds), "--one", backend, str(tokens)]
+            done = subprocess.run(again, capture_output=True, text=True, timeout=240, env=os.environ)
+            if done.returncode:
+                tail = [line for line in done.stderr.splitlines() if line.strip()][-3:]
+                print(f"{backend} {tokens} tokens: failed: {' | '.join(tail)}", flush=True)
+                continue
+            rows.append(json.loads(done.stdout.splitlines()[-1]))
+            print(json.dumps(rows[-1]), flush=True)
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()
