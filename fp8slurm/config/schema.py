@@ -319,6 +319,10 @@ class ObserveSection(Section):
 
     tensorboard: bool = True
     """Write TensorBoard files to tb/."""
+    wandb: bool = False
+    """Send the metrics to Weights & Biases, too (needs the package wandb and a key; without them the run says so and goes on)."""
+    wandb_project: str = "fp8slurm"
+    """Its project; the run there has the name of run.name."""
     plot: bool = True
     """Draw plot.png at the end."""
 

@@ -132,6 +132,11 @@ class Loop:
             from fp8slurm.observe.tensorboard import TensorBoard
 
             self.sinks.append(TensorBoard(self.run_dir.path / "tb", at))
+        if self.config.observe.wandb:
+            from fp8slurm.observe.weights_and_biases import WeightsAndBiases
+
+            c, settings = self.config, self.config.model_dump(mode="json")
+            self.sinks.append(WeightsAndBiases(self.run_dir.path, c.run.name, c.observe.wandb_project, settings))
 
     def close(self) -> None:
         for sink in self.sinks:
