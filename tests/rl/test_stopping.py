@@ -71,6 +71,7 @@ def test_all_ranks_stop_at_the_same_border(stores, noticed_at):
                     loop.border()
                 except Stopped:
                     return step
+                step_over.wait()
             return -1
 
         return work
