@@ -15,6 +15,7 @@ PROMPT_DATA    ?=
 EVAL_DATA      ?=
 FP8_CHECKPOINT ?= $(HF_CHECKPOINT:/=)-FP8
 RUN            ?=
+NODES          ?=
 export HF_CHECKPOINT PROMPT_DATA EVAL_DATA ARGS FP8SLURM VENV
 
 COMMAND  := $(or $(FP8SLURM),$(BIN)/fp8slurm)
@@ -112,10 +113,10 @@ convert-fp8:  ## HF_CHECKPOINT=models/X: BF16 -> block FP8, into FP8_CHECKPOINT 
 	$(COMMAND) convert hf-to-fp8 $(HF_CHECKPOINT) $(FP8_CHECKPOINT) $(ARGS)
 
 EVALUATED = $(or $(RUN),runs/tiny-fp8)
-eval-fp8:  ## RUN=runs/NAME: newest checkpoint -> HF -> FP8 HF -> SGLang -> accuracy
+eval-fp8:  ## RUN=runs/NAME: newest checkpoint -> HF -> FP8 HF -> SGLang -> accuracy (NODES=2: on nodes of a Slurm cluster)
 	@[ -f $(EVALUATED)/config.json ] || { echo 'make $@: RUN=$(EVALUATED): there is no run (make train-tiny-fp8 makes runs/tiny-fp8)' >&2; exit 2; }
 	@$(READY)
-	$(COMMAND) eval --run $(EVALUATED) $(if $(EVAL_DATA),--tasks $(EVAL_DATA)) $(ARGS)
+	$(COMMAND) eval --run $(EVALUATED) $(if $(EVAL_DATA),--tasks $(EVAL_DATA)) $(if $(NODES),--nodes $(NODES)) $(ARGS)
 
 status:  ## where all runs stand, or RUN=runs/NAME: from their folders and from Slurm
 	@$(THERE)

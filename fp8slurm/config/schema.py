@@ -248,7 +248,7 @@ class EngineSection(Section):
     expert_parallel_size: int = Field(1, ge=1)
     """GPUs of one engine that share the experts; the rest of tensor_parallel_size cuts each expert."""
     per_node: int = Field(1, ge=1)
-    """Engines on each node."""
+    """Engines on each node; they share its work, and one that fails leaves its own to the others."""
     placement: Literal["shared", "split"] = "shared"
     """shared: trainer and engines take turns on the same GPUs; split: on every node engine.gpus GPUs serve, the others train."""
     gpus: int = Field(0, ge=0)
@@ -263,12 +263,14 @@ class EngineSection(Section):
     """Longest prompt plus response; left out: the model's."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Dtype outside the FP8 layers."""
+    sleep: bool | None = None
+    """Engines give their GPU memory back while the trainer works. Left out: yes on GPUs that trainer and engines share."""
     ready_timeout_s: float = Field(600.0, gt=0)
     """Deadline for the server to come up."""
     request_timeout_s: float = Field(3600.0, gt=0)
     """Deadline of one generation request."""
     max_restarts: int = Field(3, ge=0)
-    """Restarts in a row after which the job ends."""
+    """Restarts of one engine in a row after which the job ends."""
     extra_args: list[str] = Field(default_factory=list)
     """Further arguments of SGLang's server."""
 
@@ -282,8 +284,10 @@ class SyncSection(Section):
     """Compare a digest of the raw bytes in the engine with what was sent: never, after the first update, after every one."""
     pause_mode: Literal["retract", "abort", "in_place"] = "retract"
     """What an update does to running requests: back to the queue (go on under the new weights), end now, or go on with the old weights' KV cache."""
-    keep_last_update: bool = True
-    """Keep the last update in the host memory of every node, for an engine that restarts; without it the trainer sends it again."""
+    transport: Literal["auto", "gloo", "cuda-ipc", "shared-memory"] = "auto"
+    """How weights reach the engines: through the host (gloo), or mapped where they lie on the GPU that trainer and engine share (cuda-ipc; shared-memory is its stand-in without GPUs). auto: cuda-ipc on GPUs, else gloo."""
+    keep_last_update: bool | None = None
+    """Keep the last update in the host memory of every node, for an engine that restarts; without it the trainer sends it again. Left out: yes with gloo; the other transports cannot."""
 
 
 class CheckpointSection(Section):
@@ -295,6 +299,8 @@ class CheckpointSection(Section):
     """Newest checkpoints that are kept."""
     keep_every: int = Field(0, ge=0)
     """Checkpoints at multiples of this are kept for good (0: none)."""
+    asynchronous: bool = True
+    """Write checkpoints while the next step runs: a step waits only for the copy to host memory, which needs the room there."""
 
 
 class EvalSection(Section):
@@ -331,7 +337,8 @@ class WatchdogSection(Section):
     """Hangs."""
 
     timeout_s: float = Field(1800.0, gt=0)
-    """Longest time without any progress before every task dumps its stacks and the job step ends."""
+    """Longest time without any progress before every task dumps its stacks and the job step ends. Engines that compute are
+    progress, however long a rollout takes; one that has work and computes nothing for half of this is restarted."""
 
 
 class SlurmSection(Section):
@@ -348,7 +355,7 @@ class SlurmSection(Section):
     cpu_threads: int = Field(0, ge=0)
     """OMP_NUM_THREADS of a rank (0: cores / ranks)."""
     engine_threads: int = Field(0, ge=0)
-    """OMP_NUM_THREADS of an engine on the CPU (0: all cores)."""
+    """OMP_NUM_THREADS of an engine on the CPU (0: all cores, shared by the node's engines)."""
     partition: str | None = None
     """Partition of the job."""
     account: str | None = None

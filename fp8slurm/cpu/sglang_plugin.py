@@ -26,6 +26,7 @@ def apply() -> None:
     _patch_updates()
     _patch_routing()
     _patch_sampling()
+    _map_files()
 
 
 def fake_quantize_activations(x: torch.Tensor) -> torch.Tensor:
@@ -200,3 +201,23 @@ def multinomial_with_seed(logprobs: torch.Tensor, seed: torch.Tensor, positions:
     noise = _mix(row.unsqueeze(1) + columns * -0x61C8864680B583EB)
     uniform = (((noise >> 11) & (2**53 - 1)).to(torch.float64) + 0.5) * 2.0**-53
     return (logprobs.to(torch.float64) - uniform.log_().neg_().log_()).argmax(dim=1, keepdim=True)
+
+
+def _map_files() -> None:
+    """Weights in a file that a training rank shares (sync/mapped.py), where a GPU would have a handle of its memory."""
+    from sglang.srt.model_executor.model_runner_components.weight_updater import WeightUpdater
+
+    original = WeightUpdater._update_weights_from_flattened_bucket
+    if getattr(original, "maps_files", False):
+        return
+
+    def update(self: Any, flattened_tensor_bucket_dict: dict[str, Any]) -> Any:
+        where, specs = flattened_tensor_bucket_dict["flattened_tensor"], flattened_tensor_bucket_dict["metadata"]
+        if isinstance(where, str):
+            size = max(s.end_idx for s in specs)
+            mapped = torch.from_file(where, shared=True, size=size, dtype=torch.uint8)
+            flattened_tensor_bucket_dict = {"flattened_tensor": mapped, "metadata": specs}
+        return original(self, flattened_tensor_bucket_dict)
+
+    update.maps_files = True
+    WeightUpdater._update_weights_from_flattened_bucket = update

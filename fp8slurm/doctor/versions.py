@@ -34,9 +34,11 @@ class VersionSet:
 
 _COMMON = {"megatron-core": "0.19.2", "transformers": "5.12.1", "tokenizers": "0.22.2", "submitit": "1.5.4"}
 _TE = {"transformer-engine": "2.17.1", "transformer-engine-cu13": "2.17.1", "transformer-engine-torch": "2.17.1"}
+NEW_CUDNN_SINCE_TE = "2.17"
 CUDNN_FOR_TE = "9.22"
 """TransformerEngine 2.17.1's wheel for CUDA 13 is compiled against this cuDNN; with an older one the backward pass of
-packed attention fails (CUDNN_ATTR_OPERATION_RESHAPE_MODE, CUDNN_STATUS_BAD_PARAM; seen on an H200 with 9.19)."""
+packed attention fails (CUDNN_ATTR_OPERATION_RESHAPE_MODE, CUDNN_STATUS_BAD_PARAM; seen on an H200 with 9.19). 2.16.1
+trains there with 9.19, a system's 9.14 beside it."""
 
 SETS = (
     VersionSet(
@@ -206,14 +208,15 @@ def _packages(needs_te: bool) -> Iterator[Finding]:
 
 def check_cudnn() -> Iterator[Finding]:
     """cuDNN as TransformerEngine needs it, and no second one that the loader would find first."""
-    version = installed("nvidia-cudnn-cu13") or installed("nvidia-cudnn-cu12")
-    if version is None or installed("transformer-engine") is None:
+    version, engine = installed("nvidia-cudnn-cu13") or installed("nvidia-cudnn-cu12"), installed("transformer-engine")
+    if version is None or engine is None:
         return
-    if parse(version) < parse(CUDNN_FOR_TE):
+    new = parse(engine) >= parse(NEW_CUDNN_SINCE_TE)
+    if new and parse(version) < parse(CUDNN_FOR_TE):
         yield Finding(
             "packages",
             "error",
-            f"cuDNN {version} with TransformerEngine {installed('transformer-engine')}: the backward pass of packed"
+            f"cuDNN {version} with TransformerEngine {engine}: the backward pass of packed"
             " attention fails (CUDNN_ATTR_OPERATION_RESHAPE_MODE, BAD_PARAM)",
             f"pip install --no-deps 'nvidia-cudnn-cu13>={CUDNN_FOR_TE}'",
         )
@@ -226,9 +229,9 @@ def check_cudnn() -> Iterator[Finding]:
         path, other = others[0]
         yield Finding(
             "packages",
-            "error",
+            "error" if new else "warning",
             f"two versions of cuDNN: {version} from pip and {'.'.join(map(str, other))} in {path}: libraries of both in"
-            " one process end in CUDNN_STATUS_SUBLIBRARY_LOADING_FAILED",
+            f" one process {'end' if new else 'can end'} in CUDNN_STATUS_SUBLIBRARY_LOADING_FAILED",
             "put the first before it: export"
             f" LD_LIBRARY_PATH={wheel or 'SITE-PACKAGES/nvidia/cudnn/lib'}:$LD_LIBRARY_PATH (--slurm.setup takes such a"
             " line)",

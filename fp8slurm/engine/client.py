@@ -18,6 +18,8 @@ from fp8slurm.engine.server import EngineError
 UNVERSIONED = -1
 """Weight version of an engine that still serves the weights of its checkpoint folder."""
 _CONCURRENT_REQUESTS = 128
+_CONNECTIONS = 1024
+_PROGRESS_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -70,11 +72,12 @@ class EngineClient:
         self.weight_version = UNVERSIONED
         self._quarantined: str | None = None
         self._has_sessions: bool | None = None
+        self._tells_progress = True
         self._api_key = api_key
         self._session = requests.Session()
         self._session.trust_env = False  # a proxy is nothing for loopback
         self._session.headers["Authorization"] = f"Bearer {api_key}"
-        adapter = requests.adapters.HTTPAdapter(pool_maxsize=_CONCURRENT_REQUESTS)
+        adapter = requests.adapters.HTTPAdapter(pool_maxsize=_CONNECTIONS)
         self._session.mount("http://", adapter)
 
     # -- generation ----------------------------------------------------------------------------------------------
@@ -156,6 +159,20 @@ class EngineClient:
         """SGLang's /server_info: its settings and the state of its schedulers, the API key masked."""
         return json.loads(self._request("GET", "/server_info").text.replace(self._api_key, "***"))
 
+    def progress(self) -> tuple[Any, ...] | None:
+        """Something that changes whenever the server's schedulers have computed anything; None where it does not tell.
+
+        SGLang's /v1/loads: running and waiting requests, used tokens of the cache, steps so far. The schedulers write them
+        into shared memory after every batch anyway and are not asked. Raises EngineError: no answer within seconds.
+        """
+        if not self._tells_progress:
+            return None
+        response = self._request("GET", "/v1/loads?include=core", accept=(200, 404), timeout_s=_PROGRESS_TIMEOUT_S)
+        self._tells_progress = response.status_code == 200
+        if not self._tells_progress:
+            return None
+        return tuple(str(sorted((k, v) for k, v in load.items() if k != "timestamp")) for load in response.json()["loads"])
+
     def quarantine(self, reason: str) -> None:
         """Refuse to generate from now on, for this reason; a restarted server gets a new client."""
         self._quarantined = reason
@@ -190,6 +207,14 @@ class EngineClient:
         body = {"serialized_named_tensors": handles, "load_format": "flattened_bucket", "flush_cache": False}
         self._post("/update_weights_from_tensor", body)
 
+    def release_memory(self) -> None:
+        """Give the GPU memory of weights, KV cache and CUDA graphs back; what was in it is gone. Nothing may be running."""
+        self._post("/release_memory_occupation", {})
+
+    def resume_memory(self) -> None:
+        """Take that memory again; the weights have to be loaded anew."""
+        self._post("/resume_memory_occupation", {})
+
     def end_update(self) -> None:
         self._post("/end_weight_update", {})
 
@@ -218,11 +243,14 @@ class EngineClient:
         except requests.exceptions.JSONDecodeError:
             return response.text
 
-    def _request(self, method: str, path: str, body: Any = None, accept: tuple[int, ...] = (200,)) -> requests.Response:
+    def _request(
+        self, method: str, path: str, body: Any = None, accept: tuple[int, ...] = (200,), timeout_s: float | None = None
+    ) -> requests.Response:
+        timeout_s = self.timeout_s if timeout_s is None else timeout_s
         try:
-            response = self._session.request(method, self.url + path, json=body, timeout=self.timeout_s)
+            response = self._session.request(method, self.url + path, json=body, timeout=timeout_s)
         except requests.exceptions.Timeout as error:
-            raise EngineError(f"{self.url}{path} did not answer within {self.timeout_s:g} s") from error
+            raise EngineError(f"{self.url}{path} did not answer within {timeout_s:g} s") from error
         except requests.exceptions.RequestException as error:
             raise EngineError(f"{self.url}{path}: the connection broke: {error}") from error
         if response.status_code == 400 and path == "/generate":

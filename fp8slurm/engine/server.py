@@ -42,11 +42,15 @@ class EngineSettings:
     seed: int = 0
     """Seed of the samples that bring none of their own."""
     cpu_threads: int = 0
-    """OMP_NUM_THREADS of each rank on the CPU (0: all cores / ranks)."""
+    """OMP_NUM_THREADS of each rank on the CPU (0: the engine's cores / ranks)."""
+    share: tuple[int, int] = (0, 1)
+    """Number of the engine on its machine, and how many share the machine's cores (on the CPU)."""
     return_routing: bool = False
     """Keep the experts of every token, for requests that ask for them."""
-    gpus: tuple[int, ...] | None = None
-    """Devices that the server may use; None leaves CUDA_VISIBLE_DEVICES as it is."""
+    sleeps: bool = False
+    """Its memory can be released and resumed (GPUs only)."""
+    gpus: tuple[str, ...] | None = None
+    """Devices that the server may use, as CUDA_VISIBLE_DEVICES names them; None leaves that variable as it is."""
 
     @classmethod
     def from_config(cls, section: EngineSection) -> EngineSettings:
@@ -64,7 +68,8 @@ class EngineSettings:
 class Engine:
     """One SGLang server on 127.0.0.1: start, wait_ready, use (engine/client.py), stop or restart.
 
-    It dies with this process, whatever ends it. Methods are for one thread at a time.
+    It dies with this process, whatever ends it. Methods are for one thread at a time, but for `stop`, which also ends
+    a server that another thread waits for.
     """
 
     def __init__(self, model_dir: Path, log_dir: Path, settings: EngineSettings, name: str = "engine-0") -> None:
@@ -77,6 +82,7 @@ class Engine:
         self._started_at = 0.0
         self._process: subprocess.Popen[bytes] | None = None
         self._exited = threading.Event()
+        self._stopping = threading.RLock()
         self._ready_pipe = -1
         self._log_start = 0
         self._temporary: Path | None = None
@@ -111,8 +117,12 @@ class Engine:
     def wait_ready(self, timeout_s: float | None = None) -> None:
         """Block until the server answers. Raises EngineError, the server stopped, if it dies or the deadline passes."""
         timeout_s = self.settings.section.ready_timeout_s if timeout_s is None else timeout_s
-        readable, _, _ = select.select([self._ready_pipe], [], [], timeout_s)
-        if readable and os.read(self._ready_pipe, 1):
+        try:
+            readable, _, _ = select.select([self._ready_pipe], [], [], timeout_s)
+            is_up = bool(readable) and bool(os.read(self._ready_pipe, 1))
+        except (OSError, ValueError):  # another thread stopped it, and closed the pipe
+            readable, is_up = [self._ready_pipe], False
+        if is_up:
             family = self._family()
             _unlink_shared_memory(family)
             threading.Thread(
@@ -133,18 +143,20 @@ class Engine:
 
     def stop(self) -> None:
         """End the server and all its processes, now; remove what it left in /dev/shm and in its temporary folder."""
-        if self._process is not None:
-            family = self._family()
-            _kill_group(self._process.pid)
-            self._exited.wait()
-            deadline = time.monotonic() + 30
-            while any(_runs(p) for p in family) and time.monotonic() < deadline:
-                time.sleep(0.02)
-            os.close(self._ready_pipe)
-            self._process = None
-            _unlink_orphans(self._started_at)
-        if self._temporary is not None:
-            shutil.rmtree(self._temporary, ignore_errors=True)
+        with self._stopping:
+            if self._process is not None:
+                family = self._family()
+                _kill_group(self._process.pid)
+                self._exited.wait()
+                deadline = time.monotonic() + 30
+                while any(_runs(p) for p in family) and time.monotonic() < deadline:
+                    time.sleep(0.02)
+                os.close(self._ready_pipe)
+                self._ready_pipe = -1
+                self._process = None
+                _unlink_orphans(self._started_at)
+            if self._temporary is not None:
+                shutil.rmtree(self._temporary, ignore_errors=True)
 
     def restart(self) -> None:
         """Stop, start and wait until ready: the weights are those of model_dir again, the port is another one."""
@@ -217,12 +229,14 @@ class Engine:
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
             env.pop(name, None)  # the agent's own process group is none of the server's business
         if self.settings.gpus is not None:
-            env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, self.settings.gpus))
+            env["CUDA_VISIBLE_DEVICES"] = ",".join(self.settings.gpus)
         if self.cpu:
-            cores, ranks = sorted(os.sched_getaffinity(0)), self.settings.section.tensor_parallel_size
+            ranks = self.settings.section.tensor_parallel_size
+            cores = share_of(sorted(os.sched_getaffinity(0)), *self.settings.share)
             threads = self.settings.cpu_threads or max(1, len(cores) // ranks)
             env |= {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": str(threads)}
             env["TORCHDYNAMO_DISABLE"] = "1"  # torch.compile would call the C++ compiler, and the triton stub
+            env.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin cost a busy machine ten times the work
             if ranks > 1:  # SGLang wants to be told which cores are whose
                 shares = [cores[rank % len(cores) :: ranks] for rank in range(ranks)]
                 env["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(",".join(map(str, share)) for share in shares)
@@ -235,6 +249,22 @@ class Engine:
             return [server, *server.children(recursive=True)]
         except psutil.NoSuchProcess:
             return []
+
+
+def share_of(cores: list[int], number: int, count: int) -> list[int]:
+    """The cores of engine `number` of `count`: a share of as many as all others get, so that they compute the same bits."""
+    each = max(1, len(cores) // count)
+    return [cores[(number * each + i) % len(cores)] for i in range(each)]
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs that this process sees, as CUDA_VISIBLE_DEVICES names them; makes no CUDA context."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [name for name in visible.split(",") if name]
+    import torch
+
+    return [str(i) for i in range(torch.cuda.device_count())]
 
 
 def server_arguments(model_dir: Path, settings: EngineSettings, port: int) -> list[str]:
@@ -264,6 +294,8 @@ def server_arguments(model_dir: Path, settings: EngineSettings, port: int) -> li
         switches += ["--skip-server-warmup"]
     elif settings.deterministic:
         switches.append("--enable-deterministic-inference")
+    if settings.sleeps:
+        switches.append("--enable-memory-saver")
     if settings.return_routing:
         switches.append("--enable-return-routed-experts")
     line = [text for name, value in arguments.items() if value is not None for text in (name, str(value))]

@@ -5,10 +5,16 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import shlex
+import shutil
+import signal
+import socket
 import sys
+import threading
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any, Iterator, Sequence
 
 from fp8slurm.config.schema import DataSection, EngineSection
 from fp8slurm.eval.checkpoints import Checkpoint, Precision, prepare, recognize
@@ -24,23 +30,95 @@ def main(argv: list[str]) -> int:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("urllib3").setLevel(logging.ERROR)
     check(args)
+    from fp8slurm.eval.nodes import Place
+
+    place = Place.here()
+    if args.nodes is not None and place is not None and args.nodes != place.count:
+        raise ValueError(f"--nodes {args.nodes} in a Slurm step on {place.count} nodes; leave one of them out")
     step = args.checkpoint if args.run is not None else None
     path = Path(args.checkpoint) if args.run is None and args.checkpoint is not None else None
     checkpoint = recognize(path, args.run, step, args.origin_hf_dir, args.eval_dir)
-    print(checkpoint.describe(), flush=True)
+    starts_step = args.nodes is not None and place is None
+    if (place is None or place.number == 0) and (args.dry_run or not starts_step):
+        print(checkpoint.describe(), flush=True)
     engine = engine_section(checkpoint.config, rest)
     tasks = tasks_of(args, checkpoint.config)
     plan = _Plan.make(args, checkpoint, tasks, engine)
+    command = step_command(args.nodes, args.srun, argv) if starts_step else None
     if args.dry_run:
-        plan.describe()
+        plan.describe(place, command)
         return 0
+    if command is not None:
+        return _start_step(command)
     from fp8slurm.engine.server import EngineError
 
     try:
-        return plan.run()
+        with _terminated_is_interrupted():
+            return plan.run() if place is None else _run_on_nodes(plan, place)
     except EngineError as error:
         print(f"fp8slurm eval: {error}\nThe same command goes on with the samples that are there.", file=sys.stderr)
         return 1
+
+
+def _start_step(command: list[str]) -> int:
+    """Become the step, of this allocation or of a new one."""
+    if shutil.which(command[0]) is None:
+        raise ValueError("--nodes: there is no srun on this machine; leave it out to evaluate here")
+    os.execvp(command[0], command)
+
+
+def step_command(nodes: int, flags: Sequence[str], argv: Sequence[str]) -> list[str]:
+    """What --nodes starts: the same command with one task a node. In an allocation a task gets the cores that it has."""
+    cores = os.environ.get("SLURM_CPUS_PER_TASK") or os.environ.get("SLURM_CPUS_ON_NODE")
+    command = ["srun", f"--nodes={nodes}", "--ntasks-per-node=1", "--kill-on-bad-exit=1"]
+    if "SLURM_JOB_ID" in os.environ and cores:
+        command.append(f"--cpus-per-task={cores}")
+    own = argparse.ArgumentParser(add_help=False)
+    own.add_argument("--nodes")
+    own.add_argument("--srun")
+    return [*command, *flags, sys.executable, "-m", "fp8slurm.cli", "eval", *own.parse_known_args(argv)[1]]
+
+
+@contextmanager
+def _terminated_is_interrupted() -> Iterator[None]:
+    """SIGTERM, Slurm's notice, ends an evaluation as Ctrl-C does: engines and marks are cleared away."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _run_on_nodes(plan: _Plan, place: Any) -> int:
+    """This task's part of an evaluation on several nodes."""
+    from fp8slurm.engine.server import EngineError
+    from fp8slurm.eval.nodes import Meeting
+    from fp8slurm.eval.run import assist
+
+    meeting = Meeting(plan.checkpoint.eval_dir, place)
+    try:
+        if place.number:
+            for precision in plan.precisions:
+                assist(plan.asked, plan.serving, precision, meeting)
+            return 0
+        meeting.remove_old()
+        meeting.wait_started()
+        return plan.run(meeting)
+    except (EngineError, ValueError, OSError) as error:
+        meeting.fail(str(error))
+        if place.number:  # the log of a step is that of all its tasks
+            raise type(error)(f"node {place.number} ({socket.gethostname()}): {error}") from error
+        raise
+    finally:
+        if not place.number:
+            meeting.remove()
 
 
 @dataclass(frozen=True)
@@ -58,8 +136,9 @@ class _Plan:
     ) -> _Plan:
         from fp8slurm.engine.server import EngineSettings
         from fp8slurm.eval.engines import gpu_shares
+        from fp8slurm.eval.nodes import Place
         from fp8slurm.eval.run import Asked, Serving
-        from fp8slurm.rl.agent import engine_settings
+        from fp8slurm.rl.engines import engine_settings
         from fp8slurm.rl.data import end_token_ids, load_tokenizer
 
         config = checkpoint.config
@@ -77,7 +156,8 @@ class _Plan:
         settings = replace(
             settings, section=section, seed=seed, deterministic=settings.deterministic or args.deterministic
         )
-        engines = len(gpu_shares(settings, args.engines))
+        elsewhere = args.nodes is not None and Place.here() is None
+        engines = args.engines if elsewhere else len(gpu_shares(settings, args.engines))
         if settings.on_cpu and engines > 1 and not settings.cpu_threads:
             cores = len(os.sched_getaffinity(0))
             settings = replace(settings, cpu_threads=max(1, cores // engines // section.tensor_parallel_size))
@@ -93,7 +173,15 @@ class _Plan:
         )
         return cls(args, checkpoint, asked, Serving(settings, engines, size, args.grader_timeout))
 
-    def describe(self) -> None:
+    @property
+    def precisions(self) -> tuple[Precision, ...]:
+        """In the order in which they are evaluated."""
+        return ("bf16", "fp8") if self.args.precision == "both" else (self.args.precision,)
+
+    def describe(self, place: Any, command: list[str] | None) -> None:
+        """Say what would be asked and started; of several tasks task 0 does."""
+        if place is not None and place.number:
+            return
         for task in self.asked.tasks:
             print(
                 f"{task.name}: {len(self.asked.questions[task.name])} questions of {task.data}, "
@@ -101,30 +189,38 @@ class _Plan:
                 f"{task.max_tokens} tokens, grader {task.grader}"
             )
             print(f"  the first: {self.asked.questions[task.name][0].text!r}")
+        count = place.count if place is not None else self.args.nodes
+        nodes = f" on each of {count} nodes" if count else ""
         print(
-            f"{self.args.precision}, {self.serving.engines} engine(s), {self.asked.samples} samples; "
+            f"{self.args.precision}, {self.serving.engines or 'as many as fit'} engine(s){nodes}, "
+            f"{self.asked.samples} samples; "
             f"results in {self.checkpoint.eval_dir}"
         )
+        if command is not None:
+            print(shlex.join([word for word in command if word != "--dry-run"]))
 
-    def run(self) -> int:
+    def run(self, meeting: Any = None) -> int:
+        """Evaluate; the exit status. meeting: of the step's task 0."""
         from rich.console import Console
 
         from fp8slurm.eval.display import show_comparison, show_summary
 
         console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
         if self.args.precision != "both":
-            folder, summary = self.evaluate(self.args.precision, None)
+            folder, summary = self.evaluate(self.args.precision, None, meeting)
             show_summary(summary, console)
             print(f"{folder}/summary.json, samples.jsonl")
             return 0
-        base, summary = self.evaluate("bf16", Path())
+        base, summary = self.evaluate("bf16", Path(), meeting)
         show_summary(summary, console)
-        folder, summary = self.evaluate("fp8", base)
+        folder, summary = self.evaluate("fp8", base, meeting)
         show_summary(summary, console)
         name = f"compare-{folder.name.replace('-fp8', '', 1)}"
         return report(folder, base, self.checkpoint.eval_dir / name, self.args.fail_if_worse, console, show_comparison)
 
-    def evaluate(self, precision: Precision, score_of: Path | None) -> tuple[Path, dict[str, Any]]:
+    def evaluate(
+        self, precision: Precision, score_of: Path | None, meeting: Any = None
+    ) -> tuple[Path, dict[str, Any]]:
         """(folder, summary) in one precision. score_of: see run.evaluate; Path() stands for its own."""
         from fp8slurm.eval.run import evaluate
 
@@ -143,7 +239,7 @@ class _Plan:
                 print(f"{folder}: going on, {len(records.rows)} of {self.asked.samples} samples are there", flush=True)
             of = folder if score_of == Path() else score_of
             return folder, evaluate(
-                self.asked, self.serving, source, precision, model, records, of, self.args.score_questions
+                self.asked, self.serving, source, precision, model, records, of, self.args.score_questions, meeting
             )
 
 

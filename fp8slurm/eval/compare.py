@@ -41,6 +41,7 @@ def compare(a: Path, b: Path, fail_if_worse: float | None = None) -> dict[str, A
     names = list(summary_a["tasks"])
     if sorted(names) != sorted(summary_b["tasks"]):
         raise ValueError(f"{a} has the tasks {', '.join(names)}, {b} has {', '.join(summary_b['tasks'])}")
+    _same_way_of_asking(a, b)
     tasks = {name: _task(name, rows_a, rows_b, a, b) for name in names}
     speeds = [s.get("tokens_per_second") for s in (summary_a, summary_b)]
     return {
@@ -55,6 +56,25 @@ def compare(a: Path, b: Path, fail_if_worse: float | None = None) -> dict[str, A
         "fail_if_worse": fail_if_worse,
         "worse": [n for n in names if fail_if_worse is not None and tasks[n]["difference"]["high"] < -fail_if_worse],
     }
+
+
+_ASKED = ("template", "chat", "grader", "temperature", "top_p", "top_k", "max_tokens", "sha256")
+"""What of a task in settings.json has to be the same for a difference to mean anything. The number of samples may differ."""
+
+
+def _same_way_of_asking(a: Path, b: Path) -> None:
+    """ValueError, naming the first setting of a task that differs (where both evaluations have their settings.json)."""
+    if not all((folder / SETTINGS).is_file() for folder in (a, b)):
+        return
+    ours, base = (
+        {t["name"]: t for t in json.loads((folder / SETTINGS).read_text()).get("tasks", [])} for folder in (a, b)
+    )
+    for name in sorted(ours.keys() & base.keys()):
+        for key in _ASKED:
+            x, y = ours[name].get(key), base[name].get(key)
+            if x != y:
+                what = "the questions' file" if key == "sha256" else f"{key} ({x} and {y})"
+                raise ValueError(f"{a} and {b} asked {name} with another {what}: a difference would mean nothing")
 
 
 def write(found: dict[str, Any], folder: Path) -> Path:

@@ -84,6 +84,20 @@ def parser() -> argparse.ArgumentParser:
         help="engines that share the work (default: as many as the GPUs carry, one without)",
     )
     model.add_argument(
+        "--nodes",
+        type=int,
+        metavar="N",
+        help="as a Slurm step on N nodes, with that many engines on each: srun, in this allocation or in a new one "
+        "(default: this node, or those of the step that this is a task of)",
+    )
+    model.add_argument(
+        "--srun",
+        action="append",
+        default=[],
+        metavar="--NAME=VALUE",
+        help='with --nodes, a flag of srun, such as --srun="--gpus-per-node=8"; may be repeated',
+    )
+    model.add_argument(
         "--batch-size",
         type=int,
         metavar="N",
@@ -117,6 +131,7 @@ def check(args: argparse.Namespace) -> None:
         ("max_prompt_tokens", 1),
         ("batch_size", 1),
         ("engines", 0),
+        ("nodes", 1),
     ):
         value = getattr(args, flag)
         if value is not None and value < least:
@@ -125,6 +140,11 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--temperature {args.temperature}; allowed: 0 (greedy) or more")
     if args.top_p is not None and not 0 < args.top_p <= 1:
         raise ValueError(f"--top-p {args.top_p}; allowed: above 0, at most 1")
+    if args.srun and args.nodes is None:
+        raise ValueError(f"--srun {args.srun[0]} needs --nodes")
+    wrong = [flag for flag in args.srun if not flag.startswith("--")]
+    if wrong:
+        raise ValueError(f'--srun {wrong[0]}: flags of srun are written --name=value, as in --srun="--partition=gpu"')
     if args.grader_timeout <= 0:
         raise ValueError(f"--grader-timeout {args.grader_timeout}; allowed: above 0 seconds")
     if args.fail_if_worse is not None and (args.precision != "both" or not args.fail_if_worse >= 0):

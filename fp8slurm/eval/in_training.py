@@ -53,17 +53,18 @@ class TrainingEval:
             self.graders.close()
 
     def evaluate(
-        self, generate: Callable[[list[GenerateRequest]], list[Generation]], checkpoint: str | None
+        self, generate: Callable[[list[list[GenerateRequest]]], list[list[Generation]]], checkpoint: str | None
     ) -> dict[str, Any]:
-        """Ask this agent's share. checkpoint: name of the weights; None: only the held-out prompts, none written."""
+        """Ask this agent's share, in batches. checkpoint: name of the weights; None: only the held-out prompts, none
+        written."""
         c = self.config
         tasks = [t for t in self.tasks if checkpoint is not None or t.name == HELD_OUT]
         rows: list[dict[str, Any]] = []
         size = c.engine.max_running_requests if c.run.deterministic else 10**9
-        for task in tasks:
-            for batch in batches(task, self.questions[task.name], size):
-                answers = generate([w.request(c.run.seed, self.sampler.stop_ids) for w in batch])
-                rows += rows_of(batch, answers, self.sampler.tokenizer, self.sampler.stop_ids)
+        asked = [batch for task in tasks for batch in batches(task, self.questions[task.name], size)]
+        answered = generate([[w.request(c.run.seed, self.sampler.stop_ids) for w in batch] for batch in asked])
+        for batch, answers in zip(asked, answered, strict=True):
+            rows += rows_of(batch, answers, self.sampler.tokenizer, self.sampler.stop_ids)
         self.graders = self.graders or Graders(self.tasks, c.reward.timeout_s)
         before = dict(self.graders.failures)
         self.graders.grade(rows)

@@ -7,9 +7,10 @@ import json
 import os
 import socket
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any, BinaryIO, Iterator
 
 from fp8slurm.checkpoint.run import fsync_folder, process_start, write_atomic
+from fp8slurm.slurm.job import Job, SlurmError, ask, is_active
 
 FORMAT = 1
 SETTINGS, SAMPLES, SUMMARY, SCORED, OWNER = (
@@ -78,8 +79,9 @@ class Records:
             if path.is_file():
                 repair(path)
                 self.rows = {key_of(row): row for row in read_rows(path)}
-                self.attempt = 1 + max((row["attempt"] for row in self.rows.values()), default=-1)
             self._file = open(path, "ab")
+            self._take_in_nodes()
+            self.attempt = 1 + max((row["attempt"] for row in self.rows.values()), default=-1)
             fsync_folder(self.folder)
         except BaseException:
             self._release()
@@ -96,19 +98,29 @@ class Records:
 
     def append(self, rows: list[dict[str, Any]]) -> None:
         """Put samples on disk; they are there when this returns."""
-        self._file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        append_rows(self._file, rows)
         self.rows |= {key_of(row): row for row in rows}
 
     def finish(self, rows: list[dict[str, Any]], summary: dict[str, Any]) -> None:
         """Replace the samples by the graded ones, then write the summary."""
         write_atomic(self.folder / SAMPLES, "".join(json.dumps(row) + "\n" for row in rows))
         write_atomic(self.folder / SUMMARY, json.dumps(summary, indent=1))
+        for path in node_files(self.folder):
+            path.unlink()
+
+    def _take_in_nodes(self) -> None:
+        """What other nodes wrote before an evaluation on several was killed."""
+        for path in node_files(self.folder):
+            repair(path)
+            rows = {key_of(row): row for row in read_rows(path)}
+            self.append([row for key, row in rows.items() if key not in self.rows])
+            path.unlink()
 
     def _hold(self) -> None:
         owner = self.folder / OWNER
         me = {"host": socket.gethostname(), "pid": os.getpid(), "start": process_start(os.getpid())}
+        if (job := Job.here()) is not None:
+            me |= {"job": job.id, "restart": job.restart, "step": job.step}
         while True:
             try:
                 with open(owner, "x") as f:
@@ -116,7 +128,7 @@ class Records:
                 return
             except FileExistsError:
                 held = _read_owner(owner)
-            if held is not None and (held["host"] != me["host"] or process_start(held["pid"]) == held["start"]):
+            if held is not None and _lives(held, me):
                 raise ValueError(
                     f"{self.folder} is being written by process {held['pid']} on {held['host']}: wait for it, or end "
                     f"it (and remove {OWNER} there if that machine is gone)"
@@ -127,11 +139,49 @@ class Records:
         (self.folder / OWNER).unlink(missing_ok=True)
 
 
+def _lives(held: dict[str, Any], me: dict[str, Any]) -> bool:
+    """Whether the holder of a folder may still write; of one on another machine only Slurm can say that it does not."""
+    if held["host"] == me["host"]:
+        return process_start(held["pid"]) == held["start"]
+    if "job" not in held:
+        return True
+    if held["job"] == me.get("job"):  # Slurm ends a start of a job before it makes the next
+        return held["restart"] == me["restart"] and (held["step"] is None or _step_lives(held))
+    try:
+        return is_active(held["job"])
+    except SlurmError:
+        return True
+
+
+def _step_lives(held: dict[str, Any]) -> bool:
+    try:
+        return "StepId=" in ask("scontrol", "show", "step", f"{held['job']}.{held['step']}")
+    except SlurmError as error:
+        return "Invalid" not in str(error)
+
+
+def node_file(folder: Path, number: int) -> Path:
+    """Where task `number` (from 1) of an evaluation on several nodes writes its samples, until they are merged."""
+    return folder / f"samples.node-{number}.jsonl"
+
+
+def node_files(folder: Path) -> list[Path]:
+    """Those that are there."""
+    return sorted(folder.glob("samples.node-*.jsonl"))
+
+
 def _read_owner(path: Path) -> dict[str, Any] | None:
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError):  # torn by a crash
         return None
+
+
+def append_rows(file: BinaryIO, rows: list[dict[str, Any]]) -> None:
+    """Put rows on disk; they are there when this returns."""
+    file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def repair(path: Path) -> None:

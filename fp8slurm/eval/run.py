@@ -8,7 +8,7 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable
 
 from fp8slurm.engine.server import EngineSettings
 from fp8slurm.eval import compare
@@ -17,7 +17,8 @@ from fp8slurm.eval.checkpoints import Checkpoint, files_stamp
 from fp8slurm.eval.display import Meter, waiting
 from fp8slurm.eval.engines import Engines
 from fp8slurm.eval.grading import Graders
-from fp8slurm.eval.records import FORMAT, SUMMARY, Records, key_of
+from fp8slurm.eval.nodes import Gatherer, Meeting
+from fp8slurm.eval.records import FORMAT, SUMMARY, Key, Records, append_rows, key_of, node_file
 from fp8slurm.eval.summary import RIGHT, document, speed, summarize
 from fp8slurm.eval.questions import Question
 from fp8slurm.eval.tasks import EvalTask, file_digest
@@ -60,6 +61,9 @@ class Asked:
             "model_config": file_digest(model / "config.json"),
             "precision": precision,
             "dtype": engine.section.dtype,
+            "context_length": engine.section.context_length,
+            "engine_arguments": engine.section.extra_args,
+            "deterministic": engine.deterministic,
             "seed": self.seed,
             "stop_token_ids": self.stop_ids,
             "chat_template_kwargs": self.chat_template_kwargs,
@@ -81,22 +85,39 @@ class Serving:
     grader_timeout_s: float
 
 
+Work = list[list[Wanted]]
+
+
+def missing(asked: Asked, serving: Serving, done: set[Key]) -> Work:
+    """The batches of all tasks, less the samples that are done."""
+    return [b for t in asked.tasks for b in batches(t, asked.questions[t.name], serving.batch_size, done)]
+
+
+def digest(asked: Asked, work: Work) -> str:
+    """Equal where two tasks of a step would ask the same in the same batches."""
+    tasks = [t.model_dump(mode="json", exclude={"data"}) for t in asked.tasks]
+    put = [[[*w.key, w.question.token_ids] for w in batch] for batch in work]
+    return hashlib.sha256(json.dumps([tasks, asked.seed, asked.stop_ids, put]).encode()).hexdigest()
+
+
 def evaluate(
     asked: Asked, serving: Serving, checkpoint: Checkpoint, precision: str, model: Path, records: Records,
-    score_of: Path | None, score_questions: int,
+    score_of: Path | None, score_questions: int, meeting: Meeting | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Complete the evaluation in `records` (entered); its summary.
 
     score_of: folder of the finished evaluation whose first responses are scored (its own may be given): a file
-    scored.jsonl beside the samples. EngineError: an engine cannot be kept alive.
+    scored.jsonl beside the samples. meeting: of task 0 of a step, whose other tasks `assist`. EngineError: an engine
+    cannot be kept alive, or another task failed.
     """
     context = serving.engine.section.context_length or context_of(model)
     asked.check_context(context)
-    work = [
-        batch
-        for t in asked.tasks
-        for batch in batches(t, asked.questions[t.name], serving.batch_size, set(records.rows))
-    ]
+    work = missing(asked, serving, set(records.rows))
+    if meeting is not None:
+        meeting.announce(precision, {
+            "batches": len(work), "digest": digest(asked, work), "model": str(model.resolve()), "context": context,
+            "folder": str(records.folder.resolve()), "attempt": records.attempt, "done": list(records.rows),
+        })  # fmt: skip
     summary = json.loads((records.folder / SUMMARY).read_text()) if records.complete and not work else None
     sequences = None
     if score_of is not None and score_of != records.folder:
@@ -106,7 +127,7 @@ def evaluate(
     if summary is not None and (score_of is None or compare.is_scored(records.folder, sequences or [])):
         return summary
     with Graders(asked.tasks, serving.grader_timeout_s) as graders:
-        restarts, engines = 0, serving.engines
+        restarts, engines, nodes = 0, serving.engines, 1
         if summary is None:
             graders.submit(list(records.rows.values()))
         if work or score_of is not None:
@@ -117,8 +138,10 @@ def evaluate(
                     if work:
                         pool.warm_up(work[0][0].request(asked.seed, asked.stop_ids))
                 if work:
-                    _ask(asked, precision, work, records, graders, pool, context)
-                restarts = pool.restarts
+                    others = _ask(asked, precision, work, records, graders, pool, context, meeting)
+                    restarts, nodes = sum(o["restarts"] for o in others), 1 + len(others)
+                    engines += sum(o["engines"] for o in others)
+                restarts += pool.restarts
                 if score_of is not None:
                     if sequences is None:
                         rows = list(records.rows.values())
@@ -127,32 +150,90 @@ def evaluate(
                         compare.score(pool.client(pool.engines[0]), sequences, records.folder)
         if summary is not None:
             return summary
-        return _finish(asked, checkpoint, precision, records, graders, engines, restarts)
+        counts = {"nodes": nodes, "engines": engines, "engine_restarts": restarts}
+        return _finish(asked, checkpoint, precision, records, graders, counts)
 
 
 def _ask(
-    asked: Asked, precision: str, work: list[list[Wanted]], records: Records, graders: Graders, pool: Engines,
-    context: int,
-) -> None:  # fmt: skip
-    lock, started, attempt = threading.Lock(), time.monotonic(), records.attempt
+    asked: Asked, precision: str, work: Work, records: Records, graders: Graders, pool: Engines, context: int,
+    meeting: Meeting | None,
+) -> list[dict[str, int]]:  # fmt: skip
+    """Have all of it answered, with the other tasks of the step where there are any; what those report."""
+    lock = threading.Lock()
+    if meeting is not None:
+        pool.share(meeting.claims(precision), meeting.all_ready(precision, len(pool.engines)))
     with Meter(precision.upper(), asked.samples, len(records.rows)) as meter:
         meter.scores = graders.scores
 
-        def answered(batch: list[Wanted], generations: list) -> None:
-            rows = rows_of(batch, generations, asked.tokenizer, asked.stop_ids)
-            with lock:
-                at = round(time.monotonic() - started, 3)
-                records.append([row | {"attempt": attempt, "at": at} for row in rows])
-                meter.advance(len(rows), sum(len(r["response_ids"]) for r in rows))
+        def seen(rows: list[dict[str, Any]]) -> None:
+            meter.advance(len(rows), sum(len(r["response_ids"]) for r in rows))
             graders.submit(rows)
 
-        pool.ask(work, lambda w: w.request(asked.seed, asked.stop_ids, context), answered)
+        def kept(rows: list[dict[str, Any]]) -> None:
+            with lock:
+                records.append(rows)
+                seen(rows)
+
+        def others(rows: list[dict[str, Any]]) -> None:
+            with lock:
+                records.rows |= {key_of(row): row for row in rows}
+                seen(rows)
+
+        if meeting is None:
+            _drive(asked, work, pool, context, records.attempt, kept)
+            return []
+        with Gatherer(meeting, records.folder, others) as gatherer:
+            _drive(asked, work, pool, context, records.attempt, kept)
+            return gatherer.finish(precision)
+
+
+def _drive(
+    asked: Asked, work: Work, pool: Engines, context: int, attempt: int, keep: Callable[[list[dict[str, Any]]], None]
+) -> None:
+    """Have the work, or what this task claims of it, answered; keep(rows) is called from several threads."""
+    started = time.monotonic()
+
+    def answered(batch: list[Wanted], generations: list) -> None:
+        rows = rows_of(batch, generations, asked.tokenizer, asked.stop_ids)
+        at = round(time.monotonic() - started, 3)
+        keep([row | {"attempt": attempt, "at": at} for row in rows])
+
+    pool.ask(work, lambda w: w.request(asked.seed, asked.stop_ids, context), answered)
+
+
+def assist(asked: Asked, serving: Serving, precision: str, meeting: Meeting) -> None:
+    """The part of a task that is not task 0: answer batches into a file beside the samples until none is left.
+
+    EngineError: an engine cannot be kept alive, or another task failed. ValueError: this node would ask other questions.
+    """
+    said = meeting.work(precision)
+    if not said["batches"]:
+        return
+    work = missing(asked, serving, {(task, id, sample) for task, id, sample in said["done"]})
+    if digest(asked, work) != said["digest"]:
+        raise ValueError("this node has other questions or settings than node 0: task files and flags must be the same")
+    folder, model, number = Path(said["folder"]), Path(said["model"]), meeting.place.number
+    logs = folder / f"node-{number}"
+    logs.mkdir(exist_ok=True)
+    lock, count = threading.Lock(), 0
+    with open(node_file(folder, number), "ab") as file, Engines(model, logs, serving.engine, serving.engines) as pool:
+        pool.wait_ready()
+        pool.warm_up(work[0][0].request(asked.seed, asked.stop_ids))
+        pool.share(meeting.claims(precision), meeting.all_ready(precision, len(pool.engines)))
+
+        def keep(rows: list[dict[str, Any]]) -> None:
+            nonlocal count
+            with lock:
+                append_rows(file, [row | {"node": number} for row in rows])
+                count += len(rows)
+
+        _drive(asked, work, pool, said["context"], said["attempt"], keep)
+        meeting.done(precision, count, len(pool.engines), pool.restarts)
 
 
 def _finish(
-    asked: Asked, checkpoint: Checkpoint, precision: str, records: Records, graders: Graders, engines: int,
-    restarts: int,
-) -> dict[str, Any]:  # fmt: skip
+    asked: Asked, checkpoint: Checkpoint, precision: str, records: Records, graders: Graders, counts: dict[str, int]
+) -> dict[str, Any]:
     scores = graders.finish()
     order = [(t.name, q.id, k) for t in asked.tasks for q in asked.questions[t.name] for k in range(t.n_samples)]
     rows = [records.rows[key] | {"score": scores[key], "correct": scores[key] >= RIGHT} for key in order]
@@ -165,8 +246,7 @@ def _finish(
         checkpoint.name, {"kind": checkpoint.kind, "path": str(checkpoint.path)}, checkpoint.step, precision, "eval",
         asked.seed, entries,
     ) | {
-        "response_tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / max(seconds, 1e-3),
-        "engines": engines, "engine_restarts": restarts,
+        "response_tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / max(seconds, 1e-3), **counts,
     }  # fmt: skip
     records.finish(rows, summary)
     assert {key_of(r) for r in rows} == set(order)

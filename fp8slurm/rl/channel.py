@@ -68,7 +68,7 @@ class RankChannel:
         return answers
 
     def _wait(self, key: str, abandon: Callable[[], str] = lambda: "") -> str:
-        """Wait for a key; why not to wait any longer, or "" once it is there. An agent at_work is progress."""
+        """Wait for a key; why not to wait any longer, or "" once it is there. An agent's progress is the ranks'."""
         while True:
             try:
                 self.store.wait([key], ABANDON_POLL)
@@ -114,6 +114,11 @@ class AgentChannel:
                     raise
                 self.beat()
 
+    def progress(self) -> None:
+        """Something has moved here: this agent beats, and so do the ranks that wait for it."""
+        self.store.add("progress", 1)
+        self.beat()
+
     @contextmanager
     def at_work(self) -> Iterator[None]:
         """Something long with a deadline of its own: this agent beats, and so do the ranks that wait for it."""
@@ -121,8 +126,7 @@ class AgentChannel:
 
         def tell() -> None:
             while not over.wait(AT_WORK_S):
-                self.store.add("progress", 1)
-                self.beat()
+                self.progress()
 
         thread = threading.Thread(target=tell, daemon=True)
         thread.start()

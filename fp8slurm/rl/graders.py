@@ -16,12 +16,24 @@ _BRACES = re.compile(r"\\(?:boxed|fbox)\s*(\{)|\\.|[{}]", re.DOTALL)
 _BETWEEN = re.compile(r"[\s,;$.]*(?:and|or|\\text\{\s*(?:and|or)\s*\})?[\s,;$]*")
 _FRACTION = re.compile(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}|\\[dt]?frac\s*(\d)\s*(\d)")
 _PLAIN = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
-_NUMBER = re.compile(rf"(?<![\w.])([-+]?)\s?\$?\s?({_PLAIN})(?:[eE]([-+]?\d{{1,3}})(?!\d))?(?:\s*/\s*({_PLAIN}))?")
-_LETTER_FIRST = re.compile(r"\W*(?:(?:text|textbf|mathrm|mathbf)\s*\{)?\W*([A-Za-z])(?![A-Za-z0-9])")
-_SAID = re.compile(
-    r"(?i:\b(?:answer|choice|option))\**\s*(?i:is|:|=)?\**\s*:?\s*(?i:option|choice)?\s*"
-    r"(?:[*_(\"'\[{$\s]|\\(?:text|textbf|mathrm|mathbf)\s*\{)*([A-Z])(?![A-Za-z0-9'])"
+_EXPONENT = r"\s*\^\s*(?:\{\s*([-+]?\d{1,3})\s*\}|([-+]?\d{1,3})(?!\d))"
+_NUMBER = re.compile(
+    r"(?<![\w.^])(?<![\^_]\{)(?<![\^_][-+])(?<![\^_]\{[-+])([-+]?)\s?\$?\s?"  # not the 2 of cm^2 or x_{2}
+    rf"(?:(\d{{1,9}})[ \t]+(?=\d+\s*/\s*\d))?({_PLAIN})"  # 2 1/2
+    rf"(?:[eE]([-+]?\d{{1,3}})(?!\d)|(?:\s*(?:[x*\u00d7]|\\times|\\cdot)\s*10)?{_EXPONENT})?"  # 2e3, 2 x 10^3, 2^5
+    rf"(?:\s*/\s*({_PLAIN}))?"
 )
+_TIMES_TEN = re.compile(r"(?:[x*\u00d7]|\\times|\\cdot)\s*10\s*\^")
+_LETTER_FIRST = re.compile(r"\W*(?:(?:text|textbf|mathrm|mathbf)\s*\{)?\W*([A-Za-z])(?![A-Za-z0-9])")
+_LETTER = r"(?:[*_(\"'\[{$\s]|\\(?:text|textbf|mathrm|mathbf)\s*\{)*([A-Z])(?![A-Za-z0-9'])"
+_SAID = [
+    re.compile(rf"(?i:\b(?:{word}))\**\s*(?i:is|:|=)?\**\s*:?\s*(?i:option|choice)?\s*{_LETTER}")
+    for word in ("answer", "choice|option")
+]
+"""What is said of the answer counts for more than what is said of an option, which may be that it is wrong."""
+_OR = re.compile(r"[^A-Za-z0-9,;]*(?:\b(?:or|and)\b|\\text\{\s*(?:or|and)\s*\}|[/&])[^A-Za-z0-9]*[A-Z](?![A-Za-z0-9'])")
+_OR_IN_BOX = re.compile(r"[^A-Za-z0-9]*(?:[,;/&]|\b(?:or|and)\b|\\text\{\s*(?:or|and)\s*\})[^A-Za-z0-9]*[A-Za-z](?![A-Za-z0-9'])")
+"""A second letter behind the first: no choice was made."""
 _ALONE = re.compile(r"[^A-Za-z0-9]*([A-Za-z])[^A-Za-z0-9]*")
 
 
@@ -96,7 +108,10 @@ def final_answer(response: str) -> str:
 
 
 def last_number(text: str) -> Fraction | None:
-    """The last number of a text: 1,234.50, -3, 2.5e3, 3/4, \\frac{3}{4}. None: there is none (or one of 400 digits)."""
+    """The last number of a text: 1,234.50, -3, 2.5e3, 2 \\times 10^3, 3/4, 1 3/4, \\frac{3}{4}.
+
+    None: there is none (or one of 400 digits).
+    """
     text = text[-TAIL:].replace("\u2212", "-").replace("{,}", ",")
     text = text.replace("\\,", "").replace("\\!", "").replace("\\$", "$")
     text = _FRACTION.sub(lambda m: f" {m[1] or m[3]}/{m[2] or m[4]}", text)
@@ -106,26 +121,37 @@ def last_number(text: str) -> Fraction | None:
         pass
     if last is None or len(last[0]) > _LONGEST_NUMBER:
         return None
-    sign, number, exponent, under = last.groups()
+    sign, whole, number, exponent, braced, bare, under = last.groups()
     value = Fraction(number.replace(",", "")) * Fraction(10) ** int(exponent or 0)
+    power = int(braced or bare or 1)
+    if (braced or bare) and _TIMES_TEN.search(last[0]):
+        value *= Fraction(10) ** power
+    elif abs(power) * len(number) > _LONGEST_NUMBER or (power < 0 and value == 0):
+        return None
+    else:
+        value **= power
     if under is not None:
         below = Fraction(under.replace(",", ""))
         if below == 0:
             return None
         value /= below
+        if whole is not None and value < 1:
+            value += int(whole)
     return -value if sign == "-" else value
 
 
 def chosen_letter(text: str) -> str | None:
-    """The letter of the last box, else of the last "answer is X", else a text or last line that is only a letter."""
+    """The letter of the last box, else of the last "answer is X", else of the last "option X", else a text or last line
+    that is only a letter. None: there is none, or two ("A or B")."""
     box = last_boxed(text)
     if box is not None:
         match = _LETTER_FIRST.match(box)
-        return match[1].upper() if match else None
+        return match[1].upper() if match and not _OR_IN_BOX.match(box, match.end()) else None
     tail = text[-TAIL:].strip()
-    said = [m[1] for m in _SAID.finditer(tail)]
-    if said:
-        return said[-1]
+    for pattern in _SAID:
+        said = list(pattern.finditer(tail))
+        if said:
+            return said[-1][1] if not _OR.match(tail, said[-1].end()) else None
     line = tail.rsplit("\n", 1)[-1]
     match = _ALONE.fullmatch(line)
     return match[1].upper() if match else None

@@ -7,7 +7,6 @@ policy-gradient updates -> weights to the engines, under one new version.
 from __future__ import annotations
 
 import logging
-import shutil
 import time
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,6 +18,7 @@ import torch.distributed as dist
 
 from fp8slurm.checkpoint.run import RunDirectory, RunState
 from fp8slurm.config import RunConfig
+from fp8slurm.config.derived import engines_sleep, transport_of
 from fp8slurm.eval.in_training import merge
 from fp8slurm.models.names import NameTable
 from fp8slurm.observe.metrics import MetricsWriter
@@ -31,14 +31,16 @@ from fp8slurm.rl.packing import pack, pack_sft
 from fp8slurm.rl.pace import Pace
 from fp8slurm.rl.precision import engine_quantization
 from fp8slurm.rl.saved import is_saved, logprob_rows, trainer_file, write_trainer_logprobs
+from fp8slurm.rl.saver import Saver
 from fp8slurm.rl.stopping import Abandoned, Never, Stopped, Stopping
 from fp8slurm.rl.types import PackedBatch, SampleGroup
 from fp8slurm.rl.wire import decode_groups
 from fp8slurm.sync.bucket import WeightBucket
 from fp8slurm.sync.groups import Group
+from fp8slurm.sync.mapped import MappedSender
 from fp8slurm.sync.plan import source_names
 from fp8slurm.sync.receiver import checksum, publish_checksums
-from fp8slurm.sync.stream import Cut, WeightStream
+from fp8slurm.sync.stream import Cut, WeightStream, parse_description
 from fp8slurm.trainer.schedule import learning_rate
 
 log = logging.getLogger(__name__)
@@ -66,6 +68,9 @@ def run(
     except Stopped as reason:
         loop.stop(reason)
         return
+    loop.settle()
+    if loop.saves and loop.on_disk != loop.state:  # another attempt may find room for it
+        raise OSError(f"the run is over, but its last checkpoint, {loop.state.name}, could not be written")
     channel.call("stop")
     loop.close()
 
@@ -84,9 +89,15 @@ class Loop:
         self.seconds: dict[str, float] = {}
         self.policy_loss = make_policy_loss(config.algorithm)
         self.sent_version: int | None = None
+        self.sleeps = engines_sleep(config) and not config.control.freeze_engine
+        self.asleep = False
+        self.mapped: MappedSender | None = None
         self.sends = 0
         self.sinks: list[Any] = []
         self.saved = False
+        self.saves = 0
+        self.saver = Saver(run_dir, store, trainer.rank, dist.get_world_size(), config.checkpoint)
+        self.write_s: float | None = None
         self.on_disk: RunState | None = None
         self.borders = 0
         self.pace = Pace.read(run_dir)
@@ -141,18 +152,22 @@ class Loop:
     def close(self) -> None:
         for sink in self.sinks:
             sink.close()
+        if self.mapped is not None:
+            self.mapped.close()
 
     # -- stop ----------------------------------------------------------------------------------------------------
 
     def border(self) -> None:
         """Between two steps, on all ranks: go on together or stop together. Raises Stopped."""
+        self.settle(wait=False)
         now = time.monotonic()
         key, self.borders = f"border/{self.borders}", self.borders + 1
         if self.first:
             if self.borders > 1:
                 self.pace = replace(self.pace, step_s=max(now - self.border_at, 0.8 * self.pace.step_s))
             noticed = self.stopping.noticed() or self.store.check(["noticed"])
-            self.store.set(key, self.stopping.at_border(noticed, self.pace.step_s, self.pace.save_s))
+            busy = max(self.pace.step_s, self.saver.left(self.pace.save_s))  # the next save waits for this one
+            self.store.set(key, self.stopping.at_border(noticed, busy, self.pace.save_s))
         elif self.stopping.noticed():
             self.store.set("noticed", "")
         self.border_at = now
@@ -163,12 +178,14 @@ class Loop:
 
     def stop(self, reason: Stopped) -> None:
         """Save what is not saved yet, and leave."""
+        self.settle()
         if self.first:
             log.warning("stopping after %s step %d: %s", self.state.phase, self.state.step, reason)
             self.store.set("stop/saved", "yes" if self.on_disk == self.state else "no")
         self.store.wait(["stop/saved"])
         if self.store.get("stop/saved") == b"no":
             self.save()
+            self.settle()
         if self.first:
             self.stopping.stopped(self.state.name, self.on_disk == self.state)
         if not isinstance(reason, Abandoned):  # else the agents are busy, and are ended with the job
@@ -191,8 +208,15 @@ class Loop:
             self.store.set("sync/sources", " ".join(names))
         for name in self.stream.sources:  # all plans before the first group: an agent wants all of them first
             self.store.set(f"sync/plan/{name}", self.stream.describe(name))
+            self.store.set(f"sync/root/{name}", str(t.rank))
         size = 1 + self.channel.agents
         self.groups = {n: Group(self.store, f"sync/{n}", 0, size, self.address) for n in self.stream.sources}
+        if transport_of(c) != "gloo":
+            names = self.store.get("sync/sources").decode().split()
+            roots = {n: int(self.store.get(f"sync/root/{n}")) for n in names}
+            plans = {n: parse_description(self.store.get(f"sync/plan/{n}").decode()) for n in names}
+            sources = [(n, roots[n], plans[n]) for n in names]
+            self.mapped = MappedSender(self.store, sources, self.run_dir.attempt_dir)
         self.sync()
 
     # -- phases --------------------------------------------------------------------------------------------------
@@ -206,6 +230,7 @@ class Loop:
             self.border()
             started, step = self._begin(), self.state.step + 1
             indices, cursor = order.take(self.state.sft_cursor, s.batch_size)
+            self.sleep()
             with self.timed("train"):
                 batch = pack_sft([examples[i] for i in indices], **self._packing())
                 lr = learning_rate(step - 1, s.max_steps, s.lr, warmup_steps=s.warmup_steps)
@@ -281,6 +306,7 @@ class Loop:
             log.warning("step %d: no sample to train on; no update", step)
             return record | {"skipped": 1.0}
         mine = [ranks[t.data_parallel_rank] for ranks in updates]
+        self.sleep()
         with self.timed("logprobs"):
             record |= self.recompute([b for update in mine for b in update])
             if is_saved(step, c.rollout.save_every):
@@ -313,7 +339,11 @@ class Loop:
         """Samples of all agents, in the order of the agents, and what they say about them."""
         # Only before a step has changed anything: the weights are then those of the border before it.
         training = step > self.state.step and self.state.phase == "rl"
-        abandon = (lambda: self.stopping.in_rollout(self.pace.save_s)) if training else (lambda: "")
+
+        def abandon() -> str:
+            save_s = self.pace.save_s + self.saver.left(self.pace.save_s)
+            return self.stopping.in_rollout(save_s) if training else ""
+
         asked = {"step": step, "cursor": self.state.cursor, "prompts": prompts, "keep_all": keep_all}
         answers = self._ask("rollout", abandon, **asked)
         groups = [g for _, payload in answers for g in decode_groups(payload)]
@@ -349,10 +379,10 @@ class Loop:
     def recompute(self, batches: list[PackedBatch]) -> dict[str, float]:
         """Fill in the trainer's (and the reference's) log-probabilities; returns the trainer-engine gap over all ranks."""
         for batch, logprobs in zip(batches, self.trainer.logprobs(batches)):
-            batch.trainer_logprobs = logprobs
+            batch.trainer_logprobs = logprobs.cpu()
         if self.config.algorithm.kl_coef:
             for batch, logprobs in zip(batches, self.trainer.logprobs(batches, reference=True)):
-                batch.reference_logprobs = logprobs
+                batch.reference_logprobs = logprobs.cpu()
         pairs = [
             torch.stack([b.trainer_logprobs[b.loss_mask], b.rollout_logprobs[b.loss_mask]], 1) for b in batches
         ]  # [N, 2]
@@ -374,6 +404,7 @@ class Loop:
         if not updates:
             return {}
         batches = updates[0][self.trainer.data_parallel_rank]
+        self.sleep()
         record = self.recompute(batches)
         if self.config.rollout.routing_replay:
             for batch in batches:
@@ -406,24 +437,40 @@ class Loop:
         checksums: dict[str, list[int]] = {name: [] for name in self.groups}
 
         def start(source: str, bucket: WeightBucket) -> dist.Work:
+            payload = bucket.payload.cpu()
             if verify:
-                checksums[source].append(checksum(bucket.payload))
-            return self.groups[source].start_broadcast(bucket.payload, 0)
+                checksums[source].append(checksum(payload))
+            return self.groups[source].start_broadcast(payload, 0)
 
         with self.timed("sync"):
+            if self.sleeps:  # room for the engines
+                self.trainer.free_cached()
             self.channel.post("update", version=version, verify=verify, number=self.sends)
-            self.stream.send(version, start)
+            if self.mapped is None:
+                self.stream.send(version, start)
+            else:
+                self.mapped.send(self.sends, version, self.stream, start if verify else None)
             for source in self.groups if verify else ():
                 publish_checksums(self.store, self.sends, source, checksums[source])
             said = [a for a, _ in self.channel.collect()]
+        self.asleep = False
         for part, seconds in self.stream.seconds.items():
             self._spent(f"sync_{part}", seconds)
         for part in said[0].get("seconds", ()):
             self._spent(f"sync_{part}", max(a["seconds"][part] for a in said if "seconds" in a))
         return not any(a.get("weights_lost") for a in said)
 
+    def sleep(self) -> None:
+        """Before the trainer works: the engines give their memory back, and with it the weights that they were sent."""
+        if self.sleeps and not self.asleep:
+            with self.timed("sleep"):
+                self.channel.call("sleep")
+            self.asleep, self.sent_version = True, None
+
     def _ask(self, kind: str, abandon: Callable[[], str] = lambda: "", **arguments: Any) -> list[tuple[dict, torch.Tensor]]:
         """A command that needs the engines' weights; where an engine lost them they are sent again, then the command."""
+        if self.asleep:
+            self.sync()
         while True:
             self.channel.post(kind, **arguments)
             answers = self.channel.collect(abandon)
@@ -436,33 +483,42 @@ class Loop:
         self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
 
     def save(self) -> None:
-        """Write a checkpoint; a full disk is reported, and the run goes on with the older one."""
-        started = time.monotonic()
-        tag = f"save/{self.state.name}"
-        if self.first:
-            try:
-                self.store.set(tag, str(self.run_dir.begin_checkpoint(self.state)))
-            except OSError as error:
-                log.error("checkpoint %s cannot be begun: %s", self.state.name, error)
-                self.store.set(tag, "")
-        self.store.wait([tag])
-        folder = self.store.get(tag).decode()
-        if not folder:
-            return
-        try:
-            with self.timed("checkpoint"):
-                self.trainer.save(folder)  # an OSError on one rank is one on all
-                if self.first:
-                    self.run_dir.commit_checkpoint(Path(folder), self.state)
-                    self.pace = replace(self.pace, save_s=time.monotonic() - started)
-                    self.pace.write(self.run_dir)
-                    self.run_dir.prune(self.config.checkpoint.keep_last, self.config.checkpoint.keep_every)
-            self.on_disk = self.state
-        except OSError as error:
-            log.error("checkpoint %s was not written, the one before is kept: %s", self.state.name, error)
+        """Begin a checkpoint of the present state; a full disk is reported, and the run goes on with the older one."""
+        tag, self.saves = f"save/{self.saves}", self.saves + 1
+        with self.timed("checkpoint"):
+            self.settle()
+            begun = time.monotonic()
             if self.first:
-                shutil.rmtree(folder, ignore_errors=True)
+                try:
+                    self.store.set(tag, str(self.run_dir.begin_checkpoint(self.state)))
+                except OSError as error:
+                    log.error("checkpoint %s cannot be begun: %s", self.state.name, error)
+                    self.store.set(tag, "")
+            self.store.wait([tag])
+            folder = self.store.get(tag).decode()
+            if folder:
+                snapshot = self.trainer.snapshot(folder, copy=self.config.checkpoint.asynchronous)
+                self.saver.start(self.state, Path(folder), snapshot, begun)
+                if not self.config.checkpoint.asynchronous:
+                    self.settle()
         self.saved = True
+
+    def settle(self, wait: bool = True) -> None:
+        """Take note of a save that has ended; wait: for the one under way."""
+        saved = self.saver.take(wait)
+        if saved is None:
+            return
+        self.write_s = saved.seconds
+        if saved.error:
+            log.error("checkpoint %s was not written, the one before is kept: %s", saved.state.name, saved.error)
+            return
+        self.on_disk = saved.state
+        if self.first:
+            self.pace = replace(self.pace, save_s=saved.seconds)
+            try:
+                self.pace.write(self.run_dir)
+            except OSError as error:
+                log.error("%s", error)
 
     def _packing(self) -> dict[str, int]:
         return {
@@ -486,6 +542,8 @@ class Loop:
 
     def _record(self, record: dict[str, float], started: float) -> None:
         times = {f"time/{k}": v for k, v in self.seconds.items()}
+        if self.write_s is not None:
+            times["time/checkpoint_write"], self.write_s = self.write_s, None
         whole = time.perf_counter() - started
         line = {"phase": self.state.phase, "step": self.state.step, **record, **times, "time/step": whole}
         if "tokens" in record:
@@ -501,6 +559,7 @@ class Loop:
     def _stop_if_bad(self) -> None:
         if self.state.bad_steps >= self.config.run.max_bad_steps:
             self.save()
+            self.settle()
             raise TooManyBadSteps(
                 f"{self.state.bad_steps} steps in a row had a NaN or infinite loss or gradient (run.max_bad_steps); the last good "
                 f"weights are in {self.run_dir.checkpoints / self.state.name}"
@@ -508,8 +567,10 @@ class Loop:
 
 
 def gather_rows(rows: torch.Tensor) -> torch.Tensor:
-    """float32 [N_r, C] of every rank -> [sum N_r, C], in the order of the ranks, on all of them."""
+    """float32 [N_r, C] of every rank -> [sum N_r, C], in the order of the ranks, on all of them (in host memory)."""
     world = dist.get_world_size()
+    if dist.get_backend() == "nccl":
+        rows = rows.cuda()
     sizes = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(world)]
     dist.all_gather(sizes, torch.tensor([rows.shape[0]], device=rows.device))
     longest = max(int(s) for s in sizes)

@@ -7,6 +7,7 @@ goes back into the queue, as long as the run makes progress; else the reason is 
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 import time
@@ -66,7 +67,7 @@ def _again(config: RunConfig, run: RunDirectory, job: Job) -> bool:
     said = {"why": "a task died", "at": "", "saved": False, "time": time.time(), "why_not": ""}
     # Slurm ends this script as soon as it has taken the requeue.
     write_atomic(run.attempt_dir / STOPPED, json.dumps(said | {"next": "requeued"}))
-    said |= requeue_or_resubmit(config, run, job)
+    said |= requeue_or_resubmit(run, job, dict(os.environ))
     write_atomic(run.attempt_dir / STOPPED, json.dumps(said))
     _say(said["next"] or said["why_not"])
     if said["next"] == "requeued":

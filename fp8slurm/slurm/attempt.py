@@ -130,6 +130,7 @@ def begin(config: RunConfig, path: Path, job: Job) -> RunDirectory:
     if count >= config.slurm.max_attempts_without_progress:
         raise NoProgressError(no_progress(run, count))
     owner = {"job": job.id, "restart": job.restart, "step": job.step, "checkpoint": run.newest_checkpoint()}
+    owner["arguments"] = slurm.script_arguments(job.id)
     run.acquire(owner, holder)
     write_versions(run, settle_configuration(config, run))
     (run.attempt_dir / "logs").mkdir()

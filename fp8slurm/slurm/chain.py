@@ -105,7 +105,8 @@ def script(link: Link, number: int, config: RunConfig, run: Path) -> str:
     if not config.slurm.requeue:
         directives = {("no-requeue" if k == "requeue" else k): v for k, v in directives.items()}
     source = Path(__file__).resolve().parents[2]
-    srun = ["srun", "--ntasks=1", f"--cpus-per-task={directives.get('cpus-per-task', '1')}"]
+    tasks = ["--ntasks-per-node=1", "--kill-on-bad-exit=1"] if "ntasks-per-node" in directives else ["--ntasks=1"]
+    srun = ["srun", *tasks, f"--cpus-per-task={directives.get('cpus-per-task', '1')}"]
     if config.slurm.container_image:
         srun.append(f"--container-image={config.slurm.container_image}")
     if config.slurm.container_mounts:
@@ -156,12 +157,13 @@ def _site(config: RunConfig) -> dict[str, str]:
 
 
 def _eval_directives(config: RunConfig) -> dict[str, str]:
-    """One node as the training job has it: all its GPUs serve, and one process drives them."""
+    """One node as the training job has it, or more (--eval-sbatch=--nodes=N): all GPUs serve, one task a node drives
+    them."""
     s = config.slurm
     cores = (s.ranks_per_node + 1) * (s.cpus_per_task or 1)
     if s.cpus_per_task is None and s.gpus_per_node:
         cores = EVAL_CPUS_PER_GPU * s.gpus_per_node
-    found = _site(config) | {"nodes": "1", "ntasks": "1", "cpus-per-task": str(cores), "time": s.time}
+    found = _site(config) | {"nodes": "1", "ntasks-per-node": "1", "cpus-per-task": str(cores), "time": s.time}
     if s.gpus_per_node:
         found["gpus-per-node"] = str(s.gpus_per_node)
     if s.memory:

@@ -10,6 +10,8 @@ import subprocess
 import time
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
+from typing import Mapping
 
 COMMAND_TIMEOUT_S = 30.0
 
@@ -171,6 +173,40 @@ def gpu_list() -> list[str]:
         if value and value != "NoDevFiles":
             return value.split(",")
     return []
+
+
+def script_arguments(job_id: str) -> list[str]:
+    """What the job's script was started with behind its name; empty where the script does not run on this node.
+
+    Slurm's own record of it (Command in `scontrol show job`) does not tell spaces within an argument from those between.
+    """
+    mine = f"SLURM_JOB_ID={job_id}".encode()
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (process / "cmdline").read_bytes().split(b"\0")[:-1]
+            names = [part.rpartition(b"/")[2] for part in command[:3]]
+            if b"slurm_script" in names and mine in (process / "environ").read_bytes().split(b"\0"):
+                return [os.fsdecode(part) for part in command[names.index(b"slurm_script") + 1 :]]
+        except OSError:  # it has ended, or belongs to somebody else
+            continue
+    return []
+
+
+def asked_again(shown: dict[str, str], environment: Mapping[str, str]) -> list[str]:
+    """Flags of sbatch that ask for what a job was given, wherever it had asked for it: its script says only a part.
+
+    shown: `show_job` of the job; environment: of one of its processes.
+    """
+    flags = {
+        "partition": shown.get("Partition"), "account": shown.get("Account"), "qos": shown.get("QOS"),
+        "reservation": shown.get("Reservation"), "constraint": shown.get("Features"), "exclude": shown.get("ExcNodeList"),
+        "time": shown.get("TimeLimit"), "nodes": shown.get("NumNodes"), "job-name": environment.get("SLURM_JOB_NAME"),
+        "ntasks-per-node": environment.get("SLURM_NTASKS_PER_NODE"), "mem": environment.get("SLURM_MEM_PER_NODE"),
+        "mem-per-cpu": environment.get("SLURM_MEM_PER_CPU"), "cpus-per-task": environment.get("SLURM_CPUS_PER_TASK"),
+        "gpus-per-node": environment.get("SLURM_GPUS_PER_NODE"),
+    }  # fmt: skip
+    found = [f"--{name}={value}" for name, value in flags.items() if value not in (None, "", "(null)", "N/A")]
+    return [*found, "--no-requeue"] if shown.get("Requeue") == "0" else found
 
 
 def requeue(job_id: str, patience_s: float = 20.0) -> None:

@@ -17,7 +17,7 @@ from fp8slurm.slurm import attempt
 from fp8slurm.slurm import job as slurm
 from fp8slurm.slurm.monitor import first_error
 from fp8slurm.slurm.placement import place
-from fp8slurm.slurm.task import run_task
+from fp8slurm.slurm.task import GPUS, run_task
 
 END_GRACE_S = 20.0
 """Time for all tasks to end by themselves once one has failed."""
@@ -65,6 +65,7 @@ class LocalTasks:
         executor.update_parameters(tasks_per_node=place(config).tasks_per_node, timeout_min=60 * 24 * 365)
         environment = dict(os.environ)
         os.environ["PYTHONPATH"] = _python_path()
+        os.environ[GPUS] = environment.get("CUDA_VISIBLE_DEVICES", "all")
         job = executor.submit(run_task, config.model_dump_json(), str(run.path.resolve()), run.attempt)
         os.environ.clear()
         os.environ.update(environment)

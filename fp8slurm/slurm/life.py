@@ -15,7 +15,6 @@ import logging
 import os
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
 from fp8slurm.checkpoint.run import FencedError, RunDirectory, write_atomic
@@ -41,8 +40,12 @@ class StoppedForGood(RuntimeError):
 class Life:
     """Implements rl.stopping.Stopping for one rank of a Slurm job; `notice` and `tick` are the monitor thread's."""
 
-    def __init__(self, config: RunConfig, run: RunDirectory, job: Job, first: bool) -> None:
+    def __init__(
+        self, config: RunConfig, run: RunDirectory, job: Job, first: bool, environment: dict[str, str] | None = None
+    ) -> None:
+        """environment: what this task was started with; left out: the present one."""
         self.config, self.run, self.job, self.first = config, run, job, first
+        self.environment = dict(os.environ) if environment is None else environment
         self.end: float | None = None
         self._noticed = threading.Event()
         self._lock = threading.Lock()
@@ -113,40 +116,48 @@ class Life:
                 return said
             # Slurm ends this process as soon as it has taken the requeue: what is to be said must be on disk before.
             write_atomic(path, json.dumps(said | {"next": "requeued"}))
-            said |= requeue_or_resubmit(self.config, self.run, self.job)
+            said |= requeue_or_resubmit(self.run, self.job, self.environment)
             write_atomic(path, json.dumps(said))
             log.warning("%s: %s", why, said["next"] or said["why_not"])
             return said
 
 
-def requeue_or_resubmit(config: RunConfig, run: RunDirectory, job: Job) -> dict[str, Any]:
+def requeue_or_resubmit(run: RunDirectory, job: Job, environment: dict[str, str]) -> dict[str, Any]:
     """Put the job back into the queue; where the site has that disabled, submit it anew. Returns next, why_not, resubmitted."""
     try:
         slurm.requeue(job.id)
         return {"next": "requeued"}
     except SlurmError as refusal:
         try:
-            new = resubmit(config, run, job)
+            new = resubmit(run, job, environment)
         except (SlurmError, OSError) as error:
             return {"next": "", "why_not": f"scontrol requeue: {refusal}; sbatch: {error}"}
         return {"next": f"resubmitted as job {new}", "resubmitted": new, "why_not": f"scontrol requeue: {refusal}"}
 
 
-def resubmit(config: RunConfig, run: RunDirectory, job: Job) -> str:
-    """Submit the job's own script again, to start when this job has ended; returns the new job's id. Raises SlurmError."""
+def resubmit(run: RunDirectory, job: Job, environment: dict[str, str]) -> str:
+    """Submit the job's own script again with its arguments, to start when this job has ended; returns the new job's id.
+
+    environment: that of a process of the job, before anything was changed in it.
+
+    Raises:
+        SlurmError: Slurm refuses.
+    """
     script = run.attempt_dir / "job_script.sh"
     slurm.ask("scontrol", "write", "batch_script", job.id, str(script))
-    folder = os.environ.get("SUBMITIT_FOLDER")
+    flags = slurm.asked_again(slurm.show_job(job.id) or {}, environment)
+    arguments = (run.owner(run.attempt) or {}).get("arguments", [])
     said = slurm.ask(
-        "sbatch", "--parsable", f"--dependency=afterany:{job.id}", str(script),
-        environment=slurm.environment_for_a_job(dict(os.environ)), cwd=os.environ.get("SLURM_SUBMIT_DIR"),
+        "sbatch", "--parsable", f"--dependency=afterany:{job.id}", *flags, str(script), *arguments,
+        environment=slurm.environment_for_a_job(environment), cwd=environment.get("SLURM_SUBMIT_DIR"),
     )  # fmt: skip
     new = said.strip().split(";")[0]
-    if folder:  # submitit looks for what to run under the job's number
-        pickle = Path(folder) / f"{job.id}_submitted.pkl"
-        os.link(pickle, pickle.with_name(f"{new}_submitted.pkl"))
+    from fp8slurm.slurm.submit import FOLDER
     from fp8slurm.slurm.submit_chain import follow
 
+    pickle = run.path / FOLDER / f"{job.id}_submitted.pkl"
+    if pickle.is_file():  # submitit looks for what to run under the job's number
+        os.link(pickle, pickle.with_name(f"{new}_submitted.pkl"))
     try:
         follow(run.path, job.id, new)
     except SlurmError as error:

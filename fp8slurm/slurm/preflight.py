@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Callable
 
 from fp8slurm.config import RunConfig
+from fp8slurm.config.derived import transport_of
 from fp8slurm.fp8.environment import set_fp32_scales
 from fp8slurm.models.known import find_spec
 from fp8slurm.models.qwen3 import ModelSpec, check_layout
@@ -40,6 +41,7 @@ def preflight(config: RunConfig, dry_run: bool = False) -> list[str]:
     check(_fp8, config)
     spec, _ = find_spec(config.model.hf_checkpoint)
     check(_not_there_yet, config, spec)
+    _sync(config)
     _parallel(config, spec)
     _lengths(config, spec)
     _algorithm(config)
@@ -103,10 +105,22 @@ def _not_there_yet(config: RunConfig, spec: ModelSpec) -> None:
     if config.engine.placement == "split":
         place(config)
         raise ValueError("--engine.placement split: trainer and engines on separate GPUs is not there yet; allowed: shared")
-    if config.engine.per_node != 1:
+
+
+def _sync(config: RunConfig) -> None:
+    """How the weights travel, and whether engines sleep, against the GPUs."""
+    way, gpus = config.sync.transport, config.slurm.gpus_per_node
+    if way == "cuda-ipc" and not gpus:
+        raise ValueError("--sync.transport cuda-ipc needs GPUs (--slurm.gpus-per-node); allowed: auto, gloo, shared-memory")
+    if way == "shared-memory" and gpus:
+        raise ValueError("--sync.transport shared-memory is for machines without GPUs; allowed: auto, cuda-ipc, gloo")
+    if config.sync.keep_last_update and transport_of(config) != "gloo":
         raise ValueError(
-            f"--engine.per-node {config.engine.per_node}: several engines a node are not there yet; allowed: 1"
+            f"--sync.keep-last-update with --sync.transport {way}: the weights do not pass through the host, so there is "
+            f"nothing to keep; allowed: leave it out, or --sync.transport gloo"
         )
+    if config.engine.sleep and not (gpus and config.engine.placement == "shared"):
+        raise ValueError("--engine.sleep: only engines that share GPUs with the trainer sleep; leave it out")
 
 
 def _parallel(config: RunConfig, spec: ModelSpec) -> None:
@@ -305,10 +319,12 @@ def _eval_tasks(config: RunConfig, tokenizer: Any) -> None:
 
 def _warnings(config: RunConfig) -> list[str]:
     warnings = []
-    s, samples = config.sft, config.rollout.prompts_per_step * config.rollout.n_samples
+    s = config.sft
+    node_samples = -(-config.rollout.prompts_per_step // config.slurm.nodes) * config.rollout.n_samples
+    samples = -(-node_samples // config.engine.per_node)
     if config.run.deterministic and samples > config.engine.max_running_requests:
         warnings.append(
-            f"run.deterministic: {samples} samples a step are more than engine.max_running_requests "
+            f"run.deterministic: {samples} samples a step for an engine are more than engine.max_running_requests "
             f"{config.engine.max_running_requests}; the batch is split, and its composition is not fixed"
         )
     if s.data is not None and s.stop_accuracy < 1 and not s.eval_every:

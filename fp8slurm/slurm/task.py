@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from fp8slurm.rl.stopping import Stopping
 
 RENDEZVOUS_TIMEOUT_S = 600.0
+GPUS = "FP8SLURM_CUDA_VISIBLE_DEVICES"
+"""CUDA_VISIBLE_DEVICES of the process that starts local tasks, or "all": submitit's local executor gives them none."""
 
 
 def run_task(config_json: str, run_dir: str, attempt: int) -> None:
@@ -30,6 +32,7 @@ def run_task(config_json: str, run_dir: str, attempt: int) -> None:
     import submitit
 
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
+    see_gpus()
     config = RunConfig.model_validate_json(config_json)
     placement = place(config)
     task = placement.tasks[submitit.JobEnvironment().global_rank]
@@ -38,12 +41,13 @@ def run_task(config_json: str, run_dir: str, attempt: int) -> None:
 
 def be_task(config: RunConfig, run: RunDirectory, placement: Placement, task: Task, job: Job | None) -> NoReturn:
     """Be this task of a run until it ends, and the process with it. SIGUSR2 must be blocked already."""
+    started_with = dict(os.environ)
     set_environment(config, placement, task)
     set_logging(config, task)
     monitor = Monitor(run.attempt_dir, task.index, config.watchdog.timeout_s)
     stopping: Stopping = Never()
     if job is not None and task.role == "rank":
-        stopping = life = Life(config, run, job, task.number == 0)
+        stopping = life = Life(config, run, job, task.number == 0, started_with)
         monitor.on_notice, monitor.on_tick = life.notice, life.tick
     monitor.start()
     code = 1
@@ -101,6 +105,15 @@ def set_environment(config: RunConfig, placement: Placement, task: Task) -> None
         # NCCL's flight recorder: the last collectives of every rank, for the monitor to write out when nothing moves.
         for name in ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"):  # its name since torch 2.10, and before
             os.environ.setdefault(name, "2000")
+
+
+def see_gpus() -> None:
+    """Undo that submitit's local executor hides the GPUs."""
+    gpus = os.environ.pop(GPUS, None)
+    if gpus == "all":
+        os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+    elif gpus is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus
 
 
 def set_gpus(wanted: int) -> None:
@@ -183,7 +196,8 @@ def agent_main(config: RunConfig, run: RunDirectory, placement: Placement, task:
 
     monitor.expect(config.engine.ready_timeout_s)
     address = address_of(placement)
-    agent = Agent(config, run, task.number, placement.nodes, monitor)
+    gpus = [engine.gpus for engine in placement.engines_of(task.node)]
+    agent = Agent(config, run, task.number, placement.nodes, monitor, gpus)
     try:
         agent.start()  # the engine comes up while the ranks do
         where = run.attempt_dir / "store.json"

@@ -25,7 +25,7 @@ import torch
 from fp8slurm.engine.client import EngineClient
 from fp8slurm.engine.digest import expected_digests, first_difference
 from fp8slurm.engine.server import EngineError
-from fp8slurm.sync.bucket import WeightBucket
+from fp8slurm.sync.bucket import WeightBucket, payload_bytes
 from fp8slurm.sync.transport import BroadcastTransport, Transport
 
 log = logging.getLogger(__name__)
@@ -105,7 +105,7 @@ class EngineLink:
                     break
                 assert bucket.version == version, f"bucket of version {bucket.version} in update {version}"
                 self.transport.start(bucket)
-                self.counts["loaded"] += bucket.payload.numel()
+                self.counts["loaded"] += payload_bytes(bucket.specs)
                 self.counts["buckets"] += 1
                 if verify:
                     sent.append(bucket)

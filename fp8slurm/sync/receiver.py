@@ -40,7 +40,7 @@ class Receiver:
         """The last update where it is kept and has wholly arrived, else nothing."""
         sizes = [payload_bytes(specs) for _, _, plan in sources for specs in plan]
         self._payloads = self._allocate(sizes) if keep else []
-        self._turns = [] if keep else self._allocate([max(sizes)] * 3)
+        self._turns: list[torch.Tensor] = []
         self._sizes = sizes
 
     @staticmethod
@@ -56,6 +56,7 @@ class Receiver:
         elif verify:
             payloads = self._allocate(self._sizes)
         else:
+            self._turns = self._turns or self._allocate([max(self._sizes)] * 3)
             payloads = [self._turns[i % 3][:n] for i, n in enumerate(self._sizes)]
         order = [(group, specs) for _, group, plan in self.sources for specs in plan]
         buckets = [WeightBucket(version, specs, payload) for (_, specs), payload in zip(order, payloads)]

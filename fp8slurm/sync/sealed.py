@@ -75,5 +75,9 @@ class SealedStore(dist.Store):
     def num_keys(self) -> int:
         return self.plain.num_keys()
 
+    def clone(self) -> SealedStore:
+        """A connection of its own, for another thread: a call that waits holds up the others of its connection."""
+        return SealedStore(self.plain.clone(), self._key.hex())
+
     def set_timeout(self, timeout: timedelta) -> None:
         self.plain.set_timeout(timeout)

@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import time
 from collections import deque
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Callable, Iterator, Protocol
 
@@ -244,6 +244,15 @@ class WeightStream:
         """What this rank is the source of, by name: nothing, a stage, its experts, or both."""
         return {lane.source.name: lane.source for lane in self._lanes if lane.is_source}
 
+    @property
+    def shared(self) -> set[str]:
+        """The sources that this rank is, or hands its slices to."""
+        return {lane.source.name for lane in self._lanes if lane.cut.takes_part and lane.source.planned}
+
+    def waiting(self) -> AbstractContextManager[None]:
+        """Counts what is done inside as waiting for a bucket under way (`seconds`)."""
+        return self._timed("wait")
+
     def describe(self, source: str) -> str:
         """The buckets of a source as JSON, for the agents."""
         return json.dumps(
@@ -260,6 +269,8 @@ class WeightStream:
         """
         under_way: deque[Pending] = deque()
         for source, bucket in self.buckets(version):
+            if bucket is None:
+                continue
             under_way.append(start(source, bucket))
             if len(under_way) == BUFFERS:
                 with self._timed("wait"):
@@ -268,9 +279,10 @@ class WeightStream:
             for pending in under_way:
                 pending.wait()
 
-    def buckets(self, version: int) -> Iterator[tuple[str, WeightBucket]]:
-        """(source, finished bucket) for everything that this rank is the source of. A bucket is good until the next but one
-        is asked for. On the other ranks it yields nothing but has to be run to its end: the gathers are collective."""
+    def buckets(self, version: int) -> Iterator[tuple[str, WeightBucket | None]]:
+        """(source, finished bucket) for everything that this rank is the source of; (source, None) for what it hands
+        slices of to another. A bucket is good until the next but one is asked for. All ranks that share the tensors have
+        to run it to its end: the gathers are collective."""
         self._bind()
         self.seconds = dict.fromkeys(("quantize", "copy", "gather", "wait"), 0.0)
         self.counts = dict.fromkeys(("gathered", "gathers", "broadcast", "buckets"), 0)
@@ -289,6 +301,8 @@ class WeightStream:
                     sent.append(dist.isend(fill.outgoing, group=lane.cut.group, group_dst=0))
                     self.counts["gathered"] += fill.outgoing.numel()
                     self.counts["gathers"] += 1
+                if not lane.is_source:
+                    yield lane.source.name, None
             for pending in sent:
                 self._wait(pending)
 

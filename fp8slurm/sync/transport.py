@@ -1,23 +1,19 @@
-"""How a bucket gets from this process into one engine: three ways, the same bytes.
+"""How a bucket gets from this node into one engine: three ways, the same bytes.
 
     gloo      CPU. One group on loopback: this process is rank 0, the engine's ranks are 1 to tensor_parallel_size.
     nccl      GPUs that only serve: the same over NVLink or the network, from a payload on this process's GPU.
-    cuda-ipc  GPUs that trainer and engine share: the engine maps the payload where it lies. What is posted is the
-              handle of the memory and the specs, pickled, because SGLang takes nothing else; it is the only pickled
-              object of this project and goes to an engine on this node, behind its API key.
+    cuda-ipc  GPUs that trainer and engine share: the engine maps the payload where it lies (sync/mapped.py).
 """
 
 from __future__ import annotations
 
-import base64
 import itertools
 import os
-import pickle
 import time
 from abc import ABC, abstractmethod
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
-from typing import Any, Callable, Literal
+from typing import Literal, Sequence
 
 import torch
 import torch.distributed as dist
@@ -26,6 +22,7 @@ from fp8slurm.engine.client import EngineClient
 from fp8slurm.engine.server import EngineError
 from fp8slurm.sync.bucket import WeightBucket
 from fp8slurm.sync.groups import listen
+from fp8slurm.sync.mapped import MappedBucket, map_handle
 
 LOOPBACK = "127.0.0.1"
 JOIN_TIMEOUT = timedelta(seconds=120)
@@ -115,7 +112,10 @@ class BroadcastTransport(Transport):
 
     def close(self, engine_answers: bool) -> None:
         if self._group is not None and self._client is not None and engine_answers:
-            self._client.leave_group(self._name)
+            leaving = self._pool.submit(self._client.leave_group, self._name)
+            if self.backend == "nccl":
+                self._group.abort()  # the engine's end waits for this one's, which a pending reference would keep alive
+            leaving.result()
         self._group = self._store = None
 
 
@@ -138,30 +138,29 @@ def engine_group(store: dist.Store, name: str, size: int, backend: str) -> dist.
     return dist.ProcessGroupGloo(store, 0, size, options)
 
 
-class CudaIpcTransport(Transport):
-    """cuda-ipc: the payload stays where it is, on a GPU of this node; each engine rank maps the one on its own GPU."""
+class MappedTransport(Transport):
+    """The engine maps the payload where it lies: on a GPU that it shares with a training rank, or in a file."""
 
-    def __init__(self, gather_handles: Callable[[str], list[str]] | None = None) -> None:
-        """gather_handles: this process's handle -> those of all engine ranks, in their order, where trainer ranks in other
-        processes hold the same bucket on the other GPUs. Left out: every engine rank maps this process's payload.
-
-        The memory must come from cudaMalloc (no expandable segments).
-        """
+    def __init__(self, ranks: Sequence[int] = (0,)) -> None:
+        """ranks: for every rank of the engine the number on its node of the training rank that shares its GPU."""
         super().__init__()
-        self._gather = gather_handles
+        self._ranks = tuple(ranks)
         self._client: EngineClient | None = None
-        self._size = 1
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="engine-link")
 
     def open(self, client: EngineClient, tensor_parallel_size: int) -> None:
-        self._client, self._size = client, tensor_parallel_size
+        assert tensor_parallel_size == len(self._ranks), (tensor_parallel_size, self._ranks)
+        self._client = client
 
     def start(self, bucket: WeightBucket) -> None:
+        """A MappedBucket, or one on this process's GPU."""
         assert self._client is not None, "open() comes first"
         start = time.perf_counter()
-        torch.cuda.current_stream().synchronize()  # the payload is finished before another process reads it
-        handle = ipc_handle(bucket)
-        handles = [handle] * self._size if self._gather is None else self._gather(handle)
+        if isinstance(bucket, MappedBucket):
+            handles = [bucket.handles[rank] for rank in self._ranks]
+        else:
+            torch.cuda.current_stream().synchronize()  # the payload is finished before another process reads it
+            handles = [map_handle(bucket.specs, bucket.payload)] * len(self._ranks)
         self.seconds["handover"] += time.perf_counter() - start
         self._loading = self._pool.submit(self._load, self._client, handles)
 
@@ -175,32 +174,3 @@ class CudaIpcTransport(Transport):
 
     def close(self, engine_answers: bool) -> None:
         self._client = None
-
-
-def ipc_handle(bucket: WeightBucket) -> str:
-    """base64 of what /update_weights_from_tensor takes as a flattened bucket: the CUDA memory's handle and the specs."""
-    from sglang.srt.weight_sync.tensor_bucket import FlattenedTensorMetadata
-
-    specs = []
-    for s in bucket.specs:
-        where = {"start_idx": s.offset, "end_idx": s.offset + s.nbytes, "numel": s.nbytes}
-        specs.append(FlattenedTensorMetadata(name=s.name, shape=torch.Size(s.shape), dtype=s.dtype, **where))
-    content = {"flattened_tensor": _CudaHandle(bucket.payload), "metadata": specs}
-    return base64.b64encode(pickle.dumps(content)).decode()
-
-
-class _CudaHandle:
-    """Pickles as the tensor that it holds, by handle; the GPU is named by its UUID, since numbers differ by process."""
-
-    DEVICE_ARGUMENT = 6  # of torch.multiprocessing.reductions.rebuild_cuda_tensor; SGLang looks for the UUID there
-
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self.tensor = tensor
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        from torch.multiprocessing.reductions import reduce_tensor
-
-        rebuild, arguments = reduce_tensor(self.tensor)
-        uuid = str(torch.cuda.get_device_properties(self.tensor.device).uuid)
-        i = self.DEVICE_ARGUMENT
-        return rebuild, (*arguments[:i], uuid, *arguments[i + 1 :])

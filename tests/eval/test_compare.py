@@ -115,6 +115,15 @@ def test_what_cannot_be_compared_is_refused(tmp_path, capsys):
     for other, complaint in [(b, "did not ask the same questions of t"), (tmp_path / "none", "has no summary.json")]:
         assert main(["compare", str(a), str(other)]) == 2
         assert complaint in capsys.readouterr().err
+    c = evaluation(tmp_path / "c", [1, 0], "bf16")
+    for key, mine, other in [("temperature", 0.0, 0.6), ("max_tokens", 8, 16), ("grader", "exact", "math"), ("sha256", "1", "2")]:
+        for folder, value in ((a, mine), (c, other)):
+            (folder / "settings.json").write_text(json.dumps({"tasks": [{"name": "t", key: value}]}))
+        assert main(["compare", str(a), str(c)]) == 2
+        assert ("the questions' file" if key == "sha256" else key) in capsys.readouterr().err
+    (c / "settings.json").write_text((a / "settings.json").read_text())
+    assert main(["compare", str(a), str(c)]) == 0
+    capsys.readouterr()
     (b / "summary.json").unlink()
     (b / "settings.json").write_text("{}")
     assert main(["compare", str(a), str(b)]) == 2 and "run it again to complete it" in capsys.readouterr().err

@@ -57,6 +57,26 @@ NUMERIC = [
     ("x2", "2", 0),
     ("\\boxed{none} 12", "12", 0),
     ("1.2.3", "12", 0),
+    ("2 1/2", "2.5", 1),
+    ("2\\frac{1}{2}", "5/2", 1),
+    ("-2\\frac12", "-2.5", 1),
+    ("7 1/2", "2 1/2", 0),
+    ("7\\frac{1}{2}", "2\\frac{1}{2}", 0),
+    ("Line 3\n1/2", "0.5", 1),
+    ("3 10/5", "2", 1),
+    ("2 \\times 10^3", "2000", 1),
+    ("2 x 10^{-3}", "0.002", 1),
+    ("5 \\times 10^3", "2 \\times 10^3", 0),
+    ("10^3", "1000", 1),
+    ("2^5", "32", 1),
+    ("2^5", "5", 0),
+    ("0^{-1}", "0", 0),
+    ("9^{999}", "9", 0),
+    ("25 cm^2", "25", 1),
+    ("7 m^2", "25 cm^2", 0),
+    ("12 s^{-1}", "12", 1),
+    ("x_1 = 4", "4", 1),
+    ("4 is x_{1}", "4", 1),
 ]
 
 CHOICE = [
@@ -96,6 +116,16 @@ CHOICE = [
     ("\\boxed{12}", "B", 0),
     ("Answer: B'", "B", 0),
     ("B or C", "B", 0),
+    ("The answer is B. Option C is wrong because it is larger.", "B", 1),
+    ("The answer is B. Option C is wrong because it is larger.", "C", 0),
+    ("I would take option B", "B", 1),
+    ("The answer is A or B", "A", 0),
+    ("The answer is B and not A", "B", 1),
+    ("Answer: A/B", "A", 0),
+    ("\\boxed{A, B}", "A", 0),
+    ("\\boxed{A} or \\boxed{B}", "A", 0),
+    ("\\boxed{B: 12 m}", "B", 1),
+    ("\\boxed{B, helium}", "B", 1),
 ]
 
 

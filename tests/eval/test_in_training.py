@@ -39,7 +39,10 @@ class Generator:
     def __init__(self, sampler):
         self.sampler, self.seeds, self.sizes = sampler, [], []
 
-    def __call__(self, requests):
+    def __call__(self, batches):
+        return [self.answer(requests) for requests in batches]
+
+    def answer(self, requests):
         self.sizes.append(len(requests))
         out = []
         for i, r in enumerate(requests):

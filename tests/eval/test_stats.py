@@ -25,16 +25,49 @@ def test_pass_at_k_is_the_closed_form(n, data):
     assert pass_at_k(n, c, k) == pytest.approx(float(exact), abs=1e-9)
 
 
-def test_pass_at_k_of_the_papers_sizes():
-    """Values of 1 - prod(1 - k / arange(n - c + 1, n + 1)), the paper's listing, worked out in exact fractions."""
-    for n, c, k, value in [
-        (200, 10, 1, 0.05),
-        (200, 10, 10, 0.4084012),
-        (200, 10, 100, 0.9992287),
-        (200, 150, 100, 1.0),
-    ]:
-        assert pass_at_k(n, c, k) == pytest.approx(float(1 - Fraction(math.comb(n - c, k), math.comb(n, k))), abs=1e-12)
-        assert pass_at_k(n, c, k) == pytest.approx(value, abs=2e-3)
+PUBLISHED = {
+    (1, 0, 1): 0.0,
+    (1, 1, 1): 1.0,
+    (2, 1, 1): 0.5,
+    (2, 1, 2): 1.0,
+    (4, 1, 2): 0.5,
+    (4, 3, 2): 1.0,
+    (8, 3, 4): 0.9285714285714286,
+    (10, 1, 5): 0.5,
+    (10, 9, 1): 0.9,
+    (16, 2, 8): 0.7666666666666666,
+    (16, 15, 1): 0.9375,
+    (20, 5, 10): 0.9837461300309598,
+    (64, 7, 32): 0.9945818282856349,
+    (100, 1, 10): 0.09999999999999998,
+    (100, 37, 10): 0.992616797214249,
+    (200, 0, 100): 0.0,
+    (200, 1, 1): 0.0050000000000000044,
+    (200, 1, 100): 0.5,
+    (200, 3, 10): 0.1433074463225218,
+    (200, 10, 1): 0.04999999999999982,
+    (200, 10, 10): 0.40854786608141724,
+    (200, 10, 100): 0.9992289739372822,
+    (200, 60, 5): 0.8355587240264433,
+    (200, 100, 100): 1.0,
+    (200, 101, 100): 1.0,
+    (200, 199, 1): 0.995,
+    (256, 12, 128): 0.9998136349390482,
+    (1000, 13, 100): 0.7480262507962616,
+    (1000, 500, 3): 0.8753753753753754,
+    (5000, 2, 1000): 0.3600320064012802,
+}
+"""(n, c, k) -> what estimate_pass_at_k of openai/human-eval returns, the implementation published with Chen et al. 2021
+(human_eval/evaluation.py, commit 9d3aa8bd1f0f972422d6fea2782eeaf3e3094048), run with numpy 2.4.6 on 2026-11-24."""
+PUBLISHED_MEAN = 0.5695802080203465
+"""What its evaluate_functional_correctness averages, estimate_pass_at_k([5, 10, 20, 200], [1, 3, 0, 17], 5).mean()."""
+
+
+def test_pass_at_k_is_what_the_published_implementation_gives():
+    assert {key: pass_at_k(*key) for key in PUBLISHED} == pytest.approx(PUBLISHED, abs=1e-12, rel=0)
+    questions = [(5, 1), (10, 3), (20, 0), (200, 17)]
+    mean = bootstrap([pass_at_k(n, c, 5) for n, c in questions], draws=10).value
+    assert mean == pytest.approx(PUBLISHED_MEAN, abs=1e-12, rel=0)
 
 
 @pytest.mark.parametrize(("n", "c", "k"), [(4, 5, 1), (4, -1, 1), (4, 2, 0), (4, 2, 5)])

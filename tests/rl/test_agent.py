@@ -39,6 +39,7 @@ def agent_with(store, number=0, agents=1, **rollout):
     config = RunConfig(rollout={"n_samples": 2, **rollout}, data={"shuffle": False})
     agent = Agent(config, None, number, agents, SimpleNamespace())
     agent.sampler, agent.rewarder, agent.store = Sampler(), Rewards(), store
+    agent.engines = SimpleNamespace(generate=None)
     agent.train_prompts = [Prompt(i, (1, 2), "l") for i in range(20)]
     agent.order = PromptOrder(20, 0, False)
     agent.channel = SimpleNamespace(count=4, get=lambda key: int(store.get(key)))

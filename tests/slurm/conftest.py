@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -105,11 +106,11 @@ def wait_until(
 class Runs:
     """Runs of one tiny model, on 2 nodes x (2 ranks + 1 agent) unless the flags say otherwise."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, moe: bool = False) -> None:
+        self.folder, self.recipe = folder, "tiny-moe-fp8" if moe else "tiny-fp8"
         (folder / "model").mkdir()
         (folder / "data").mkdir()
-        write_model(folder / "model")
+        write_model(folder / "model", moe=moe)
         write_data(folder / "data")
         held_out = (folder / "data" / "eval.jsonl").read_text().splitlines()[:16]
         (folder / "data" / "eval.jsonl").write_text("\n".join(held_out) + "\n")
@@ -126,7 +127,7 @@ class Runs:
             "slurm.signal-delay-s": 60, "watchdog.timeout-s": 120,
         }  # fmt: skip
         switches = ["--rollout.no-drop-no-signal", "--observe.no-tensorboard", "--observe.no-plot"]
-        return ["--recipe", "tiny-fp8", *(f"--{k}={v}" for k, v in flags.items()), *switches, *more]
+        return ["--recipe", self.recipe, *(f"--{k}={v}" for k, v in flags.items()), *switches, *more]
 
     def command(self, command: str, name: str, *more: str) -> list[str]:
         return [sys.executable, "-m", "fp8slurm.cli", command, *self.flags(name, *more)]
@@ -188,6 +189,19 @@ class Runs:
 
         wait_until(reached, f"step {step} of {name} was not reached", lambda: self.log(name))
 
+    def meet_time_limit(self, lab: Lab, name: str, job_id: str) -> None:
+        """Shorten the job's time limit until its notice comes: up to half a minute after it is due, so that until then
+        the engine holds the run up."""
+        held = [pid for pid, command in lab.processes(1).items() if command.startswith("sglang::scheduler")]
+        for pid in held:
+            os.kill(pid, signal.SIGSTOP)
+        elapsed = sum(int(x) * f for x, f in zip(reversed(lab.job(job_id)["RunTime"].split(":")), (1, 60, 3600)))
+        lab.ask("scontrol", "update", f"jobid={job_id}", f"timelimit={(elapsed + 60 + 30 + 59) // 60}")
+        log = self.path(name) / "attempts" / str(self.attempt(name)) / "logs" / "0_log.err"
+        wait_until(lambda: "notice (SIGUSR2)" in log.read_text(), "no notice came", lambda: self.log(name))
+        for pid in held:
+            os.kill(pid, signal.SIGCONT)
+
     def wait_end(self, lab: Lab, name: str, job_id: str, state: str = "COMPLETED") -> None:
         wait_until(lambda: lab.job(job_id)["JobState"] in ENDED, f"job {job_id} did not end", lambda: self.log(name))
         assert lab.job(job_id)["JobState"] == state, self.log(name)
@@ -223,6 +237,12 @@ def start_lab(tmp_path_factory) -> Iterator[Callable[[str], Lab]]:
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory) -> Runs:
     return Runs(tmp_path_factory.mktemp("slurm-runs"))
+
+
+@pytest.fixture(scope="session")
+def expert_runs(tmp_path_factory) -> Runs:
+    """Runs of the tiny mixture of experts."""
+    return Runs(tmp_path_factory.mktemp("slurm-expert-runs"), moe=True)
 
 
 TABLE = ROOT / ".cache" / "faults.json"
@@ -265,11 +285,11 @@ def weight_bytes(run: Path, out: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture
-def same_run(runs, tmp_path) -> Callable[[str, str], None]:
+def same_run(runs, tmp_path) -> Callable[..., None]:
     """same_run(name, reference): equal records (no step twice, none missing) and equal weights in every byte."""
     from fp8slurm.observe.metrics import without_times
 
-    def compare(name: str, reference: str) -> None:
+    def compare(name: str, reference: str, runs: Runs = runs) -> None:
         got, want = ([without_times(r) for r in read_metrics(runs.path(n))] for n in (name, reference))
         steps = [(r["phase"], r["step"]) for r in got]
         assert steps == [(r["phase"], r["step"]) for r in want], steps

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
+import signal
 import stat
 import subprocess
 import sys
@@ -78,6 +80,10 @@ def test_directives_follow_the_settings(tmp_path):
     assert (convert["partition"], convert["account"], convert["exclusive"]) == ("cpu", "me", "")
     assert "gpus-per-node" not in convert
     assert (evaluation["partition"], evaluation["gpus-per-node"], evaluation["time"]) == ("gpu", "8", "5")
+    several = links(c, tmp_path, [], ["--nodes=3"])[-1]
+    text = script(several, 6, c, tmp_path)
+    assert "#SBATCH --nodes=3\n" in text and "#SBATCH --ntasks-per-node=1\n" in text and "#SBATCH --ntasks=" not in text
+    assert " srun --ntasks-per-node=1 --kill-on-bad-exit=1 " in text
     text = script(found["export-to-fp8"], 5, c, tmp_path)
     assert "#SBATCH --exclusive\n" in text and "#SBATCH --no-requeue\n" in text and "#SBATCH --requeue\n" not in text
     with pytest.raises(ValueError, match="--convert-sbatch -p: sbatch flags are written --name=value"):
@@ -181,11 +187,11 @@ def test_the_chain_follows_a_resubmitted_job(tmp_path, slurm):
 class Chain:
     """One tiny run as a chain on the lab."""
 
-    def __init__(self, lab, runs) -> None:
-        self.lab, self.runs, self.name = lab, runs, "chain"
+    def __init__(self, lab, runs, name: str = "chain", steps: int = 12) -> None:
+        self.lab, self.runs, self.name = lab, runs, name
         self.run = runs.path(self.name)
         self.flags = runs.flags(
-            self.name, "--run.steps=3", "--checkpoint.every=1", "--sft.max-steps=4", "--eval.every=0",
+            self.name, f"--run.steps={steps}", "--checkpoint.every=1", "--sft.max-steps=4", "--eval.every=0",
             "--slurm.nodes=1", "--slurm.ranks-per-node=1",
         )  # fmt: skip
 
@@ -272,17 +278,36 @@ def test_the_same_command_again_goes_on_and_a_requeued_job_keeps_its_place(chain
     train = chain.ids()["train"]
     chain.runs.wait_step(chain.lab, chain.name, train, 1)
     running = chain.status()
-    assert (running["state"], running["phase"], running["job_id"], running["total"]) == ("running", "rl", train, 3)
+    assert (running["state"], running["phase"], running["job_id"], running["total"]) == ("running", "rl", train, 12)
     chain.lab.ask("scontrol", "requeue", train)
     states = chain.wait_end()
     assert states == dict.fromkeys(ORDER[2:], "COMPLETED"), chain.logs()
     assert chain.runs.attempt(chain.name) >= failed + 2 and int(chain.lab.job(train)["Restarts"]) >= 1
     assert before == {p: p.stat().st_mtime_ns for p in before}
-    summary = json.loads((chain.run / "eval" / "step_000003-fp8" / "summary.json").read_text())
+    summary = json.loads((chain.run / "eval" / "step_000012-fp8" / "summary.json").read_text())
     assert summary["tasks"]["held_out"]["questions"] == 16
-    for folder in ("step_000003-hf", "step_000003-fp8"):
+    for folder in ("step_000012-hf", "step_000012-fp8"):
         assert (chain.run / "export" / folder / "model.safetensors").is_file()
     assert chain.status()["state"] == "finished"
     chain.lab.wait_empty()
     again = chain.start()
     assert again.returncode == 0 and "every job of the chain is done" in again.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.slurm
+@pytest.mark.faults
+def test_a_training_job_that_may_not_be_requeued_takes_the_rest_along(start_lab, runs):
+    """A rank dies; the job submits itself again under a new number, and the jobs behind it wait for that one."""
+    chain = Chain(start_lab("linuxproc"), runs, "moved", steps=20)
+    done = chain.start()
+    assert done.returncode == 0, done.stderr
+    before = chain.ids()
+    chain.runs.wait_step(chain.lab, chain.name, before["train"], 1)
+    chain.lab.ask("scontrol", "update", f"JobId={before['train']}", "Requeue=0")
+    os.kill(chain.runs.task(chain.name, 0)["pid"], signal.SIGKILL)
+    chain.wait(lambda: chain.ids()["train"] != before["train"])
+    states = chain.wait_end()
+    assert states == dict.fromkeys(ORDER, "COMPLETED"), chain.logs()
+    assert chain.runs.attempt(chain.name) == 1 and chain.status()["state"] == "finished"
+    chain.lab.wait_empty()

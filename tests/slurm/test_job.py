@@ -1,6 +1,7 @@
 """What Slurm's environment and commands say."""
 
 import socket
+import subprocess
 
 import pytest
 from fp8slurm.slurm import job
@@ -98,3 +99,25 @@ def test_requeue_waits_for_the_controller_but_not_for_a_refusal(monkeypatch):
     answers = iter(["Requested operation is presently disabled for job 7"])
     with pytest.raises(job.SlurmError, match="disabled"):
         job.requeue("7")
+
+
+def test_a_job_is_asked_for_again_as_it_was():
+    shown = {"Partition": "gpu", "Account": "(null)", "TimeLimit": "UNLIMITED", "Features": "", "NumNodes": "2", "Requeue": "0"}
+    environment = {"SLURM_JOB_NAME": "my run", "SLURM_GPUS_PER_NODE": "8", "SLURM_PROCID": "3"}
+    assert job.asked_again(shown, environment) == [
+        "--partition=gpu", "--time=UNLIMITED", "--nodes=2", "--job-name=my run", "--gpus-per-node=8", "--no-requeue"
+    ]  # fmt: skip
+    assert job.asked_again({"Requeue": "1"}, {}) == []
+
+
+def test_the_arguments_of_a_job_script_come_from_its_process(tmp_path):
+    script = tmp_path / "slurm_script"
+    script.write_text("#!/bin/bash\necho started\nread line\n")
+    script.chmod(0o700)
+    environment = {"SLURM_JOB_ID": "4711", "PATH": "/usr/bin:/bin"}
+    command = [str(script), "a b", "--x=1", ""]
+    with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"started\n"
+        assert job.script_arguments("4711") == ["a b", "--x=1", ""] and job.script_arguments("471") == []
+        process.communicate(b"\n")
+    assert job.script_arguments("4711") == []

@@ -91,18 +91,6 @@ def test_a_run_survives_everything(lab, runs, reference, same_run, measure):
         found = [pid for pid, command in lab.processes(1).items() if command.endswith("fp8slurm.engine.child")]
         os.kill(min(found), signal.SIGKILL)
 
-    def time_limit(job: str) -> None:
-        """The notice comes up to half a minute after it is due: until then the engine holds the run up."""
-        held = [pid for pid, command in lab.processes(1).items() if command.startswith("sglang::scheduler")]
-        for pid in held:
-            os.kill(pid, signal.SIGSTOP)
-        elapsed = sum(int(x) * f for x, f in zip(reversed(lab.job(job)["RunTime"].split(":")), (1, 60, 3600)))
-        lab.ask("scontrol", "update", f"jobid={job}", f"timelimit={(elapsed + 60 + 30 + 59) // 60}")
-        log = runs.path(name) / "attempts" / str(runs.attempt(name)) / "logs" / "0_log.err"
-        runs.wait_until(lambda: "notice (SIGUSR2)" in log.read_text(), "no notice came", lambda: runs.log(name))
-        for pid in held:
-            os.kill(pid, signal.SIGCONT)
-
     def preempt(job: str) -> None:
         lab.ask("srun", "--partition=main", "--nodes=2", "--exclusive", "--time=1", "sleep", "1")
 
@@ -122,8 +110,9 @@ def test_a_run_survives_everything(lab, runs, reference, same_run, measure):
     fault.happens("preemption without notice", preempt, job)
     fault.happens("rank stopped", kill(3, signal.SIGSTOP), job)
     stacks = runs.path(name) / "attempts" / str(runs.attempt(name) - 1) / "stacks"
-    assert "loop.py" in (stacks / "task_0.txt").read_text()
-    fault.happens("time limit with notice", time_limit, job)
+    # Whose watchdog is the first: its end breaks the others' collective.
+    assert any("loop.py" in path.read_text() for path in stacks.glob("task_*.txt"))
+    fault.happens("time limit with notice", lambda job: runs.meet_time_limit(lab, name, job), job)
     stopped = runs.path(name) / "attempts" / str(runs.attempt(name) - 1) / "stopped.json"
     assert json.loads(stopped.read_text())["saved"] and json.loads(stopped.read_text())["next"] == "requeued"
     lab.ask("scontrol", "update", f"jobid={job}", "timelimit=30")

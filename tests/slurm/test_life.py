@@ -177,19 +177,18 @@ def test_an_old_attempt_does_not_requeue(config, slurm):
     assert slurm.requeued == []
 
 
-def test_where_requeue_is_disabled_the_job_is_submitted_again(config, slurm, monkeypatch, tmp_path):
+def test_where_requeue_is_disabled_the_job_is_submitted_again(config, slurm, monkeypatch):
     run = begin(config)
     asked = []
     monkeypatch.setattr(job, "ask", lambda *command, **_: asked.append(command) or "99\n")
-    (tmp_path / "jobs").mkdir()
-    (tmp_path / "jobs" / "7_submitted.pkl").write_text("call")
-    monkeypatch.setenv("SUBMITIT_FOLDER", str(tmp_path / "jobs"))
+    (run.path / "slurm").mkdir()
+    (run.path / "slurm" / "7_submitted.pkl").write_text("call")
     slurm.refuses = "Requested operation is presently disabled"
     Life(config, run, Job("7", 0, "0"), first=True).stopped("step_000004", True)
     said = json.loads((run.attempt_dir / "stopped.json").read_text())
     assert said["resubmitted"] == "99" and "presently disabled" in said["why_not"]
     assert asked[1][:3] == ("sbatch", "--parsable", "--dependency=afterany:7")
-    assert (tmp_path / "jobs" / "99_submitted.pkl").read_text() == "call"
+    assert (run.path / "slurm" / "99_submitted.pkl").read_text() == "call"
 
 
 def test_the_jobs_of_a_chain_wait_for_the_resubmitted_one(config, slurm, monkeypatch):

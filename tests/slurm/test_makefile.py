@@ -155,6 +155,7 @@ def test_evaluating_and_status(project):
     assert project.make("eval-fp8", "RUN=runs/a", own).stdout.split() == ["eval", "--run", "runs/a"]
     done = project.make("eval-fp8", "RUN=runs/a", "EVAL_DATA=eval.jsonl", own)
     assert done.stdout.split() == ["eval", "--run", "runs/a", "--tasks", "eval.jsonl"]
+    assert project.make("eval-fp8", "RUN=runs/a", "NODES=2", own).stdout.split()[-2:] == ["--nodes", "2"]
     assert project.make("status", own).stdout.split() == ["status"]
     assert project.make("status", "RUN=runs/a", "ARGS=--json", own).stdout.split() == ["status", "runs/a", "--json"]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import time
 
 import pytest
@@ -90,8 +91,52 @@ def test_a_failing_run_ends_with_the_reason(lab, runs, tmp_path):
     assert "no such answer" in said.strip().splitlines()[-2] + said.strip().splitlines()[-1], said
 
 
+SCRIPT = """#!/bin/bash
+#SBATCH --time=30
+#SBATCH --signal=USR2@60
+#SBATCH --open-mode=append
+#SBATCH --output={log}
+trap : TERM USR2
+srun --unbuffered --kill-on-bad-exit=1 {command} worker "$@"
+exec {command} after $? "$@"
+"""
+
+
+def test_a_job_script_that_may_not_be_requeued_submits_itself_again(lab, runs, reference, same_run, tmp_path):
+    """What sbatch was told besides the script is told again: its own flags, and the script's arguments."""
+    name = "by-script"
+    script = tmp_path / "train.sbatch"
+    script.write_text(SCRIPT.format(command=f"{sys.executable} -m fp8slurm.cli", log=tmp_path / "log"))
+    flags = ("--no-requeue", "--partition=low", "--nodes=2", "--ntasks-per-node=3")
+    arguments = [*runs.flags(name), "--slurm.setup=true # two words"]
+    job = lab.ask("sbatch", "--parsable", *flags, str(script), *arguments).strip()
+
+    def resubmitted(attempt: int, job: str) -> str:
+        stopped = runs.path(name) / "attempts" / str(attempt) / "stopped.json"
+        runs.wait_end(lab, name, job)
+        said = json.loads(stopped.read_text())
+        assert "presently disabled" in said["why_not"] and said["next"] == f"resubmitted as job {said['resubmitted']}"
+        again = lab.job(said["resubmitted"])
+        assert (again["Partition"], again["Requeue"]) == ("low", "0") and again["NumNodes"] in ("2", "2-2")
+        return said["resubmitted"]
+
+    runs.wait_attempt(lab, name, job, 0)
+    runs.wait_step(lab, name, job, 3)
+    os.kill(runs.task(name, 1)["pid"], signal.SIGKILL)
+    job = resubmitted(0, job)
+    runs.wait_attempt(lab, name, job, 1)
+    runs.wait_step(lab, name, job, runs.step(name) + 2)
+    lab.ask("scancel", "--signal=USR2", job)
+    job = resubmitted(1, job)
+    assert json.loads((runs.path(name) / "attempts" / "1" / "stopped.json").read_text())["saved"]
+    runs.wait_end(lab, name, job)
+    assert runs.attempt(name) == 2
+    same_run(name, reference)
+
+
 def test_signals_under_cgroup_tracking(start_lab, runs, reference, same_run, measure):
-    """Notice before a preemption, engine kill, scancel: only the tasks themselves get Slurm's signals here."""
+    """Engine kill, notice before a preemption and before the time limit, scancel: only the tasks themselves get Slurm's
+    signals here."""
     lab, name = start_lab("cgroup"), "cgroup"
     job = runs.submit(lab, name, "--slurm.partition=graced")
     runs.wait_step(lab, name, job, 2)
@@ -106,8 +151,16 @@ def test_signals_under_cgroup_tracking(start_lab, runs, reference, same_run, mea
         lab.ask("srun", "--partition=main", "--nodes=2", "--exclusive", "--time=1", "sleep", "1")
         runs.wait_attempt(lab, name, job, 1)
         runs.wait_step(lab, name, job, before + 1)
-    stopped = json.loads((runs.path(name) / "attempts" / "0" / "stopped.json").read_text())
-    assert stopped["saved"] and stopped["next"] == "requeued"
+    runs.wait_step(lab, name, job, before + 2)
+    before = runs.step(name)
+    with measure(lab, runs, name, "time limit with notice", before):
+        runs.meet_time_limit(lab, name, job)
+        runs.wait_attempt(lab, name, job, 2)
+        runs.wait_step(lab, name, job, before + 1)
+    for attempt in "01":
+        stopped = json.loads((runs.path(name) / "attempts" / attempt / "stopped.json").read_text())
+        assert stopped["saved"] and stopped["next"] == "requeued"
+    lab.ask("scontrol", "update", f"jobid={job}", "timelimit=30")
     lab.ask("scancel", job)
     runs.wait_end(lab, name, job, "CANCELLED")
     job = runs.submit(lab, name)

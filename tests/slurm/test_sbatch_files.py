@@ -72,7 +72,8 @@ def test_the_evaluation_script_is_what_the_chain_queues(tmp_path):
     link = links(config, tmp_path)[-1]
     made = link_script(link, 6, config, tmp_path)
     assert directives(written) == directives(made)
-    assert srun_flags(written) == srun_flags(made) == ["--ntasks=1", "--cpus-per-task=108"]
+    flags = ["--ntasks-per-node=1", "--kill-on-bad-exit=1", "--cpus-per-task=108"]
+    assert srun_flags(written) == srun_flags(made) == flags
     assert lines(written)[-1].endswith('"$FP8SLURM" eval "$@"') and " fp8slurm.cli eval " in lines(made)[-1]
 
 

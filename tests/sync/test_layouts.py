@@ -38,54 +38,67 @@ BATCH = [GenerateRequest([7 * i % 300, 3, i, 2 * i], 6, seed=i) for i in range(1
 
 
 class Engines:
-    """The same model at TP 1 and 2."""
+    """One model in several layouts: (tensor, expert) parallel sizes."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, layouts: list[tuple[int, int]], moe: bool = False) -> None:
         self.model = folder / "model"
         self.model.mkdir()
-        write_model(self.model)
+        write_model(self.model, moe=moe)
         hf_to_fp8(self.model, folder / "fp8")
-        self.engines = {tp: self._engine(folder, tp) for tp in (1, 2)}
+        self.engines = {layout: self._engine(folder, *layout) for layout in layouts}
         for engine in self.engines.values():
             engine.start()
         for engine in self.engines.values():
             engine.wait_ready()
 
-    def _engine(self, folder: Path, tp: int) -> Engine:
-        section = EngineSection(tensor_parallel_size=tp, max_running_requests=16, max_total_tokens=4096, dtype="float32",
-                                ready_timeout_s=240)  # fmt: skip
-        return Engine(folder / "fp8", folder / "log", EngineSettings(section, cpu=True, cpu_threads=1), f"tp{tp}")
+    def _engine(self, folder: Path, tp: int, ep: int) -> Engine:
+        section = EngineSection(tensor_parallel_size=tp, expert_parallel_size=ep, max_running_requests=16,
+                                max_total_tokens=4096, dtype="float32", ready_timeout_s=240)  # fmt: skip
+        return Engine(folder / "fp8", folder / "log", EngineSettings(section, cpu=True, cpu_threads=1), f"tp{tp}ep{ep}")
 
-    def client(self, tp: int) -> EngineClient:
-        return EngineClient(self.engines[tp].url, self.engines[tp].api_key, timeout_s=120)
+    def link(self, tp: int, ep: int) -> EngineLink:
+        engine = self.engines[tp, ep]
+        return EngineLink(EngineClient(engine.url, engine.api_key, timeout_s=120), tp, expert_parallel_size=ep)
+
+    def stop(self) -> None:
+        for engine in self.engines.values():
+            engine.stop()
 
 
 @pytest.fixture(scope="module")
 def engines(tmp_path_factory) -> Iterator[Engines]:
-    made = Engines(tmp_path_factory.mktemp("layouts"))
+    made = Engines(tmp_path_factory.mktemp("layouts"), [(1, 1), (2, 1)])
     yield made
-    for engine in made.engines.values():
-        engine.stop()
+    made.stop()
+
+
+@pytest.fixture(scope="module")
+def expert_engines(tmp_path_factory) -> Iterator[Engines]:
+    """TP1 is in tests/e2e/test_tiny_moe.py."""
+    made = Engines(tmp_path_factory.mktemp("experts"), [(2, 2)], moe=True)
+    yield made
+    made.stop()
 
 
 class Trainers:
     """Training ranks in processes of their own, and this process as their agent."""
 
-    def __init__(self, folder: Path, model: Path, tp: int, pp: int) -> None:
-        self.folder, self.model, self.tp, self.pp = folder, model, tp, pp
+    def __init__(self, folder: Path, model: Path, tp: int, pp: int, ep: int) -> None:
+        self.folder, self.model, self.tp, self.pp, self.ep = folder, model, tp, pp, ep
+        self.world = tp * pp * ep
+        self.table = NameTable(ModelSpec.from_hf_dir(model))
         self.store, port = host_store("127.0.0.1")
         publish(folder / "store.json", "127.0.0.1", port)
         self.processes: list[subprocess.Popen] = []
 
     def start(self, die_in: int = 0) -> None:
         env = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-        world = self.tp * self.pp
-        for rank in range(world):
-            arguments = [self.folder, rank, world, self.model, self.tp, self.pp, die_in]
+        for rank in range(self.world):
+            arguments = [self.folder, rank, self.world, self.model, self.tp, self.pp, self.ep, die_in]
             with open(self.folder / f"rank{rank}.log", "w") as log:
                 command = [sys.executable, str(HERE / "sender.py"), *map(str, arguments)]
                 self.processes.append(subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT))
-        names = source_names(self.pp)
+        names = source_names(self.pp, self.ep if self.table.spec.is_moe else 0)
         plans = {n: parse_description(self._get(f"sync/plan/{n}")) for n in names}
         groups = {n: Group(self.store, f"sync/{n}", 1, 2, "127.0.0.1") for n in names}
         self.receiver = Receiver(self.store, [(n, groups[n], plans[n]) for n in names], keep=True)
@@ -102,29 +115,25 @@ class Trainers:
 
     def weights(self, version: int) -> dict[str, torch.Tensor]:
         """The HF tensors of the ranks' shards after that update."""
-        for rank in range(self.tp * self.pp):
+        for rank in range(self.world):
             self._get(f"sent/{version}/{rank}")
-        table = NameTable(ModelSpec.from_hf_dir(self.model))
-        slices: dict[str, list[tuple[int, torch.Tensor, int | None]]] = {}
-        for rank in range(self.tp * self.pp):
+        slices: dict[str, dict[int, tuple[torch.Tensor, int | None]]] = {}
+        for rank in range(self.world):
             for name, shard in load_file(self.folder / f"{version}.{rank}.safetensors").items():
-                world = self.tp if table[name].tp_dim is not None else 1
-                for piece in table[name].split(shard, rank % self.tp if world > 1 else 0, world):
-                    slices.setdefault(piece.name, []).append((piece.spec.start, piece.data, piece.spec.dim))
+                world = self.tp if self.table[name].tp_dim is not None else 1
+                for piece in self.table[name].split(shard, rank % world, world):
+                    data, _ = slices.setdefault(piece.name, {}).setdefault(piece.spec.start, (piece.data, piece.spec.dim))
+                    assert torch.equal(data, piece.data), f"{name} differs between ranks"
         out = {}
         for name, pieces in slices.items():
-            pieces.sort(key=lambda p: p[0])
-            if pieces[0][2] is None:
-                assert all(torch.equal(p[1], pieces[0][1]) for p in pieces), f"{name} differs between ranks"
-                out[name] = pieces[0][1].contiguous()
-            else:
-                out[name] = torch.cat([p[1] for p in pieces], pieces[0][2])
+            parts = [pieces[start][0] for start in sorted(pieces)]
+            out[name] = torch.cat(parts, next(iter(pieces.values()))[1] or 0) if len(parts) > 1 else parts[0].contiguous()
         return out
 
 
 @contextmanager
-def trainers(folder: Path, engines: Engines, tp: int, pp: int, die_in: int = 0) -> Iterator[Trainers]:
-    made = Trainers(folder, engines.model, tp, pp)
+def trainers(folder: Path, engines: Engines, tp: int, pp: int, ep: int = 1, die_in: int = 0) -> Iterator[Trainers]:
+    made = Trainers(folder, engines.model, tp, pp, ep)
     try:
         made.start(die_in)
         yield made
@@ -149,41 +158,58 @@ def gap(folder: Path, tensors: dict[str, torch.Tensor], generations) -> torch.Te
     return torch.cat(gaps)
 
 
-@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (1, 2)], ids=["TP1", "TP2", "PP2"])
-def test_the_converters_bytes_arrive(engines: Engines, tmp_path: Path, tp: int, pp: int) -> None:
-    links = {size: EngineLink(engines.client(size), size) for size in (1, 2)}
+def send_and_compare(engines: Engines, folder: Path, tp: int = 1, pp: int = 1, ep: int = 1) -> None:
+    """All engines hold the converter's bytes after the first and the last update, and compute with them."""
+    links = {layout: engines.link(*layout) for layout in engines.engines}
+    first, *others = links.values()
     for link in links.values():
         link.open()
-    expected = traffic(NameTable(ModelSpec.from_hf_dir(engines.model)), QuantizationSpec(), 300_000,
-                       tensor_parallel_size=tp, pipeline_parallel_size=pp, dtype=torch.float32)  # fmt: skip
-    with trainers(tmp_path, engines, tp, pp) as ranks:
+    spec = ModelSpec.from_hf_dir(engines.model)
+    expected = traffic(NameTable(spec), QuantizationSpec(), 300_000, tensor_parallel_size=tp, pipeline_parallel_size=pp,
+                       expert_parallel_size=ep, dtype=torch.float32)  # fmt: skip
+    with trainers(folder, engines, tp, pp, ep) as ranks:
         for version in range(1, LAST + 1):
             ranks.store.set(f"go/{version}", "")
-            links[1].update(version, ranks.receiver.receive(version, version, verify=version == 1))
-            links[2].update(version, iter(ranks.receiver.held))
+            first.update(version, ranks.receiver.receive(version, version, verify=version == 1))
+            for link in others:
+                link.update(version, iter(ranks.receiver.held))
             for link in links.values():
                 assert link.counts == {"loaded": expected.loaded, "buckets": expected.buckets}
             if version not in (1, LAST):
                 continue
-            shutil.copytree(engines.model, tmp_path / f"hf{version}")
-            save_file(ranks.weights(version), tmp_path / f"hf{version}/model.safetensors", metadata={"format": "pt"})
-            hf_to_fp8(tmp_path / f"hf{version}", tmp_path / f"fp8{version}")
+            shutil.copytree(engines.model, folder / f"hf{version}")
+            save_file(ranks.weights(version), folder / f"hf{version}/model.safetensors", metadata={"format": "pt"})
+            hf_to_fp8(folder / f"hf{version}", folder / f"fp8{version}")
             converted = {}
-            for file in sorted((tmp_path / f"fp8{version}").glob("*.safetensors")):
+            for file in sorted((folder / f"fp8{version}").glob("*.safetensors")):
                 converted |= load_file(file)
-            for size, link in links.items():
-                facts = {"num_key_value_heads": 2, "tie_word_embeddings": True, "tensor_parallel_size": size}
+            for (tensor, expert), link in links.items():
+                facts = {"num_key_value_heads": 2, "tie_word_embeddings": spec.tie_word_embeddings}
+                facts |= {"tensor_parallel_size": tensor, "expert_parallel_size": expert}
                 digests = expected_digests(converted.items(), dtype=torch.float32, **facts)
                 assert first_difference(link.client.digest(), digests) is None
                 generated = link.client.generate(BATCH, one_batch=True)
                 assert {v for g in generated for v in g.weight_versions} == {version}
-                assert gap(tmp_path / f"fp8{version}", converted, generated).median() < 1e-4
+                assert gap(folder / f"fp8{version}", converted, generated).median() < 1e-4
     for link in links.values():
         link.close()
 
 
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (1, 2)], ids=["TP1", "TP2", "PP2"])
+def test_the_converters_bytes_arrive(engines: Engines, tmp_path: Path, tp: int, pp: int) -> None:
+    send_and_compare(engines, tmp_path, tp, pp)
+
+
+def test_experts_arrive_from_expert_parallel_ranks_at_an_expert_parallel_engine(expert_engines: Engines, tmp_path: Path) -> None:
+    """Trainer EP2, engine TP2 + EP2: each of the engine's ranks holds four whole experts of the eight."""
+    send_and_compare(expert_engines, tmp_path, ep=2)
+    held, other = expert_engines.link(2, 2).client.digest()
+    assert all(held[name] != other[name] for name in held if ".experts." in name)
+    assert all(held[name] == other[name] for name in held if "norm" in name or ".gate." in name)
+
+
 def test_a_killed_sender_leaves_an_engine_that_serves_nothing(engines: Engines, tmp_path: Path) -> None:
-    link = EngineLink(engines.client(1), 1)
+    link = engines.link(1, 1)
     link.open()
     with trainers(tmp_path, engines, 1, 1, die_in=2) as ranks:
         ranks.store.set("go/1", "")
@@ -195,4 +221,4 @@ def test_a_killed_sender_leaves_an_engine_that_serves_nothing(engines: Engines, 
     assert not ranks.receiver.held  # half an update is no update
     with pytest.raises(EngineError, match="must not generate: the update to version 2 failed"):
         link.client.generate(BATCH)
-    engines.engines[1].stop()
+    engines.engines[1, 1].stop()

@@ -46,7 +46,7 @@ def test_the_trainer_sends_again_what_an_engine_lost(tmp_path: Path) -> None:
         "eval.every": 0, "sync.verify": "always",
     }  # fmt: skip
     command = [sys.executable, "-m", "fp8slurm.cli", "train", "--recipe", "tiny-fp8", *(f"--{k}={v}" for k, v in flags.items())]
-    command += ["--sync.no-keep-last-update", "--rollout.no-drop-no-signal"]
+    command += ["--sync.keep-last-update=False", "--rollout.no-drop-no-signal"]
     run = tmp_path / "runs/lost"
     with open(tmp_path / "log", "w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)

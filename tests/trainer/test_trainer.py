@@ -18,12 +18,13 @@ ONE_RANK = [
     "one_rank", "one_rank_plain_optimizer", "one_rank_untied", "one_rank_recompute", "one_rank_fp8", "one_rank_bf16",
     "one_rank_bf16_fp8", "entropy", "reference_model", "bad_loss", "new_optimizer", "emulated_linear",
     "main_grad", "fp8_layers", "packed_modules", "tied_head", "refused", "resume_one_rank", "save_before_any_step",
-    "save_one_rank", "full_disk",
+    "save_one_rank", "full_disk", "snapshot_bytes",
 ]  # fmt: skip
 TWO_RANKS = [
     "dp2", "dp2_plain_optimizer", "tp2", "tp2_sequence_parallel", "pp2", "pp2_untied", "tp2_fp8",
     "tp2_sequence_parallel_fp8", "tp2_fp8_layers", "dp2_bad_loss", "dp2_resume", "save_dp2", "save_tp2",
-    "save_pp2", "one_to_dp2", "one_to_tp2", "one_to_pp2", "tp2_full_disk",
+    "save_pp2", "one_to_dp2", "one_to_tp2", "one_to_pp2", "tp2_full_disk", "dp2_snapshot_bytes",
+    "tp2_snapshot_bytes",
 ]  # fmt: skip
 BACK_TO_ONE = ["dp2_to_one", "tp2_to_one", "pp2_to_one"]
 
@@ -293,6 +294,12 @@ def test_a_full_disk_is_an_error_on_every_rank_and_no_more(one: Any, two: Any, s
     for rank in range(size):
         got = (one if size == 1 else two).result(scenario, rank)
         assert "could not be written" in got["said"]
-        if rank == 0:
-            assert f"rank {size - 1}: " in got["said"]
+        assert f"rank {size - 1}: " in got["said"]
         assert len(got["step"]) == 1
+
+
+@pytest.mark.parametrize("scenario", ["snapshot_bytes", "dp2_snapshot_bytes", "tp2_snapshot_bytes"])
+def test_a_snapshot_is_megatrons_own_checkpoint_whatever_comes_after_it(one: Any, two: Any, scenario: str) -> None:
+    got = (one if scenario == "snapshot_bytes" else two).result(scenario)
+    assert got["names"][0] == got["names"][1] and any(n.endswith(".distcp") for n in got["names"][0])
+    assert got["differ"] == [] and got["same index"]

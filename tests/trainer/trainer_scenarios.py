@@ -415,6 +415,45 @@ def full_disk(ranks: Ranks, **sections: Any) -> dict[str, Any]:
         return {"said": said, "step": steps(trainer, range(1))}
 
 
+def snapshot_bytes(ranks: Ranks, **sections: Any) -> dict[str, Any]:
+    """Megatron's own save, and a snapshot that is written only after two more steps: names of files that differ, and
+    whether the two indexes say the same."""
+    import pickle
+    import queue
+
+    from fp8slurm.trainer import checkpoint
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    filesystem_async._results_queue = filesystem_async._results_queue or queue.Queue()
+    with ranks.trainer(**sections) as trainer:
+        trainer.snapshot_reference()
+        steps(trainer, range(2))
+        folders = [ranks.make("_".join([name, *sorted(sections)])) for name in ("megatron", "snapshot")]
+        state = checkpoint._state(trainer, False, True, True) | {"layout": checkpoint.layout(trainer)}
+        dist_checkpointing.save(state, str(folders[0]))
+        snapshot = trainer.snapshot(folders[1])
+        steps(trainer, range(2, 4))
+        said: list[Any] = [None] * ranks.world_size
+        dist.all_gather_object(said, snapshot.write())
+        if ranks.rank == 0:
+            snapshot.finish(said)
+        dist.barrier()
+    names = [sorted(p.name for p in f.iterdir()) for f in folders]
+    differ = [n for n in names[0] if n != ".metadata" and (folders[0] / n).read_bytes() != (folders[1] / n).read_bytes()]
+    a, b = (pickle.loads((f / ".metadata").read_bytes()) for f in folders)
+    same = a.state_dict_metadata == b.state_dict_metadata and a.storage_data == b.storage_data
+    return {"names": names, "differ": differ, "same index": same and len(a.storage_data) > 50}
+
+
+def dp2_snapshot_bytes(ranks: Ranks) -> dict[str, Any]:
+    return snapshot_bytes(ranks, **FP8, **BF16)
+
+
+def tp2_snapshot_bytes(ranks: Ranks) -> dict[str, Any]:
+    return snapshot_bytes(ranks, **TP2, **BF16, **OFFLOAD)
+
+
 def tp2_full_disk(ranks: Ranks) -> dict[str, Any]:
     return full_disk(ranks, **TP2)
 

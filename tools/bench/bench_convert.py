@@ -1,15 +1,18 @@
 #!/usr/bin/env python3
 """hf-to-fp8 against a floor of plain read, quantize and write loops; seconds, GB/s, CPU seconds, peak memory.
 
-Makes a checkpoint of Qwen3-4B's layers (12 of them: 2.42 GB) in /dev/shm, converts it in a process of its own per run,
-and prints medians. Before every run as much of /dev/shm as the output takes is written and freed again: memory that a
-virtual machine has never touched costs more than the work. Seconds are counted after the imports. Floor and converter
-alternate, so that both see the same machine.
+Makes a checkpoint of the first layers of a known model (12 of Qwen3-4B: 2.42 GB), with a vocabulary of 2048, in /dev/shm,
+converts it in a process of its own per run, and prints medians. Before every run as much of the folder's file system as the
+output takes is written and freed again: memory that a virtual machine has never touched costs more than the work. Seconds are
+counted after the imports. Floor and converter alternate, so that both see the same machine. With --circle the other
+converters follow, and HF -> torch_dist -> FP8 is compared with HF -> FP8 byte by byte.
 
-usage: tools/bench/bench_convert.py [--layers 12] [--runs 5] [--jobs N] [--folder /dev/shm] [--json OUT]
+usage: tools/bench/bench_convert.py [--model Qwen3-4B] [--layers 12] [--runs 5] [--jobs N] [--folder /dev/shm] [--circle]
+                                    [--json OUT]
 """
 
 import argparse
+import filecmp
 import json
 import os
 import shutil
@@ -24,16 +27,12 @@ from typing import Any, Callable
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-CONFIG = {
-    "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 2560, "intermediate_size": 9728,
-    "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 2048, "rms_norm_eps": 1e-6,
-    "rope_theta": 1000000.0, "tie_word_embeddings": True, "torch_dtype": "bfloat16", "hidden_act": "silu",
-    "attention_bias": False, "max_position_embeddings": 40960,
-}  # fmt: skip
+KNOWN = ROOT / "fp8slurm" / "models" / "known"
+CIRCLE = ("hf-to-torch-dist", "torch-dist-to-hf", "torch-dist-to-fp8")
 PIECE = 4 << 20
 
 
-def make_model(folder: Path, layers: int) -> int:
+def make_model(folder: Path, model: str, layers: int) -> int:
     """Write the checkpoint in shards of one layer; returns its size in bytes."""
     import torch
     from safetensors.torch import save_file
@@ -41,21 +40,24 @@ def make_model(folder: Path, layers: int) -> int:
     from fp8slurm.models.names import NameTable
     from fp8slurm.models.qwen3 import ModelSpec
 
-    config = CONFIG | {"num_hidden_layers": layers}
+    config = json.loads((KNOWN / f"{model}.json").read_text()) | {"num_hidden_layers": layers, "vocab_size": 2048}
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
     generator = torch.Generator().manual_seed(0)
-    noise = (torch.randn(1 << 25, generator=generator) * 0.02).bfloat16()
-    groups: dict[str, dict[str, torch.Tensor]] = {}
-    for i, (name, t) in enumerate(NameTable(ModelSpec.from_hf_config(config)).hf_tensors().items()):
-        n = t.shape[0] * (t.shape[1] if len(t.shape) > 1 else 1)
-        data = noise.roll(i * 12345)[:n] if n <= noise.numel() else noise.repeat(-(-n // noise.numel()))[:n]
-        groups.setdefault(name.split(".")[2] if ".layers." in name else "rest", {})[name] = data.view(t.shape).clone()
-    weight_map = {}
-    for key, tensors in groups.items():
+    noise = (torch.randn(1 << 26, generator=generator) * 0.02).bfloat16()
+    groups: dict[str, dict[str, torch.Size]] = {}
+    for name, t in NameTable(ModelSpec.from_hf_config(config)).hf_tensors().items():
+        groups.setdefault(name.split(".")[2] if ".layers." in name else "rest", {})[name] = torch.Size(t.shape)
+    weight_map, total, made = {}, 0, 0
+    for key, shapes in groups.items():
+        tensors = {}
+        for name, shape in shapes.items():
+            start = made * 12345 % (noise.numel() - shape.numel())
+            tensors[name] = noise[start : start + shape.numel()].view(shape).clone()
+            made += 1
         save_file(tensors, folder / f"layer-{key}.safetensors", metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, f"layer-{key}.safetensors")
-    total = sum(t.numel() * 2 for g in groups.values() for t in g.values())
+        total += sum(t.numel() * 2 for t in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return total
@@ -91,6 +93,15 @@ def child_convert(src: str, dst: str, jobs: int, verify: bool) -> dict[str, floa
     from fp8slurm.checkpoint import hf_to_fp8
 
     return _timed(lambda: hf_to_fp8(src, dst, jobs=jobs, verify=verify))
+
+
+def child_circle(kind: str, src: str, dst: str, jobs: int) -> dict[str, float]:
+    """One of the other conversions in this process; the Hugging Face folder is `src` beside a torch_dist one."""
+    from fp8slurm import checkpoint
+
+    convert = getattr(checkpoint, kind.replace("-", "_"))
+    origin = {} if kind == "hf-to-torch-dist" else {"origin_hf_dir": Path(src).with_name("src")}
+    return _timed(lambda: convert(src, dst, jobs=jobs, **origin))
 
 
 def child_floor(src: str, dst: str, jobs: int) -> dict[str, Any]:
@@ -146,47 +157,71 @@ def touch(folder: Path, nbytes: int) -> None:
     path.unlink()
 
 
-def run_child(arguments: list[str], folder: Path, size: int) -> dict[str, Any]:
+def run_child(arguments: list[str], folder: Path, size: int, keep: bool = False) -> dict[str, Any]:
     touch(folder, size)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     out = subprocess.run(
         [sys.executable, __file__, "--child", *arguments], check=True, capture_output=True, text=True, env=environment
     )
-    shutil.rmtree(arguments[2])
+    if not keep:
+        shutil.rmtree(arguments[2])
     return json.loads(out.stdout.splitlines()[-1])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", choices=sorted(p.stem for p in KNOWN.glob("*.json")), default="Qwen3-4B")
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--folder", type=Path, default=Path("/dev/shm"))
+    parser.add_argument("--circle", action="store_true", help="measure the other converters, too, and compare bytes")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         kind, src, dst, jobs = args.child
-        done = (
-            child_floor(src, dst, int(jobs))
-            if kind == "floor"
-            else child_convert(src, dst, int(jobs), kind == "verified")
-        )
+        if kind in CIRCLE:
+            done = child_circle(kind, src, dst, int(jobs))
+        elif kind == "floor":
+            done = child_floor(src, dst, int(jobs))
+        else:
+            done = child_convert(src, dst, int(jobs), kind == "verified")
         print(json.dumps(done))
         return
     folder = Path(tempfile.mkdtemp(prefix="bench_convert_", dir=args.folder))
     try:
-        size = make_model(folder / "src", args.layers)
+        size = make_model(folder / "src", args.model, args.layers)
         kinds = ("floor", "unverified", "verified")
-        runs: dict[str, list[dict[str, Any]]] = {k: [] for k in kinds}
+        runs: dict[str, list[dict[str, Any]]] = {k: [] for k in (*kinds, *CIRCLE * args.circle)}
         for _ in range(args.runs):
             for kind in kinds:
                 runs[kind].append(
                     run_child([kind, str(folder / "src"), str(folder / "out"), str(args.jobs)], folder, size * 6 // 10)
                 )
+            for kind in CIRCLE * args.circle:
+                src, dst = ("src", "ckpt") if kind == CIRCLE[0] else ("ckpt", "circle")
+                arguments = [kind, str(folder / src), str(folder / dst), str(args.jobs)]
+                last = kind == CIRCLE[-1]
+                runs[kind].append(run_child(arguments, folder, size, keep=dst == "ckpt" or last))
+                if last:
+                    shutil.rmtree(folder / "ckpt")
+                    compare(folder, args.jobs)
+                    shutil.rmtree(folder / "circle")
         report(args, size, runs)
     finally:
         shutil.rmtree(folder)
+
+
+def compare(folder: Path, jobs: int) -> None:
+    """HF -> FP8 once more, against HF -> torch_dist -> FP8: every file has to be equal."""
+    run_child(["unverified", str(folder / "src"), str(folder / "direct"), str(jobs)], folder, 0, keep=True)
+    names = {p.name for name in ("direct", "circle") for p in (folder / name).iterdir()}
+    different = [n for n in sorted(names) if not filecmp.cmp(folder / "direct" / n, folder / "circle" / n, shallow=False)]
+    if different:
+        sys.exit(f"HF -> torch_dist -> FP8 differs from HF -> FP8 in {', '.join(different)}")
+    print(f"HF -> torch_dist -> FP8 equals HF -> FP8 in every byte of {len(names)} files")
+    shutil.rmtree(folder / "direct")
 
 
 def report(args: argparse.Namespace, size: int, runs: dict[str, list[dict[str, Any]]]) -> None:
@@ -195,17 +230,17 @@ def report(args: argparse.Namespace, size: int, runs: dict[str, list[dict[str, A
     floor = median["floor"]["seconds"]
     load = os.getloadavg()[0]
     print(
-        f"{size / 1e9:.2f} GB in, {args.layers} layers, {args.jobs} threads, median of {args.runs} runs; "
+        f"{size / 1e9:.2f} GB in, {args.layers} layers of {args.model}, {args.jobs} threads, median of {args.runs} runs; "
         f"load average {load:.1f}"
     )
     print(
-        f"{'':12} {'seconds':>8} {'min':>6} {'max':>6} {'x floor':>8} {'GB/s in':>8} {'CPU s':>7} {'peak MiB':>9} "
+        f"{'':17} {'seconds':>8} {'min':>6} {'max':>6} {'x floor':>8} {'GB/s in':>8} {'CPU s':>7} {'peak MiB':>9} "
         f"{'above imports':>14}"
     )
     for kind, m in median.items():
         seconds = [r["seconds"] for r in runs[kind]]
         print(
-            f"{kind:12} {m['seconds']:8.2f} {min(seconds):6.2f} {max(seconds):6.2f} {m['seconds'] / floor:8.2f} "
+            f"{kind:17} {m['seconds']:8.2f} {min(seconds):6.2f} {max(seconds):6.2f} {m['seconds'] / floor:8.2f} "
             f"{size / m['seconds'] / 1e9:8.2f} {m['cpu']:7.2f} {m['peak_mib']:9.0f} "
             f"{m['peak_mib'] - m['imports_mib']:14.0f}"
         )

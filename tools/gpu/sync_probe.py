@@ -28,6 +28,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools" / "gpu")]
 os.environ.setdefault("NCCL_MULTI_RANK_GPU_ENABLE", "1")
 os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
 os.environ.setdefault("NCCL_CUMEM_ENABLE", "0")  # as SGLang sets it: both ends have to agree
+# else SGLang compiles DeepGEMM for every batch of up to 16384 tokens before it answers, for 10 minutes and more
+os.environ.setdefault("SGLANG_JIT_DEEPGEMM_PRECOMPILE", "0")
 
 import torch  # noqa: E402
 
@@ -42,7 +44,7 @@ from fp8slurm.sync.bucket import WeightBucket  # noqa: E402
 from fp8slurm.sync.engine_link import EngineLink  # noqa: E402
 from fp8slurm.sync.stream import WeightStream  # noqa: E402
 from fp8slurm.sync.traffic import traffic  # noqa: E402
-from fp8slurm.sync.transport import BroadcastTransport, CudaIpcTransport  # noqa: E402
+from fp8slurm.sync.transport import BroadcastTransport, MappedTransport  # noqa: E402
 
 GPU_ENGINE = ["--attention-backend", "triton", "--grammar-backend", "none", "--sampling-backend", "pytorch"]
 
@@ -76,7 +78,7 @@ def empty_updates(client: EngineClient, link: EngineLink, n: int) -> tuple[float
 def probe(way: str, engine: Engine, stream: WeightStream, updates: int) -> dict[str, Any]:
     """Open a link of that kind, update, compare the bytes, time."""
     client = EngineClient(engine.url, engine.api_key, 600)
-    transport = CudaIpcTransport() if way == "cuda-ipc" else BroadcastTransport(way)
+    transport = MappedTransport() if way == "cuda-ipc" else BroadcastTransport(way)
     link = EngineLink(client, 1, transport)
     start = time.perf_counter()
     link.open()
@@ -107,6 +109,8 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", default=["cuda-ipc", "nccl"])
     parser.add_argument("--cpu", action="store_true")
     parser.add_argument("--folder", type=Path, help="for the checkpoints (default: a temporary one)")
+    parser.add_argument("--checkpoint", type=Path, help="an FP8 folder of the model that is there already")
+    parser.add_argument("--logs", type=Path, help="keep the engine's log here")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     device, ways = ("cpu", ["gloo"]) if args.cpu else ("cuda", args.ways)
@@ -118,15 +122,17 @@ def main() -> None:
     try:
         from fp8slurm.checkpoint import hf_to_fp8
 
-        write_random_model(args.model, folder / "bf16", args.layers)
-        hf_to_fp8(folder / "bf16", folder / "fp8", verify=False)
-        shutil.rmtree(folder / "bf16")
+        checkpoint = args.checkpoint or folder / "fp8"
+        if args.checkpoint is None:
+            write_random_model(args.model, folder / "bf16", args.layers)
+            hf_to_fp8(folder / "bf16", checkpoint, verify=False)
+            shutil.rmtree(folder / "bf16")
         extra = [] if args.cpu else [*GPU_ENGINE, "--disable-cuda-graph"]
         section = EngineSection(max_running_requests=16, max_total_tokens=8192, context_length=1024, mem_fraction=0.4,
                                 extra_args=extra)  # fmt: skip
-        engine = Engine(folder / "fp8", folder / "log", EngineSettings(section, cpu=args.cpu, cpu_threads=1))
+        engine = Engine(checkpoint, args.logs or folder / "log", EngineSettings(section, cpu=args.cpu, cpu_threads=1))
         engine.start()
-        spec = ModelSpec.from_hf_dir(folder / "fp8")
+        spec = ModelSpec.from_hf_dir(checkpoint)
         table = NameTable(spec)
         held = parameters(table, device)
         bucket_bytes = int(args.bucket_mib * 2**20)
@@ -137,6 +143,7 @@ def main() -> None:
         for way in ways:
             try:
                 report["ways"].append(probe(way, engine, stream, args.updates))
+                print(json.dumps(report["ways"][-1]), flush=True)
             except Exception as error:  # noqa: BLE001 - the other way is worth its own try
                 report["ways"].append({"way": way, "error": f"{type(error).__name__}: {error}"[:2000]})
                 print(engine.log_tail(40), file=sys.stderr)

@@ -1,0 +1,21 @@
+"""Settings that are decided by others where they are left open."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from fp8slurm.config.schema import RunConfig
+
+
+def transport_of(config: RunConfig) -> Literal["gloo", "cuda-ipc", "shared-memory"]:
+    """sync.transport: by the handle of the memory where trainer and engines share GPUs, else through the host."""
+    way = config.sync.transport
+    if way == "auto":
+        return "cuda-ipc" if config.slurm.gpus_per_node else "gloo"
+    return way
+
+
+def engines_sleep(config: RunConfig) -> bool:
+    """engine.sleep: where trainer and engines share GPUs."""
+    sleep = config.engine.sleep
+    return config.slurm.gpus_per_node > 0 and config.engine.placement == "shared" if sleep is None else sleep

@@ -1,0 +1,354 @@
+"""Several engines that take work from one queue; one that fails is brought back, and its work is given to the others."""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections import deque
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from typing import Any, Callable, Generic, Iterator, Sequence, TypeVar
+
+from fp8slurm.config.schema import EngineSection
+from fp8slurm.engine.client import EngineClient, GenerateRequest, Generation
+from fp8slurm.engine.server import Engine, EngineError
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+POLL_S = 2.0
+"""How often engines at work are asked how far they are."""
+
+
+class WeightsLost(Exception):
+    """Work is left, and every engine that could do it runs with the weights of its checkpoint folder."""
+
+
+class Member:
+    """One engine of a pool."""
+
+    def __init__(self, engine: Engine, title: str) -> None:
+        self.engine, self.title = engine, title
+        self.client: EngineClient | None = None
+        """Of the server that runs now; a restarted one gets a new client."""
+        self.failures = 0
+        """In a row, without anything done in between."""
+        self.behind = False
+        """It lost its weights: nothing may be asked of it until the next update."""
+        self.busy = 0
+        """Requests on their way."""
+        self.answers = 0
+        self._mark: tuple[Any, ...] | None = None
+        self._moved = time.monotonic()
+
+    def done(self) -> None:
+        self.failures, self._moved = 0, time.monotonic()
+
+    def take(self, requests: int) -> None:
+        if not self.busy:
+            self._moved = time.monotonic()
+        self.busy += requests
+
+    def has_moved(self) -> bool | None:
+        """Whether the server has computed anything since this was last asked; None where it does not say."""
+        assert self.client is not None
+        try:
+            mark = self.client.progress()
+        except EngineError as error:  # too slow to answer, or gone: no sign of life
+            log.debug("%s: %s", self.title, error)
+            return False
+        mark, tells = (*(mark or ()), self.answers), mark is not None
+        moved, self._mark = mark != self._mark, mark
+        if moved:
+            self._moved = time.monotonic()
+        return moved if moved or tells else None
+
+    def silent_s(self) -> float:
+        return time.monotonic() - self._moved
+
+
+class Deal(Generic[T]):
+    """What is to be answered in one call of EnginePool.ask: pieces of work, taken from the front."""
+
+    def __init__(self, work: Sequence[list[T]], most: int, engines: int, one_by_one: bool) -> None:
+        """most: requests that an engine can work on; one_by_one: an engine has one piece at a time."""
+        self.queue, self.left = deque(work), len(work)
+        self.one_by_one, self._most = one_by_one, most
+        # equal shares to begin with, so that no engine takes what another one has room for
+        self._room = min(most, math.ceil(sum(map(len, work)) / engines))
+        self.error: BaseException | None = None
+        self.changed = threading.Condition()
+
+    @property
+    def over(self) -> bool:
+        return self.error is not None or not self.left
+
+    def take(self, busy: int) -> list[list[T]]:
+        """The next pieces for an engine with `busy` requests on their way: a whole one where it has none."""
+        pieces: list[list[T]] = []
+        with self.changed:
+            while self.queue and not self.over:
+                if busy and (self.one_by_one or busy + len(self.queue[0]) > self._room):
+                    break
+                pieces.append(self.queue.popleft())
+                busy += len(pieces[-1])
+        return pieces
+
+    def give_back(self, pieces: Sequence[list[T]]) -> None:
+        with self.changed:
+            self.queue.extendleft(reversed(pieces))
+            self._room = self._most
+            self.changed.notify_all()
+
+    def answered(self) -> None:
+        with self.changed:
+            self.left -= 1
+            self.changed.notify_all()
+
+    def fail(self, error: BaseException) -> None:
+        with self.changed:
+            self.error = self.error or error
+            self.changed.notify_all()
+
+    def wait_for_work(self, timeout_s: float) -> None:
+        with self.changed:
+            self.changed.wait_for(lambda: self.queue or self.over, timeout_s)
+
+
+class EnginePool:
+    """Engines of one model on this machine. EngineError: one of them cannot be kept alive (engine.max_restarts)."""
+
+    def __init__(
+        self, members: Sequence[Member], section: EngineSection, one_by_one: bool = False,
+        on_progress: Callable[[], None] | None = None, silent_s: float = math.inf,
+    ) -> None:  # fmt: skip
+        """one_by_one: an engine computes one piece of work at a time, and nothing beside it. on_progress is called every
+        POLL_S in which an engine has computed something. An engine that has work and computes nothing for silent_s is
+        restarted."""
+        self.members, self.section, self.one_by_one = list(members), section, one_by_one
+        self.on_progress, self.silent_s = on_progress, silent_s
+        self.restarts = 0
+        self._lock = threading.Lock()
+        self._stopped = threading.Event()
+
+    @property
+    def engines(self) -> list[Engine]:
+        return [member.engine for member in self.members]
+
+    def __enter__(self) -> EnginePool:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    # -- life ----------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Start all of them, without waiting."""
+        try:
+            for engine in self.engines:
+                engine.start()
+        except BaseException:
+            self.stop()
+            raise
+
+    def wait_ready(self) -> None:
+        """Block until all of them answer. EngineError: one died while starting, or was too slow."""
+        deadline = time.monotonic() + self.section.ready_timeout_s
+        for member in self.members:
+            member.engine.wait_ready(max(1.0, deadline - time.monotonic()))
+            member.client = self.client(member.engine)
+
+    def stop(self) -> None:
+        """End all of them, and what waits for them."""
+        self._stopped.set()
+        for engine in self.engines:
+            engine.stop()
+
+    def client(self, engine: Engine) -> EngineClient:
+        return EngineClient(engine.url, engine.api_key, self.section.request_timeout_s)
+
+    def bring_back(self, member: Member) -> None:
+        """Restart an engine that failed, with the weights that it should have. EngineError: it failed again."""
+        member.engine.restart()
+        member.client = self.client(member.engine)
+
+    def repair(self, member: Member, error: EngineError) -> None:
+        """Bring an engine back that failed with `error`, which is raised after engine.max_restarts failures in a row."""
+        while not self._stopped.is_set():
+            member.failures += 1
+            if member.failures > self.section.max_restarts:
+                raise error
+            first, _, rest = str(error).partition("\n")
+            more = f"\n{rest}" if rest else ""
+            log.warning("%s failed (%s); restart %d%s", member.title, first, member.failures, more)
+            with self._lock:
+                self.restarts += 1
+            try:
+                self.bring_back(member)
+                if self._stopped.is_set():  # between its stop and its start
+                    member.engine.stop()
+                return
+            except EngineError as again:
+                error = again
+
+    def each(self, work: Callable[[Member], Any], members: Sequence[Member] | None = None) -> dict[Member, EngineError]:
+        """Call work(member) for all members at once; what failed, and why. An error that is no EngineError is raised."""
+        chosen = self.members if members is None else list(members)
+        with ThreadPoolExecutor(max(1, len(chosen))) as pool:
+            return engine_errors({member: pool.submit(work, member) for member in chosen})
+
+    def mend(self, failed: dict[Member, EngineError]) -> None:
+        """Bring back all engines that failed, at once. EngineError: one of them failed too often."""
+        for error in self.each(lambda member: self.repair(member, failed[member]), list(failed)).values():
+            raise error
+
+    # -- work ----------------------------------------------------------------------------------------------------
+
+    def deal(self, work: Sequence[list[T]]) -> Deal[T]:
+        """How the work of one call of `ask` is dealt out."""
+        return Deal(work, self.section.max_running_requests, len(self.members), self.one_by_one)
+
+    def ask(
+        self, work: Sequence[list[T]], request: Callable[[T], GenerateRequest],
+        answered: Callable[[list[T], list[Generation]], None],
+    ) -> None:  # fmt: skip
+        """Have every piece of work answered, each as one batch: an engine takes the next one as soon as it has room.
+
+        answered(piece, generations) is called from several threads, once for a piece. An engine that fails is brought
+        back while the others go on with its work; at the end all of them are back. Raises EngineError: one failed
+        engine.max_restarts + 1 times without an answer in between; ValueError: a refused request; WeightsLost.
+        """
+        deal = self.deal(work)
+        threads = [
+            threading.Thread(target=self._drive, args=(m, deal, request, answered), name=m.title, daemon=True)
+            for m in self.members
+        ]
+        with self._watched(deal):
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                while thread.is_alive():
+                    thread.join(0.5)  # so that Ctrl-C is heard
+        if deal.error is not None:
+            raise deal.error
+        if deal.left and not self._stopped.is_set():
+            raise WeightsLost
+
+    def _drive(self, member: Member, deal: Deal, request: Callable, answered: Callable) -> None:
+        """Thread of one engine: keeps it full until everything is answered."""
+        try:
+            while not deal.over and not member.behind and not self._stopped.is_set():
+                error = self._until_it_fails(member, deal, request, answered)
+                if error is not None and not self._stopped.is_set():
+                    self.repair(member, error)
+                deal.wait_for_work(1.0)  # what another engine gives back
+        except BaseException as error:
+            deal.fail(error)
+
+    def _until_it_fails(self, member: Member, deal: Deal, request: Callable, answered: Callable) -> EngineError | None:
+        """Work until the queue is empty (None), or until the engine fails, with its unanswered pieces given back."""
+        running: dict[Future, list] = {}
+        client = member.client
+        with ThreadPoolExecutor(min(self.section.max_running_requests, 1024)) as pool:
+            while not deal.error and not self._stopped.is_set():
+                for piece in deal.take(member.busy):
+                    member.take(len(piece))
+                    running[pool.submit(client.generate, [request(one) for one in piece], True)] = piece
+                if not running:
+                    return None
+                done, _ = wait(running, timeout=1.0, return_when=FIRST_COMPLETED)
+                failed = None
+                for future in done:
+                    if isinstance(future.exception(), EngineError):
+                        failed = future.exception()
+                    else:
+                        self._accept(member, deal, future, running.pop(future), answered)
+                if failed is not None:
+                    if member.engine.alive():  # a broken answer: end the other requests too
+                        member.engine.stop()
+                    self._give_back(member, deal, running, answered)
+                    return failed
+            member.engine.stop()  # another engine failed for good: nobody waits for these any more
+            member.busy = 0
+        return None
+
+    def _accept(self, member: Member, deal: Deal, future: Future, piece: list, answered: Callable) -> None:
+        generations = future.result()
+        member.busy -= len(piece)
+        member.answers += 1
+        member.done()
+        answered(piece, generations)
+        deal.answered()
+
+    def _give_back(self, member: Member, deal: Deal, running: dict[Future, list], answered: Callable) -> None:
+        """Wait for what was on its way; what is without an answer goes to the front of the queue."""
+        left = []
+        for future, piece in running.items():
+            if future.exception() is None:
+                self._accept(member, deal, future, piece, answered)
+            else:
+                left.append(piece)
+        member.busy = 0
+        deal.give_back(left)
+
+    # -- progress ------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _watched(self, deal: Deal) -> Iterator[None]:
+        """While this is open progress is reported, and an engine without any is ended: its requests then fail."""
+        over = threading.Event()
+        watcher = threading.Thread(target=self._watch, args=(over,), name="engines-progress", daemon=True)
+        if self.on_progress is not None or self.silent_s < math.inf:
+            watcher.start()
+        try:
+            yield
+        finally:
+            over.set()
+
+    def _watch(self, over: threading.Event) -> None:
+        while not over.wait(min(POLL_S, self.silent_s / 4)):
+            moved = False
+            for member in self.members:
+                if not member.busy or over.is_set():
+                    continue
+                says = member.has_moved()
+                if over.is_set():
+                    return
+                moved = moved or bool(says)
+                if says is False and member.busy and member.silent_s() > self.silent_s:
+                    log.warning("%s has computed nothing for %.0f s and is ended", member.title, member.silent_s())
+                    member.engine.stop()
+            if moved and self.on_progress is not None:
+                self.on_progress()
+
+
+def engine_errors(done: dict[Member, Future]) -> dict[Member, EngineError]:
+    """The EngineErrors among what was done, waiting for all of it; any other error is raised."""
+    errors = {member: future.exception() for member, future in done.items()}
+    for error in errors.values():
+        if error is not None and not isinstance(error, EngineError):
+            raise error
+    return {member: error for member, error in errors.items() if error is not None}
+
+
+def pieces(requests: Sequence[GenerateRequest], engines: int, most: int) -> list[list[int]]:
+    """Numbers of the requests as pieces of work: those of one prompt together, so that its keys and values are computed
+    once, cut where an engine's equal share ends; single requests where they are more than the engines can compute at
+    once (most: by one), so that each place that gets free is filled at once."""
+    share = math.ceil(len(requests) / engines) if requests else 0
+    found: list[list[int]] = []
+    for i, request in enumerate(requests):
+        if share > most or not i % share or request.token_ids != requests[i - 1].token_ids:
+            found.append([])
+        found[-1].append(i)
+    return found
+
+
+def shares(count: int, engines: int) -> list[list[int]]:
+    """The numbers 0 to count - 1 cut into one block for each engine, equal but for one: what an engine gets is fixed."""
+    borders = [count * i // engines for i in range(engines + 1)]
+    return [list(range(a, b)) for a, b in zip(borders, borders[1:]) if a < b]

@@ -1,0 +1,180 @@
+"""Weights for engines that share the ranks' GPUs: every engine maps the bucket that lies on its own GPU.
+
+    source   fills a bucket                          (sync/stream.py)
+    ranks    one broadcast to all of them: a copy on every GPU            (NCCL; none with a single rank)
+    rank     mapped/N/B/R = handle of its copy of bucket B of update N    (the job's store)
+    agent    has each engine load from the handles of its own GPUs, all engines at once
+    agent    mapped/N/B/done/R once its engines are done with bucket B; the memory is used again for bucket B + 2
+
+Weights do not pass through the host, so the agent has none to hold: an engine that restarts waits for the next update.
+Without GPUs (sync.transport shared-memory) the copies are files that the engines map: the same protocol, for tests and
+for trying it out.
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+import pickle
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Callable, Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+
+from fp8slurm.sync.bucket import WeightBucket, WeightSpec, payload_bytes
+from fp8slurm.sync.receiver import Receiver
+from fp8slurm.sync.stream import BUFFERS, Pending, WeightStream
+
+HostCopy = Callable[[str, WeightBucket], Pending]
+Buckets = Sequence[tuple[WeightSpec, ...]]
+
+
+@dataclass
+class MappedBucket(WeightBucket):
+    """A bucket that lies in the memory of the ranks of this node. The payload is empty, or a copy to compare with."""
+
+    handles: tuple[str, ...] = ()
+    """By the ranks of the node, in order: what map_handle returned there."""
+
+
+def map_handle(specs: Sequence[WeightSpec], payload: torch.Tensor | Path) -> str:
+    """base64 of what /update_weights_from_tensor takes as a flattened bucket: where the memory is, and the specs.
+
+    payload: uint8 on a GPU (from cudaMalloc: no expandable segments), or a file that holds it. Pickled, because SGLang
+    takes nothing else: the only pickled object of this project, for an engine on this node, behind its API key.
+    """
+    metadata = []
+    for s in specs:
+        where = {"start_idx": s.offset, "end_idx": s.offset + s.nbytes, "numel": s.nbytes}
+        metadata.append(SimpleNamespace(name=s.name, shape=torch.Size(s.shape), dtype=s.dtype, **where))
+    memory = str(payload) if isinstance(payload, Path) else _CudaMemory(payload)
+    return base64.b64encode(pickle.dumps({"flattened_tensor": memory, "metadata": metadata})).decode()
+
+
+class _CudaMemory:
+    """Pickles as the tensor that it holds, by handle; the GPU is named by its UUID, since numbers differ by process."""
+
+    DEVICE_ARGUMENT = 6  # of torch.multiprocessing.reductions.rebuild_cuda_tensor; SGLang looks for the UUID there
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        from torch.multiprocessing.reductions import reduce_tensor
+
+        rebuild, arguments = reduce_tensor(self.tensor)
+        uuid = str(torch.cuda.get_device_properties(self.tensor.device).uuid)
+        i = self.DEVICE_ARGUMENT
+        return rebuild, (*arguments[:i], uuid, *arguments[i + 1 :])
+
+
+class MappedSender:
+    """A rank's end. Every rank makes one and takes part in every update: its GPU has engines to feed."""
+
+    def __init__(self, store: dist.Store, sources: Sequence[tuple[str, int, Buckets]], folder: Path) -> None:
+        """sources: (name, the rank that is the source, its buckets), in the order in which they are sent, the same on
+        all ranks. folder: for the files that stand in for GPU memory where there is none."""
+        self.store, self.sources = store, sources
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.on_gpu = torch.cuda.is_available()
+        largest = max(payload_bytes(specs) for _, _, plan in sources for specs in plan)
+        self._files = [] if self.on_gpu else [folder / f"weights_{self.rank}_{i}" for i in range(BUFFERS)]
+        self._buffers: list[torch.Tensor] = []
+        if self._files:
+            self._buffers = [_map_file(path, largest) for path in self._files]
+        elif self.world > 1:
+            self._buffers = [torch.empty(largest, dtype=torch.uint8, device="cuda") for _ in range(BUFFERS)]
+
+    def send(self, number: int, version: int, stream: WeightStream, host_copy: HostCopy | None = None) -> None:
+        """Update `number`, under `version`. Collective over all ranks; returns when the last bucket is handed over.
+
+        host_copy: also sends what this rank is the source of to the agents, for comparison.
+        """
+        own = stream.buckets(version)
+        under_way: deque[tuple[str, Pending | None]] = deque()
+        turn = 0
+        for name, root, plan in self.sources:
+            for specs in plan:
+                if len(under_way) == BUFFERS:
+                    with stream.waiting():
+                        self._wait(*under_way.popleft())
+                bucket = next(own)[1] if name in stream.shared else None
+                copying = host_copy(name, bucket) if host_copy is not None and bucket is not None else None
+                payload = self._spread(specs, bucket, root, turn)
+                memory = payload if self.on_gpu else self._files[turn % BUFFERS]
+                self.store.set(f"mapped/{number}/{turn}/{self.rank}", map_handle(specs, memory))
+                under_way.append((f"mapped/{number}/{turn}/done/{self.rank}", copying))
+                turn += 1
+        assert next(own, None) is None, "the stream has more buckets than the plan"
+        for _, copying in under_way:  # the engines are done with the last ones when their agent answers the command
+            if copying is not None:
+                copying.wait()
+
+    def _spread(self, specs: Sequence[WeightSpec], bucket: WeightBucket | None, root: int, turn: int) -> torch.Tensor:
+        """The bucket's payload on this rank's GPU (or in its file), finished: another process may read it."""
+        size = payload_bytes(tuple(specs))
+        if bucket is not None and self.on_gpu:
+            payload = bucket.payload
+        else:
+            payload = self._buffers[turn % BUFFERS][:size]
+            if bucket is not None:
+                payload.copy_(bucket.payload)
+        if self.world > 1:
+            dist.broadcast(payload, root)
+        if self.on_gpu:
+            torch.cuda.current_stream().synchronize()
+        return payload
+
+    def close(self) -> None:
+        """Remove the files."""
+        for path in self._files:
+            path.unlink(missing_ok=True)
+
+    def _wait(self, key: str, copying: Pending | None) -> None:
+        self.store.wait([key])
+        self.store.delete_key(key)
+        if copying is not None:
+            copying.wait()
+
+
+class MappedReceiver:
+    """An agent's end."""
+
+    def __init__(self, store: dist.Store, ranks: Sequence[int], sources: Sequence[Buckets], host: Receiver) -> None:
+        """ranks: those of this node. host: takes the copies to compare with, in updates that are verified."""
+        self.store, self.ranks, self.host = store, ranks, host
+        self.plan = [specs for plan in sources for specs in plan]
+
+    @property
+    def held(self) -> list[WeightBucket]:
+        """Nothing: the weights do not pass through here."""
+        return []
+
+    def receive(self, version: int, number: int, verify: bool) -> Iterator[WeightBucket]:
+        """The buckets of update `number`, which gets `version`. Each is good until the next but one is asked for; with
+        verify they come with payloads, which last (CorruptUpdate as in Receiver.receive)."""
+        copies = self.host.receive(version, number, True) if verify else None
+        for turn, specs in enumerate(self.plan):
+            if turn >= BUFFERS:
+                for rank in self.ranks:  # a key for each, who deletes it
+                    self.store.set(f"mapped/{number}/{turn - BUFFERS}/done/{rank}", "")
+            keys = [f"mapped/{number}/{turn}/{rank}" for rank in self.ranks]
+            handles = tuple(self.store.get(key).decode() for key in keys)
+            for key in keys:
+                self.store.delete_key(key)
+            payload = torch.empty(0, dtype=torch.uint8) if copies is None else next(copies).payload
+            yield MappedBucket(version, specs, payload, handles)
+        if copies is not None:
+            next(copies, None)
+
+
+def _map_file(path: Path, size: int) -> torch.Tensor:
+    """uint8 [size] in a file that other processes can map."""
+    with path.open("wb") as file:
+        os.chmod(path, 0o600)
+        file.truncate(size)
+    return torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8)
