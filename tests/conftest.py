@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Callable
 
@@ -18,6 +19,7 @@ from fp8slurm.fp8.policy import decide
 from fp8slurm.fp8.quantize import quantize
 from fp8slurm.models import tiny
 
+sys.path.insert(0, str(Path(__file__).parent))  # tiny_runs.py
 if not torch.cuda.is_available():
     declare_torchvision_operators()  # transformers imports torchvision for its models
 
@@ -56,6 +58,32 @@ def write_fp8_model() -> Callable[..., dict[str, torch.Tensor]]:
         return tensors
 
     return write
+
+
+@pytest.fixture(scope="session")
+def run_ranks() -> Callable[[Path, Path, int], None]:
+    """run(script, folder, world_size): `python SCRIPT FOLDER RANK` for every rank at once, until all have ended.
+
+    Their output goes to FOLDER/rankN.log; what they leave besides is the caller's to read, and to miss.
+    """
+
+    def run(script: Path, folder: Path, world_size: int) -> None:
+        path = os.pathsep.join([str(script.parent), str(Path(__file__).parents[1])])
+        env = dict(os.environ) | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+        ranks = []
+        for rank in range(world_size):
+            with open(folder / f"rank{rank}.log", "w") as log:
+                command = [sys.executable, str(script), str(folder), str(rank)]
+                ranks.append(subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT))
+        try:
+            for process in ranks:
+                process.wait(timeout=600)
+        finally:
+            for process in ranks:
+                process.kill()
+                process.wait()
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,15 @@ def transport_of(config: RunConfig) -> Literal["gloo", "cuda-ipc", "shared-memor
     return way
 
 
+def engines_start_after_trainer(config: RunConfig) -> bool:
+    """Whether an engine starts only when the trainer's state lies in the GPU's memory.
+
+    It takes engine.mem_fraction of what is free when it starts: on a GPU that they share, started side by side, its
+    share would depend on who comes first, and the trainer might find no room any more.
+    """
+    return config.slurm.gpus_per_node > 0 and config.engine.placement == "shared"
+
+
 def engines_sleep(config: RunConfig) -> bool:
     """engine.sleep: where trainer and engines share GPUs."""
     sleep = config.engine.sleep

@@ -56,7 +56,7 @@ class Fp8Section(Section):
     backend: Literal["transformer_engine", "emulated", "off"] = "transformer_engine"
     """Who multiplies in FP8: TransformerEngine (GPU), its formula emulated (CPU), or nobody (plain BF16 or FP32)."""
     param_gather: bool = False
-    """Keep the primary weights in FP8. Refused for now, with the reason."""
+    """Keep the Linear weights themselves in FP8, with FP32 masters in the optimizer; updates send their codes and scales as they are. Needs TransformerEngine on a GPU. Refused until it has been seen there."""
     engine: Literal["auto", "fp8", "bf16"] = "auto"
     """Precision of the engine when its checkpoint is made from hf_checkpoint: auto follows backend. Ignored if rollout_checkpoint is given."""
 
@@ -300,7 +300,8 @@ class CheckpointSection(Section):
     keep_every: int = Field(0, ge=0)
     """Checkpoints at multiples of this are kept for good (0: none)."""
     asynchronous: bool = True
-    """Write checkpoints while the next step runs: a step waits only for the copy to host memory, which needs the room there."""
+    """Write checkpoints while the next step runs: a step waits only for the plan and a copy of each rank's own share to
+    host memory, which needs the room there (fp8slurm plan says how much)."""
 
 
 class EvalSection(Section):

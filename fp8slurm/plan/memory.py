@@ -15,13 +15,14 @@ from typing import Literal
 from fp8slurm.config import RunConfig
 from fp8slurm.models.qwen3 import ModelSpec
 from fp8slurm.plan.parameters import StageParameters
+from fp8slurm.trainer.logprobs import CHUNK_LOGITS
 
 Basis = Literal["exact", "estimate", "assumed"]
 
-OUTPUT_LAYER_FORWARD = 14
-"""Peak bytes a logit in the forward pass of trainer/logprobs.py in BF16: 2 for the logits, three fp32 tensors."""
-OUTPUT_LAYER_BACKWARD = 24
-"""Peak bytes a logit in its backward pass: the softmax and five fp32 tensors of the entropy's gradient."""
+OUTPUT_LAYER = 4
+"""Bytes a logit of trainer/logprobs.py in BF16, in its backward pass: the logits and their gradient."""
+OUTPUT_LAYER_CHUNK = 12
+"""Bytes a logit besides for those of one chunk (logprobs.CHUNK_LOGITS): fp32 tensors, with the entropy's gradient."""
 TRAINER_RESIDENT = 3_000_000_000
 """Assumed: CUDA context, cuBLAS and cuDNN workspaces, NCCL's buffers of a Megatron rank."""
 ENGINE_RESIDENT = 3_000_000_000
@@ -183,9 +184,10 @@ def _working(config: RunConfig, spec: ModelSpec, p: StageParameters, micro_batch
     if p.stage < layout.pipeline - 1:
         return [*items, layer]
     logits = tokens * spec.vocab_size // layout.tensor
+    chunk = min(logits, CHUNK_LOGITS)
     head = Item(
-        "output layer", logits * max(OUTPUT_LAYER_FORWARD, OUTPUT_LAYER_BACKWARD), "estimate",
-        f"{tokens} tokens x {spec.vocab_size // layout.tensor} logits x {OUTPUT_LAYER_BACKWARD} B",
+        "output layer", logits * OUTPUT_LAYER + chunk * OUTPUT_LAYER_CHUNK, "estimate",
+        f"{tokens} tokens x {spec.vocab_size // layout.tensor} logits x {OUTPUT_LAYER} B, and {chunk} x {OUTPUT_LAYER_CHUNK} B",
     )  # fmt: skip
     # The output layer's backward is over before the layers' begins: only the larger of the two counts.
     return [*items, max(head, layer, key=lambda i: i.bytes)]

@@ -65,6 +65,8 @@ class Buffer(NamedTuple):
     """Elements with the padding that the distributed optimizer wants."""
     data: int
     """Ranks over which it is reduced and the optimizer is sharded."""
+    experts: bool
+    """Experts that are reduced over a group of their own; else everything else."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,7 @@ class StageParameters:
             data = self.layout.expert_data if apart else self.layout.data
             more = [] if apart else shared
             padded = sum(_pad(n, math.lcm(data, 128)) for n in [sum(_pad(s, 64) for s in sizes), *more])
-            out.append(Buffer(sum(sizes) + sum(more), padded, data))
+            out.append(Buffer(sum(sizes) + sum(more), padded, data, apart))
         return out
 
 

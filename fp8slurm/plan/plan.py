@@ -9,11 +9,12 @@ from typing import Any
 import torch
 
 from fp8slurm.config import RunConfig
+from fp8slurm.config.derived import transport_of
 from fp8slurm.fp8.policy import decide
 from fp8slurm.models.known import find_spec
 from fp8slurm.models.names import NameTable
 from fp8slurm.models.qwen3 import BLOCK, ModelSpec, QuantizationSpec, check_layout
-from fp8slurm.plan import memory
+from fp8slurm.plan import memory, saving
 from fp8slurm.plan.engine import EngineMemory, engine_memory, quantized
 from fp8slurm.plan.memory import Item, RankMemory, rank_memory
 from fp8slurm.plan.parameters import Layout, StageParameters, stages
@@ -174,7 +175,7 @@ def make_plan(config: RunConfig, gpu_memory: dict[str, int] | None = None) -> Pl
             _fit(config, table, quantization, held, moved.largest_bucket, n, b)
             for n, b in (gpu_memory or GPU_MEMORY).items()
         ),
-        host=_host(config, held, moved.payload),
+        host=_host(config, parts, held, moved.payload),
         traffic=moved,
         matrices=len(matrices),
         alignment=tuple(_alignment(table, layout)),
@@ -209,10 +210,12 @@ def _fit(
     largest_bucket: int, name: str, size: int,
 ) -> Fit:  # fmt: skip
     shared = config.engine.placement == "shared"
-    resident = memory.TRAINER_RESIDENT + memory.ENGINE_RESIDENT if shared else memory.ENGINE_RESIDENT
-    engine = engine_memory(config, table, quantization, size, resident)
     fullest = max((s.memory for s in held), key=lambda m: m.state_bytes + m.working_bytes)
     largest = max((s.memory for s in held), key=lambda m: m.state_bytes)
+    resident = memory.ENGINE_RESIDENT
+    if shared:  # the engine starts when the trainer's state is there
+        resident += memory.TRAINER_RESIDENT + sum(_while_engines_work(largest).values())
+    engine = engine_memory(config, table, quantization, size, resident)
     trainer = {"trainer resident": memory.TRAINER_RESIDENT}
     serving = {"engine resident": memory.ENGINE_RESIDENT}
     # two for every list of buckets that a rank sends: its stage's, and its experts' where there are any
@@ -225,8 +228,7 @@ def _fit(
     if shared:
         phases = {
             "train": trainer | serving | buckets | state(fullest, True),
-            "sync": trainer | serving | buckets | state(largest, False) | weights,
-            "rollout": trainer | serving | buckets | weights | cache,
+            "sync and rollout": trainer | serving | buckets | _while_engines_work(largest) | weights | cache,
         }
     else:
         phases = {
@@ -237,20 +239,24 @@ def _fit(
     return Fit(name, size, engine, tuple(Phase(n, sum(p.values()), p) for n, p in phases.items()))
 
 
-def _host(config: RunConfig, held: tuple[Stage, ...], payload: int) -> tuple[Item, ...]:
+def _while_engines_work(m: RankMemory) -> dict[str, int]:
+    """What a trainer's rank keeps on a GPU that it shares (trainer.free_cached): its state without the gradients."""
+    return {i.name: i.bytes for i in m.state if i.name != "gradients"}
+
+
+def _host(
+    config: RunConfig, parts: list[StageParameters], held: tuple[Stage, ...], payload: int
+) -> tuple[Item, ...]:
     """Host memory of the fullest node."""
     ranks = config.slurm.ranks_per_node
-    out = [Item("last update", payload, "exact", "held by the agent: an engine that restarts is served from here")]
+    out = []
+    if transport_of(config) == "gloo" and config.sync.keep_last_update is not False:
+        out.append(Item("last update", payload, "exact", "held by the agent: an engine that restarts is served from here"))
     offloaded = max(sum(i.bytes for i in s.memory.host) for s in held)
     if offloaded:
         out.append(Item("offloaded optimizer", offloaded * ranks, "estimate", f"{ranks} ranks"))
-    if config.engine.placement == "shared":
-        # gradients are dropped, not moved (megatron-core 0.19.2, param_and_grad_buffer.py: offload_to_cpu), and the FP8
-        # copies are made again
-        moved = max(
-            sum(i.bytes for i in s.memory.state if i.name in ("weights", "optimizer", "reference model")) for s in held
-        )
-        out.append(Item("trainer's state while the engine works", moved * ranks, "estimate", f"pinned; {ranks} ranks"))
+    note = "copies of weights and optimizer state, until it is on the disk"
+    out.append(Item("checkpoint being written", saving.node_bytes(config, parts), "exact", note))
     processes = ranks + 1 + config.engine.per_node * config.engine.tensor_parallel_size
     out.append(Item("processes", processes * memory.HOST_PROCESS, "assumed", f"{processes} processes"))
     return tuple(out)

@@ -17,7 +17,8 @@ FAULTS_SHOWN = 50
 _SKIPPED = re.compile(r"checkpoint (\S+) is skipped: (.*)")
 _FROM = re.compile(r"continuing from \S*?((?:sft|step)_\d+)")
 _ENGINE = re.compile(r"engine (\d+(?:\.\d+)?) failed(.*)")
-_BAD_STEP = re.compile(r"(step \d+: no (?:group with signal|sample to train on); no update|checkpoint \S+ was not written.*|"
+_BAD_STEP = re.compile(r"(step \d+: no (?:group with signal|sample to train on); no update|checkpoint \S+ was not "
+                       r"written.*|"
                        r"checkpoint \S+ cannot be begun.*)")  # fmt: skip
 
 

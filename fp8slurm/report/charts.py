@@ -173,7 +173,7 @@ def _figure(chart: Chart, svg: str, lines: list[Line]) -> str:
     legend = ""
     if len(lines) > 1:
         items = "".join(
-            f'<li>{swatch(line)}{escape(visible(line.name))} <b>'
+            f"<li>{swatch(line)}{escape(visible(line.name))} <b>"
             f"{next((figure(y) for _, y in reversed(line.points) if y is not None), '')}</b></li>"
             for line in lines
         )
@@ -183,7 +183,9 @@ def _figure(chart: Chart, svg: str, lines: list[Line]) -> str:
     if nan:
         notes.append(f"NaN or infinite at {nan} steps: the line is broken there")
     if any(len(line.points) > POINTS for line in lines):
-        notes.append(f"line: mean of {-(-max(len(line.points) for line in lines) // POINTS)} steps, band: smallest to largest")
+        notes.append(
+            f"line: mean of {-(-max(len(line.points) for line in lines) // POINTS)} steps, band: smallest to largest"
+        )
     note = f'<p class="note">{escape(". ".join(notes))}.</p>' if notes else ""
     unit = f" <small>{escape(chart.unit)}</small>" if chart.unit else ""
     return (
@@ -195,7 +197,8 @@ def _figure(chart: Chart, svg: str, lines: list[Line]) -> str:
 def swatch(line: Line) -> str:
     """The look of a line, for a legend."""
     return (
-        f'<svg class="swatch" viewBox="0 0 20 8" aria-hidden="true"><path class="l c{line.color} d{line.dash}" d="M0 4H20"/></svg>'
+        f'<svg class="swatch" viewBox="0 0 20 8" aria-hidden="true"><path class="l c{line.color} d{line.dash}" d="M0 '
+        f'4H20"/></svg>'
     )
 
 
@@ -214,12 +217,16 @@ def _grid(chart: Chart, x: Axis, y: Axis) -> list[str]:
     for value in log_ticks(y.low, y.high) if chart.log else ticks(y.low, y.high):
         py = _n(y(value))
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{py}" y2="{py}"/>')
-        parts.append(f'<text class="tick" x="{LEFT - 6}" y="{_n(y(value) + 3.5)}" text-anchor="end">{tick(value)}</text>')
+        parts.append(
+            f'<text class="tick" x="{LEFT - 6}" y="{_n(y(value) + 3.5)}" text-anchor="end">{tick(value)}</text>'
+        )
     for value in ticks(x.low, x.high, 5):
         if value != int(value):
             continue
         anchor = "end" if x(value) > WIDTH - RIGHT - 14 else "middle"
-        parts.append(f'<text class="tick" x="{_n(x(value))}" y="{HEIGHT - 10}" text-anchor="{anchor}">{tick(value)}</text>')
+        parts.append(
+            f'<text class="tick" x="{_n(x(value))}" y="{HEIGHT - 10}" text-anchor="{anchor}">{tick(value)}</text>'
+        )
     parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{HEIGHT - BOTTOM}" y2="{HEIGHT - BOTTOM}"/>')
     return parts
 

@@ -14,13 +14,24 @@ from fp8slurm.report.samples import LIMIT, read_samples
 def main(argv: list[str]) -> int:
     """Exit status 0; bad input is a ValueError that names it."""
     parser = argparse.ArgumentParser(
-        prog="fp8slurm report", description="A run as one HTML file that needs nothing else, or as Markdown (--text). docs/report.md."
+        prog="fp8slurm report",
+        description="A run as one HTML file that needs nothing else, or as Markdown (--text). docs/report.md.",
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="run directory, such as runs/tiny-fp8; finished or not")
-    parser.add_argument("--compare", nargs="+", type=Path, default=[], metavar="RUN2", help="further runs to lay beside it")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="file to write (default: report.html in RUN; --text: the terminal)")
+    parser.add_argument(
+        "--compare", nargs="+", type=Path, default=[], metavar="RUN2", help="further runs to lay beside it"
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="file to write (default: report.html in RUN; --text: the terminal)"
+    )
     parser.add_argument("--text", action="store_true", help="Markdown instead of HTML")
-    parser.add_argument("--samples", type=int, default=LIMIT, metavar="N", help=f"saved samples to embed at most ({LIMIT}; --text shows 3)")
+    parser.add_argument(
+        "--samples",
+        type=int,
+        default=LIMIT,
+        metavar="N",
+        help=f"saved samples to embed at most ({LIMIT}; --text shows 3)",
+    )
     args = parser.parse_args(argv)
     if args.samples < 0:
         raise ValueError(f"--samples {args.samples} is below 0")

@@ -133,13 +133,17 @@ def headlines(run: Run) -> list[Headline]:
     if gap is not None:
         p99 = f["gap, 99th percentile, mean of all steps (nats)"]
         k3 = f["gap, KL k3, mean of all steps (nats)"]
-        out.append(Headline("Trainer\u2013engine gap", f"{figure(gap)} nats", f"mean |d|; 99% {figure(p99)}; k3 {figure(k3)}"))
+        out.append(
+            Headline("Trainer\u2013engine gap", f"{figure(gap)} nats", f"mean |d|; 99% {figure(p99)}; k3 {figure(k3)}")
+        )
     final = [c for c in run.comparisons]
     if final:
         c = final[-1]
         value, low, high = c.difference
         interval = f"95% {figure(low, True)} to {figure(high, True)}; " if low is not None else ""
-        out.append(Headline(f"{c.names[0]} minus {c.names[1]}", figure(value, True), f"{c.task}: {interval}{c.verdict}"))
+        out.append(
+            Headline(f"{c.names[0]} minus {c.names[1]}", figure(value, True), f"{c.task}: {interval}{c.verdict}")
+        )
     else:
         out.append(Headline("FP8 minus BF16", "not measured", "fp8slurm eval --run RUN --precision both"))
     step, tokens = f["seconds a step, median"], f["trained tokens per second, median"]

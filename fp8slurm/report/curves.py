@@ -19,7 +19,8 @@ def one_run(run: Run) -> list[Chart]:
     charts = [
         Chart("reward", "Reward", "mean of all samples", [Line("reward", run.series("reward/mean"))]),
         Chart(
-            "accuracy", "Held-out accuracy", "share right", accuracy, zero=True, marks=[(0, "RL starts")] if early else [],
+            "accuracy", "Held-out accuracy", "share right", accuracy, zero=True,
+            marks=[(0, "RL starts")] if early else [],
             note="Negative steps: the supervised warm start" if early else "",
         ),
         Chart(
@@ -27,22 +28,27 @@ def one_run(run: Run) -> list[Chart]:
             [Line("99th percentile |d|", run.series("gap/p99"), 1), Line("mean |d|", run.series("gap/mean_abs"), 0)],
             log=True, note=_GAP,
         ),
-        Chart("k3", "Gap as KL (k3)", "nats", [Line("k3", run.series("gap/k3"))], log=True, note="KL of engine and trainer, estimated from the sampled tokens"),
+        Chart("k3", "Gap as KL (k3)", "nats", [Line("k3", run.series("gap/k3"))], log=True,
+        note="KL of engine and trainer, estimated from the sampled tokens"),
         Chart(
             "clip", "Clipped tokens", "share",
-            [Line("above", run.series("ratio/clipped_high"), 1), Line("below", run.series("ratio/clipped_low"), 0)], zero=True,
+            [Line("above", run.series("ratio/clipped_high"), 1), Line("below", run.series("ratio/clipped_low"), 0)],
+            zero=True,
         ),
         Chart("entropy", "Entropy", "nats per token", [Line("entropy", run.series("entropy"))]),
         Chart("length", "Response length", "tokens, mean", [Line("length", run.series("rollout/response_length"))]),
         Chart("grad", "Gradient norm", "before clipping", [Line("gradient norm", run.series("grad_norm"))], zero=True),
         Chart("lr", "Learning rate", "", [Line("learning rate", run.series("lr"))], zero=True),
         Chart("loss", "Loss", "", [Line("loss", run.series("loss"))]),
-        Chart("truncated", "Truncated responses", "share", [Line("truncated", run.series("rollout/truncated"))], zero=True),
-        Chart("speed", "Trained tokens", "per second", [Line("tokens/s", run.series("throughput/tokens_per_s"))], zero=True),
+        Chart("truncated", "Truncated responses", "share", [Line("truncated", run.series("rollout/truncated"))],
+        zero=True),
+        Chart("speed", "Trained tokens", "per second", [Line("tokens/s", run.series("throughput/tokens_per_s"))],
+        zero=True),
     ]  # fmt: skip
     sft = [
         Chart("sft-loss", "Supervised loss", "nats per token", [Line("loss", run.series("loss/sft", "sft"))]),
-        Chart("sft-grad", "Supervised gradient norm", "before clipping", [Line("norm", run.series("grad_norm", "sft"))], zero=True),
+        Chart("sft-grad", "Supervised gradient norm", "before clipping", [Line("norm", run.series("grad_norm", "sft"))],
+        zero=True),
     ]  # fmt: skip
     return [c for c in charts + sft if _any(c)]
 

@@ -36,11 +36,15 @@ def page(run: Run, found: Samples, others: list[Run], names: list[str]) -> str:
         ("samples", "Samples", sections.samples(run, found)),
     ]
     data = {"charts": drawn, "bins": sections.BINS, "samples": [_sample(s) for s in found.shown]}
-    body = "".join(f'<section id="{id}" aria-labelledby="{id}-h"><h2 id="{id}-h">{title}</h2>{html}</section>' for id, title, html in parts)
+    body = "".join(
+        f'<section id="{id}" aria-labelledby="{id}-h"><h2 id="{id}-h">{title}</h2>{html}</section>'
+        for id, title, html in parts
+    )
     nav = "".join(f'<li><a href="#{id}">{title}</a></li>' for id, title, _ in parts)
     style, script = (files("fp8slurm.report").joinpath(n).read_text() for n in ("style.css", "script.js"))
     policy = (
-        f"default-src 'none'; style-src '{_digest(style)}'; script-src '{_digest(script)}'; base-uri 'none'; form-action 'none'"
+        f"default-src 'none'; style-src '{_digest(style)}'; script-src '{_digest(script)}'; base-uri 'none'; "
+        f"form-action 'none'"
     )
     return f"""<!doctype html>
 <html lang="en">
@@ -95,7 +99,8 @@ def _header(run: Run) -> str:
     switched = content.controls(run)
     if switched:
         out.append(
-            f'<p class="banner">This run is a control experiment, made to fail: {e(", ".join(switched))}. Its figures say nothing about training.</p>'
+            f'<p class="banner">This run is a control experiment, made to fail: {e(", ".join(switched))}. Its figures '
+            f'say nothing about training.</p>'
         )
     out.append(sections.cards(run))
     if run.notes:
@@ -124,7 +129,11 @@ def _curves(run: Run, drawn: dict[str, Any]) -> str:
         items = "".join(f"<li>{e(name)}: {e(how)}</li>" for name, how in lacking)
         out += f'<div class="panel"><b>Not recorded in this run</b><ul class="plain">{items}</ul></div>'
     if charts:
-        out += '<p class="note">Over the steps of the phase (RL unless it says supervised). Point at a curve, or move with the arrow keys, for its values; the bold figure is the last one. docs/metrics.md says what each is.</p>'
+        out += (
+            '<p class="note">Over the steps of the phase (RL unless it says supervised). Point at a curve, or move '
+            'with the arrow keys, for its values; the bold figure is the last one. docs/metrics.md says what each '
+            'is.</p>'
+        )
     return out
 
 
@@ -138,10 +147,16 @@ def _compare(runs: list[Run], names: list[str], drawn: dict[str, Any]) -> str:
         if all(v is None for v in values):
             continue
         base = values[0]
-        apart = [""] + ["" if v is None or base is None else f'<span class="help">{figure(v - base, True)}</span>' for v in values[1:]]
+        apart = [""] + [
+            "" if v is None or base is None else f'<span class="help">{figure(v - base, True)}</span>'
+            for v in values[1:]
+        ]
         rows.append([f'<span class="name">{e(key)}</span>', *(f"{figure(v)}{d}" for v, d in zip(values, apart))])
     out = [f"<h3>Figures</h3>{table(heads, rows, 'final figures', range(1, len(runs) + 1))}"]
-    out.append(f'<p class="note">Small figures: the difference to {e(names[0])}. Differences of single runs: how far two seeds of the same settings lie apart is not known from them.</p>')
+    out.append(
+        f'<p class="note">Small figures: the difference to {e(names[0])}. Differences of single runs: how far two '
+        f'seeds of the same settings lie apart is not known from them.</p>'
+    )
     out.append(f"<h3>Curves on each other</h3>{_draw(curves.several(runs, names), drawn, 'all-')}")
     differing = content.differences(runs)
     if differing:
@@ -169,7 +184,8 @@ def _sample(s: ShownSample) -> dict[str, Any]:
         return None if value is None else float(f"{value:.4g}")
 
     return {
-        "step": s.step, "index": s.index, "prompt": s.prompt, "label": s.label, "response": "" if s.pieces else s.response,
+        "step": s.step, "index": s.index, "prompt": s.prompt, "label": s.label,
+        "response": "" if s.pieces else s.response,
         "reward": s.reward, "finish": s.finish, "mean": short(s.mean_gap), "max": short(s.max_gap), "cut": s.cut,
         "tokens": [[p.text, short(p.trainer), short(p.engine), short(p.gap)] for p in s.pieces],
     }  # fmt: skip

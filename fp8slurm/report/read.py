@@ -31,7 +31,7 @@ class Run:
     notes: list[str] = field(default_factory=list)
 
     def setting(self, key: str) -> Any:
-        """"section.key", None where there is none."""
+        """ "section.key", None where there is none."""
         section, _, name = key.partition(".")
         return self.config.get(section, {}).get(name)
 
@@ -95,7 +95,8 @@ def read_config(path: Path, notes: list[str]) -> dict[str, dict[str, Any]]:
 
 
 def read_records(path: Path, notes: list[str]) -> list[Record]:
-    """The records of metrics.jsonl in the order of the run; broken lines and repeated steps are left out and counted."""
+    """The records of metrics.jsonl in the order of the run; broken lines and repeated steps are left out and
+    counted."""
     try:
         raw = path.read_bytes().split(b"\n")
     except FileNotFoundError:

@@ -72,7 +72,8 @@ class Samples:
 
 
 def read_samples(run: Run, limit: int = LIMIT) -> Samples:
-    """At most `limit` samples: of every saved step as many, half of them those with the largest gap, half spread evenly.
+    """At most `limit` samples: of every saved step as many, half of them those with the largest gap, half spread
+    evenly.
 
     Steps are left out evenly where there are more than `limit`, or more than READ_BYTES; samples where the text of a
     step is longer than its part of CHARACTERS.
@@ -232,7 +233,11 @@ class Decoder:
 
     def __init__(self, run: Run) -> None:
         self._tokenizer: Any = None
-        folders = [run.path / "engine_model", run.setting("model.rollout_checkpoint"), run.setting("model.hf_checkpoint")]
+        folders = [
+            run.path / "engine_model",
+            run.setting("model.rollout_checkpoint"),
+            run.setting("model.hf_checkpoint"),
+        ]
         for folder in [Path(f) for f in folders if f]:
             for path in (folder, run.path / ".." / ".." / folder):
                 if self._tokenizer is None and (path / "tokenizer.json").is_file():

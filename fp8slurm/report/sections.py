@@ -30,12 +30,13 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]], label: str, numbe
     right = set(numbers)
 
     def cell(tag: str, i: int, text: str) -> str:
-        return f'<{tag}{" class=n" if i in right else ""}>{text}</{tag}>'
+        return f"<{tag}{' class=n' if i in right else ''}>{text}</{tag}>"
 
     head = "".join(cell("th", i, h) for i, h in enumerate(heads))
     body = "".join(f"<tr>{''.join(cell('td', i, c) for i, c in enumerate(row))}</tr>" for row in rows)
     return (
-        f'<div class="scroll" role="region" tabindex="0" aria-label="{escape(label)}"><table><thead><tr>{head}</tr></thead>'
+        f'<div class="scroll" role="region" tabindex="0" '
+        f'aria-label="{escape(label)}"><table><thead><tr>{head}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>"
     )
 
@@ -51,7 +52,8 @@ def cards(run: Run) -> str:
     for h in content.headlines(run):
         kind = "none" if h.value == "not measured" else "value"
         out.append(
-            f'<div class="card"><dt>{e(h.title)}</dt><dd class="{kind}">{e(h.value)}</dd><dd class="detail">{e(h.detail)}</dd></div>'
+            f'<div class="card"><dt>{e(h.title)}</dt><dd class="{kind}">{e(h.value)}</dd><dd '
+            f'class="detail">{e(h.detail)}</dd></div>'
         )
     return f'<dl class="cards">{"".join(out)}</dl>'
 
@@ -64,21 +66,26 @@ def configuration(run: Run) -> str:
 
     def rows(settings: list[content.Setting]) -> list[list[str]]:
         return [
-            [f'<code>{e(s.key)}</code><span class="help">{e(s.help)}</span>', f"<code>{e(s.value)}</code>", f"<code>{e(s.default)}</code>"]
+            [f'<code>{e(s.key)}</code><span class="help">{e(s.help)}</span>', f"<code>{e(s.value)}</code>",
+            f"<code>{e(s.default)}</code>"]
             for s in settings
         ]  # fmt: skip
 
     changed = [s for s in every if s.changed]
     heads = ("setting", "this run", "default")
     out = [
-        f"<details open><summary>{len(changed)} settings differ from the defaults</summary>{table(heads, rows(changed), 'changed settings')}</details>",
+        f"<details open><summary>{len(changed)} settings differ from the "
+        f"defaults</summary>{table(heads, rows(changed), 'changed settings')}</details>",
         f"<details><summary>All {len(every)} settings</summary>{table(heads, rows(every), 'all settings')}</details>",
     ]
     newest = run.attempts[-1] if run.attempts else None
     if newest is not None and newest.packages:
         packages = [[e(k), f"<code>{e(v)}</code>"] for k, v in newest.packages.items()]
         command = f"<pre>{e(' '.join(newest.command))}</pre>" if newest.command else ""
-        out.append(f"<details><summary>Packages and command</summary>{table(('package', 'version'), packages, 'packages')}{command}</details>")
+        out.append(
+            f"<details><summary>Packages and "
+            f"command</summary>{table(('package', 'version'), packages, 'packages')}{command}</details>"
+        )
     return "".join(out)
 
 
@@ -93,25 +100,34 @@ def times(run: Run) -> str:
         cells = [[e(p.name), e(seconds(p.total)), f"{100 * p.share:.1f}%", e(seconds(p.median))] for p in parts]
         out.append(
             f'<h3>{title}</h3><div class="panel">{share_bar(parts)}</div>{stacked(rows, f"time-{phase}", title)}'
-            f"<details><summary>Seconds by phase</summary>{table(('phase', 'total', 'share', 'median of a step'), cells, title, (1, 2, 3))}</details>"
+            f"<details><summary>Seconds by "
+            f"phase</summary>{table(('phase', 'total', 'share', 'median of a step'), cells, title, (1, 2, 3))}</details>"
         )
     if not out:
         return "<p>Not recorded: no step has a time yet.</p>"
     return "".join(out) + (
-        '<p class="note">"other" is what no phase claims of time/step. The checkpoint is written between two steps and counted with the later one. '
+        '<p class="note">"other" is what no phase claims of time/step. The checkpoint is written between two steps '
+        'and counted with the later one. '
         "Starting up, and steps that a later attempt did again, are not in metrics.jsonl and not counted.</p>"
     )
 
 
 def sync(run: Run) -> str:
     """Weight sync and memory."""
-    rows = [[f"<code>{e(s.key)}</code>", e(s.median), e(s.p90), e(s.largest), str(s.count)] for s in content.sync_and_memory(run)]
+    rows = [
+        [f"<code>{e(s.key)}</code>", e(s.median), e(s.p90), e(s.largest), str(s.count)]
+        for s in content.sync_and_memory(run)
+    ]
     out = table(("metric", "median", "90%", "largest", "steps"), rows, "sync and memory", (1, 2, 3, 4)) if rows else ""
     if not any(s.key.startswith(("time/sync", "sync/")) for s in content.sync_and_memory(run)):
-        out += "<p>Sync times: not recorded. They are written (time/sync) in every step that sends weights to the engines.</p>"
+        out += (
+            "<p>Sync times: not recorded. They are written (time/sync) in every step that sends weights to the "
+            "engines.</p>"
+        )
     if not any("mem" in s.key for s in content.sync_and_memory(run)):
         out += (
-            "<p>Memory: not recorded in this run's metrics.jsonl (no memory/... key). <code>fp8slurm plan --recipe R</code> computes what each GPU "
+            "<p>Memory: not recorded in this run's metrics.jsonl (no memory/... key). <code>fp8slurm plan --recipe "
+            "R</code> computes what each GPU "
             "should need.</p>"
         )
     return out
@@ -125,17 +141,24 @@ def evaluations(runs: list[Run], names: list[str]) -> str:
     own = [f for f in found if f[2].made_by != "training"]
     training = [f for f in found if f[2].made_by == "training"]
     if own:
-        rows = [(_evaluation_name(n if several else "", x), i % 6 if several else int(x.precision != "fp8"), x.accuracy) for i, n, x in own]
+        rows = [
+            (_evaluation_name(n if several else "", x), i % 6 if several else int(x.precision != "fp8"), x.accuracy)
+            for i, n, x in own
+        ]
         out.append(f'<div class="charts">{intervals(rows[:24], "evals", "Accuracy with 95% intervals")}</div>')
         out.append(_evaluation_table(own, several))
     else:
         out.append(
-            "<p>None finished. <code>fp8slurm eval --run RUN</code> evaluates the newest checkpoint; <code>--precision both</code> compares FP8 with BF16.</p>"
+            "<p>None finished. <code>fp8slurm eval --run RUN</code> evaluates the newest checkpoint; "
+            "<code>--precision both</code> compares FP8 with BF16.</p>"
         )
     if training:
         kept = training if len(training) <= TRAINING_SHOWN else training[-TRAINING_SHOWN:]
         more = f", the last {TRAINING_SHOWN}" if len(kept) < len(training) else ""
-        out.append(f"<details><summary>{len(training)} evaluations while training{more}</summary>{_evaluation_table(kept, several)}</details>")
+        out.append(
+            f"<details><summary>{len(training)} evaluations while "
+            f"training{more}</summary>{_evaluation_table(kept, several)}</details>"
+        )
     out.append(_comparisons(runs, names))
     return "".join(out)
 
@@ -151,11 +174,26 @@ def _evaluation_table(found: list[tuple[int, str, Evaluation]], several: bool) -
         ks = sorted(x.pass_at_k.items(), key=lambda i: int(i[0]) if i[0].isdigit() else 0)
         passes = ", ".join(f"@{k} {figure(i[0])}" for k, i in ks if k != "1")
         rows.append([
-            *([e(name)] if several else []), e(x.task), e(x.checkpoint), e(x.precision.upper()), f"<b>{figure(value)}</b>",
+            *([e(name)] if several else []), e(x.task), e(x.checkpoint), e(x.precision.upper()),
+            f"<b>{figure(value)}</b>",
             f"{figure(low)} to {figure(high)}" if low is not None else "not recorded", e(passes or "\u2013"),
-            _plain(x.questions), _plain(x.samples), figure(x.response_tokens), "\u2013" if x.truncated is None else f"{100 * x.truncated:.1f}%", figure(x.tokens_per_second),
+            _plain(x.questions), _plain(x.samples), figure(x.response_tokens),
+            "\u2013" if x.truncated is None else f"{100 * x.truncated:.1f}%", figure(x.tokens_per_second),
         ])  # fmt: skip
-    heads = [*(["run"] if several else []), "task", "checkpoint", "precision", "accuracy", "95% interval", "pass@k", "questions", "samples", "tokens a response", "truncated", "tokens/s"]
+    heads = [
+        *(["run"] if several else []),
+        "task",
+        "checkpoint",
+        "precision",
+        "accuracy",
+        "95% interval",
+        "pass@k",
+        "questions",
+        "samples",
+        "tokens a response",
+        "truncated",
+        "tokens/s",
+    ]
     first = 3 + several
     return table(heads, rows, "evaluations", (first, first + 1, *range(first + 3, first + 8)))
 
@@ -167,19 +205,40 @@ def _plain(value: int | None) -> str:
 def _comparisons(runs: list[Run], names: list[str]) -> str:
     found = [(i, names[i], c) for i, run in enumerate(runs) for c in run.comparisons]
     if not found:
-        return "<h3>FP8 against BF16</h3><p>Not measured. <code>fp8slurm eval --run RUN --precision both</code> asks both the same questions.</p>"
+        return (
+            "<h3>FP8 against BF16</h3><p>Not measured. <code>fp8slurm eval --run RUN --precision both</code> asks "
+            "both the same questions.</p>"
+        )
     several = len(runs) > 1
     out = ["<h3>FP8 against BF16, same checkpoint</h3>"]
     rows = [(f"{n + ' ' if several else ''}{c.task} {c.checkpoint}", i % 6, c.difference) for i, n, c in found]
-    out.append(f'<div class="charts">{intervals(rows[:24], "diffs", "Difference in accuracy, 95% paired interval", True)}</div>')
+    out.append(
+        f'<div class="charts">'
+        f'{intervals(rows[:24], "diffs", "Difference in accuracy, 95% paired interval", True)}</div>'
+    )
     cells = []
     for _, name, c in found:
         value, low, high = c.difference
         cells.append([
-            *([e(name)] if several else []), e(c.task), e(c.checkpoint), e(f"{c.names[0]} \u2212 {c.names[1]}"), figure(c.a), figure(c.b), f"<b>{figure(value, True)}</b>",
-            f"{figure(low, True)} to {figure(high, True)}" if low is not None else "not recorded", e(c.verdict), f"{c.lost} lost, {c.won} won", figure(c.gap.get("mean_abs")), figure(c.speed_ratio),
+            *([e(name)] if several else []), e(c.task), e(c.checkpoint), e(f"{c.names[0]} \u2212 {c.names[1]}"),
+            figure(c.a), figure(c.b), f"<b>{figure(value, True)}</b>",
+            f"{figure(low, True)} to {figure(high, True)}" if low is not None else "not recorded", e(c.verdict),
+            f"{c.lost} lost, {c.won} won", figure(c.gap.get("mean_abs")), figure(c.speed_ratio),
         ])  # fmt: skip
-    heads = [*(["run"] if several else []), "task", "checkpoint", "compared", "first", "second", "difference", "95% interval", "in words", "flipped", "gap, mean |d|", "speed ratio"]
+    heads = [
+        *(["run"] if several else []),
+        "task",
+        "checkpoint",
+        "compared",
+        "first",
+        "second",
+        "difference",
+        "95% interval",
+        "in words",
+        "flipped",
+        "gap, mean |d|",
+        "speed ratio",
+    ]
     return "".join(out) + table(heads, cells, "FP8 against BF16")
 
 
@@ -194,13 +253,15 @@ def attempts(run: Run) -> str:
         begun = a.began_at or "the start"
         job = f'<span class="help">job {e(a.job)}</span>' if a.job else ""
         rows.append([
-            f"{a.number}{job}", _when(a.started), _when(a.ended) if a.state != "running" else "goes on", span, e(begun), e(last),
+            f"{a.number}{job}", _when(a.started), _when(a.ended) if a.state != "running" else "goes on", span, e(begun),
+            e(last),
             f'<span class="pill {a.state}">{a.state}</span>', _why(a), str(a.engine_restarts),
         ])  # fmt: skip
     heads = ("attempt", "start", "end", "lasted", "continued from", "last step", "ended", "why", "engine restarts")
     out = [table(heads, rows, "attempts", (3, 8))]
     out.append(
-        '<p class="note">Start: when the attempt wrote its first file. End: its last task\'s mark, or else the last line of its logs. '
+        '<p class="note">Start: when the attempt wrote its first file. End: its last task\'s mark, or else the last '
+        'line of its logs. '
         "The last step of an attempt whose metrics were cut back by the next one is not recorded by older versions.</p>"
     )
     for a in run.attempts:
@@ -208,7 +269,10 @@ def attempts(run: Run) -> str:
             items = [*a.faults, *(f"changed setting: {c}" for c in a.changed)]
             if a.stacks:
                 items.append(f"stacks of {a.stacks} tasks are in attempts/{a.number}/stacks")
-            out.append(f'<h3>Attempt {a.number}</h3><ul class="plain">{"".join(f"<li>{e(one_line(i, 500))}</li>" for i in items)}</ul>')
+            out.append(
+                f'<h3>Attempt {a.number}</h3><ul '
+                f'class="plain">{"".join(f"<li>{e(one_line(i, 500))}</li>" for i in items)}</ul>'
+            )
     if not any(a.faults for a in run.attempts):
         out.append("<p>No checkpoint was skipped and no engine was restarted, as far as the logs say.</p>")
     return "".join(out)
@@ -224,24 +288,37 @@ def _why(a: Attempt) -> str:
     lines = text.splitlines()
     if len(lines) < 2 and len(text) < 160:
         return e(text or "\u2013")
-    head = lines[0] if not lines[0].rstrip().endswith("Traceback (most recent call last):") else lines[0].split(":")[0] + ": " + lines[-1]
+    head = (
+        lines[0]
+        if not lines[0].rstrip().endswith("Traceback (most recent call last):")
+        else lines[0].split(":")[0] + ": " + lines[-1]
+    )
     return f"{e(one_line(head, 160))}<details><summary>all of it</summary><pre>{e(text[-8000:])}</pre></details>"
 
 
 def samples(run: Run, found: Samples) -> str:
     """The controls of the sample browser; the script fills the list."""
     if not found.steps:
-        return "<p>Not recorded: <code>--rollout.save-every N</code> keeps the samples of every N-th step, with the trainer's log-probabilities.</p>"
+        return (
+            "<p>Not recorded: <code>--rollout.save-every N</code> keeps the samples of every N-th step, with the "
+            "trainer's log-probabilities.</p>"
+        )
     if not found.shown:
         return "<p>Rollouts were saved, but none of their samples is shown (--samples 0, or they cannot be read).</p>"
     steps = "steps" if found.read != 1 else "step"
     lines = [f"{len(found.shown):,} of the {found.saved:,} samples of {found.read} saved {steps} are in this file."]
     if len(found.shown) < found.saved:
-        lines.append("Of every step half are those with the largest gap, half are spread evenly; <code>--samples N</code> embeds more, up to a size.")
+        lines.append(
+            "Of every step half are those with the largest gap, half are spread evenly; <code>--samples N</code> "
+            "embeds more, up to a size."
+        )
     if found.read < len(found.steps):
         lines.append(f"{len(found.steps) - found.read:,} more saved steps, spread evenly, were not read.")
     if not found.with_gap:
-        lines.append("Per-token gaps: not recorded. The run was made before saved rollouts carried the trainer's log-probabilities (rollouts/trainer/step_N.jsonl).")
+        lines.append(
+            "Per-token gaps: not recorded. The run was made before saved rollouts carried the trainer's "
+            "log-probabilities (rollouts/trainer/step_N.jsonl)."
+        )
     if not found.decoded:
         lines.append("No tokenizer.json was found where the configuration says: tokens are shown by number.")
     steps = "".join(f'<option value="{s}">{s}</option>' for s in sorted({s.step for s in found.shown}))

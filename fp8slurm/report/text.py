@@ -23,7 +23,10 @@ def markdown(run: Run, found: Samples, others: list[Run], names: list[str]) -> s
     out = [f"# {one_line(run.name)}", "", f"**{word}**, {words}. {one_line(content.precision(run))}.", ""]
     switched = content.controls(run)
     if switched:
-        out += [f"> A control experiment, made to fail: {', '.join(switched)}. Its figures say nothing about training.", ""]
+        out += [
+            f"> A control experiment, made to fail: {', '.join(switched)}. Its figures say nothing about training.",
+            "",
+        ]
     if run.notes:
         out += ["> Not everything could be read:", *(f"> - {one_line(n, 300)}" for n in run.notes[:30]), ""]
     out += _table(("figure", "value", ""), [(h.title, h.value, h.detail) for h in content.headlines(run)])
@@ -41,13 +44,22 @@ def markdown(run: Run, found: Samples, others: list[Run], names: list[str]) -> s
 
 def cell(text: str) -> str:
     """Text that cannot leave its cell."""
-    return one_line(text, 400).replace("\\", "\\\\").replace("|", "\\|").replace("`", "'").replace("<", "\\<").replace("](", "\\](")
+    return (
+        one_line(text, 400)
+        .replace("\\", "\\\\")
+        .replace("|", "\\|")
+        .replace("`", "'")
+        .replace("<", "\\<")
+        .replace("](", "\\](")
+    )
 
 
 def _table(heads: Sequence[str], rows: list[Sequence[str]]) -> list[str]:
     """Padded, so that it reads well without being rendered too."""
     cells = [[cell(str(c)) for c in row] for row in rows]
-    width = [max(3, len(h), *(len(r[i]) for r in cells)) if cells else max(3, len(h)) for i, h in enumerate(map(cell, heads))]
+    width = [
+        max(3, len(h), *(len(r[i]) for r in cells)) if cells else max(3, len(h)) for i, h in enumerate(map(cell, heads))
+    ]
 
     def line(row: Sequence[str]) -> str:
         return "| " + " | ".join(c.ljust(w) for c, w in zip(row, width)) + " |"
@@ -76,7 +88,17 @@ def _curves(run: Run) -> list[str]:
             known = [y for _, y in line.points if y is not None]
             if known:
                 name = chart.title if len(chart.lines) == 1 else f"{chart.title}, {line.name}"
-                rows.append((name, chart.unit, figure(known[0]), figure(min(known)), figure(max(known)), figure(known[-1]), spark(line.points)))
+                rows.append(
+                    (
+                        name,
+                        chart.unit,
+                        figure(known[0]),
+                        figure(min(known)),
+                        figure(max(known)),
+                        figure(known[-1]),
+                        spark(line.points),
+                    )
+                )
     out = ["## Curves", ""]
     if rows:
         out += _table(("curve", "unit", "first", "smallest", "largest", "last", ""), rows)
@@ -92,7 +114,8 @@ def _times(run: Run) -> list[str]:
         if parts:
             some = True
             rows = [
-                (p.name, seconds(p.total), f"{100 * p.share:.1f}%", seconds(p.median), "\u2588" * round(20 * p.share)) for p in parts
+                (p.name, seconds(p.total), f"{100 * p.share:.1f}%", seconds(p.median), "\u2588" * round(20 * p.share))
+                for p in parts
             ]
             out += [f"{title}:", "", *_table(("phase", "total", "share", "median of a step", ""), rows)]
     return out if some else [*out, "Not recorded: no step has a time yet.", ""]
@@ -102,7 +125,10 @@ def _sync(run: Run) -> list[str]:
     found = content.sync_and_memory(run)
     out = ["## Sync and memory", ""]
     if found:
-        out += _table(("metric", "median", "90%", "largest", "steps"), [(s.key, s.median, s.p90, s.largest, str(s.count)) for s in found])
+        out += _table(
+            ("metric", "median", "90%", "largest", "steps"),
+            [(s.key, s.median, s.p90, s.largest, str(s.count)) for s in found],
+        )
     if not any(s.key.startswith(("time/sync", "sync/")) for s in found):
         out += ["Sync times: not recorded (time/sync, in every step that sends weights).", ""]
     if not any("mem" in s.key for s in found):
@@ -132,7 +158,9 @@ def _evaluations(runs: list[Run], names: list[str]) -> list[str]:
         for i, run in enumerate(runs) for c in run.comparisons
     ]  # fmt: skip
     if flips:
-        return out + _table(("run", "task", "checkpoint", "compared", "difference", "95% interval", "in words", "flipped"), flips)
+        return out + _table(
+            ("run", "task", "checkpoint", "compared", "difference", "95% interval", "in words", "flipped"), flips
+        )
     return [*out, "FP8 against BF16: not measured (fp8slurm eval --run RUN --precision both).", ""]
 
 
@@ -144,18 +172,27 @@ def _attempts(run: Run) -> list[str]:
     if not run.attempts:
         return [*out, "Not recorded: there is no attempts folder.", ""]
     rows = [
-        (str(a.number), when(a.started), when(a.ended) if a.state != "running" else "goes on", a.began_at or "the start",
+        (str(a.number), when(a.started), when(a.ended) if a.state != "running" else "goes on",
+        a.began_at or "the start",
          f"{a.last[0]} {a.last[1]}" if a.last else "not recorded", a.state, _short(a.why), str(a.engine_restarts))
         for a in run.attempts
     ]  # fmt: skip
     out += _table(("attempt", "start", "end", "continued from", "last step", "ended", "why", "engine restarts"), rows)
-    faults = [f"- attempt {a.number}: {one_line(f, 300)}" for a in run.attempts for f in [*a.faults, *(f"changed setting: {c}" for c in a.changed)]]
+    faults = [
+        f"- attempt {a.number}: {one_line(f, 300)}"
+        for a in run.attempts
+        for f in [*a.faults, *(f"changed setting: {c}" for c in a.changed)]
+    ]
     return out + [*faults, ""]
 
 
 def _short(text: str) -> str:
     lines = text.strip().splitlines()
-    return "\u2013" if not lines else one_line(lines[0] if len(lines) < 3 else f"{lines[0].split(':')[0]}: {lines[-1]}", 160)
+    return (
+        "\u2013"
+        if not lines
+        else one_line(lines[0] if len(lines) < 3 else f"{lines[0].split(':')[0]}: {lines[-1]}", 160)
+    )
 
 
 def _configuration(run: Run) -> list[str]:
@@ -163,7 +200,11 @@ def _configuration(run: Run) -> list[str]:
     if not run.config:
         return [*out, "Not recorded: config.json is missing or cannot be read.", ""]
     changed = [s for s in content.settings(run) if s.changed]
-    return out + ["What differs from the defaults:", ""] + _table(("setting", "this run", "default"), [(s.key, s.value, s.default) for s in changed])
+    return (
+        out
+        + ["What differs from the defaults:", ""]
+        + _table(("setting", "this run", "default"), [(s.key, s.value, s.default) for s in changed])
+    )
 
 
 def _compare(runs: list[Run], names: list[str]) -> list[str]:

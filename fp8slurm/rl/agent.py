@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from fp8slurm.checkpoint.run import RunDirectory
 from fp8slurm.config import RunConfig
-from fp8slurm.config.derived import transport_of
+from fp8slurm.config.derived import engines_start_after_trainer, transport_of
 from fp8slurm.engine.pool import WeightsLost
 from fp8slurm.eval.in_training import TrainingEval
 from fp8slurm.rl.advantages import has_signal, settle_truncated
@@ -56,13 +56,14 @@ class Agent:
     # -- life ----------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Start the engines (without waiting for them) and read the data."""
+        """Start the engines (without waiting for them), where they need not come after the trainer, and read the data."""
         c = self.config
         self.model_dir = engine_checkpoint(c, self.run, self.number)
         self.engines = EngineSet(
             c, self.model_dir, self.run.attempt_dir, self.number, self.gpus, self._at_work, self._progress
         )
-        self.engines.start()
+        if not engines_start_after_trainer(c):
+            self.engines.start()
         self.sampler = Sampler.load(c)
         self.train_prompts = self.sampler.prompts(c.data.train) if c.run.steps and c.data.train else []
         self.evaluation = TrainingEval(c, self.run, self.sampler, self.number, self.agents)
@@ -101,7 +102,7 @@ class Agent:
             per_node = self.config.slurm.ranks_per_node
             here = range(self.number * per_node, (self.number + 1) * per_node)
             self.receiver = MappedReceiver(store, here, [plans[n] for n in names], host)
-        self.engines.connect(lambda: self.receiver.held)
+        self._bring_up()
         while True:
             command = channel.next()
             kind = command.pop("kind")
@@ -114,6 +115,17 @@ class Agent:
             self.monitor.beat()
             if kind == "stop":
                 return
+
+    def _bring_up(self) -> None:
+        """Have all engines answer, those that come after the trainer's ranks of this node too."""
+        assert self.engines is not None
+        with self._at_work():  # the engines have a deadline of their own
+            if engines_start_after_trainer(self.config):
+                per_node = self.config.slurm.ranks_per_node
+                for rank in range(self.number * per_node, (self.number + 1) * per_node):
+                    self.channel.get(f"resident/{rank}")
+                self.engines.start()
+            self.engines.connect(lambda: self.receiver.held)
 
     # -- commands ------------------------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from fp8slurm.checkpoint.run import RunDirectory, RunState
 from fp8slurm.config import RunConfig
-from fp8slurm.config.derived import engines_sleep, transport_of
+from fp8slurm.config.derived import engines_sleep, engines_start_after_trainer, transport_of
 from fp8slurm.eval.in_training import merge
 from fp8slurm.models.names import NameTable
 from fp8slurm.observe.metrics import MetricsWriter
@@ -93,6 +93,7 @@ class Loop:
         self.asleep = False
         self.mapped: MappedSender | None = None
         self.sends = 0
+        self.verified = False
         self.sinks: list[Any] = []
         self.saved = False
         self.saves = 0
@@ -217,6 +218,9 @@ class Loop:
             plans = {n: parse_description(self.store.get(f"sync/plan/{n}").decode()) for n in names}
             sources = [(n, roots[n], plans[n]) for n in names]
             self.mapped = MappedSender(self.store, sources, self.run_dir.attempt_dir)
+        if engines_start_after_trainer(c):
+            t.settle_memory()
+            self.store.set(f"resident/{t.rank}", "true")
         self.sync()
 
     # -- phases --------------------------------------------------------------------------------------------------
@@ -431,9 +435,7 @@ class Loop:
     def _send(self, version: int) -> bool:
         """One update; False if an engine lost the weights again meanwhile, and no copy was kept (sync.keep_last_update)."""
         self.sends += 1
-        verify = self.config.sync.verify == "always" or (
-            self.config.sync.verify == "first" and self.sent_version is None
-        )
+        verify = self.config.sync.verify == "always" or self.config.sync.verify == "first" and not self.verified
         checksums: dict[str, list[int]] = {name: [] for name in self.groups}
 
         def start(source: str, bucket: WeightBucket) -> dist.Work:
@@ -454,11 +456,13 @@ class Loop:
                 publish_checksums(self.store, self.sends, source, checksums[source])
             said = [a for a, _ in self.channel.collect()]
         self.asleep = False
+        lost = any(a.get("weights_lost") for a in said)
+        self.verified |= verify and not lost
         for part, seconds in self.stream.seconds.items():
             self._spent(f"sync_{part}", seconds)
         for part in said[0].get("seconds", ()):
             self._spent(f"sync_{part}", max(a["seconds"][part] for a in said if "seconds" in a))
-        return not any(a.get("weights_lost") for a in said)
+        return not lost
 
     def sleep(self) -> None:
         """Before the trainer works: the engines give their memory back, and with it the weights that they were sent."""

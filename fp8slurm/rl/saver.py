@@ -4,8 +4,8 @@
     background     every rank: write its file, tell rank 0; rank 0: index, seal, rename, prune, tell the others
     main thread    take: has it come to an end, and how
 
-One save at a time. The threads agree over a connection of their own to the job's store and take part in no collective:
-those are the next step's. Until rank 0 has renamed the folder the checkpoint before is the newest, whatever happens.
+One save at a time. The threads agree over a connection of their own to the job's store, and send over groups that nobody
+else uses: the others are the next step's. Until rank 0 has renamed the folder the checkpoint before is the newest, whatever happens.
 """
 
 from __future__ import annotations

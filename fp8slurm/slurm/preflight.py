@@ -87,10 +87,16 @@ def _model(config: RunConfig) -> None:
 
 
 def _fp8(config: RunConfig) -> None:
+    from fp8slurm.rl.precision import engine_in_fp8
     from fp8slurm.trainer.start import check_optimizer
 
     fp8 = config.fp8
     check_optimizer(config, fp8.backend == "transformer_engine")
+    if fp8.param_gather and not engine_in_fp8(config):
+        raise ValueError(
+            "--fp8.param-gather with an engine in BF16: weight updates send the FP8 weights as they are; allowed: --fp8.engine "
+            "fp8 (or an FP8 --model.rollout-checkpoint), or --fp8.no-param-gather"
+        )
     # A job in a container has packages of its own: there every rank looks for itself when it starts (trainer/start.py).
     here = config.slurm.executor != "slurm" or config.slurm.container_image is None
     if fp8.backend == "transformer_engine" and here and importlib.util.find_spec("transformer_engine") is None:

@@ -6,7 +6,8 @@ then runs lists of ready operations: no names are matched, nothing about the ten
 
 One bucket, on the ranks that share its tensors:
 
-    every rank      quantizes or copies its slices (the source straight into the payload, wherever they fit)
+    every rank      quantizes or copies its slices (the source straight into the payload, wherever they fit); a weight that
+                    the trainer holds in block FP8 is copied, codes and scales
     not the source  one message to the source with all of them
     source          puts the slices of the others into place, quantizes what had to be gathered first, sends the bucket
 
@@ -20,7 +21,7 @@ import time
 from collections import deque
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Callable, Iterator, Protocol
+from typing import Any, Callable, Iterable, Iterator, Mapping, Protocol
 
 import torch
 import torch.distributed as dist
@@ -35,6 +36,8 @@ from fp8slurm.sync.plan import SCALE, Planned, SourcePlan, plan, source_plans
 __all__ = ["Cut", "Planned", "WeightStream", "parse_description", "plan"]
 
 BUFFERS = 2
+Parameter = torch.Tensor | BlockFP8
+"""What a trainer holds of one parameter: a tensor, or codes and scales where the weight itself is in block FP8."""
 
 
 class Pending(Protocol):
@@ -97,14 +100,14 @@ class _Lane:
         self.fills: list[_Fill] = []
         self.names = {p.entry.name for p in source.planned}
 
-    def bind(self, parameters: dict[str, torch.Tensor]) -> None:
+    def bind(self, parameters: dict[str, Parameter]) -> None:
         """Make every view that an update needs."""
         if not self.cut.takes_part or not self.source.planned:
             return
         planned = self.source.planned
         cut_inside = next((p for p in planned if p.way == "gather-quantize"), planned[0])
-        device = parameters[planned[0].entry.name].device
-        trainer_dtype = parameters[cut_inside.entry.name].dtype
+        device = _data(parameters[planned[0].entry.name]).device
+        trainer_dtype = _data(parameters[cut_inside.entry.name]).dtype
         pieces = [self.source.pieces(i, self.dtype, trainer_dtype) for i in range(len(self.source.buckets))]
         sizes = [payload_bytes(specs) for specs in self.source.buckets]
         piece_sizes = [payload_bytes(specs) if specs else 0 for specs in pieces]
@@ -174,15 +177,22 @@ class _Lane:
                 fill.assemble.append(_Write(staged[name + SCALE], scale_targets[0]))
 
 
+def _data(parameter: Parameter) -> torch.Tensor:
+    return parameter.data if isinstance(parameter, BlockFP8) else parameter
+
+
 class _Split:
     """Cuts this rank's parameters into their HF tensors."""
 
-    def __init__(self, parameters: dict[str, torch.Tensor], cut: Cut) -> None:
+    def __init__(self, parameters: dict[str, Parameter], cut: Cut) -> None:
         self.parameters, self.cut = parameters, cut
 
     def writes(self, item: Planned, target: torch.Tensor, scale: torch.Tensor | None) -> list[_Write]:
         """The operations that write this rank's slice of `item` into `target` (and its scales)."""
         entry, shard = item.entry, self.parameters[item.entry.name]
+        if isinstance(shard, BlockFP8):
+            assert scale is not None
+            return _as_they_are(item, shard, target, scale)
         world = len(item.slices)
         if entry.kind != "qkv":
             piece = entry.split(shard, self.cut.rank if world > 1 else 0, world)[item.part].data
@@ -205,13 +215,49 @@ class _Split:
         ]
 
 
+def _as_they_are(item: Planned, shard: BlockFP8, target: torch.Tensor, scale: torch.Tensor) -> list[_Write]:
+    """The copies that write codes and scales of this rank's slice of `item` from a weight that is in block FP8.
+
+    A parameter is fused along its rows: [groups, rows of the first tensor | of the second | ..., K]; gate and up are one
+    group, q, k and v as many as there are key-value heads on this rank.
+    """
+    entry, world = item.entry, len(item.slices)
+    groups = entry.groups // world if entry.kind == "qkv" else 1
+    rows = [s.shape[0] // groups for s in entry.slices(0, world)]
+    before, n = sum(rows[: item.part]), rows[item.part]
+
+    def piece(source: torch.Tensor, into: torch.Tensor, block: int) -> _Write:
+        source = source.unflatten(0, (groups, -1)).narrow(1, before // block, -(-n // block))
+        return _Write(source, into.unflatten(0, (groups, -1)), None, item.name)
+
+    return [piece(shard.data, target, 1), piece(shard.scale_inv, scale, BLOCK)]
+
+
+def check_as_they_are(planned: Iterable[Planned], held: Mapping[str, Parameter]) -> None:
+    """Refuse what cannot be sent from weights in block FP8 without quantizing them again; ValueError names the tensor."""
+    for p in planned:
+        if not isinstance(held[p.entry.name], BlockFP8):
+            continue
+        if not p.quantized:
+            raise ValueError(
+                f"--fp8.param-gather: the trainer holds {p.name} in FP8 only, and the engine's checkpoint does not want it in "
+                f"FP8; give an FP8 --model.rollout-checkpoint (--fp8.engine fp8), or --fp8.no-param-gather"
+            )
+        whole = len(p.entry.tensors) == 1 or all(t.shape[0] // max(p.entry.groups, 1) % BLOCK == 0 for t in p.entry.tensors)
+        if p.way == "gather-quantize" or not whole:
+            raise ValueError(
+                f"--fp8.param-gather: the {BLOCK}x{BLOCK} blocks of the trainer's {p.entry.name} are not those of {p.name}: a cut "
+                f"falls inside a block; use another tensor-parallel size, or --fp8.no-param-gather"
+            )
+
+
 class WeightStream:
     """One rank's part in every update. Ranks outside the first replica make one too; their part is nothing."""
 
     def __init__(
         self,
         table: NameTable,
-        shards: Callable[[], Iterator[tuple[str, torch.Tensor]]],
+        shards: Callable[[], Iterator[tuple[str, Parameter]]],
         quantization: QuantizationSpec | None,
         bucket_bytes: int,
         dtype: torch.dtype,
@@ -220,11 +266,12 @@ class WeightStream:
         expert_cut: Cut = Cut(),
         expert_rank: int = 0,
     ) -> None:
-        """`shards` yields (global Megatron name, this rank's parameter [any float dtype]); `dtype` is that of the engine's
-        tensors that are not quantized; `cut` and `expert_cut` are the ranks that share the stage's matrices and its
+        """`shards` yields (global Megatron name, this rank's parameter [any float dtype, or BlockFP8, which is sent as it
+        is]); `dtype` is that of the engine's tensors that are not quantized; `cut` and `expert_cut` are the ranks that share the stage's matrices and its
         experts'; expert_rank is this rank's expert-parallel rank."""
         self.shards = shards
-        names = [name for name, _ in shards()]
+        held = dict(shards())
+        names = list(held)
         dense, experts = source_plans(
             table, names, f"stage{stage}", quantization, dtype, bucket_bytes, cut.size, expert_cut.size, expert_rank
         )
@@ -232,7 +279,8 @@ class WeightStream:
         if experts is not None:
             self._lanes.append(_Lane(experts, expert_cut, dtype))
         self.planned = [p for lane in self._lanes for p in lane.source.planned]
-        self._bound: list[int] = []
+        check_as_they_are(self.planned, held)
+        self._bound: list[tuple[int, int]] = []
         self.seconds: dict[str, float] = {}
         """Of the last update: quantize, copy, gather (slices to the source, or waiting for them), wait (for a bucket under
         way, because its buffer is needed)."""
@@ -308,10 +356,13 @@ class WeightStream:
 
     def _bind(self) -> None:
         parameters = dict(self.shards())
-        where = [p.data_ptr() for p in parameters.values()]
+        where = [
+            (_data(p).data_ptr(), p.scale_inv.data_ptr() if isinstance(p, BlockFP8) else 0) for p in parameters.values()
+        ]
         if where != self._bound:  # the first update, or the trainer has moved its parameters
             for lane in self._lanes:
-                lane.bind({name: p.detach() for name, p in parameters.items() if name in lane.names})
+                held = {name: p for name, p in parameters.items() if name in lane.names}
+                lane.bind({name: p if isinstance(p, BlockFP8) else p.detach() for name, p in held.items()})
             self._bound = where
 
     def _fill(self, fill: _Fill, cut: Cut) -> None:

@@ -59,7 +59,7 @@ def transformer_config(config: RunConfig, spec: ModelSpec) -> Any:
     if config.train.recompute == "full":
         arguments |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     if config.fp8.backend == "transformer_engine":
-        arguments |= {"fp8": config.fp8.format, "fp8_recipe": config.fp8.recipe}
+        arguments |= {"fp8": config.fp8.format, "fp8_recipe": config.fp8.recipe, "fp8_param": config.fp8.param_gather}
     return TransformerConfig(**arguments)
 
 
@@ -95,7 +95,9 @@ def build_ddp(config: RunConfig, module: Any, tconfig: Any) -> Any:
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
     ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=config.optim.distributed
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=config.optim.distributed,
+        fp8_param_gather=config.fp8.param_gather,
     )
     return DistributedDataParallel(tconfig, ddp_config, wrap_precision(module, tconfig))
 
@@ -126,6 +128,8 @@ def build_optimizer(config: RunConfig, ddp: Any) -> Any:
         use_precision_aware_optimizer=o.cpu_offload or o.moments != "float32",
         exp_avg_dtype=getattr(torch, o.moments),
         exp_avg_sq_dtype=getattr(torch, o.moments),
+        # how Megatron knows that it has to keep the masters itself
+        fp8_recipe=config.fp8.recipe if config.fp8.param_gather else None,
     )
     optimizer = get_megatron_optimizer(optimizer_config, [ddp], use_gloo_process_groups=torch.cuda.is_available())
     for part in optimizer.chained_optimizers:
@@ -150,3 +154,20 @@ def _allocate_state(adam: Any) -> None:
         for p in group["params"]:
             zeros = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
             adam.state[p] = {"step": torch.tensor(0.0), **zeros}
+
+
+def allocate_fused_state(optimizer: Any) -> None:
+    """TransformerEngine's FusedAdam too makes its state in the first step: make it now, as that step would.
+
+    For the checkpoint alone, and not when it is built: with BF16 moments its masters are taken from the weights, which
+    are loaded later. A state that is there already is left as it is.
+    """
+    for part in optimizer.chained_optimizers:
+        adam = part.optimizer
+        if not hasattr(adam, "initialize_state"):
+            continue
+        for group in adam.param_groups:
+            group.setdefault("step", 0)
+            for p in group["params"]:
+                if not adam.state[p]:
+                    adam.initialize_state(p, adam.store_param_remainders and p.dtype == torch.bfloat16)

@@ -1,7 +1,8 @@
 """The trainer's part of a checkpoint, in Megatron's torch_dist format: model, reference, optimizer, random state.
 
-    Snapshot()   all ranks together: who writes what, and a copy of it in host memory
-    write()      every rank, in any thread: its own file, no collective
+    Snapshot()   all ranks together: who writes what, and a copy of each rank's state in host memory
+    write()      all ranks, in any thread: the optimizer's state goes to the ranks that write it, over groups of its own;
+                 then every rank writes its own file
     finish()     rank 0: the index of all files
 
 The caller makes the folder appear atomically.
@@ -12,6 +13,7 @@ from __future__ import annotations
 import json
 import queue
 import random
+import weakref
 import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +21,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import torch.distributed as dist
+
+from fp8slurm.trainer import build, primary_fp8
+from fp8slurm.trainer.optimizer_state import Shards, distributed_parts, planning, save_groups
 
 if TYPE_CHECKING:
     from fp8slurm.trainer.trainer import Trainer
@@ -39,17 +44,29 @@ class Snapshot:
         copy: False takes tensors in host memory as they are; they must not change until `write` returns.
         """
         self.path = Path(path)
-        state = _state(trainer, False, True, trainer.reference is not None)
-        state["layout"] = layout(trainer)
-        self._writer, self._metadata, self._format = _plan(state, self.path)
-        del state  # the optimizer's gathered tensors go, before others are copied
+        parts = distributed_parts(trainer.optimizer)
+        if trainer not in _groups:
+            _groups[trainer] = save_groups(parts)
+        with planning(parts) as self._owners:
+            state = _state(trainer, False, True, trainer.reference is not None)
+            state["layout"] = layout(trainer)
+            self._writer, self._metadata, self._format = _plan(state, self.path)
         for _, _, (_, tensors) in self._writer.write_buckets:
             for i, (item, tensor) in enumerate(tensors):
-                tensors[i] = (item, tensor.to("cpu", copy=copy))
+                tensors[i] = (item, tensor if tensor.is_meta else tensor.to("cpu", copy=copy))
+        self._shards = Shards(parts, _groups[trainer])
+        self.most_bytes = 0
+        """Known once it is written: the most host memory that tensors took on this rank, copies included."""
 
     def write(self) -> bytes:
-        """Write this rank's file, to the disk; what `finish` has to know about it, also where that failed. Frees the copy."""
+        """Write this rank's file, to the disk; what `finish` has to know about it, also where that failed. Frees the copy.
+
+        On all ranks, each in a thread of its choice, and not while another snapshot is written.
+        """
         writer, found = self._writer, []
+        items = [tensors for _, _, (_, tensors) in writer.write_buckets]
+        assert len(items) <= 1, "one file a rank"
+        self.most_bytes = self._shards.complete(items[0] if items else [], self._owners)
         transforms = [writer.transforms] if hasattr(writer, "transforms") else []
         buckets, writer.write_buckets = writer.write_buckets, []
         for number, bucket in enumerate(buckets):
@@ -88,6 +105,10 @@ class Snapshot:
         ]
         self._writer.finish(self._metadata, results)
         save_config(self._format, str(self.path))
+
+
+_groups: weakref.WeakKeyDictionary[Trainer, list[Any]] = weakref.WeakKeyDictionary()
+"""What `Shards` sends over: made with the first snapshot, by all ranks together."""
 
 
 def save(trainer: Trainer, path: Path) -> None:
@@ -165,6 +186,8 @@ def load(trainer: Trainer, path: Path) -> None:
         trainer.snapshot_reference()  # of whatever is there: the saved one is loaded into it
     state = dist_checkpointing.load(_state(trainer, True, same, saved["reference"]), str(path))
     trainer.module.load_state_dict(state["model"])
+    for parameter in filter(primary_fp8.is_primary, trainer.module.parameters()):
+        primary_fp8.refresh(parameter)
     trainer.optimizer.load_state_dict(_regrouped(trainer, state["optimizer"]))
     if saved["reference"]:
         _inner(trainer.reference).load_state_dict(state["reference"])
@@ -225,6 +248,7 @@ def _inner(model: Any) -> Any:
 def _state(trainer: Trainer, loading: bool, with_random_state: bool, with_reference: bool) -> dict[str, Any]:
     from megatron.core.dist_checkpointing import ShardedObject
 
+    build.allocate_fused_state(trainer.optimizer)
     model = trainer.module.sharded_state_dict()
     state: dict[str, Any] = {
         "model": model,
@@ -233,6 +257,9 @@ def _state(trainer: Trainer, loading: bool, with_random_state: bool, with_refere
     if with_reference:
         state["reference"] = _inner(trainer.reference).sharded_state_dict(prefix="reference.")
         state["reference"] = {k.removeprefix("reference."): v for k, v in state["reference"].items()}
+    if trainer.config.fp8.param_gather:  # after the optimizer's, which finds its parameters among the model's
+        primary_fp8.in_bf16(model, None if loading else primary_fp8.Masters(trainer.optimizer).whole)
+        primary_fp8.in_bf16(state.get("reference", {}), None if loading else primary_fp8.dequantized)
     if with_random_state:
         rank, world = dist.get_rank(), dist.get_world_size()
         state["random"] = ShardedObject("random_state", _random_state(), (world,), (rank,))

@@ -1,12 +1,16 @@
-"""Log-probabilities of labels from vocabulary-parallel logits, with autograd."""
+"""Log-probabilities of labels from vocabulary-parallel logits, with autograd, in chunks of tokens."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Iterator
 
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
+
+CHUNK_LOGITS = 2**24
+"""Logits that are in fp32 at a time: 64 MiB a tensor, a handful of tensors. Without chunks the fp32 tensors of Qwen3's
+151,936 logits a token would be the largest that a training step has."""
 
 
 class _VocabParallelLogprobs(torch.autograd.Function):
@@ -14,42 +18,62 @@ class _VocabParallelLogprobs(torch.autograd.Function):
 
     With p = softmax(z): logprob = z[label] - logsumexp(z), d logprob / dz_i = [i = label] - p_i;
     entropy H = logsumexp(z) - sum_i p_i z_i, dH / dz_i = -p_i (log p_i + H).
+    Kept for the backward pass: the logits themselves; p is computed again from them.
     """
 
     @staticmethod
     def forward(
         ctx: Any, logits: torch.Tensor, labels: torch.Tensor, group: ProcessGroup | None, with_entropy: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        z = logits.float()
-        peak = z.max(dim=-1).values
+        ctx.set_materialize_grads(False)
+        peak = logits.max(dim=-1).values.float()
         first = 0
         if group is not None:
             dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=group)
-            first = dist.get_rank(group) * z.shape[-1]
-        z = z - peak[:, None]
-        mine = (labels >= first) & (labels < first + z.shape[-1])
+            first = dist.get_rank(group) * logits.shape[-1]
+        mine = (labels >= first) & (labels < first + logits.shape[-1])
         local = torch.where(mine, labels - first, 0)
-        chosen = torch.where(mine, z.gather(1, local[:, None]).squeeze(1), 0.0)
-        p = z.exp()
-        sums = torch.stack([chosen, p.sum(-1), (p * z).sum(-1) if with_entropy else chosen.new_zeros(len(chosen))])
+        sums = peak.new_zeros(3, len(labels))
+        for rows in _chunks(logits):
+            z = logits[rows].to(torch.float32, copy=True).sub_(peak[rows, None])
+            sums[0, rows] = torch.where(mine[rows], z.gather(1, local[rows, None]).squeeze(1), 0.0)
+            p = z.exp()
+            sums[1, rows] = p.sum(-1)
+            if with_entropy:
+                sums[2, rows] = p.mul_(z).sum(-1)
+            del z, p
         if group is not None:
             dist.all_reduce(sums, group=group)
         chosen, total, weighted = sums
-        p = p.div_(total[:, None])
         entropy = total.log() - weighted / total if with_entropy else weighted
-        ctx.save_for_backward(p, local, mine, entropy)
-        ctx.dtype, ctx.with_entropy = logits.dtype, with_entropy
+        ctx.save_for_backward(logits, peak, total, local, mine, entropy)
         return chosen - total.log(), entropy
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor, grad_entropy: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        p, local, mine, entropy = ctx.saved_tensors
-        dz = p * -grad[:, None]
-        dz.scatter_add_(1, local[:, None], torch.where(mine, grad, 0.0)[:, None])
-        if ctx.with_entropy:
-            log_p = p.clamp_min(torch.finfo(p.dtype).tiny).log()
-            dz -= grad_entropy[:, None] * p * (log_p + entropy[:, None])
-        return dz.to(ctx.dtype), None, None, None
+    def backward(
+        ctx: Any, grad: torch.Tensor | None, grad_entropy: torch.Tensor | None
+    ) -> tuple[torch.Tensor, None, None, None]:
+        logits, peak, total, local, mine, entropy = ctx.saved_tensors
+        out = torch.empty_like(logits)
+        for rows in _chunks(logits):
+            p = logits[rows].to(torch.float32, copy=True).sub_(peak[rows, None]).exp_().div_(total[rows, None])
+            if grad is None:
+                dz = torch.zeros_like(p)
+            else:
+                dz = p * -grad[rows, None]
+                dz.scatter_add_(1, local[rows, None], torch.where(mine[rows], grad[rows], 0.0)[:, None])
+            if grad_entropy is not None:
+                surprise = p.clamp_min(torch.finfo(p.dtype).tiny).log_().add_(entropy[rows, None])
+                dz -= surprise.mul_(p.mul_(grad_entropy[rows, None]))
+                del surprise
+            out[rows] = dz
+            del p, dz  # before the next chunk's are made
+        return out, None, None, None
+
+
+def _chunks(logits: torch.Tensor) -> Iterator[slice]:
+    rows = max(1, CHUNK_LOGITS // logits.shape[-1])
+    return (slice(start, start + rows) for start in range(0, len(logits), rows))
 
 
 def vocab_parallel_logprobs(

@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from fp8slurm.config.schema import RunConfig
 from fp8slurm.fp8.environment import set_fp32_scales
+from fp8slurm.trainer.primary_fp8 import refuse_unseen
 
 TIMEOUT = timedelta(hours=24)
 """Of collectives: ranks may wait long for one another, and hangs are the watchdog's business."""
@@ -61,10 +62,8 @@ def check_optimizer(config: RunConfig, fused_adam: bool) -> None:
             "for every product) with --optim.cpu-offload"
         )
     if config.fp8.param_gather:
-        raise ValueError(
-            "--fp8.param-gather: FP8 primary weights do not work yet, and silently training with BF16 ones would be "
-            "worse; allowed: --fp8.no-param-gather"
-        )
+        check_param_gather(config, fused_adam)
+        refuse_unseen()
     if o.cpu_offload and not o.distributed:
         raise ValueError(
             "--optim.cpu-offload needs the distributed optimizer; allowed: --optim.distributed, or "
@@ -89,6 +88,34 @@ def check_optimizer(config: RunConfig, fused_adam: bool) -> None:
         )
     if not o.distributed:
         raise ValueError(f"--optim.moments {o.moments} needs the distributed optimizer; allowed: --optim.distributed")
+
+
+def check_param_gather(config: RunConfig, gpu_engine: bool) -> None:
+    """Refuse FP8 primary weights where they would silently be BF16 ones; ValueError names the way out.
+
+    `gpu_engine`: there are a GPU and TransformerEngine.
+    """
+    o = config.optim
+    instead = "or --fp8.no-param-gather"
+    if config.fp8.backend != "transformer_engine":
+        raise ValueError(
+            f"--fp8.param-gather with --fp8.backend {config.fp8.backend}: only TransformerEngine keeps weights in FP8, "
+            f"they would silently stay {config.model.dtype}; allowed: --fp8.backend transformer_engine, {instead}"
+        )
+    if not gpu_engine:
+        raise ValueError(
+            f"--fp8.param-gather needs a GPU and TransformerEngine; here the weights would silently stay "
+            f"{config.model.dtype}; allowed here: --fp8.no-param-gather"
+        )
+    if not o.distributed:
+        raise ValueError(
+            f"--fp8.param-gather needs the distributed optimizer, which holds the FP32 masters; allowed: "
+            f"--optim.distributed, {instead}"
+        )
+    if o.moments != "float32":
+        raise ValueError(
+            f"--fp8.param-gather with --optim.moments {o.moments}: not tried; allowed: --optim.moments float32, {instead}"
+        )
 
 
 def check_dispatcher(dispatcher: str, cuda: bool, deep_ep: bool) -> None:

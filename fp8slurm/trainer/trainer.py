@@ -15,7 +15,8 @@ from fp8slurm.config.schema import RunConfig
 from fp8slurm.models.names import NameTable
 from fp8slurm.models.qwen3 import ModelSpec, check_layout
 from fp8slurm.rl.types import PackedBatch
-from fp8slurm.trainer import build, checkpoint
+from fp8slurm.fp8.block import BlockFP8
+from fp8slurm.trainer import build, checkpoint, primary_fp8
 from fp8slurm.trainer.experts import RoutingReplay, scale_aux_loss, take_aux_loss
 from fp8slurm.trainer.forward import Outputs, run_schedule
 from fp8slurm.trainer.weights import HfReader, Shards
@@ -58,6 +59,11 @@ class Trainer:
         self.ddp = build.build_ddp(config, self.module, self.transformer_config)
         self.optimizer = build.build_optimizer(config, self.ddp)
         self.shards = Shards(self.module, self.table)
+        self.primary_fp8: list[str] = []
+        """Names of the weights that are kept in FP8 (fp8.param_gather)."""
+        if config.fp8.param_gather:
+            primary_fp8.forget_initial_values(self.module)
+            self.primary_fp8 = primary_fp8.check_primary((e, p) for e, p, _ in self.shards.parameters)
         self.reference: Any = None
         self._ps = parallel_state
         self.replay: RoutingReplay | None = None
@@ -127,12 +133,16 @@ class Trainer:
         """Load a Hugging Face folder in BF16, FP16 or FP32 and start the optimizer's master weights from it."""
         if self.spec.quantization is not None:
             raise ValueError(f"{path}: holds FP8 weights; --model.hf-checkpoint must be in BF16, FP16 or FP32")
-        self.shards.load(HfReader(path), str(path))
-        self.optimizer.reload_model_params()
+        if self.config.fp8.param_gather:  # the masters start from the values, not from the codes
+            self.shards.load(HfReader(path), str(path), primary_fp8.Masters(self.optimizer).set)
+        else:
+            self.shards.load(HfReader(path), str(path))
+            self.optimizer.reload_model_params()
         self.weights_changed()
 
-    def named_shards(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(global Megatron name, this rank's shard [detached, not a copy]) for every parameter of this stage."""
+    def named_shards(self) -> Iterator[tuple[str, torch.Tensor | BlockFP8]]:
+        """(global Megatron name, this rank's shard [detached, not a copy]) for every parameter of this stage; FP8 primary
+        weights as their codes and scales."""
         yield from self.shards.named()
 
     def weights_changed(self) -> None:
@@ -143,20 +153,35 @@ class Trainer:
 
     def snapshot_reference(self) -> None:
         """Keep the present weights as the reference model (`logprobs(..., reference=True)`)."""
-        module = build.build_module(self.config, self.spec, self.transformer_config)
+        # without gradients TransformerEngine makes no transposed copy of an FP8 weight
+        with torch.set_grad_enabled(not self.config.fp8.param_gather):
+            module = build.build_module(self.config, self.spec, self.transformer_config)
+        reference = build.wrap_precision(module.requires_grad_(False), self.transformer_config)
         with torch.no_grad():
             for mine, current in zip(module.parameters(), self.module.parameters(), strict=True):
-                mine.copy_(current)
-        self.reference = build.wrap_precision(module.requires_grad_(False), self.transformer_config)
+                if primary_fp8.is_primary(current):
+                    primary_fp8.copy(mine, current)
+                else:
+                    mine.copy_(current)
+        self.reference = reference
 
     def new_optimizer(self) -> None:
         """Start the optimizer afresh: no moments, step 0, master weights from the present weights."""
+        kept = primary_fp8.Masters(self.optimizer).rounded() if self.config.fp8.param_gather else None
         self.optimizer = build.build_optimizer(self.config, self.ddp)
+        if kept is not None:  # Megatron would start from the codes
+            primary_fp8.Masters(self.optimizer).restore(kept)
+
+    def settle_memory(self) -> None:
+        """Allocate what is there between steps (the optimizer's state too), and nothing more; all ranks together."""
+        build.allocate_fused_state(self.optimizer)
+        self.free_cached()
 
     def free_cached(self) -> None:
-        """Give the GPU memory that only torch's allocator holds back, on all ranks: another process needs it."""
+        """Give the gradients' memory, and what only torch's allocator holds, back to the GPU, on all ranks: another process
+        needs it. The next train_step takes it again."""
         if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+            self.ddp.offload_grad_buffers()
         dist.barrier()
 
     # Forward and backward.
@@ -190,6 +215,8 @@ class Trainer:
 
         All data-parallel ranks have equally many micro-batches. Without `with_entropy` loss_fn gets None for it.
         """
+        if torch.cuda.is_available():
+            self.ddp.restore_grad_buffers(synchronize=False)
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
 

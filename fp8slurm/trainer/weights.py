@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -10,7 +10,9 @@ import torch
 from fp8slurm.checkpoint.hf_folder import open_hf
 from fp8slurm.checkpoint.sources import HfSource
 from fp8slurm.checkpoint.torch_dist_source import EMBEDDING, HEAD
+from fp8slurm.fp8.block import BlockFP8
 from fp8slurm.models.names import Entry, NameTable
+from fp8slurm.trainer import primary_fp8
 
 
 class HfReader(Mapping[str, torch.Tensor]):
@@ -56,15 +58,27 @@ class Shards:
         """(rank, size) of the group that cuts this parameter."""
         return self.tensor_parallel if entry.expert is None else self.expert_tensor_parallel
 
-    def named(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(global Megatron name, this rank's shard); a tied output layer on a stage of its own is left out."""
+    def named(self) -> Iterator[tuple[str, torch.Tensor | BlockFP8]]:
+        """(global Megatron name, this rank's shard, an FP8 weight as its codes and scales); a tied output layer on a stage
+        of its own is left out."""
         for entry, parameter, copy in self.parameters:
-            if not copy:
+            if copy:
+                continue
+            if primary_fp8.is_primary(parameter):
+                yield entry.name, primary_fp8.codes_and_scales(parameter, entry.name)
+            else:
                 yield entry.name, parameter.detach()
 
     @torch.no_grad()
-    def load(self, hf: Mapping[str, torch.Tensor], where: str = "checkpoint") -> None:
+    def load(
+        self,
+        hf: Mapping[str, torch.Tensor],
+        where: str = "checkpoint",
+        loaded: Callable[[torch.nn.Parameter, torch.Tensor], None] | None = None,
+    ) -> None:
         """Fill every parameter from HF tensors; a tied model's may hold the head all the same.
+
+        `loaded` is called with every parameter and the values that it was filled with, before any quantizing.
 
         ValueError for a missing tensor, a wrong shape, one in FP8, or a tied head that is not the embedding.
         """
@@ -85,4 +99,9 @@ class Shards:
                     f"{where}: {entry.tensors[0].name} is {shard.dtype}; "
                     f"--model.hf-checkpoint must hold BF16, FP16 or FP32"
                 )
-            parameter.copy_(shard)
+            if primary_fp8.is_primary(parameter):
+                primary_fp8.fill(parameter, shard)
+            else:
+                parameter.copy_(shard)
+            if loaded is not None:
+                loaded(parameter, shard)

@@ -12,75 +12,18 @@ import pytest
 import torch
 from fp8slurm.checkpoint.run import RunState, process_start
 from fp8slurm.models.qwen3 import ModelSpec
-from fp8slurm.models.tiny import write_model
 from fp8slurm.observe.metrics import read_metrics, without_times
-from fp8slurm.rl.tiny_task import write_data
+from tiny_runs import TIMEOUT_S
 
 pytestmark = pytest.mark.slow
 
-TIMEOUT = 400
-
-
-class Runs:
-    """Starts tiny runs in one folder."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        (folder / "model").mkdir()
-        (folder / "data").mkdir()
-        write_model(folder / "model")
-        write_data(folder / "data")
-        held_out = (folder / "data" / "eval.jsonl").read_text().splitlines()[:64]
-        (folder / "data" / "eval.jsonl").write_text("\n".join(held_out) + "\n")
-
-    def command(self, name: str, *more: str) -> list[str]:
-        data = self.folder / "data"
-        flags = {
-            "run.name": name, "run.root": self.folder / "runs", "run.steps": 10, "model.hf-checkpoint": self.folder / "model",
-            "data.train": data / "train.jsonl", "data.eval": data / "eval.jsonl", "sft.data": data / "sft.jsonl",
-            "sft.max-steps": 20, "sft.batch-size": 64, "sft.eval-every": 0, "rollout.prompts-per-step": 6, "rollout.n-samples": 8,
-            "rollout.max-replacements": 1, "checkpoint.every": 5, "eval.every": 4, "sync.verify": "always", "rollout.save-every": 3,
-        }  # fmt: skip
-        return [
-            sys.executable,
-            "-m",
-            "fp8slurm.cli",
-            "train",
-            "--recipe",
-            "tiny-fp8",
-            *(f"--{k}={v}" for k, v in flags.items()),
-            *more,
-        ]
-
-    def start(self, name: str, *more: str) -> subprocess.Popen:
-        return subprocess.Popen(self.command(name, *more), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-    def finish(self, process: subprocess.Popen, status: int = 0) -> str:
-        out = process.communicate(timeout=TIMEOUT)[0]
-        assert process.returncode == status, out
-        return out
-
-    def path(self, name: str) -> Path:
-        return self.folder / "runs" / name
-
-    def wait_for_step(self, process: subprocess.Popen, name: str, step: int) -> None:
-        deadline = time.monotonic() + TIMEOUT
-        while time.monotonic() < deadline:
-            try:
-                if any(r["phase"] == "rl" and r["step"] >= step for r in read_metrics(self.path(name))):
-                    return
-            except ValueError:
-                pass
-            if process.poll() is not None:
-                break
-            time.sleep(0.05)
-        process.kill()
-        pytest.fail(f"step {step} was not reached: {process.communicate()[0]}")
-
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    return Runs(tmp_path_factory.mktemp("e2e"))
+def runs(tiny_runs):
+    return tiny_runs(
+        64, run__steps=10, sft__max_steps=20, sft__batch_size=64, rollout__prompts_per_step=6, rollout__n_samples=8,
+        rollout__max_replacements=1, rollout__save_every=3, checkpoint__every=5, eval__every=4, sync__verify="always",
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -175,12 +118,9 @@ def test_an_interrupted_run_is_the_same_run(runs, reference, tmp_path):
     process = runs.start("broken")
     run = runs.path("broken")
     runs.wait_for_step(process, "broken", 2)
-    engine = next(
-        int(p.name)
-        for p in Path("/proc").glob("[0-9]*")
-        if _command(p).endswith("fp8slurm.engine.child") and _parent(p) == task_pids(run, 0)[2]
-    )
-    os.kill(engine, signal.SIGKILL)
+    (engine,) = runs.engines(process)
+    assert engine.ppid() == task_pids(run, 0)[2]
+    engine.send_signal(signal.SIGKILL)
     runs.wait_for_step(process, "broken", 7)
     pids = task_pids(run, 0)
     os.kill(pids[1], signal.SIGKILL)
@@ -224,8 +164,7 @@ def test_a_run_killed_while_a_checkpoint_is_written_goes_on_from_the_one_before(
     (tmp_path / "sitecustomize.py").write_text(HELD_COMMIT)
     path = f"{tmp_path}{os.pathsep}{Path(__file__).parents[2]}"
     environment = os.environ | {"PYTHONPATH": path, "HOLD_COMMIT": "step_000005"}
-    command, run = runs.command("half"), runs.path("half")
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    process, run = runs.start("half", environment=environment), runs.path("half")
     runs.wait_for_step(process, "half", 7)
     left = [p.name for p in (run / "checkpoints").iterdir()]
     assert "step_000005.0.tmp" in left and "step_000005" not in left, left
@@ -314,20 +253,6 @@ def test_the_reason_of_a_failing_run_is_the_last_thing_said(runs, tmp_path):
     module.write_text("def reward(response, label):\n    raise KeyError('no such answer')\n")
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     command = runs.command("bad", "--reward.kind=bad_reward:reward", "--sft.max-steps=0", "--sft.data=None")
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=TIMEOUT)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=TIMEOUT_S)
     assert done.returncode == 1
     assert "bad_reward:reward" in done.stderr and "no such answer" in done.stderr and "reward.on_error" in done.stderr
-
-
-def _command(process: Path) -> str:
-    try:
-        return (process / "cmdline").read_bytes().rstrip(b"\0").split(b"\0")[-1].decode()
-    except OSError:
-        return ""
-
-
-def _parent(process: Path) -> int:
-    try:
-        return int((process / "stat").read_text().rpartition(")")[2].split()[1])
-    except OSError:
-        return -1

@@ -1,8 +1,6 @@
 """The whole loop with a mixture of experts: two ranks that share them, an engine that has all of them, replay."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,40 +8,24 @@ import torch
 from fp8slurm.checkpoint import hf_to_fp8, torch_dist_to_hf
 from fp8slurm.engine.digest import expected_digests, first_difference
 from fp8slurm.models.qwen3 import ModelSpec
-from fp8slurm.models.tiny import write_model
 from fp8slurm.observe.metrics import read_metrics
-from fp8slurm.rl.tiny_task import write_data
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow
 
 SFT_STEPS, STEPS = 14, 20
-TIMEOUT = 900
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Path:
+def run(tiny_runs) -> Path:
     """A run of one RL step, continued to step 20."""
-    folder = tmp_path_factory.mktemp("moe")
-    for name in ("model", "data"):
-        (folder / name).mkdir()
-    write_model(folder / "model", moe=True)
-    write_data(folder / "data")
-    data = folder / "data"
-    flags = {
-        "run.name": "moe", "run.root": folder / "runs", "model.hf-checkpoint": folder / "model", "data.eval": "None",
-        "data.train": data / "train.jsonl", "sft.data": data / "sft.jsonl", "sft.max-steps": SFT_STEPS,
-        "sft.batch-size": 64, "sft.eval-every": 0, "sft.stop-accuracy": 1, "rollout.prompts-per-step": 6,
-        "rollout.max-replacements": 1, "checkpoint.every": STEPS, "eval.every": 0, "sync.verify": "always",
-    }  # fmt: skip
-    command = [sys.executable, "-m", "fp8slurm.cli", "train", "--recipe", "tiny-moe-fp8"]
-    for steps in (1, STEPS):
-        done = subprocess.run(
-            [*command, *(f"--{k}={v}" for k, v in flags.items()), f"--run.steps={steps}"],
-            capture_output=True, text=True, timeout=TIMEOUT,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stdout + done.stderr
-    return folder / "runs" / "moe"
+    runs = tiny_runs(
+        16, moe=True, recipe="tiny-moe-fp8", data__eval=None, sft__max_steps=SFT_STEPS, sft__batch_size=64,
+        sft__stop_accuracy=1, rollout__prompts_per_step=6, rollout__max_replacements=1, checkpoint__every=STEPS,
+        eval__every=0, sync__verify="always",
+    )  # fmt: skip
+    runs.run("moe", run__steps=1)
+    return runs.run("moe", run__steps=STEPS)
 
 
 @pytest.mark.parametrize(("attempt", "step"), [(0, 1), (1, STEPS)])

@@ -44,6 +44,15 @@ def held(trainer: Any) -> dict[str, int]:
     }
 
 
+def saved(trainer: Any, folder: Path) -> int:
+    """The most host memory that tensors take while a checkpoint is written in the background."""
+    folder.mkdir(exist_ok=True)
+    dist.barrier()
+    snapshot = trainer.snapshot(folder)
+    snapshot.write()
+    return snapshot.most_bytes
+
+
 def main() -> None:
     folder, rank = Path(sys.argv[1]), int(sys.argv[2])
     torch.set_num_threads(1)
@@ -57,7 +66,10 @@ def main() -> None:
     for name, values in json.loads((folder / "layouts.json").read_text()).items():
         config = RunConfig.model_validate(values)
         start(config, rank, WORLD, dist.PrefixStore(name, store))
-        out[name] = held(Trainer(config, ModelSpec.from_hf_dir(config.model.hf_checkpoint)))
+        trainer = Trainer(config, ModelSpec.from_hf_dir(config.model.hf_checkpoint))
+        if config.algorithm.kl_coef:
+            trainer.snapshot_reference()
+        out[name] = held(trainer) | {"checkpoint": saved(trainer, folder / name)}
         stop()
     (folder / f"held.{rank}.json").write_text(json.dumps(out))
 

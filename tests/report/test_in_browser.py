@@ -18,7 +18,8 @@ DARK, LIGHT = 0, 1
 
 
 def requests(log):
-    """Addresses outside the machine's files that a page asked for; Chromium's own requests have no page as initiator."""
+    """Addresses outside the machine's files that a page asked for; Chromium's own requests have no page as
+    initiator."""
     params = [event.get("params", {}) for event in log["events"]]
     return {
         p["url"] for p in params
@@ -36,9 +37,13 @@ def browser(install_packages, tmp_path_factory):
         log = folder / "net.json"
         log.unlink(missing_ok=True)
         done = subprocess.run(
-            [shutil.which("chromium"), "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking",
-             "--disable-component-update", "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1", "--no-first-run", "--allow-file-access-from-files", "--virtual-time-budget=20000", "--enable-logging=stderr",
-             f"--user-data-dir={folder / 'profile'}", f"--log-net-log={log}", "--net-log-capture-mode=IncludeSensitive", *flags, page.as_uri()],
+            [shutil.which("chromium"), "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
+            "--disable-background-networking",
+             "--disable-component-update", "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1",
+             "--no-first-run", "--allow-file-access-from-files", "--virtual-time-budget=20000",
+             "--enable-logging=stderr",
+             f"--user-data-dir={folder / 'profile'}", f"--log-net-log={log}", "--net-log-capture-mode=IncludeSensitive",
+             *flags, page.as_uri()],
             capture_output=True, text=True, timeout=TIMEOUT_S,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
@@ -67,7 +72,9 @@ def probe(browser, report, folder, width, scheme):
         f'<!doctype html><body><iframe width="{width}" height="900" style="border:0" src="{report.as_uri()}"></iframe>'
         f'<pre id="result"></pre><script>{(HERE / "probe.js").read_text()}</script>'
     )
-    out, console, asked = browser(page, "--window-size=1400,1000", f"--blink-settings=preferredColorScheme={scheme}", "--dump-dom")
+    out, console, asked = browser(
+        page, "--window-size=1400,1000", f"--blink-settings=preferredColorScheme={scheme}", "--dump-dom"
+    )
     found = re.search(r'<pre id="result">(.+?)</pre>', out, re.S)
     assert found, f"the page never answered: {console} {out[-500:]}"
     return json.loads(html.unescape(found[1])), console, asked
@@ -81,8 +88,18 @@ def test_it_works_on_a_desk_on_a_phone_and_in_the_dark(browser, report, tmp_path
     assert found["dark"] == (scheme == DARK) and found["title"].startswith("hostile")
     assert found["scrolls"] <= width and found["overflow"] == [] and width - 20 <= found["width"] <= width
     assert found["checked"] > 20 and found["low"] == [], "text with too little contrast"
-    assert (found["all"], found["page"], found["second"], found["focused"]) == ("1 to 10 of 18", 10, "11 to 18 of 18", 2)
-    assert (found["step20"], found["onlyStep20"], found["rewarded"], found["nobody"]) == ("1 to 9 of 9", True, "1 to 5 of 5", "no sample fits")
+    assert (found["all"], found["page"], found["second"], found["focused"]) == (
+        "1 to 10 of 18",
+        10,
+        "11 to 18 of 18",
+        2,
+    )
+    assert (found["step20"], found["onlyStep20"], found["rewarded"], found["nobody"]) == (
+        "1 to 9 of 9",
+        True,
+        "1 to 5 of 5",
+        "no sample fits",
+    )
     assert found["largest"] == [0.45, 0.45, 0.4] and {"n3", "u3"} <= set(found["colours"])
     assert "trainer \u22120.05, engine \u22120.5, d +0.45" in found["detail"]
     assert found["tip"].startswith("step 9reward") and found["first"].startswith("step 0reward")
@@ -95,7 +112,11 @@ def test_a_page_that_asks_somebody_is_noticed(browser, report, tmp_path):
     page.write_text('<!doctype html><img src="http://127.0.0.1:9/x"><script>console.error("seen")</script>')
     _, console, asked = browser(page, "--dump-dom")
     assert any("seen" in line for line in console) and any("127.0.0.1:9/x" in url for url in asked)
-    page.write_text(report.read_text(encoding="utf-8").replace("<main>", '<main><script>document.title="owned"</script><img src="http://127.0.0.1:9/y">', 1))
+    page.write_text(
+        report.read_text(encoding="utf-8").replace(
+            "<main>", '<main><script>document.title="owned"</script><img src="http://127.0.0.1:9/y">', 1
+        )
+    )
     out, console, asked = browser(page, "--dump-dom")
     assert "<title>owned" not in out and not any("/y" in url for url in asked), "the policy holds"
     assert any("Content Security Policy" in line for line in console)
@@ -107,7 +128,13 @@ def test_screenshots_are_drawn(browser, report, tmp_path):
     colours = {}
     for scheme in (LIGHT, DARK):
         path = tmp_path / f"{scheme}.png"
-        browser(report, "--window-size=390,3000", f"--blink-settings=preferredColorScheme={scheme}", "--hide-scrollbars", f"--screenshot={path}")
+        browser(
+            report,
+            "--window-size=390,3000",
+            f"--blink-settings=preferredColorScheme={scheme}",
+            "--hide-scrollbars",
+            f"--screenshot={path}",
+        )
         picture = Image.open(path).convert("RGB")
         assert picture.size == (390, 3000) and len(set(picture.resize((130, 1000)).getdata())) > 50
         colours[scheme] = sum(picture.getpixel((3, 1500)))

@@ -57,16 +57,28 @@ def test_it_says_what_the_run_recorded(make_run, capsys):
     document = html(run)
     words = re.sub(r"\s+", " ", " ".join(Elements(document).text))
     for said in (
-        "20 of 20 RL steps", "FP8 trainer (emulated on the CPU), FP8 engine", "run.deterministic", "checkpoint step_000010 was skipped: a.bin was altered (SHA-256)",
-        "engine 0 failed (it died); restart 1", "no significant difference", "0.820 to 0.880", "every task ended by itself",
+        "20 of 20 RL steps", "FP8 trainer (emulated on the CPU), FP8 engine", "run.deterministic",
+        "checkpoint step_000010 was skipped: a.bin was altered (SHA-256)",
+        "engine 0 failed (it died); restart 1", "no significant difference", "0.820 to 0.880",
+        "every task ended by itself",
         "Memory: not recorded", "12 of the 12 samples of 2 saved steps",
     ):  # fmt: skip
         assert said in words, said
     drawn = data_of(document)["charts"]
     assert {"reward", "accuracy", "gap", "k3", "clip", "entropy", "length", "grad", "lr", "sft-loss"} <= set(drawn)
-    assert len(drawn["reward"]["lines"][0]["p"]) == 21 and [line["name"] for line in drawn["gap"]["lines"]] == ["99th percentile |d|", "mean |d|"]
+    assert len(drawn["reward"]["lines"][0]["p"]) == 21 and [line["name"] for line in drawn["gap"]["lines"]] == [
+        "99th percentile |d|",
+        "mean |d|",
+    ]
     same = text(run, capsys)
-    for said in ("20 of 20 RL steps", "run.deterministic", "a.bin was altered (SHA-256)", "no significant difference", "Largest gaps", "Memory: not recorded"):
+    for said in (
+        "20 of 20 RL steps",
+        "run.deterministic",
+        "a.bin was altered (SHA-256)",
+        "no significant difference",
+        "Largest gaps",
+        "Memory: not recorded",
+    ):
         assert said in same, said
 
 
@@ -75,7 +87,11 @@ def test_nothing_of_a_hostile_run_is_obeyed(make_run, capsys):
     document = html(run)
     elements = Elements(document)
     tags = [t for t, _ in elements.tags]
-    assert tags.count("script") == 2 and tags.count("style") == 1 and not {"img", "iframe", "object", "link", "base", "form"} & set(tags)
+    assert (
+        tags.count("script") == 2
+        and tags.count("style") == 1
+        and not {"img", "iframe", "object", "link", "base", "form"} & set(tags)
+    )
     for tag, attributes in elements.tags:
         assert not any(name.startswith("on") or name in ("src", "style") for name in attributes), (tag, attributes)
         assert attributes.get("href", "#").startswith("#")
@@ -83,7 +99,10 @@ def test_nothing_of_a_hostile_run_is_obeyed(make_run, capsys):
     assert policy.startswith("default-src 'none';") and "unsafe" not in policy and "*" not in policy
     shown = data_of(document)["samples"]
     assert len(shown) == 12
-    assert all("</script>" in s["prompt"] and "\u27e8U+202E\u27e9" in s["prompt"] and "\u241b[31m\u2400" in s["prompt"] for s in shown)
+    assert all(
+        "</script>" in s["prompt"] and "\u27e8U+202E\u27e9" in s["prompt"] and "\u241b[31m\u2400" in s["prompt"]
+        for s in shown
+    )
     for c in "\x00\x1b\u202e\u202c\u2028":
         assert c not in document
         assert c not in (same := text(run, capsys))
@@ -142,7 +161,10 @@ def test_a_run_interrupted_at_any_file(make_run, capsys):
             elif damage == "garbage":
                 path.write_bytes(b"\xff\xfe\x00{[" * 50 + b"\n")
             elif damage == "shape":
-                path.write_text('[{"tasks": [1], "step": "x", "phase": 3}, null, 1e999]\n{"tasks": {"a": []}, "checkpoint": 4, "step": [], "prompt": {}}\n')
+                path.write_text(
+                    '[{"tasks": [1], "step": "x", "phase": 3}, null, 1e999]\n{"tasks": {"a": []}, "checkpoint": 4, '
+                    '"step": [], "prompt": {}}\n'
+                )
             else:
                 path.unlink()
                 if damage == "folder":
@@ -164,7 +186,11 @@ def test_broken_lines_are_counted_and_the_rest_is_shown(make_run):
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:10] + ["{broken\n", lines[9]] + lines[10:]) + '{"phase": "rl", "st')
     document = html(run)
-    assert "1 of 31 lines cannot be read" in document and "1 steps are there twice" in document and "ends in half a line" in document
+    assert (
+        "1 of 31 lines cannot be read" in document
+        and "1 steps are there twice" in document
+        and "ends in half a line" in document
+    )
     assert len(data_of(document)["charts"]["reward"]["lines"][0]["p"]) == 21
 
 
@@ -191,7 +217,8 @@ def test_a_run_that_has_just_begun(tmp_path, capsys):
 
 
 def test_sizes_are_bounded(make_run):
-    """10,000 steps, and 1,000 with 400 long samples: megabytes, not tens of them; every extreme is still in the curve."""
+    """10,000 steps, and 1,000 with 400 long samples: megabytes, not tens of them; every extreme is still in the
+    curve."""
     run = make_run("long", steps=9, samples=1)
     rows = [record(s) for s in range(10_001)]
     rows[5003]["grad_norm"] = 1234.5
@@ -230,7 +257,9 @@ def test_another_attempts_gaps_are_left_out(make_run):
     path.write_text(path.read_text().replace('"index": 2', '"index": 77'))
     read = read_run(run)
     found = read_samples(read)
-    assert {s.step for s in found.shown if s.max_gap is not None} == {20} and any("belongs to other samples" in n for n in read.notes)
+    assert {s.step for s in found.shown if s.max_gap is not None} == {20} and any(
+        "belongs to other samples" in n for n in read.notes
+    )
 
 
 def test_samples_of_several_agents_are_counted_on(make_run):
@@ -263,11 +292,16 @@ def test_tokens_are_decoded_and_parts_of_a_character_put_together(make_run, tmp_
     assert len(ids) == 6
     run = make_run(steps=10, samples=1, name_of_model=str(tmp_path / "model"))
     write_lines(run / "rollouts/step_000010.jsonl", [sample(0, "a \u20ac\n", ids)])
-    write_lines(run / "rollouts/trainer/step_000010.jsonl", [{"index": 0, "trainer_logprobs": [-0.5, -0.6, -0.75, -0.5, -1.0, -1.2]}])
+    write_lines(
+        run / "rollouts/trainer/step_000010.jsonl",
+        [{"index": 0, "trainer_logprobs": [-0.5, -0.6, -0.75, -0.5, -1.0, -1.2]}],
+    )
     found = read_samples(read_run(run))
     assert found.decoded and [p.text for p in found.shown[0].pieces] == ["a", " ", "\u20ac", "\u21b5\n"]
     euro = found.shown[0].pieces[2]
-    assert euro.gap == pytest.approx(0.375) and euro.trainer == pytest.approx(-2.25), "the token where it is largest; the sum"
+    assert euro.gap == pytest.approx(0.375) and euro.trainer == pytest.approx(-2.25), (
+        "the token where it is largest; the sum"
+    )
 
 
 def test_comparing_runs(make_run, capsys):
@@ -288,7 +322,17 @@ def test_comparing_runs(make_run, capsys):
 def test_the_first_format_of_an_evaluation_is_shown_without_an_interval(make_run):
     run = make_run()
     shutil.rmtree(run / "eval")
-    write_json(run / "eval/step_000020/fp8/summary.json", {"accuracy": 0.852, "questions": 500, "truncated": 5, "precision": "fp8", "step": 20, "checkpoint": "c/step_000020"})
+    write_json(
+        run / "eval/step_000020/fp8/summary.json",
+        {
+            "accuracy": 0.852,
+            "questions": 500,
+            "truncated": 5,
+            "precision": "fp8",
+            "step": 20,
+            "checkpoint": "c/step_000020",
+        },
+    )
     (x,) = read_run(run).evaluations
     assert x.accuracy == (0.852, None, None) and x.truncated == 0.01 and x.checkpoint == "step_000020"
     assert "not recorded" in html(run)
@@ -296,7 +340,11 @@ def test_the_first_format_of_an_evaluation_is_shown_without_an_interval(make_run
 
 @pytest.mark.parametrize(
     ("low", "high", "verdict"),
-    [(-0.02, -0.001, "FP8 is significantly worse"), (0.001, 0.02, "FP8 is significantly better"), (-0.01, 0.02, "no significant difference")],
+    [
+        (-0.02, -0.001, "FP8 is significantly worse"),
+        (0.001, 0.02, "FP8 is significantly better"),
+        (-0.01, 0.02, "no significant difference"),
+    ],
 )
 def test_the_verdict_follows_the_interval(make_run, low, high, verdict):
     run = make_run()
@@ -322,13 +370,25 @@ def test_the_old_report_stays_until_the_new_one_is_whole(make_run, monkeypatch):
 
 @pytest.mark.parametrize(
     ("value", "shown"),
-    [(0, "0"), (0.85, "0.850"), (-0.004, "\u22120.004"), (3.29e-5, "3.29e-5"), (1234567, "1.23e6"), (2781.2, "2,781"), (5, "5"), (12.345, "12.35"), (None, "\u2013")],
+    [
+        (0, "0"),
+        (0.85, "0.850"),
+        (-0.004, "\u22120.004"),
+        (3.29e-5, "3.29e-5"),
+        (1234567, "1.23e6"),
+        (2781.2, "2,781"),
+        (5, "5"),
+        (12.345, "12.35"),
+        (None, "\u2013"),
+    ],
 )
 def test_figures_are_short(value, shown):
     assert safe.figure(value) == shown
 
 
-@pytest.mark.parametrize(("low", "high"), [(0, 1), (-3, 29), (1e-9, 2e-9), (0.26, 0.67), (0, 10_000), (5, 5), (-1e9, 1e9)])
+@pytest.mark.parametrize(
+    ("low", "high"), [(0, 1), (-3, 29), (1e-9, 2e-9), (0.26, 0.67), (0, 10_000), (5, 5), (-1e9, 1e9)]
+)
 def test_ticks_are_round_and_inside(low, high):
     found = charts.ticks(low, high)
     assert 1 <= len(found) <= 8 and all(low - 1e-9 * abs(low) <= t <= high + 1e-9 * abs(high) for t in found)

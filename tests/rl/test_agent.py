@@ -1,5 +1,6 @@
 """The agent's share of a rollout: dealing, dropping groups without signal, replacing them at most K times."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -77,6 +78,18 @@ def test_a_step_may_have_no_group_at_all(store):
 def test_all_groups_stay_where_asked(store):
     assert indices(agent_with(store, drop_no_signal=False).do_rollout(1, 0, 4)[1]) == [0, 1, 2, 3]
     assert indices(agent_with(store).do_rollout(1, 0, 4, keep_all=True)[1]) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("gpus", [0, 2])
+def test_engines_on_the_trainers_gpus_start_when_its_state_is_there(store, gpus):
+    agent, seen = agent_with(store, number=1, agents=2), []
+    agent.config = RunConfig(slurm={"ranks_per_node": 2, "gpus_per_node": gpus})
+    agent.receiver = SimpleNamespace(held=())
+    agent.channel = SimpleNamespace(get=seen.append, at_work=nullcontext)
+    agent.engines = SimpleNamespace(start=lambda: seen.append("start"), connect=lambda held: seen.append("connect"))
+    agent._bring_up()
+    # without GPUs they were started at once, by Agent.start
+    assert seen == (["resident/2", "resident/3", "start", "connect"] if gpus else ["connect"])
 
 
 def test_two_agents_share_the_prompts_and_agree_on_the_cursor(store):

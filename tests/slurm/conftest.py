@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any, Callable, Iterator
 
 import pytest
-from fp8slurm.models.tiny import write_model
 from fp8slurm.observe.metrics import read_metrics
-from fp8slurm.rl.tiny_task import write_data
 from fp8slurm.slurm.job import fields
+from tiny_runs import last_step, make_folder, settings
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge", "iproute2")
@@ -108,26 +107,17 @@ class Runs:
 
     def __init__(self, folder: Path, moe: bool = False) -> None:
         self.folder, self.recipe = folder, "tiny-moe-fp8" if moe else "tiny-fp8"
-        (folder / "model").mkdir()
-        (folder / "data").mkdir()
-        write_model(folder / "model", moe=moe)
-        write_data(folder / "data")
-        held_out = (folder / "data" / "eval.jsonl").read_text().splitlines()[:16]
-        (folder / "data" / "eval.jsonl").write_text("\n".join(held_out) + "\n")
+        make_folder(folder, 16, moe)
 
     def flags(self, name: str, *more: str) -> list[str]:
-        data = self.folder / "data"
-        flags = {
-            "run.name": name, "run.root": self.folder / "runs", "run.steps": 32, "model.hf-checkpoint": self.folder / "model",
-            "data.train": data / "train.jsonl", "data.eval": data / "eval.jsonl", "sft.data": data / "sft.jsonl",
-            "sft.max-steps": 8, "sft.warmup-steps": 2, "sft.batch-size": 32, "sft.eval-every": 0, "rollout.prompts-per-step": 6,
-            "rollout.n-samples": 4, "rollout.max-replacements": 0, "checkpoint.every": 3, "eval.every": 10,
-            "train.updates-per-step": 1,
-            "slurm.nodes": 2, "slurm.ranks-per-node": 2, "slurm.cpu-threads": 1, "slurm.engine-threads": 1, "slurm.time": 30,
-            "slurm.signal-delay-s": 60, "watchdog.timeout-s": 120,
-        }  # fmt: skip
+        flags = settings(
+            self.folder, name, run__steps=32, sft__max_steps=8, sft__warmup_steps=2, sft__batch_size=32,
+            rollout__prompts_per_step=6, rollout__n_samples=4, rollout__max_replacements=0, checkpoint__every=3,
+            eval__every=10, train__updates_per_step=1, slurm__nodes=2, slurm__ranks_per_node=2, slurm__cpu_threads=1,
+            slurm__engine_threads=1, slurm__time=30, slurm__signal_delay_s=60, watchdog__timeout_s=120,
+        )  # fmt: skip
         switches = ["--rollout.no-drop-no-signal", "--observe.no-tensorboard", "--observe.no-plot"]
-        return ["--recipe", self.recipe, *(f"--{k}={v}" for k, v in flags.items()), *switches, *more]
+        return ["--recipe", self.recipe, *flags, *switches, *more]
 
     def command(self, command: str, name: str, *more: str) -> list[str]:
         return [sys.executable, "-m", "fp8slurm.cli", command, *self.flags(name, *more)]
@@ -142,11 +132,7 @@ class Runs:
 
     def step(self, name: str) -> int:
         """The last RL step that was recorded, -1 if none was."""
-        try:
-            records = read_metrics(self.path(name))
-        except ValueError:
-            return -1
-        return max((r["step"] for r in records if r["phase"] == "rl"), default=-1)
+        return last_step(self.path(name))
 
     def attempt(self, name: str) -> int:
         folders = [int(p.name) for p in self.path(name).glob("attempts/*") if (p / "begun").exists()]

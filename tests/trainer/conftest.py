@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any, Callable
@@ -35,7 +33,9 @@ class Launch:
 
 
 @pytest.fixture(scope="session")
-def launch(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Launch]:
+def launch(
+    tmp_path_factory: pytest.TempPathFactory, run_ranks: Callable[[Path, Path, int], None]
+) -> Callable[..., Launch]:
     """launch(name, world_size, scenarios, module, **paths): run a module's scenarios, in order, on that many ranks."""
 
     def run(
@@ -45,20 +45,7 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Launch]:
         job = {"world_size": world_size, "module": module, "scenarios": scenarios}
         job["paths"] = {k: str(v) for k, v in paths.items()}
         (folder / "job.json").write_text(json.dumps(job))
-        path = os.pathsep.join([str(HERE), str(HERE.parents[1])])
-        env = dict(os.environ) | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-        ranks = []
-        for rank in range(world_size):
-            with open(folder / f"rank{rank}.log", "w") as log:
-                command = [sys.executable, str(HERE / "trainer_worker.py"), str(folder), str(rank)]
-                ranks.append(subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT))
-        try:
-            for process in ranks:
-                process.wait(timeout=600)
-        finally:
-            for process in ranks:
-                process.kill()
-                process.wait()
+        run_ranks(HERE / "trainer_worker.py", folder, world_size)
         return Launch(folder)
 
     return run

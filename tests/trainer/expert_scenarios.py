@@ -9,7 +9,7 @@ from fp8slurm.trainer.trainer import Trainer
 from trainer_reference import LR, AUX_LOSS, cross_entropy, pack, routing
 from trainer_scenarios import (
     BF16, FP8, OFFLOAD, Ranks, batches, continue_here, quantized_weights, resume_exactly, save_before_any_step,
-    save_here, steps, train, weights,
+    save_here, snapshot_bytes, steps, train, weights,
 )  # fmt: skip
 
 EP2 = {"parallel": {"expert_parallel_size": 2}}
@@ -178,6 +178,10 @@ def ep2_balanced(ranks: Ranks) -> dict[str, Any]:
 
 def ep2_resume(ranks: Ranks) -> dict[str, Any]:
     return resume_exactly(ranks, folder="moe", **EP2, **FP8, **BF16)
+
+
+def ep2_snapshot_bytes(ranks: Ranks) -> dict[str, Any]:
+    return snapshot_bytes(ranks, folder="moe", **EP2, **FP8, **BF16)
 
 
 def save_ep2(ranks: Ranks) -> dict[str, Any]:

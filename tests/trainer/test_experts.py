@@ -30,7 +30,7 @@ ONE = [
 TWO = [
     "ep2", "ep2_plain_optimizer", "etp2", "ep2_fp8", "ep2_fp8_layers", "ep2_balanced", "ep2_resume", "save_ep2",
     "one_to_ep2", "one_to_tp2", "ep2_to_tp2", "ep2_to_etp2", "ep2_offloaded_resume", "one_to_ep2_offloaded",
-    "one_to_ep2_ordinary",
+    "one_to_ep2_ordinary", "ep2_snapshot_bytes",
 ]  # fmt: skip
 FOUR = [
     "tp2ep2", "pp2ep2", "tp2ep2_replayed", "pp2ep2_replayed_recomputed", "tp2ep2_balanced", "pp2ep2_balanced",
@@ -215,6 +215,12 @@ def test_replay_touches_nothing_else(one: Any) -> None:
 
 
 # Checkpoints.
+
+
+def test_a_snapshot_is_megatrons_own_checkpoint_whatever_comes_after_it(two: Any) -> None:
+    got = two.result("ep2_snapshot_bytes")
+    assert got["names"][0] == got["names"][1] and sum(n.endswith(".distcp") for n in got["names"][0]) == 2
+    assert got["differ"] == [] and got["same index"]
 
 
 @pytest.mark.parametrize("scenario", ["ep2_resume", "ep2_offloaded_resume"])

@@ -7,6 +7,7 @@ import math
 import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from trainer_reference import run_config, write_model
 from fp8slurm.checkpoint.errors import BadCheckpoint
 from fp8slurm.models.names import NameTable
 from fp8slurm.models.qwen3 import ModelSpec
+from fp8slurm.trainer.build import allocate_fused_state
 from fp8slurm.trainer.logprobs import vocab_parallel_logprobs
 from fp8slurm.trainer.schedule import learning_rate
 from fp8slurm.trainer.start import check_machine
@@ -32,7 +34,15 @@ from fp8slurm.trainer.weights import HfReader
         ({"backend": "transformer_engine"}, "bfloat16", False, True, "needs a GPU; allowed here: emulated, off"),
         ({"backend": "emulated"}, "bfloat16", True, True, "without a GPU; allowed here: transformer_engine, off"),
         ({"backend": "off"}, "bfloat16", True, False, "needs TransformerEngine"),
-        ({"backend": "emulated", "param_gather": True}, "bfloat16", False, False, "--fp8.param-gather"),
+        ({"backend": "emulated", "param_gather": True}, "bfloat16", False, False,
+         "--fp8.param-gather with --fp8.backend emulated: only TransformerEngine keeps weights in FP8"),
+        ({"backend": "off", "param_gather": True}, "bfloat16", True, True, "they would silently stay bfloat16"),
+        ({"backend": "transformer_engine", "param_gather": True}, "bfloat16", False, True,
+         "needs a GPU and TransformerEngine; here"),
+        ({"backend": "transformer_engine", "param_gather": True}, "bfloat16", True, False,
+         "needs a GPU and TransformerEngine; here"),
+        ({"backend": "transformer_engine", "param_gather": True}, "bfloat16", True, True,
+         "have not been seen working on a GPU yet"),
         ({"backend": "transformer_engine"}, "float32", True, True, "--model.dtype float32"),
     ],
 )  # fmt: skip
@@ -142,13 +152,17 @@ def test_reader_and_table_agree(tmp_path: Path) -> None:
     assert set(HfReader(folder)) == set(NameTable(ModelSpec.from_hf_dir(folder)).hf_tensors())
 
 
-def test_logprobs_entropy_and_gradients() -> None:
+@pytest.mark.parametrize("rows", [2, 100])
+def test_logprobs_entropy_and_gradients(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fp8slurm.trainer.logprobs.CHUNK_LOGITS", 11 * rows)
     g = torch.Generator().manual_seed(0)
     logits = (torch.randn(7, 11, generator=g, dtype=torch.float32) * 3).requires_grad_()
     labels = torch.randint(0, 11, (7,), generator=g)
     weights = torch.randn(2, 7, generator=g)
     logprobs, entropy = vocab_parallel_logprobs(logits, labels, with_entropy=True)
+    before = logits.detach().clone()
     (logprobs * weights[0] + entropy * weights[1]).sum().backward()
+    assert torch.equal(logits.detach(), before)
     mine, logits.grad = logits.grad, None
     log_p = logits.log_softmax(-1)
     wanted = log_p.gather(1, labels[:, None]).squeeze(1), -(log_p.exp() * log_p).sum(-1)
@@ -165,3 +179,21 @@ def test_logprobs_of_impossible_tokens_stay_finite_in_the_entropy() -> None:
     assert logprobs.item() == -1000.0 and entropy.item() == 0.0
     entropy.sum().backward()
     assert torch.equal(logits.grad, torch.zeros(1, 3))
+
+
+def test_state_that_fused_adam_would_make_in_its_first_step_is_there_for_a_checkpoint() -> None:
+    old, new = torch.zeros(2), torch.zeros(2, dtype=torch.bfloat16)
+    made = []
+
+    class Adam:  # TransformerEngine's needs a GPU
+        store_param_remainders = True
+        param_groups = [{"params": [old], "step": 7}, {"params": [new]}]
+        state = {old: {"exp_avg": old}, new: {}}
+
+        def initialize_state(self, p: torch.Tensor, remainders: bool) -> None:
+            made.append((p.dtype, remainders))
+
+    parts = [SimpleNamespace(optimizer=Adam()), SimpleNamespace(optimizer=torch.optim.AdamW([old]))]
+    allocate_fused_state(SimpleNamespace(chained_optimizers=parts))
+    assert made == [(torch.bfloat16, True)], "what is there already stays"
+    assert [g["step"] for g in Adam.param_groups] == [7, 0]

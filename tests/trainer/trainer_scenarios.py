@@ -421,11 +421,12 @@ def snapshot_bytes(ranks: Ranks, **sections: Any) -> dict[str, Any]:
     import pickle
     import queue
 
-    from fp8slurm.trainer import checkpoint
+    from fp8slurm.trainer import checkpoint, optimizer_state
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     filesystem_async._results_queue = filesystem_async._results_queue or queue.Queue()
+    optimizer_state.PIECE = 4099  # elements: tensors begin and end inside a piece
     with ranks.trainer(**sections) as trainer:
         trainer.snapshot_reference()
         steps(trainer, range(2))

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Training step of one GPU, BF16 against FP8: tokens/s, TFLOP/s, memory. Each measurement is a process of its own.
 
-usage: bench_train.py [--model Qwen3-4B] [--tokens 8192 16384] [--layers N] [--json FILE]
+usage: bench_train.py [--model Qwen3-4B] [--tokens 8192 16384] [--layers N] [--json FILE] [--profile FILE]
+With --profile one more step is made under torch's profiler: where the GPU's time goes, by kind of kernel and by kernel.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Callable
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools" / "gpu")]
 SEQUENCE = 2048
 
 
-def measure(model: Path, backend: str, tokens: int, recompute: str, rounds: int) -> dict:
+def measure(model: Path, backend: str, tokens: int, recompute: str, rounds: int, profiled: bool = False) -> dict:
     """Medians of `rounds` optimizer steps on one packed micro-batch of sequences of SEQUENCE tokens."""
     import torch
     import torch.distributed as dist
@@ -71,6 +73,7 @@ def measure(model: Path, backend: str, tokens: int, recompute: str, rounds: int)
         sync()
         parts["step"].append(time.perf_counter() - began)
     assert result.ok, "the step was skipped"
+    profile = profile_step(lambda: t.train_step(batches, sft_loss, 1e-6)) if profiled and cuda else None
     seconds = {k: statistics.median(v[2:]) for k, v in parts.items()}
     linear = sum(p.numel() for n, p in t.module.named_parameters() if p.dim() == 2 and "embedding" not in n)
     if spec.tie_word_embeddings:
@@ -83,6 +86,53 @@ def measure(model: Path, backend: str, tokens: int, recompute: str, rounds: int)
         "backend": backend, "tokens": tokens, "recompute": recompute, "seconds": seconds["step"],
         "forward_backward_s": seconds["forward_backward"], "tokens_per_s": tokens / seconds["step"],
         "tflops": flop / seconds["forward_backward"] / 1e12, "memory_gb": memory, "loss": result.loss,
+    } | ({"profile": profile} if profile else {})  # fmt: skip
+
+
+KINDS = {
+    "quantize": ("quantize", "block_scaled", "blockwise", "swizzle"),
+    "attention": ("flash", "fmha", "sdpa", "attention", "fused_attn"),
+    "gemm": ("gemm", "nvjet", "cutlass", "xmma", "cublas"),
+    "optimizer and gradient norm": ("multi_tensor", "adam"),
+    "norms": ("norm",),
+    "rope and activation": ("rope", "swiglu", "silu", "triton_poi", "activation"),
+    "copies and fills": ("memcpy", "memset", "copy", "fill"),
+    "reductions": ("reduce",),
+}
+"""Kind of kernel -> parts of names, the first that fits decides; what is left is elementwise."""
+
+
+def profile_step(step: Callable[[], object]) -> dict:
+    """GPU milliseconds of one step by kind of kernel and by kernel, and the time in which no kernel ran."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
+        step()
+        torch.cuda.synchronize()
+    kinds: dict[str, float] = {}
+    kernels: dict[str, list[float]] = {}
+    spans = []
+    for event in recorded.events():
+        if event.device_type != torch.autograd.DeviceType.CUDA or getattr(event, "is_user_annotation", False):
+            continue
+        began, ended = event.time_range.start, event.time_range.end
+        name = event.name.lower()
+        kind = next((k for k, parts in KINDS.items() if any(part in name for part in parts)), "elementwise")
+        kinds[kind] = kinds.get(kind, 0) + (ended - began) / 1e3
+        seen = kernels.setdefault(event.name[:120], [0, 0])
+        seen[0], seen[1] = seen[0] + (ended - began) / 1e3, seen[1] + 1
+        spans.append((began, ended))
+    spans.sort()
+    busy, until = 0.0, 0.0
+    for began, ended in spans:
+        busy += max(0.0, ended - max(began, until))
+        until = max(until, ended)
+    top = sorted(kernels.items(), key=lambda item: -item[1][0])[:60]
+    return {
+        "span_ms": (until - spans[0][0]) / 1e3, "idle_ms": (until - spans[0][0] - busy) / 1e3,
+        "kinds_ms": dict(sorted(kinds.items(), key=lambda item: -item[1])),
+        "kernels": [{"name": name, "ms": ms, "calls": calls} for name, (ms, calls) in top],
     }  # fmt: skip
 
 
@@ -94,6 +144,7 @@ def main() -> None:
     parser.add_argument("--recompute", default="none", choices=["none", "full"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--profile", type=Path, help="where the profiles go, JSON")
     parser.add_argument("--one", nargs=2, metavar=("BACKEND", "TOKENS"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     import torch
@@ -108,23 +159,30 @@ def main() -> None:
         model = Path(tempfile.mkdtemp())
         (model / "config.json").write_text(json.dumps(config))
     if args.one:
-        print(json.dumps(measure(model, args.one[0], int(args.one[1]), args.recompute, args.rounds)))
+        print(json.dumps(measure(model, args.one[0], int(args.one[1]), args.recompute, args.rounds,
+                                 args.profile is not None)))  # fmt: skip
         return
     backends = ["off", "transformer_engine" if torch.cuda.is_available() else "emulated"]
-    rows = []
+    rows, profiles = [], []
     for tokens in args.tokens:
         for backend in backends:
             again = [sys.executable, __file__, "--model", str(model), "--recompute", args.recompute]
             again += ["--rounds", str(args.rounds), "--one", backend, str(tokens)]
+            again += ["--profile", str(args.profile)] if args.profile else []
             done = subprocess.run(again, capture_output=True, text=True, timeout=240, env=os.environ)
             if done.returncode:
                 tail = [line for line in done.stderr.splitlines() if line.strip()][-3:]
                 print(f"{backend} {tokens} tokens: failed: {' | '.join(tail)}", flush=True)
                 continue
             rows.append(json.loads(done.stdout.splitlines()[-1]))
+            if "profile" in rows[-1]:
+                profiles.append({"backend": backend, "tokens": tokens, **rows[-1].pop("profile")})
+                print(json.dumps({k: v for k, v in profiles[-1].items() if k != "kernels"}), flush=True)
             print(json.dumps(rows[-1]), flush=True)
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1))
+    if args.profile:
+        args.profile.write_text(json.dumps(profiles, indent=1))
 
 
 if __name__ == "__main__":

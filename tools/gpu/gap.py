@@ -5,7 +5,7 @@
     sample    SGLang in FP8 and in BF16 samples from it and says the log-probability of every token
     compare   Megatron with TransformerEngine's FP8 and in BF16 says the log-probabilities of the same tokens
 
-Every stage is a process of its own. Without a GPU FP8 is emulated on both sides (for trying the script).
+Every stage is a process of its own; one whose result lies in OUT already is not repeated. Without a GPU FP8 is emulated on both sides (for trying the script).
 usage: gap.py OUT [--model tiny|Qwen3-0.6B|...] [--steps N]
 """
 
@@ -209,7 +209,12 @@ def main() -> None:
     if args.stage:
         stages[args.stage]()
         return
-    for together in (["train"], ["sample-fp8", "sample-bf16"], ["compare-fp8", "compare-bf16"]):
+    results = {"train": "fp8", "sample-fp8": "samples_fp8.json", "sample-bf16": "samples_bf16.json",
+               "compare-fp8": f"gap_{fp8}.json", "compare-bf16": "gap_off.json"}  # fmt: skip
+    for stages_now in (["train"], ["sample-fp8", "sample-bf16"], ["compare-fp8", "compare-bf16"]):
+        together = [stage for stage in stages_now if not (args.out / results[stage]).exists()]
+        if not together:
+            continue
         print(f"== {' and '.join(together)}", flush=True)
         began = time.time()
         again = [sys.executable, __file__, str(args.out), "--model", args.model, "--steps", str(args.steps)]
