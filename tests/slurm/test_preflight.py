@@ -65,6 +65,7 @@ def test_the_recipe_passes(tiny):
         (["--data.max-prompt-tokens", "1020", "--engine.context-length", "None"], ["the model's 1024 positions"]),
         (["--slurm.gpus-per-node", "2"], ["--slurm.gpus-per-node 2", "this machine has 0 GPUs", "--slurm.executor slurm"]),
         (["--engine.per-node", "3", "--slurm.gpus-per-node", "2"], ["--engine.per-node 3", "= 3 GPUs", "--slurm.gpus-per-node 2"]),
+        (["--engine.placement", "split", "--engine.gpus", "1", "--slurm.gpus-per-node", "3"], ["--engine.placement split", "allowed: shared"]),
         (["--slurm.nodes", "2"], ["--slurm.nodes 2"]),
         (["--sync.transport", "cuda-ipc"], ["--sync.transport cuda-ipc", "--slurm.gpus-per-node", "gloo"]),
         (["--sync.transport", "shared-memory", "--sync.keep-last-update", "True"], ["--sync.keep-last-update", "nothing to keep"]),
