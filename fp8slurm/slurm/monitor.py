@@ -24,6 +24,8 @@ NEIGHBOUR_DIED = 75
 HUNG = 76
 VERDICT = "verdict.json"
 TERMINATED = 143
+FLIGHT_RECORD_S = 5.0
+OTHERS_STACKS_S = FLIGHT_RECORD_S + 3.0
 
 
 class Monitor:
@@ -33,6 +35,8 @@ class Monitor:
         self.folder = attempt_dir / "tasks"
         self.errors = attempt_dir / "errors"
         self.stacks = attempt_dir / "stacks"
+        self.hung = self.stacks / "hung"
+        self._shown = False
         self.index, self.timeout_s = index, timeout_s
         self.on_exit: Callable[[], None] = lambda: None
         self.on_notice: Callable[[], None] = lambda: None
@@ -98,21 +102,43 @@ class Monitor:
                 self._end(NEIGHBOUR_DIED, f"{dead} ended; this task ends with it")
             if time.monotonic() - self._last > self.timeout_s:
                 self._end(HUNG, f"no progress for watchdog.timeout_s = {self.timeout_s:g} s; stacks in {self.stacks}")
+            if self.hung.exists():
+                self._show_where()
 
     def _end(self, code: int, why: str) -> None:
         if self.stop_marker.exists():  # the attempt is over as planned, and Slurm or its neighbours end what is left
             print(f"task {self.index}: {why}, after the run had stopped", file=sys.stderr, flush=True)
             self._leave(0)
         print(f"task {self.index}: {why}", file=sys.stderr, flush=True)
-        if code != TERMINATED:  # where everybody stood when one died or hung
-            with open(self.stacks / f"task_{self.index}.txt", "w") as f:
-                faulthandler.dump_traceback(f, all_threads=True)
+        if code == HUNG:
+            self.hung.touch()
+        if code != TERMINATED or self.hung.exists():
+            self._show_where()
         record_error(self.errors, self.index, why, primary=code not in (NEIGHBOUR_DIED, TERMINATED))
         if code == HUNG:
+            self._wait_for_stacks()
+        self._leave(code)
+
+    def _show_where(self) -> None:
+        """Write where every thread of this task stands, once; in a hang also what NCCL did last."""
+        if self._shown:
+            return
+        self._shown = True
+        with open(self.stacks / f"task_{self.index}.txt", "w") as f:
+            faulthandler.dump_traceback(f, all_threads=True)
+        if self.hung.exists():
             dump = threading.Thread(target=_dump_flight_record, args=(self.stacks, self.index), daemon=True)
             dump.start()
-            dump.join(5.0)  # it must not hang as well
-        self._leave(code)
+            dump.join(FLIGHT_RECORD_S)  # it must not hang as well
+
+    def _wait_for_stacks(self) -> None:
+        """The end of this task ends the job step: first the others say where they stand, those that still can."""
+        deadline = time.monotonic() + OTHERS_STACKS_S
+        while time.monotonic() < deadline:
+            silent = [t for t in self.folder.glob("[0-9]*.json") if not (self.stacks / f"task_{t.stem}.txt").exists()]
+            if all(t.with_suffix(".done").exists() for t in silent):
+                return
+            time.sleep(0.1)
 
     def _leave(self, code: int) -> None:
         threading.Timer(10.0, os._exit, (code,)).start()  # on_exit must not keep a broken task alive
