@@ -7,12 +7,28 @@ from typing import Literal
 from fp8slurm.config.schema import RunConfig
 
 
-def transport_of(config: RunConfig) -> Literal["gloo", "cuda-ipc", "shared-memory"]:
-    """sync.transport: by the handle of the memory where trainer and engines share GPUs, else through the host."""
+Transport = Literal["gloo", "cuda-ipc", "shared-memory", "nccl", "gloo-direct"]
+
+
+def transport_of(config: RunConfig) -> Transport:
+    """sync.transport: by the handle of the memory where trainer and engines share GPUs, by NCCL where each have their
+    own, else through the host."""
     way = config.sync.transport
-    if way == "auto":
-        return "cuda-ipc" if config.slurm.gpus_per_node else "gloo"
-    return way
+    if way != "auto":
+        return way
+    if not config.slurm.gpus_per_node:
+        return "gloo"
+    return "nccl" if config.engine.placement == "split" else "cuda-ipc"
+
+
+def is_mapped(config: RunConfig) -> bool:
+    """Whether engines map the weights where they lie (sync/mapped.py)."""
+    return transport_of(config) in ("cuda-ipc", "shared-memory")
+
+
+def is_direct(config: RunConfig) -> bool:
+    """Whether the ranks send the weights straight into the engines (sync/direct.py)."""
+    return transport_of(config) in ("nccl", "gloo-direct")
 
 
 def engines_start_after_trainer(config: RunConfig) -> bool:

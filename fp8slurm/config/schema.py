@@ -284,8 +284,10 @@ class SyncSection(Section):
     """Compare a digest of the raw bytes in the engine with what was sent: never, after the first update, after every one."""
     pause_mode: Literal["retract", "abort", "in_place"] = "retract"
     """What an update does to running requests: back to the queue (go on under the new weights), end now, or go on with the old weights' KV cache."""
-    transport: Literal["auto", "gloo", "cuda-ipc", "shared-memory"] = "auto"
-    """How weights reach the engines: through the host (gloo), or mapped where they lie on the GPU that trainer and engine share (cuda-ipc; shared-memory is its stand-in without GPUs). auto: cuda-ipc on GPUs, else gloo."""
+    transport: Literal["auto", "gloo", "cuda-ipc", "nccl", "shared-memory", "gloo-direct"] = "auto"
+    """How weights reach the engines: through the host (gloo), mapped where they lie on the GPU that trainer and engine share
+    (cuda-ipc), or broadcast from GPU to GPU where each have their own (nccl). shared-memory and gloo-direct are the stand-ins
+    of the last two without GPUs. auto: gloo without GPUs, else cuda-ipc or nccl by engine.placement."""
     keep_last_update: bool | None = None
     """Keep the last update in the host memory of every node, for an engine that restarts; without it the trainer sends it again. Left out: yes with gloo; the other transports cannot."""
 

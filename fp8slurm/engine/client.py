@@ -183,9 +183,11 @@ class EngineClient:
 
     # -- weights -------------------------------------------------------------------------------------------------
 
-    def join_group(self, name: str, port: int, world_size: int, backend: str) -> None:
-        """Have the server's ranks join group `name` as ranks 1 to world_size - 1, by a store on 127.0.0.1:port."""
-        body = {"master_address": "127.0.0.1", "master_port": port, "rank_offset": 1, "world_size": world_size}
+    def join_group(
+        self, name: str, port: int, world_size: int, backend: str, address: str = "127.0.0.1", first_rank: int = 1
+    ) -> None:
+        """Have the server's ranks join group `name` as ranks `first_rank` and following, by a store on address:port."""
+        body = {"master_address": address, "master_port": port, "rank_offset": first_rank, "world_size": world_size}
         self._post("/init_weights_update_group", {**body, "group_name": name, "backend": backend})
 
     def leave_group(self, name: str) -> None:

@@ -49,6 +49,8 @@ class EngineSettings:
     """Keep the experts of every token, for requests that ask for them."""
     sleeps: bool = False
     """Its memory can be released and resumed (GPUs only)."""
+    gloo_interface: str = "lo"
+    """Network interface of gloo: beyond this machine only where ranks on other nodes send weights over it."""
     gpus: tuple[str, ...] | None = None
     """Devices that the server may use, as CUDA_VISIBLE_DEVICES names them; None leaves that variable as it is."""
 
@@ -222,7 +224,7 @@ class Engine:
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
             "TMPDIR": str(self._temporary),
-            "GLOO_SOCKET_IFNAME": "lo",
+            "GLOO_SOCKET_IFNAME": self.settings.gloo_interface,
             # a file instead of a TCP port that listens on every interface
             "SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE": f"file://{self._temporary}/rendezvous",
         }

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from fp8slurm.checkpoint.run import RunDirectory
 from fp8slurm.config import RunConfig
-from fp8slurm.config.derived import engines_start_after_trainer, transport_of
+from fp8slurm.config.derived import engines_start_after_trainer, is_direct, is_mapped
 from fp8slurm.engine.pool import WeightsLost
 from fp8slurm.eval.in_training import TrainingEval
 from fp8slurm.rl.advantages import has_signal, settle_truncated
@@ -31,6 +31,7 @@ from fp8slurm.rl.saved import is_saved, rollout_file, trainer_file, write_rollou
 from fp8slurm.rl.types import SampleGroup
 from fp8slurm.rl.wire import encode_groups
 from fp8slurm.sync.check import check_engine_checkpoint
+from fp8slurm.sync.direct import DirectReceiver, Generation
 from fp8slurm.sync.groups import Group
 from fp8slurm.sync.mapped import MappedReceiver
 from fp8slurm.sync.receiver import Receiver
@@ -94,11 +95,14 @@ class Agent:
         assert self.model_dir is not None
         check_engine_checkpoint(self.model_dir, [s for plan in plans.values() for specs in plan for s in specs])
         groups = {n: Group(store, f"sync/{n}", 1 + self.number, 1 + self.agents, address) for n in names}
-        mapped = transport_of(self.config) != "gloo"
-        keep = not mapped and self.config.sync.keep_last_update is not False
-        self.receiver: Receiver | MappedReceiver
+        through_host = not (is_mapped(self.config) or is_direct(self.config))
+        keep = through_host and self.config.sync.keep_last_update is not False
+        self.receiver: Receiver | MappedReceiver | DirectReceiver
         self.receiver = host = Receiver(store, [(n, groups[n], plans[n]) for n in names], keep)
-        if mapped:
+        self.sources = names
+        if is_direct(self.config):
+            self.receiver = DirectReceiver([(n, plans[n]) for n in names], host)
+        elif is_mapped(self.config):
             per_node = self.config.slurm.ranks_per_node
             here = range(self.number * per_node, (self.number + 1) * per_node)
             self.receiver = MappedReceiver(store, here, [plans[n] for n in names], host)
@@ -136,6 +140,19 @@ class Agent:
         """The engines give their GPU memory back, until the next update."""
         assert self.engines is not None
         self.engines.sleep()
+        return {}, None
+
+    def do_linked(self, generation: int) -> tuple[dict, None]:
+        """Whether all engines of the node and all others are in this generation of the weight groups (sync/direct.py)."""
+        assert self.engines is not None
+        return {"linked": self.engines.linked(generation)}, None
+
+    def do_link(self, generation: int) -> tuple[dict, None]:
+        """Have the engines join a new generation of them; those that fail are restarted."""
+        assert self.engines is not None
+        plain = self.store.plain
+        with self._at_work():
+            self.engines.link(Generation(self.store, generation), self.sources, plain.host, plain.port, self.number)
         return {}, None
 
     def do_update(self, version: int, verify: bool, number: int) -> tuple[dict, None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -12,11 +13,12 @@ from typing import Callable, Iterator, Sequence
 
 from fp8slurm.checkpoint.run import write_atomic
 from fp8slurm.config import RunConfig
-from fp8slurm.config.derived import engines_sleep, transport_of
+from fp8slurm.config.derived import engines_sleep, is_direct, is_mapped, transport_of
 from fp8slurm.engine.client import GenerateRequest, Generation
 from fp8slurm.engine.pool import EnginePool, Member, WeightsLost, engine_errors, pieces, shares
-from fp8slurm.engine.server import Engine, EngineSettings, visible_gpus
+from fp8slurm.engine.server import Engine, EngineError, EngineSettings, visible_gpus
 from fp8slurm.sync.bucket import WeightBucket
+from fp8slurm.sync.direct import DirectTransport, Generation
 from fp8slurm.sync.engine_link import EngineLink
 from fp8slurm.sync.fan_out import FanOut
 from fp8slurm.sync.transport import MappedTransport, Transport
@@ -75,7 +77,9 @@ class EngineSet(EnginePool):
         e, mode = self.config.engine, self.config.sync.pause_mode
         assert member.client is not None
         transport: Transport | None = None
-        if transport_of(self.config) != "gloo":  # without GPUs all map the first rank's
+        if is_direct(self.config):
+            transport = DirectTransport()
+        elif is_mapped(self.config):  # without GPUs all map the first rank's
             transport = MappedTransport(self._gpus[self.members.index(member)] or (0,) * e.tensor_parallel_size)
         member.link = EngineLink(
             member.client, e.tensor_parallel_size, transport, mode, expert_parallel_size=e.expert_parallel_size
@@ -116,6 +120,31 @@ class EngineSet(EnginePool):
 
         self.mend(self.each(resume))
 
+    # -- weight groups (sync/direct.py) ---------------------------------------------------------------------------
+
+    def linked(self, generation: int) -> bool:
+        """Whether all engines are members of this generation, and nobody in it has failed. One that died unnoticed is
+        restarted here: in an update it would take the others with it."""
+        self.mend({m: EngineError("it is gone") for m in self.members if not m.engine.alive()})
+        joined = [member.link.transport.generation for member in self.members]
+        return all(g is not None and g.number == generation and not g.failed() for g in joined)
+
+    def link(self, generation: Generation, sources: Sequence[str], address: str, port: int, node: int) -> None:
+        """Have all engines join; those that cannot are restarted. address, port: of the job's store. EngineError."""
+        ranks = self.config.engine.tensor_parallel_size
+        size = 1 + self.config.slurm.nodes * len(self.members) * ranks
+        backend = "nccl" if any(self._gpus) else "gloo"
+
+        def join(member: RunEngine) -> None:
+            first = 1 + (node * len(self.members) + self.members.index(member)) * ranks
+            try:
+                member.link.transport.join(generation, sources, address, port, first, size, backend)
+            except EngineError as error:
+                generation.fail(f"{member.title} did not join: {error}")
+                raise
+
+        self.mend(self.each(join))
+
     # -- weights -------------------------------------------------------------------------------------------------
 
     def update(self, version: int, incoming: Iterator[WeightBucket], verify: bool) -> None:
@@ -142,7 +171,12 @@ class EngineSet(EnginePool):
             fan.leave(number)
 
     def _load(self, member: RunEngine, buckets: Iterator[WeightBucket], verify: bool) -> None:
-        digests = member.link.update(self.version, buckets, verify=verify)
+        try:
+            digests = member.link.update(self.version, buckets, verify=verify)
+        except EngineError as error:
+            if isinstance(member.link.transport, DirectTransport) and member.link.transport.generation is not None:
+                member.link.transport.generation.fail(f"{member.title}: {error}")
+            raise
         member.behind = False
         member.done()
         if digests is not None:
@@ -215,5 +249,6 @@ def engine_settings(config: RunConfig) -> EngineSettings:
         EngineSettings.from_config(config.engine), deterministic=config.run.deterministic, seed=config.run.seed,
         cpu_threads=config.slurm.engine_threads, return_routing=config.rollout.routing_replay,
         sleeps=engines_sleep(config),
+        gloo_interface=os.environ.get("GLOO_SOCKET_IFNAME", "lo") if transport_of(config) == "gloo-direct" else "lo",
     )  # fmt: skip
 

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from fp8slurm.checkpoint.run import RunDirectory, RunState
 from fp8slurm.config import RunConfig
-from fp8slurm.config.derived import engines_sleep, engines_start_after_trainer, transport_of
+from fp8slurm.config.derived import engines_sleep, engines_start_after_trainer, is_direct, is_mapped
 from fp8slurm.eval.in_training import merge
 from fp8slurm.models.names import NameTable
 from fp8slurm.observe.metrics import MetricsWriter
@@ -36,6 +36,7 @@ from fp8slurm.rl.stopping import Abandoned, Never, Stopped, Stopping
 from fp8slurm.rl.types import PackedBatch, SampleGroup
 from fp8slurm.rl.wire import decode_groups
 from fp8slurm.sync.bucket import WeightBucket
+from fp8slurm.sync.direct import DirectSender
 from fp8slurm.sync.groups import Group
 from fp8slurm.sync.mapped import MappedSender
 from fp8slurm.sync.plan import source_names
@@ -92,6 +93,7 @@ class Loop:
         self.sleeps = engines_sleep(config) and not config.control.freeze_engine
         self.asleep = False
         self.mapped: MappedSender | None = None
+        self.direct: DirectSender | None = None
         self.sends = 0
         self.verified = False
         self.sinks: list[Any] = []
@@ -155,6 +157,8 @@ class Loop:
             sink.close()
         if self.mapped is not None:
             self.mapped.close()
+        if self.direct is not None:
+            self.direct.close()
 
     # -- stop ----------------------------------------------------------------------------------------------------
 
@@ -212,7 +216,10 @@ class Loop:
             self.store.set(f"sync/root/{name}", str(t.rank))
         size = 1 + self.channel.agents
         self.groups = {n: Group(self.store, f"sync/{n}", 0, size, self.address) for n in self.stream.sources}
-        if transport_of(c) != "gloo":
+        if is_direct(c):
+            engine_ranks = c.slurm.nodes * c.engine.per_node * c.engine.tensor_parallel_size
+            self.direct = DirectSender(self.store, list(self.stream.sources), engine_ranks, self.address)
+        if is_mapped(c):
             names = self.store.get("sync/sources").decode().split()
             roots = {n: int(self.store.get(f"sync/root/{n}")) for n in names}
             plans = {n: parse_description(self.store.get(f"sync/plan/{n}").decode()) for n in names}
@@ -447,11 +454,15 @@ class Loop:
         with self.timed("sync"):
             if self.sleeps:  # room for the engines
                 self.trainer.free_cached()
+            if self.direct is not None:
+                self._link(self.direct)
             self.channel.post("update", version=version, verify=verify, number=self.sends)
-            if self.mapped is None:
-                self.stream.send(version, start)
-            else:
+            if self.mapped is not None:
                 self.mapped.send(self.sends, version, self.stream, start if verify else None)
+            elif self.direct is not None:
+                self.direct.send(version, self.stream, start if verify else None)
+            else:
+                self.stream.send(version, start)
             for source in self.groups if verify else ():
                 publish_checksums(self.store, self.sends, source, checksums[source])
             said = [a for a, _ in self.channel.collect()]
@@ -463,6 +474,15 @@ class Loop:
         for part in said[0].get("seconds", ()):
             self._spent(f"sync_{part}", max(a["seconds"][part] for a in said if "seconds" in a))
         return not lost
+
+    def _link(self, direct: DirectSender) -> None:
+        """Have all engines in the sources' groups; where one is missing (the start, a restart), all make new ones."""
+        number = direct.generation.number
+        while not all(a["linked"] for a, _ in self.channel.call("linked", generation=number)):
+            number += 1
+            self.channel.post("link", generation=number)
+            direct.link(number)
+            self.channel.collect()
 
     def sleep(self) -> None:
         """Before the trainer works: the engines give their memory back, and with it the weights that they were sent."""

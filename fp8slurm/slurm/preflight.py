@@ -40,7 +40,6 @@ def preflight(config: RunConfig, dry_run: bool = False) -> list[str]:
     check(_model, config)
     check(_fp8, config)
     spec, _ = find_spec(config.model.hf_checkpoint)
-    check(_not_there_yet, config, spec)
     _sync(config)
     _parallel(config, spec)
     _lengths(config, spec)
@@ -106,20 +105,24 @@ def _fp8(config: RunConfig) -> None:
         )
 
 
-def _not_there_yet(config: RunConfig, spec: ModelSpec) -> None:
-    """What the configuration can say and `plan` can plan, but a run cannot do so far."""
-    if config.engine.placement == "split":
-        place(config)
-        raise ValueError("--engine.placement split: trainer and engines on separate GPUs is not there yet; allowed: shared")
-
-
 def _sync(config: RunConfig) -> None:
     """How the weights travel, and whether engines sleep, against the GPUs."""
     way, gpus = config.sync.transport, config.slurm.gpus_per_node
     if way == "cuda-ipc" and not gpus:
         raise ValueError("--sync.transport cuda-ipc needs GPUs (--slurm.gpus-per-node); allowed: auto, gloo, shared-memory")
-    if way == "shared-memory" and gpus:
-        raise ValueError("--sync.transport shared-memory is for machines without GPUs; allowed: auto, cuda-ipc, gloo")
+    if way in ("shared-memory", "gloo-direct") and gpus:
+        raise ValueError(f"--sync.transport {way} is for machines without GPUs; allowed: auto, cuda-ipc, nccl, gloo")
+    split = config.engine.placement == "split"
+    if way == "cuda-ipc" and split:
+        raise ValueError(
+            "--sync.transport cuda-ipc with --engine.placement split: no engine shares a GPU with a training rank; allowed: "
+            "auto, nccl, gloo"
+        )
+    if way == "nccl" and not split:
+        raise ValueError(
+            "--sync.transport nccl with --engine.placement shared: NCCL does not join two processes on one GPU; allowed: auto, "
+            "cuda-ipc, gloo, or --engine.placement split"
+        )
     if config.sync.keep_last_update and transport_of(config) != "gloo":
         raise ValueError(
             f"--sync.keep-last-update with --sync.transport {way}: the weights do not pass through the host, so there is "

@@ -1,7 +1,8 @@
 """How a bucket gets from this node into one engine: three ways, the same bytes.
 
     gloo      CPU. One group on loopback: this process is rank 0, the engine's ranks are 1 to tensor_parallel_size.
-    nccl      GPUs that only serve: the same over NVLink or the network, from a payload on this process's GPU.
+    nccl      the same over NVLink or the network, from a payload on this process's GPU. In a run the training ranks
+              themselves are the senders, for all engines at once (sync/direct.py).
     cuda-ipc  GPUs that trainer and engine share: the engine maps the payload where it lies (sync/mapped.py).
 """
 
@@ -119,7 +120,9 @@ class BroadcastTransport(Transport):
         self._group = self._store = None
 
 
-def engine_group(store: dist.Store, name: str, size: int, backend: str) -> dist.ProcessGroup:
+def engine_group(
+    store: dist.Store, name: str, size: int, backend: str, address: str = LOOPBACK, timeout: timedelta = JOIN_TIMEOUT
+) -> dist.ProcessGroup:
     """Rank 0 of the group that SGLang's init_custom_process_group makes: its keys lie under the same prefixes.
 
     PrefixStore(name) is SGLang's (utils/common.py); name/ and the first device of the backend are those of torch's
@@ -130,11 +133,11 @@ def engine_group(store: dist.Store, name: str, size: int, backend: str) -> dist.
         store = dist.PrefixStore(prefix, store)
     if backend == "nccl":
         options = dist.ProcessGroupNCCL.Options()
-        options._timeout = JOIN_TIMEOUT
+        options._timeout = timeout
         return dist.ProcessGroupNCCL(store, 0, size, options)
     options = dist.ProcessGroupGloo._Options()
-    options._timeout = JOIN_TIMEOUT
-    options._devices = [dist.ProcessGroupGloo.create_device(hostname=LOOPBACK)]
+    options._timeout = timeout
+    options._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
     return dist.ProcessGroupGloo(store, 0, size, options)
 
 

@@ -110,9 +110,10 @@ def test_a_run_survives_everything(lab, runs, reference, same_run, measure):
     fault.happens("preemption without notice", preempt, job)
     fault.happens("rank stopped", kill(3, signal.SIGSTOP), job)
     stacks = runs.path(name) / "attempts" / str(runs.attempt(name) - 1) / "stacks"
-    # Whoever's watchdog is the first, all say where they stand before it ends the step; the stopped one cannot.
+    # Whoever's watchdog is the first, all say where they stand before it ends the step. The stopped one may too: Slurm
+    # lets a stopped process go on in order to end it.
     found = {path.name: path.read_text() for path in stacks.glob("task_*.txt")}
-    assert set(found) == {f"task_{i}.txt" for i in (0, 1, 2, 4, 5)}
+    assert set(found) >= {f"task_{i}.txt" for i in (0, 1, 2, 4, 5)}
     assert "loop.py" in found["task_0.txt"]
     fault.happens("time limit with notice", lambda job: runs.meet_time_limit(lab, name, job), job)
     stopped = runs.path(name) / "attempts" / str(runs.attempt(name) - 1) / "stopped.json"

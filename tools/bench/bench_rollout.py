@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--precision", nargs="+", choices=["bf16", "fp8"], default=["bf16", "fp8"])
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     hf, fp8 = args.work / "hf", args.work / "fp8"
@@ -47,7 +48,8 @@ def main() -> None:
         write_random_model(args.model, hf)
         hf_to_fp8(hf, fp8)
     rows = []
-    for precision, folder in (("bf16", hf), ("fp8", fp8)):
+    for precision in args.precision:
+        folder = {"bf16": hf, "fp8": fp8}[precision]
         section = EngineSection(
             mem_fraction=0.7, max_running_requests=max(args.batch),
             extra_args=[*GPU_ENGINE, "--cuda-graph-bs", *map(str, args.batch)] if torch.cuda.is_available() else [],

@@ -1,0 +1,255 @@
+"""Weights for engines on GPUs of their own: straight from the rank that has them into every engine's memory.
+
+For every source (sync/stream.py) there is one group: the source is its rank 0, the ranks of all engines of all nodes follow.
+
+    rank 0   link            the agents have their engines join the groups; the sources make their end at the same time
+    source   fills a bucket, one broadcast to all engine ranks           (NCCL; gloo without GPUs)
+    agent    tells its engines what comes next, all of them at once      (HTTP)
+
+A broadcast whose members are not all there never ends. So whoever fails says so under direct/G/failed, and everybody who
+waits in generation G of the groups looks there: sources give their groups up, agents restart their engines, which may hold
+half an update. Then generation G + 1 is made with all engines, and the update is sent again.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+
+from fp8slurm.engine.client import EngineClient
+from fp8slurm.engine.server import EngineError
+from fp8slurm.sync.bucket import WeightBucket
+from fp8slurm.sync.groups import TIMEOUT
+from fp8slurm.sync.mapped import Buckets, HostCopy
+from fp8slurm.sync.receiver import Receiver
+from fp8slurm.sync.stream import WeightStream
+from fp8slurm.sync.transport import Transport, engine_group
+
+log = logging.getLogger(__name__)
+
+POLL_S = 0.05
+"""How often somebody who waits looks whether another one failed; what it waits for is noticed at once."""
+
+
+class Broken(Exception):
+    """A member of this generation of the groups failed."""
+
+
+class Generation:
+    """One generation of the groups, as everybody sees it in the job's store."""
+
+    def __init__(self, store: dist.Store, number: int) -> None:
+        self.store, self.number = store, number
+
+    def group(self, source: str) -> str:
+        """The name that the group of a source has in the engines."""
+        return f"fp8slurm-{self.number}-{source}"
+
+    def fail(self, why: str) -> None:
+        """Tell everybody; the first reason is the one that counts."""
+        if not self.failed():
+            log.warning("weight groups, generation %d: %s", self.number, why)
+            self.store.set(f"direct/{self.number}/failed", why)
+
+    def failed(self) -> bool:
+        return self.store.check([f"direct/{self.number}/failed"])
+
+    def wait(self, future: Future) -> Any:
+        """The future's result. Raises what it raises, or Broken as soon as anybody failed."""
+        while not future.done():
+            try:
+                return future.result(timeout=POLL_S)
+            except TimeoutError:
+                if not future.done() and self.failed():
+                    raise Broken(f"another member of the weight groups failed (generation {self.number})") from None
+        return future.result()
+
+
+class DirectSender:
+    """A training rank's end; every rank makes one, also those that are the source of nothing."""
+
+    def __init__(self, store: Any, sources: Sequence[str], engine_ranks: int, address: str) -> None:
+        """store: the job's (sync/sealed.py). sources: names of what this rank sends, in the order of the plan.
+        engine_ranks: of all engines together. address: where gloo listens."""
+        self.store, self.sources, self.size, self.address = store, list(sources), 1 + engine_ranks, address
+        self.on_gpu = torch.cuda.is_available()
+        self.device = torch.cuda.current_device() if self.on_gpu else None
+        self.generation = Generation(store, 0)
+        self._groups: dict[str, dist.ProcessGroup] = {}
+        self._pool: ThreadPoolExecutor | None = None
+
+    def link(self, number: int) -> None:
+        """Leave the groups there are, and make those of generation `number`, while the engines join."""
+        self.close()
+        self.generation = Generation(self.store, number)
+        self._groups = {}
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="weight-groups")
+        for source in self.sources:
+            try:
+                self._groups[source] = self.generation.wait(self._pool.submit(self._make, source))
+            except Broken:
+                return
+            except RuntimeError as error:  # torch's, from the rendezvous
+                self.generation.fail(f"the group of {source} could not be made: {error}")
+                return
+
+    def _make(self, source: str) -> dist.ProcessGroup:
+        plain = self.store.plain.clone()  # the engines know no key: only addresses of peers stand there, as Megatron's
+        backend = "nccl" if self.on_gpu else "gloo"
+        return engine_group(plain, self.generation.group(source), self.size, backend, self.address, TIMEOUT)
+
+    def send(self, version: int, stream: WeightStream, host_copy: HostCopy | None = None) -> None:
+        """One update. Collective over the ranks that share tensors, so a broken group does not end it: then the engines
+        say that they lost their weights. host_copy: also send every bucket to the agents, to compare with."""
+
+        def start(source: str, bucket: WeightBucket) -> _UnderWay:
+            copying = None if host_copy is None else host_copy(source, bucket)
+            if self.on_gpu:
+                torch.cuda.current_stream().synchronize()  # the payload is finished: another stream reads it
+            sending = None
+            if self._pool is not None and not self.generation.failed():
+                sending = self._pool.submit(self._broadcast, source, bucket.payload)
+            return _UnderWay(self, sending, copying)
+
+        stream.send(version, start)
+
+    def _broadcast(self, source: str, payload: torch.Tensor) -> None:
+        options = dist.BroadcastOptions()
+        options.rootRank, options.rootTensor = 0, 0
+        group = self._groups[source]
+        if not self.on_gpu:
+            group.broadcast([payload], options).wait()
+            return
+        torch.cuda.set_device(self.device)
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            group.broadcast([payload], options).wait()
+        stream.synchronize()
+
+    def wait(self, sending: Future) -> None:
+        """Until a broadcast is done, or the groups are broken."""
+        try:
+            self.generation.wait(sending)
+        except Broken:
+            self.close()
+        except RuntimeError as error:  # gloo's or NCCL's
+            self.generation.fail(f"a broadcast failed: {error}")
+            self.close()
+
+    def close(self) -> None:
+        """Give the groups up, with whatever is under way in them."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+        self._pool = None
+        if self.on_gpu:
+            for group in self._groups.values():
+                group.abort()
+        self._groups = {}
+
+
+class _UnderWay:
+    """A bucket on its way; its payload may be overwritten after wait()."""
+
+    def __init__(self, sender: DirectSender, sending: Future | None, copying: Any) -> None:
+        self.sender, self.sending, self.copying = sender, sending, copying
+
+    def wait(self) -> None:
+        if self.copying is not None:
+            self.copying.wait()
+        if self.sending is not None and not self.sending.cancelled():
+            self.sender.wait(self.sending)
+
+
+@dataclass
+class DirectBucket(WeightBucket):
+    """A bucket that goes past the agent. The payload is empty, or a copy to compare with."""
+
+    source: str = ""
+
+
+class DirectReceiver:
+    """An agent's end: what comes, in the order in which it comes."""
+
+    def __init__(self, sources: Sequence[tuple[str, Buckets]], host: Receiver) -> None:
+        """sources: (name, buckets). host: takes the copies to compare with, in updates that are verified."""
+        self.plan = [(name, specs) for name, plan in sources for specs in plan]
+        self.host = host
+
+    @property
+    def held(self) -> list[WeightBucket]:
+        """Nothing: the weights do not pass through here."""
+        return []
+
+    def receive(self, version: int, number: int, verify: bool) -> Iterator[WeightBucket]:
+        """The buckets of update `number`, which gets `version`; with verify they come with payloads, which last
+        (CorruptUpdate as in Receiver.receive)."""
+        copies = self.host.receive(version, number, True) if verify else None
+        for name, specs in self.plan:
+            payload = torch.empty(0, dtype=torch.uint8) if copies is None else next(copies).payload
+            yield DirectBucket(version, specs, payload, name)
+        if copies is not None:
+            next(copies, None)
+
+
+class DirectTransport(Transport):
+    """An engine's end: it is told what comes and takes part in the broadcast."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generation: Generation | None = None
+        """The groups that the engine is a member of."""
+        self._sources: tuple[str, ...] = ()
+        self._client: EngineClient | None = None
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="engine-link")
+        self._loading: Future = Future()
+
+    def open(self, client: EngineClient, tensor_parallel_size: int) -> None:
+        self._client = client
+
+    def join(
+        self, generation: Generation, sources: Sequence[str], address: str, port: int, first: int, size: int, backend: str
+    ) -> None:
+        """Have the engine leave its groups and join those of `generation`, one for every source, as ranks `first` and
+        following of `size`. address and port are the job store's. Raises EngineError."""
+        assert self._client is not None, "open() comes first"
+        client, self._sources = self._client, tuple(sources)
+        if self.generation is not None:
+            for source in self._sources:
+                self._wait(generation, self._pool.submit(client.leave_group, self.generation.group(source)))
+        self.generation = None
+        for source in self._sources:
+            name = generation.group(source)
+            joining = self._pool.submit(client.join_group, name, port, size, backend, address, first)
+            self._wait(generation, joining)
+        self.generation = generation
+
+    def _wait(self, generation: Generation, future: Future) -> None:
+        try:
+            generation.wait(future)
+        except Broken as error:
+            raise EngineError(str(error)) from None
+
+    def start(self, bucket: WeightBucket) -> None:
+        assert self._client is not None and self.generation is not None, "open() and join() come first"
+        assert isinstance(bucket, DirectBucket), type(bucket)
+        names = [spec.name for spec in bucket.specs]
+        dtypes = [str(spec.dtype).removeprefix("torch.") for spec in bucket.specs]
+        shapes = [list(spec.shape) for spec in bucket.specs]
+        group = self.generation.group(bucket.source)
+        self._began = time.perf_counter()
+        self._loading = self._pool.submit(self._client.receive_bucket, group, names, dtypes, shapes)
+
+    def finish(self) -> None:
+        assert self.generation is not None
+        self._wait(self.generation, self._loading)
+        self.seconds["load"] += time.perf_counter() - self._began  # the broadcast and the load: the server tells no border
+
+    def close(self, engine_answers: bool) -> None:
+        self._client = self.generation = None
+
