@@ -184,11 +184,3 @@ def in_bf16(model: dict[str, Any], value: Callable[[Any], torch.Tensor] | None) 
 def dequantized(weight: Any) -> torch.Tensor:
     """The weight's values in BF16; of a weight without masters. Quantizing them gives its codes and scales again."""
     return weight.dequantize()
-
-
-# Delete from here to the end, and the call in start.check_optimizer, once tools/gpu/param_gather_probe.py has passed.
-def refuse_unseen() -> None:
-    """Refuse FP8 primary weights as long as they have not been seen on a GPU; ValueError."""
-    raise ValueError(
-        "--fp8.param-gather: FP8 primary weights have not been seen working on a GPU yet; allowed: --fp8.no-param-gather"
-    )

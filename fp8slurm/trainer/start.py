@@ -19,7 +19,6 @@ import torch.distributed as dist
 
 from fp8slurm.config.schema import RunConfig
 from fp8slurm.fp8.environment import set_fp32_scales
-from fp8slurm.trainer.primary_fp8 import refuse_unseen
 
 TIMEOUT = timedelta(hours=24)
 """Of collectives: ranks may wait long for one another, and hangs are the watchdog's business."""
@@ -63,7 +62,6 @@ def check_optimizer(config: RunConfig, fused_adam: bool) -> None:
         )
     if config.fp8.param_gather:
         check_param_gather(config, fused_adam)
-        refuse_unseen()
     if o.cpu_offload and not o.distributed:
         raise ValueError(
             "--optim.cpu-offload needs the distributed optimizer; allowed: --optim.distributed, or "
