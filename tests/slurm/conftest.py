@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Callable, Iterator
 
@@ -186,7 +186,8 @@ class Runs:
         log = self.path(name) / "attempts" / str(self.attempt(name)) / "logs" / "0_log.err"
         wait_until(lambda: "notice (SIGUSR2)" in log.read_text(), "no notice came", lambda: self.log(name))
         for pid in held:
-            os.kill(pid, signal.SIGCONT)
+            with suppress(ProcessLookupError):  # held for longer than the watchdog allows, it was ended and started again
+                os.kill(pid, signal.SIGCONT)
 
     def wait_end(self, lab: Lab, name: str, job_id: str, state: str = "COMPLETED") -> None:
         wait_until(lambda: lab.job(job_id)["JobState"] in ENDED, f"job {job_id} did not end", lambda: self.log(name))
