@@ -39,7 +39,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """The flags that all converters have."""
     defaults = ConvertOptions()
     parser.add_argument(
-        "--jobs", type=int, default=defaults.jobs, metavar="N", help="threads (default: all cores, %(default)s)"
+        "--jobs", type=int, metavar="N",
+        help=f"threads (default: all {defaults.threads} cores, or as many as --max-memory has buffers for)",
     )
     parser.add_argument(
         "--max-memory",

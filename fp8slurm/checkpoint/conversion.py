@@ -19,7 +19,6 @@ from fp8slurm.checkpoint.sources import Source
 from fp8slurm.checkpoint.stream import (
     ConvertOptions,
     Shard,
-    check_memory,
     run,
     stopwatch,
 )
@@ -94,6 +93,10 @@ class Conversion:
         """Bytes of the tensors that are read."""
         return sum(w.rows * w.row_bytes for s in self.shards for w in s.works)
 
+    def __post_init__(self) -> None:
+        fitted = self.options.fitted([w for s in self.shards for w in s.works])
+        object.__setattr__(self, "options", fitted)  # frozen: nobody changes it after this
+
     @property
     def sizes(self) -> dict[str, int]:
         """Size of every safetensors file."""
@@ -110,7 +113,6 @@ class Conversion:
     def check(self) -> None:
         """Everything that can be refused before the first byte is written."""
         self.output.check(self.inputs)
-        check_memory([w for s in self.shards for w in s.works], self.options)
         self.output.check_space(self.sizes)
 
     def describe(self) -> str:

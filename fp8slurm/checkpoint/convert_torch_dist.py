@@ -203,7 +203,7 @@ class ToTorchDist:
 
             works = [Copy(self.source, info) for info in infos.values()]
             with one_thread_each():
-                in_threads(self.options.jobs, pieces(works, self.options.piece_bytes()), compare)
+                in_threads(self.options.threads, pieces(works, self.options.piece_bytes()), compare)
         finally:
             back.close()
 

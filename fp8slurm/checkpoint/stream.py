@@ -8,7 +8,7 @@ import threading
 import time
 import zlib
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Callable, Iterator, Sequence, TypeVar
 
@@ -32,8 +32,8 @@ BUFFERS_PER_PIECE = 6
 class ConvertOptions:
     """How a conversion runs; none of it changes a byte of the output except max_shard_bytes."""
 
-    jobs: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
-    """Threads."""
+    jobs: int | None = None
+    """Threads; None: all cores, or as many of them as memory_mib has buffers for."""
     memory_mib: int = 512
     """Memory for buffers, in MiB above what the imports take."""
     max_shard_bytes: int = 2 << 30
@@ -47,12 +47,30 @@ class ConvertOptions:
 
     def __post_init__(self) -> None:
         for name, flag in (("jobs", "--jobs"), ("memory_mib", "--max-memory"), ("max_shard_bytes", "--max-shard-size")):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{flag} {getattr(self, name)}: must be at least 1")
+
+    @property
+    def threads(self) -> int:
+        """How many threads are at work."""
+        return len(os.sched_getaffinity(0)) if self.jobs is None else self.jobs
 
     def piece_bytes(self) -> int:
         """Input bytes that one thread takes at a time."""
-        return min(PIECE_BYTES, (self.memory_mib << 20) // (self.jobs * BUFFERS_PER_PIECE))
+        return min(PIECE_BYTES, (self.memory_mib << 20) // (self.threads * BUFFERS_PER_PIECE))
+
+    def fitted(self, works: Sequence[Work]) -> ConvertOptions:
+        """The same with so many jobs that the buffers of the widest matrix's smallest pieces fit into memory_mib.
+
+        ValueError: they do not, with the jobs that were asked for or with one.
+        """
+        widest = max((w.row_bytes * min(w.align, w.rows) for w in works), default=0)
+        most = (self.memory_mib << 20) // max(1, widest * BUFFERS_PER_PIECE)
+        jobs = self.jobs or max(1, min(self.threads, most))
+        if jobs > most:
+            needed = -(-widest * BUFFERS_PER_PIECE * jobs >> 20)
+            raise ValueError(f"--max-memory {self.memory_mib} MiB with --jobs {jobs}: at least {needed} are needed")
+        return replace(self, jobs=jobs)
 
 
 @dataclass(frozen=True)
@@ -83,16 +101,6 @@ def pieces(works: Sequence[Work], piece_bytes: int) -> list[Piece]:
         step = max(1, piece_bytes // max(1, work.row_bytes * work.align)) * work.align
         cut += [Piece(work, start, min(start + step, work.rows)) for start in range(0, work.rows, step)]
     return cut
-
-
-def check_memory(works: Sequence[Work], options: ConvertOptions) -> None:
-    """ValueError if the smallest possible pieces of the widest matrix do not fit into the memory allowed."""
-    widest = max((w.row_bytes * min(w.align, w.rows) for w in works), default=0)
-    needed = -(-widest * BUFFERS_PER_PIECE * options.jobs >> 20)
-    if needed > options.memory_mib:
-        raise ValueError(
-            f"--max-memory {options.memory_mib} MiB with --jobs {options.jobs}: at least {needed} are needed"
-        )
 
 
 @contextmanager
@@ -159,7 +167,7 @@ def write_shard(shard: Shard, folder: Path, options: ConvertOptions, progress: P
     try:
         os.ftruncate(descriptor, shard.layout.nbytes)
         os.pwrite(descriptor, shard.layout.header, 0)
-        in_threads(options.jobs, pieces(shard.works, options.piece_bytes()), write)
+        in_threads(options.threads, pieces(shard.works, options.piece_bytes()), write)
         os.fsync(descriptor)
     except BaseException as error:
         path.unlink(missing_ok=True)
@@ -208,7 +216,7 @@ def verify_shard(shard: Shard, path: Path, digests: Digests, options: ConvertOpt
         progress.advance(nbytes)
 
     try:
-        in_threads(options.jobs, [*digests, *shard.works], check)
+        in_threads(options.threads, [*digests, *shard.works], check)
     finally:
         files.close()
 

@@ -96,7 +96,7 @@ def _dtype_of(entry: Entry, source: Source) -> torch.dtype:
 def plan_files(table: NameTable, source: Source, options: ConvertOptions) -> list[DistFile]:
     """Chunks of all parameters, in model order, dealt into files of at most max_shard_bytes."""
     # each thread holds a chunk, torch.save copies of parts of it
-    limit = min(CHUNK_BYTES, (options.memory_mib << 20) // (3 * options.jobs))
+    limit = min(CHUNK_BYTES, (options.memory_mib << 20) // (3 * options.threads))
     files: list[list[Chunk]] = [[]]
     used = 0
     for entry in table:
@@ -212,7 +212,7 @@ def write_torch_dist(
         lengths[file.name] = _write_file(file, folder, source, progress)
 
     with one_thread_each():
-        in_threads(options.jobs, files, write)
+        in_threads(options.threads, files, write)
     names = _write_metadata(files, lengths, folder, spec)
     for file in files:
         (folder / (file.name + ".lengths")).unlink()

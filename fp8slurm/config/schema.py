@@ -110,6 +110,9 @@ class OptimSection(Section):
     """Shard optimizer state and FP32 master weights over the data-parallel ranks."""
     cpu_offload: bool = False
     """Keep Adam's state and FP32 master weights in host memory and step there, copies overlapped (Megatron's HybridDeviceOptimizer)."""
+    sleep: bool = False
+    """Keep Adam's state and the FP32 master weights in pinned host memory while engines work on the same GPU: more room
+    for their KV cache, for two copies a step. The weights stay. Needs GPUs that trainer and engines share."""
     moments: Literal["float32", "bfloat16"] = "float32"
     """Dtype of Adam's two moments; bfloat16 needs TransformerEngine's FusedAdam, on the GPU."""
 
@@ -355,6 +358,8 @@ class SlurmSection(Section):
     """Megatron ranks a node, one a GPU."""
     gpus_per_node: int = Field(0, ge=0)
     """GPUs to ask for on each node (0: none, the ranks run on the CPU)."""
+    share_gpus: bool = False
+    """Start on this machine although other processes hold memory of its GPUs (otherwise that is refused)."""
     cpu_threads: int = Field(0, ge=0)
     """OMP_NUM_THREADS of a rank (0: cores / ranks)."""
     engine_threads: int = Field(0, ge=0)

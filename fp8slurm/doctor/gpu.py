@@ -123,7 +123,7 @@ def check_gpus(configs: list[RunConfig], here: bool = True) -> Iterator[Finding]
         )
     yield from _driver(gpus)
     yield from _capability(gpus, configs)
-    yield from _used(gpus)
+    yield from _used(gpus, any(c.slurm.share_gpus for c in configs))
     yield from _ecc(gpus)
     if len(gpus) > 1:
         yield nvlink(nvidia_smi("nvlink", "--status") or "")
@@ -170,18 +170,19 @@ def _capability(gpus: list[Gpu], configs: list[RunConfig]) -> Iterator[Finding]:
         yield Finding("gpu", "ok", f"{shown}: FP8 in trainer and engine")
 
 
-def _used(gpus: list[Gpu]) -> Iterator[Finding]:
+def _used(gpus: list[Gpu], allowed: bool) -> Iterator[Finding]:
     busy = [g for g in gpus if g.used > USED_BY_OTHERS[0]]
     if not busy:
         yield Finding("gpu", "ok", f"GPU memory is free ({max(g.used for g in gpus)} MiB in use)")
         return
     shown = ", ".join(f"GPU {g.index}: {g.used} of {g.total} MiB" for g in busy)
-    level = "error" if any(g.used > USED_BY_OTHERS[1] for g in busy) else "warning"
+    level = "error" if any(g.used > USED_BY_OTHERS[1] for g in busy) and not allowed else "warning"
     yield Finding(
         "gpu",
         level,
         f"memory in use by others: {shown}",
-        "nvidia-smi shows by whom; end what is left of your own jobs, ask for whole nodes (--slurm.sbatch exclusive)",
+        "nvidia-smi shows by whom; end what is left of your own jobs, ask for whole nodes (--slurm.sbatch exclusive), or start "
+        "beside them (--slurm.share-gpus)",
     )
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import requests
 
 from fp8slurm.engine.digest import DIGEST_ACTION
+from fp8slurm.engine.recorded import Form
 from fp8slurm.engine.server import EngineError
 
 UNVERSIONED = -1
@@ -199,8 +200,9 @@ class EngineClient:
             self._has_sessions = self._request("POST", "/begin_weight_update", {}, (200, 404)).status_code == 200
         return self._has_sessions
 
-    def receive_bucket(self, group: str, names: list[str], dtypes: list[str], shapes: list[list[int]]) -> None:
+    def receive_bucket(self, group: str, forms: Sequence[Form]) -> None:
         """Have the server's ranks receive one flat broadcast from rank 0 of `group`; returns when it is loaded."""
+        names, dtypes, shapes = ([list(f[i]) if i == 2 else f[i] for f in forms] for i in range(3))
         body = {"names": names, "dtypes": dtypes, "shapes": shapes, "group_name": group, "flush_cache": False}
         self._post("/update_weights_from_distributed", {**body, "load_format": "flattened_bucket"})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import tempfile
 from typing import Any
 
@@ -17,6 +18,7 @@ def apply() -> None:
     load_snapshot.shm_path_for = lambda ipc_name: f"{tempfile.gettempdir()}/loads"
     _add_raw_digest()
     _finish_loads()
+    _record_loads()
 
 
 def _add_raw_digest() -> None:
@@ -64,3 +66,33 @@ def _finish_loads() -> None:
 
     update_weights_from_tensor.finishes = True
     WeightUpdater.update_weights_from_tensor = update_weights_from_tensor
+
+
+def _record_loads() -> None:
+    """Buckets are loaded by the copies that SGLang made of them the first time (engine/recorded.py)."""
+    from sglang.srt.models.qwen3 import Qwen3ForCausalLM
+    from sglang.srt.models.qwen3_moe import Qwen3MoeForCausalLM
+    from sglang.srt.weight_sync.tensor_bucket import FlattenedTensorBucket
+
+    from fp8slurm.engine.recorded import FlatBucket, load
+
+    if getattr(FlattenedTensorBucket, "is_recorded", False):
+        return
+
+    def reconstruct_tensors(self: Any) -> FlatBucket:
+        forms = [(m.name, str(m.dtype).removeprefix("torch."), tuple(m.shape), m.start_idx) for m in self.metadata]
+        return FlatBucket(self.flattened_tensor, forms)
+
+    def recorded(original: Any) -> Any:
+        @functools.wraps(original)
+        def load_weights(self: Any, weights: Any, *args: Any, **kwargs: Any) -> Any:
+            if isinstance(weights, FlatBucket):
+                return load(self, weights, lambda model, pairs: original(model, pairs, *args, **kwargs))
+            return original(self, weights, *args, **kwargs)
+
+        return load_weights
+
+    FlattenedTensorBucket.reconstruct_tensors = reconstruct_tensors
+    FlattenedTensorBucket.is_recorded = True
+    for model in (Qwen3ForCausalLM, Qwen3MoeForCausalLM):
+        model.load_weights = recorded(model.load_weights)

@@ -214,7 +214,7 @@ def _fit(
     largest = max((s.memory for s in held), key=lambda m: m.state_bytes)
     resident = memory.ENGINE_RESIDENT
     if shared:  # the engine starts when the trainer's state is there
-        resident += memory.TRAINER_RESIDENT + sum(_while_engines_work(largest).values())
+        resident += memory.TRAINER_RESIDENT + sum(_while_engines_work(config, largest).values())
     engine = engine_memory(config, table, quantization, size, resident)
     trainer = {"trainer resident": memory.TRAINER_RESIDENT}
     serving = {"engine resident": memory.ENGINE_RESIDENT}
@@ -228,7 +228,7 @@ def _fit(
     if shared:
         phases = {
             "train": trainer | serving | buckets | state(fullest, True),
-            "sync and rollout": trainer | serving | buckets | _while_engines_work(largest) | weights | cache,
+            "sync and rollout": trainer | serving | buckets | _while_engines_work(config, largest) | weights | cache,
         }
     else:
         phases = {
@@ -239,9 +239,10 @@ def _fit(
     return Fit(name, size, engine, tuple(Phase(n, sum(p.values()), p) for n, p in phases.items()))
 
 
-def _while_engines_work(m: RankMemory) -> dict[str, int]:
-    """What a trainer's rank keeps on a GPU that it shares (trainer.free_cached): its state without the gradients."""
-    return {i.name: i.bytes for i in m.state if i.name != "gradients"}
+def _while_engines_work(config: RunConfig, m: RankMemory) -> dict[str, int]:
+    """What a trainer's rank keeps on a GPU that it shares (Trainer.make_room)."""
+    gone = {"gradients", "FP8 copies"} | ({"optimizer"} if config.optim.sleep else set())
+    return {i.name: i.bytes for i in m.state if i.name not in gone}
 
 
 def _host(
@@ -255,6 +256,9 @@ def _host(
     offloaded = max(sum(i.bytes for i in s.memory.host) for s in held)
     if offloaded:
         out.append(Item("offloaded optimizer", offloaded * ranks, "estimate", f"{ranks} ranks"))
+    if config.optim.sleep:
+        asleep = max(i.bytes for s in held for i in s.memory.state if i.name == "optimizer")
+        out.append(Item("sleeping optimizer", asleep * ranks, "exact", f"pinned, {ranks} ranks (optim.sleep)"))
     note = "copies of weights and optimizer state, until it is on the disk"
     out.append(Item("checkpoint being written", saving.node_bytes(config, parts), "exact", note))
     processes = ranks + 1 + config.engine.per_node * config.engine.tensor_parallel_size

@@ -268,6 +268,7 @@ class Loop:
                 self.save()
         log.info("supervised phase: %d steps", self.state.step)
         self.state = replace(self.state, phase="rl", step=0, sft_steps=self.state.step)
+        self.sleep()  # a new optimizer takes memory
         if c.algorithm.kl_coef:  # the reference is the model that RL starts from
             self.trainer.snapshot_reference()
         self.trainer.new_optimizer()
@@ -452,8 +453,8 @@ class Loop:
             return self.groups[source].start_broadcast(payload, 0)
 
         with self.timed("sync"):
-            if self.sleeps:  # room for the engines
-                self.trainer.free_cached()
+            if self.sleeps:
+                self.trainer.make_room()
             if self.direct is not None:
                 self._link(self.direct)
             self.channel.post("update", version=version, verify=verify, number=self.sends)

@@ -19,6 +19,11 @@ class WeightSpec:
     """First byte in the payload."""
 
     @property
+    def form(self) -> tuple[str, str, tuple[int, ...], int]:
+        """As the engine writes it down (engine/recorded.py)."""
+        return self.name, str(self.dtype).removeprefix("torch."), tuple(self.shape), self.offset
+
+    @property
     def nbytes(self) -> int:
         n = self.dtype.itemsize
         for size in self.shape:

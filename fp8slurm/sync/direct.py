@@ -210,6 +210,7 @@ class DirectTransport(Transport):
         self._loading: Future = Future()
 
     def open(self, client: EngineClient, tensor_parallel_size: int) -> None:
+        self._told.clear()
         self._client = client
 
     def join(
@@ -238,12 +239,9 @@ class DirectTransport(Transport):
     def start(self, bucket: WeightBucket) -> None:
         assert self._client is not None and self.generation is not None, "open() and join() come first"
         assert isinstance(bucket, DirectBucket), type(bucket)
-        names = [spec.name for spec in bucket.specs]
-        dtypes = [str(spec.dtype).removeprefix("torch.") for spec in bucket.specs]
-        shapes = [list(spec.shape) for spec in bucket.specs]
         group = self.generation.group(bucket.source)
         self._began = time.perf_counter()
-        self._loading = self._pool.submit(self._client.receive_bucket, group, names, dtypes, shapes)
+        self._loading = self._pool.submit(self._client.receive_bucket, group, self.announce(bucket.specs))
 
     def finish(self) -> None:
         assert self.generation is not None

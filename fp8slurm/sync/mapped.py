@@ -14,6 +14,8 @@ for trying it out.
 from __future__ import annotations
 
 import base64
+import json
+import math
 import os
 import pickle
 from collections import deque
@@ -25,6 +27,7 @@ from typing import Any, Callable, Iterator, Sequence
 import torch
 import torch.distributed as dist
 
+from fp8slurm.engine.recorded import Form
 from fp8slurm.sync.bucket import WeightBucket, WeightSpec, payload_bytes
 from fp8slurm.sync.receiver import Receiver
 from fp8slurm.sync.stream import BUFFERS, Pending, WeightStream
@@ -38,38 +41,59 @@ class MappedBucket(WeightBucket):
     """A bucket that lies in the memory of the ranks of this node. The payload is empty, or a copy to compare with."""
 
     handles: tuple[str, ...] = ()
-    """By the ranks of the node, in order: what map_handle returned there."""
+    """By the ranks of the node, in order: what memory_handle returned there."""
 
 
-def map_handle(specs: Sequence[WeightSpec], payload: torch.Tensor | Path) -> str:
-    """base64 of what /update_weights_from_tensor takes as a flattened bucket: where the memory is, and the specs.
+def memory_handle(payload: torch.Tensor | Path) -> str:
+    """Where a payload lies, for another process of this node: JSON.
 
-    payload: uint8 on a GPU (from cudaMalloc: no expandable segments), or a file that holds it. Pickled, because SGLang
-    takes nothing else: the only pickled object of this project, for an engine on this node, behind its API key.
+    payload: uint8 on a GPU (from cudaMalloc: no expandable segments), or a file that holds it.
+    """
+    if isinstance(payload, Path):
+        return json.dumps({"file": str(payload)})
+    from torch.multiprocessing.reductions import reduce_tensor
+
+    _, arguments = reduce_tensor(payload)
+    plain = [a if i not in CONSTANT else None for i, a in enumerate(arguments)]
+    # numbers of GPUs differ by process: it is named by its UUID, and SGLang looks for it there
+    plain[DEVICE] = str(torch.cuda.get_device_properties(payload.device).uuid)
+    return json.dumps([{"bytes": base64.b64encode(a).decode()} if isinstance(a, bytes) else a for a in plain])
+
+
+CONSTANT = {0: torch.Tensor, 4: torch.storage.TypedStorage, 5: torch.uint8}
+DEVICE = 6
+"""Arguments of torch.multiprocessing.reductions.rebuild_cuda_tensor: what they are for every payload; the GPU's."""
+
+
+def flat_bucket(handle: str, forms: Sequence[Form]) -> str:
+    """base64 of what /update_weights_from_tensor takes as a flattened bucket: where the memory is, and what lies there.
+
+    handle: memory_handle's. Pickled, because SGLang takes nothing else: the only pickled object of this project, for an
+    engine on this node, behind its API key.
     """
     metadata = []
-    for s in specs:
-        where = {"start_idx": s.offset, "end_idx": s.offset + s.nbytes, "numel": s.nbytes}
-        metadata.append(SimpleNamespace(name=s.name, shape=torch.Size(s.shape), dtype=s.dtype, **where))
-    memory = str(payload) if isinstance(payload, Path) else _CudaMemory(payload)
+    for name, dtype, shape, start in forms:
+        kind = getattr(torch, dtype)
+        size = kind.itemsize * math.prod(shape)
+        where = {"start_idx": start, "end_idx": start + size, "numel": size}
+        metadata.append(SimpleNamespace(name=name, shape=torch.Size(shape), dtype=kind, **where))
+    where = json.loads(handle)
+    memory = where["file"] if isinstance(where, dict) else _CudaMemory(where)
     return base64.b64encode(pickle.dumps({"flattened_tensor": memory, "metadata": metadata})).decode()
 
 
 class _CudaMemory:
-    """Pickles as the tensor that it holds, by handle; the GPU is named by its UUID, since numbers differ by process."""
+    """Pickles as the tensor that a handle stands for; it is not opened here."""
 
-    DEVICE_ARGUMENT = 6  # of torch.multiprocessing.reductions.rebuild_cuda_tensor; SGLang looks for the UUID there
-
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self.tensor = tensor
+    def __init__(self, arguments: list[Any]) -> None:
+        self.arguments = [base64.b64decode(a["bytes"]) if isinstance(a, dict) else a for a in arguments]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        from torch.multiprocessing.reductions import reduce_tensor
+        from torch.multiprocessing.reductions import rebuild_cuda_tensor
 
-        rebuild, arguments = reduce_tensor(self.tensor)
-        uuid = str(torch.cuda.get_device_properties(self.tensor.device).uuid)
-        i = self.DEVICE_ARGUMENT
-        return rebuild, (*arguments[:i], uuid, *arguments[i + 1 :])
+        arguments = [CONSTANT.get(i, a) for i, a in enumerate(self.arguments)]
+        arguments[1:3] = torch.Size(arguments[1]), tuple(arguments[2])
+        return rebuild_cuda_tensor, tuple(arguments)
 
 
 class MappedSender:
@@ -106,7 +130,7 @@ class MappedSender:
                 copying = host_copy(name, bucket) if host_copy is not None and bucket is not None else None
                 payload = self._spread(specs, bucket, root, turn)
                 memory = payload if self.on_gpu else self._files[turn % BUFFERS]
-                self.store.set(f"mapped/{number}/{turn}/{self.rank}", map_handle(specs, memory))
+                self.store.set(f"mapped/{number}/{turn}/{self.rank}", memory_handle(memory))
                 under_way.append((f"mapped/{number}/{turn}/done/{self.rank}", copying))
                 turn += 1
         assert next(own, None) is None, "the stream has more buckets than the plan"

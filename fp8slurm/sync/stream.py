@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 
 from fp8slurm.fp8.block import BLOCK, BlockFP8
+from fp8slurm.fp8.panels import not_finite_error
 from fp8slurm.fp8.quantize import quantize
 from fp8slurm.models.names import NameTable
 from fp8slurm.models.qwen3 import QuantizationSpec
@@ -36,6 +37,7 @@ from fp8slurm.sync.plan import SCALE, Planned, SourcePlan, plan, source_plans
 __all__ = ["Cut", "Planned", "WeightStream", "parse_description", "plan"]
 
 BUFFERS = 2
+PARTS = ("quantize", "copy", "gather", "wait")
 Parameter = torch.Tensor | BlockFP8
 """What a trainer holds of one parameter: a tensor, or codes and scales where the weight itself is in block FP8."""
 
@@ -78,6 +80,43 @@ class _Write:
             seconds["quantize"] += time.perf_counter() - start
 
 
+class _Writes:
+    """Operations that are made together, in their order: on a GPU all copies in one call, then all matrices in one launch."""
+
+    def __init__(self, writes: list[_Write]) -> None:
+        self.one_by_one = writes
+        self.copies: list[_Write] = []
+        self.grouped: list[_Write] = []
+        self._group: Any = None
+        if writes and writes[0].target.is_cuda:
+            from fp8slurm.fp8 import triton_quantize  # Triton exists only where CUDA does
+
+            self.copies = [w for w in writes if w.scale is None and w.target.numel()]
+            quantized = [w for w in writes if w.scale is not None and w.target.numel()]
+            self.grouped = [w for w in quantized if triton_quantize.fits_group(w.source, w.target)]
+            self.one_by_one = [w for w in quantized if not triton_quantize.fits_group(w.source, w.target)]
+            if self.grouped:
+                outs = [BlockFP8(w.target, w.scale) for w in self.grouped if w.scale is not None]
+                self._group = triton_quantize.Group([(w.source, out) for w, out in zip(self.grouped, outs, strict=True)])
+
+    def run(self, seconds: dict[str, float]) -> None:
+        """Raises ValueError for a weight that is not finite, by name."""
+        start = time.perf_counter()
+        if self.copies:
+            torch._foreach_copy_([w.target for w in self.copies], [w.source for w in self.copies])
+            seconds["copy"] += time.perf_counter() - start
+        if self._group is not None:
+            start = time.perf_counter()
+            self._group.launch()
+            bad = self._group.first_bad()
+            if bad is not None:
+                write = self.grouped[bad]
+                raise not_finite_error(write.source.reshape(write.target.shape), write.name)
+            seconds["quantize"] += time.perf_counter() - start
+        for write in self.one_by_one:
+            write.run(seconds)
+
+
 @dataclass
 class _Fill:
     """One bucket's operations on this rank, bound to memory."""
@@ -89,6 +128,12 @@ class _Fill:
     """The slices of ranks 1, 2, ..., where it is."""
     own: list[_Write] = field(default_factory=list)
     assemble: list[_Write] = field(default_factory=list)
+    first: _Writes = field(default_factory=lambda: _Writes([]))
+    then: _Writes = field(default_factory=lambda: _Writes([]))
+    """own and assemble, ready to run."""
+
+    def ready(self) -> None:
+        self.first, self.then = _Writes(self.own), _Writes(self.assemble)
 
 
 class _Lane:
@@ -133,6 +178,7 @@ class _Lane:
                 for item in self.source.items(i):
                     if item.way != "local":
                         fill.own += split.writes(item, views[item.name], views.get(item.name + SCALE))
+            fill.ready()
             self.fills.append(fill)
 
     def _bind_source(
@@ -281,7 +327,7 @@ class WeightStream:
         self.planned = [p for lane in self._lanes for p in lane.source.planned]
         check_as_they_are(self.planned, held)
         self._bound: list[tuple[int, int]] = []
-        self.seconds: dict[str, float] = {}
+        self.seconds = dict.fromkeys(PARTS, 0.0)
         """Of the last update: quantize, copy, gather (slices to the source, or waiting for them), wait (for a bucket under
         way, because its buffer is needed)."""
         self.counts: dict[str, int] = {}
@@ -331,9 +377,12 @@ class WeightStream:
         """(source, finished bucket) for everything that this rank is the source of; (source, None) for what it hands
         slices of to another. A bucket is good until the next but one is asked for. All ranks that share the tensors have
         to run it to its end: the gathers are collective."""
-        self._bind()
-        self.seconds = dict.fromkeys(("quantize", "copy", "gather", "wait"), 0.0)
+        self.seconds = dict.fromkeys(PARTS, 0.0)
         self.counts = dict.fromkeys(("gathered", "gathers", "broadcast", "buckets"), 0)
+        self._bind()
+        return self._buckets(version)
+
+    def _buckets(self, version: int) -> Iterator[tuple[str, WeightBucket | None]]:
         for lane in self._lanes:
             sent: deque[Pending] = deque()
             for specs, fill in zip(lane.source.buckets, lane.fills):
@@ -345,7 +394,7 @@ class WeightStream:
                 elif fill.outgoing is not None:
                     if len(sent) == BUFFERS:
                         self._wait(sent.popleft())
-                    self._run(fill.own)
+                    fill.first.run(self.seconds)
                     sent.append(dist.isend(fill.outgoing, group=lane.cut.group, group_dst=0))
                     self.counts["gathered"] += fill.outgoing.numel()
                     self.counts["gathers"] += 1
@@ -367,14 +416,10 @@ class WeightStream:
 
     def _fill(self, fill: _Fill, cut: Cut) -> None:
         receiving = [dist.irecv(b, group=cut.group, group_src=r) for r, b in enumerate(fill.incoming, 1)]
-        self._run(fill.own)
+        fill.first.run(self.seconds)
         for pending in receiving:
             self._wait(pending)
-        self._run(fill.assemble)
-
-    def _run(self, writes: list[_Write]) -> None:
-        for write in writes:
-            write.run(self.seconds)
+        fill.then.run(self.seconds)
 
     def _wait(self, pending: Any) -> None:
         with self._timed("gather"):

@@ -20,10 +20,11 @@ import torch
 import torch.distributed as dist
 
 from fp8slurm.engine.client import EngineClient
+from fp8slurm.engine.recorded import KNOWN, Form, bucket_id
 from fp8slurm.engine.server import EngineError
-from fp8slurm.sync.bucket import WeightBucket
+from fp8slurm.sync.bucket import WeightBucket, WeightSpec, payload_bytes
 from fp8slurm.sync.groups import listen
-from fp8slurm.sync.mapped import MappedBucket, map_handle
+from fp8slurm.sync.mapped import MappedBucket, flat_bucket, memory_handle
 
 LOOPBACK = "127.0.0.1"
 JOIN_TIMEOUT = timedelta(seconds=120)
@@ -36,6 +37,19 @@ class Transport(ABC):
     def __init__(self) -> None:
         self.seconds = {"handover": 0.0, "load": 0.0}
         """Since last cleared: until the engine had the bytes, and from then until it had loaded them."""
+        self._told: set[str] = set()
+        """Buckets that this engine has had: their tensors need no more naming."""
+        self._ids: dict[tuple[WeightSpec, ...], str] = {}
+
+    def announce(self, specs: tuple[WeightSpec, ...]) -> list[Form]:
+        """What the engine is told of a bucket: its tensors the first time, and only its id after that."""
+        id = self._ids.get(specs)
+        if id is None:
+            id = self._ids[specs] = bucket_id(spec.form for spec in specs)
+        if id in self._told:
+            return [(KNOWN + id, "uint8", (payload_bytes(specs),), 0)]
+        self._told.add(id)
+        return [spec.form for spec in specs]
 
     @abstractmethod
     def open(self, client: EngineClient, tensor_parallel_size: int) -> None:
@@ -68,6 +82,7 @@ class BroadcastTransport(Transport):
 
     def open(self, client: EngineClient, tensor_parallel_size: int) -> None:
         assert self._group is None, "the transport is open"
+        self._told.clear()
         self._client, size = client, 1 + tensor_parallel_size
         self._name = f"fp8slurm-{os.getpid()}-{next(_numbers)}"
         listener = listen(LOOPBACK)  # a TCPStore by itself listens on every interface
@@ -91,10 +106,7 @@ class BroadcastTransport(Transport):
     def start(self, bucket: WeightBucket) -> None:
         assert self._client is not None and self._group is not None, "open() comes first"
         self._times = times = [time.perf_counter()]
-        names = [spec.name for spec in bucket.specs]
-        dtypes = [str(spec.dtype).removeprefix("torch.") for spec in bucket.specs]
-        shapes = [list(spec.shape) for spec in bucket.specs]
-        self._loading = self._pool.submit(self._client.receive_bucket, self._name, names, dtypes, shapes)
+        self._loading = self._pool.submit(self._client.receive_bucket, self._name, self.announce(bucket.specs))
         self._loading.add_done_callback(lambda _: times.append(time.perf_counter()))
         options = dist.BroadcastOptions()
         options.rootRank, options.rootTensor = 0, 0
@@ -153,6 +165,7 @@ class MappedTransport(Transport):
 
     def open(self, client: EngineClient, tensor_parallel_size: int) -> None:
         assert tensor_parallel_size == len(self._ranks), (tensor_parallel_size, self._ranks)
+        self._told.clear()
         self._client = client
 
     def start(self, bucket: WeightBucket) -> None:
@@ -160,10 +173,12 @@ class MappedTransport(Transport):
         assert self._client is not None, "open() comes first"
         start = time.perf_counter()
         if isinstance(bucket, MappedBucket):
-            handles = [bucket.handles[rank] for rank in self._ranks]
+            memory = [bucket.handles[rank] for rank in self._ranks]
         else:
             torch.cuda.current_stream().synchronize()  # the payload is finished before another process reads it
-            handles = [map_handle(bucket.specs, bucket.payload)] * len(self._ranks)
+            memory = [memory_handle(bucket.payload)] * len(self._ranks)
+        forms = self.announce(bucket.specs)
+        handles = [flat_bucket(handle, forms) for handle in memory]
         self.seconds["handover"] += time.perf_counter() - start
         self._loading = self._pool.submit(self._load, self._client, handles)
 

@@ -72,6 +72,8 @@ def check_optimizer(config: RunConfig, fused_adam: bool) -> None:
             f"--optim.cpu-offload with --model.dtype {config.model.dtype}: Megatron cannot load its checkpoints; "
             f"allowed: --model.dtype bfloat16, or --optim.no-cpu-offload"
         )
+    if o.sleep:
+        _check_optimizer_sleep(config)
     if o.moments == "float32":
         return
     if o.cpu_offload:
@@ -86,6 +88,21 @@ def check_optimizer(config: RunConfig, fused_adam: bool) -> None:
         )
     if not o.distributed:
         raise ValueError(f"--optim.moments {o.moments} needs the distributed optimizer; allowed: --optim.distributed")
+
+
+def _check_optimizer_sleep(config: RunConfig) -> None:
+    if not config.slurm.gpus_per_node or config.engine.placement != "shared" or config.engine.sleep is False:
+        raise ValueError(
+            "--optim.sleep makes room for engines on the trainer's GPUs: it needs --slurm.gpus-per-node, --engine.placement "
+            "shared and engines that sleep; allowed here: --optim.no-sleep"
+        )
+    for flag, on, why in (
+        ("--optim.cpu-offload", config.optim.cpu_offload, "the state is in host memory already"),
+        (f"--optim.moments {config.optim.moments}", config.optim.moments != "float32", "its checkpoints need the state on the GPU"),
+        ("--fp8.param-gather", config.fp8.param_gather, "its checkpoints need the masters on the GPU"),
+    ):  # fmt: skip
+        if on:
+            raise ValueError(f"--optim.sleep with {flag}: {why}; allowed: one of the two")
 
 
 def check_param_gather(config: RunConfig, gpu_engine: bool) -> None:

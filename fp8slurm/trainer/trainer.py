@@ -19,6 +19,7 @@ from fp8slurm.fp8.block import BlockFP8
 from fp8slurm.trainer import build, checkpoint, primary_fp8
 from fp8slurm.trainer.experts import RoutingReplay, scale_aux_loss, take_aux_loss
 from fp8slurm.trainer.forward import Outputs, run_schedule
+from fp8slurm.trainer.optimizer_sleep import OptimizerSleep
 from fp8slurm.trainer.weights import HfReader, Shards
 
 LossFunction = Callable[
@@ -58,6 +59,7 @@ class Trainer:
         self.module = build.build_module(config, spec, self.transformer_config)
         self.ddp = build.build_ddp(config, self.module, self.transformer_config)
         self.optimizer = build.build_optimizer(config, self.ddp)
+        self.sleeping = OptimizerSleep(self.optimizer, self.module)
         self.shards = Shards(self.module, self.table)
         self.primary_fp8: list[str] = []
         """Names of the weights that are kept in FP8 (fp8.param_gather)."""
@@ -169,19 +171,26 @@ class Trainer:
         """Start the optimizer afresh: no moments, step 0, master weights from the present weights."""
         kept = primary_fp8.Masters(self.optimizer).rounded() if self.config.fp8.param_gather else None
         self.optimizer = build.build_optimizer(self.config, self.ddp)
+        self.sleeping = OptimizerSleep(self.optimizer, self.module)
         if kept is not None:  # Megatron would start from the codes
             primary_fp8.Masters(self.optimizer).restore(kept)
 
     def settle_memory(self) -> None:
         """Allocate what is there between steps (the optimizer's state too), and nothing more; all ranks together."""
         build.allocate_fused_state(self.optimizer)
-        self.free_cached()
+        self.make_room()
 
-    def free_cached(self) -> None:
-        """Give the gradients' memory, and what only torch's allocator holds, back to the GPU, on all ranks: another process
-        needs it. The next train_step takes it again."""
+    def make_room(self) -> None:
+        """Before engines work on this GPU: give back what the next step can take or make again, on all ranks. The gradients'
+        memory, TransformerEngine's quantized copies of the weights, with optim.sleep the optimizer's state (to host
+        memory), and what only torch's allocator holds. The weights stay."""
         if torch.cuda.is_available():
-            self.ddp.offload_grad_buffers()
+            self.ddp.offload_grad_buffers(empty_cache=False)
+            for module in self.module.modules():
+                getattr(module, "_fp8_workspaces", {}).clear()
+            if self.config.optim.sleep:
+                self.sleeping.to_host()
+            torch.cuda.empty_cache()
         dist.barrier()
 
     # Forward and backward.
@@ -215,6 +224,7 @@ class Trainer:
 
         All data-parallel ranks have equally many micro-batches. Without `with_entropy` loss_fn gets None for it.
         """
+        self.sleeping.begin()
         if torch.cuda.is_available():
             self.ddp.restore_grad_buffers(synchronize=False)
         self.ddp.zero_grad_buffer()
@@ -248,6 +258,7 @@ class Trainer:
         """Clip and step; (gradient norm, whether the step was made). Every rank comes to the same verdict."""
         from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
+        self.sleeping.finish()
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
         if not (loss_is_finite and math.isfinite(grad_norm)):

@@ -359,10 +359,16 @@ def test_folder_damage(tmp_path: Path) -> None:
         hf_to_fp8(tmp_path / "empty", tmp_path / "out")
 
 
-def test_memory_setting(tmp_path: Path) -> None:
+def test_memory_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     src = tiny_folders.make(tmp_path / "src")
     with pytest.raises(ValueError, match="--max-memory 1 MiB.*needed"):
         hf_to_fp8(src, tmp_path / "fp8", memory_mib=1, jobs=20)
+    with monkeypatch.context() as many_cores:
+        many_cores.setattr("os.sched_getaffinity", lambda _: range(64))
+        hf_to_fp8(src, tmp_path / "few", memory_mib=1)
+    hf_to_fp8(src, tmp_path / "one", jobs=1)
+    for file in (tmp_path / "one").glob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "few" / file.name).read_bytes()
     with pytest.raises(ValueError, match="--jobs 0"):
         hf_to_fp8(src, tmp_path / "fp8", jobs=0)
 

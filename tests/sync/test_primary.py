@@ -107,13 +107,11 @@ def test_two_ranks_shards_laid_together(monkeypatch: pytest.MonkeyPatch) -> None
         streams.append(s)
     first, second = (s._lanes[0] for s in streams)
     for specs, fill, other in zip(first.source.buckets, first.fills, second.fills, strict=True):
-        second_writes = other.own
-        streams[1].seconds = streams[0].seconds = dict.fromkeys(("quantize", "copy", "gather", "wait"), 0.0)
-        streams[1]._run(second_writes)
+        other.first.run(streams[1].seconds)
         if other.outgoing is not None:
             fill.incoming[0].copy_(other.outgoing)
-        streams[0]._run(fill.own)
-        streams[0]._run(fill.assemble)
+        fill.first.run(streams[0].seconds)
+        fill.then.run(streams[0].seconds)
         for name, tensor in WeightBucket(1, specs, fill.payload).views():
             assert torch.equal(tensor.view(torch.uint8), wanted[name].view(torch.uint8)), name
 

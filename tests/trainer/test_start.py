@@ -72,6 +72,9 @@ def test_settings_that_work(fp8: dict[str, Any], cuda: bool, te: bool) -> None:
         ({"optim": {"cpu_offload": True}, "model": {"dtype": "float32"}}, "--model.dtype float32"),
         ({"optim": {"moments": "bfloat16"}}, "only TransformerEngine's FusedAdam on a GPU"),
         ({"optim": {"moments": "bfloat16", "cpu_offload": True}}, "the CPU's Adam keeps FP32 moments"),
+        ({"optim": {"sleep": True}}, "engines on the trainer's GPUs: it needs --slurm.gpus-per-node"),
+        ({"optim": {"sleep": True}, "slurm": {"gpus_per_node": 1}, "engine": {"sleep": False}}, "engines that sleep"),
+        ({"optim": {"sleep": True, "cpu_offload": True}, "slurm": {"gpus_per_node": 1}}, "in host memory already"),
         ({"moe": {"dispatcher": "flex"}}, "DeepEP (package deep_ep) is not installed; allowed here: alltoall"),
     ],
 )  # fmt: skip
@@ -86,6 +89,7 @@ def test_optimizer_and_dispatcher_of_a_gpu() -> None:
 
     check_optimizer(run_config(optim={"moments": "bfloat16"}), True)
     check_optimizer(run_config(optim={"cpu_offload": True}, model={"dtype": "bfloat16"}), False)
+    check_optimizer(run_config(optim={"sleep": True}, slurm={"gpus_per_node": 1}), True)
     with pytest.raises(ValueError, match="--optim.distributed"):
         check_optimizer(run_config(optim={"moments": "bfloat16", "distributed": False}), True)
     check_dispatcher("flex", True, True)

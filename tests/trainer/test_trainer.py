@@ -19,12 +19,13 @@ ONE_RANK = [
     "one_rank_bf16_fp8", "entropy", "reference_model", "bad_loss", "new_optimizer", "emulated_linear",
     "main_grad", "fp8_layers", "packed_modules", "tied_head", "refused", "resume_one_rank", "save_before_any_step",
     "save_one_rank", "full_disk", "snapshot_bytes",
+    "optimizer_sleep", "plain_optimizer_sleep",
 ]  # fmt: skip
 TWO_RANKS = [
     "dp2", "dp2_plain_optimizer", "tp2", "tp2_sequence_parallel", "pp2", "pp2_untied", "tp2_fp8",
     "tp2_sequence_parallel_fp8", "tp2_fp8_layers", "dp2_bad_loss", "dp2_resume", "save_dp2", "save_tp2",
     "save_pp2", "one_to_dp2", "one_to_tp2", "one_to_pp2", "tp2_full_disk", "dp2_snapshot_bytes",
-    "tp2_snapshot_bytes",
+    "tp2_snapshot_bytes", "dp2_optimizer_sleep",
 ]  # fmt: skip
 BACK_TO_ONE = ["dp2_to_one", "tp2_to_one", "pp2_to_one"]
 
@@ -303,3 +304,13 @@ def test_a_snapshot_is_megatrons_own_checkpoint_whatever_comes_after_it(one: Any
     got = (one if scenario == "snapshot_bytes" else two).result(scenario)
     assert got["names"][0] == got["names"][1] and any(n.endswith(".distcp") for n in got["names"][0])
     assert got["differ"] == [] and got["same index"]
+
+
+@pytest.mark.parametrize("scenario", ["optimizer_sleep", "plain_optimizer_sleep", "dp2_optimizer_sleep"])
+def test_an_optimizer_that_sleeps_between_steps_takes_the_same_steps(one: Any, two: Any, scenario: str) -> None:
+    got = (two if scenario.startswith("dp2") else one).result(scenario)
+    assert got["awake"]["steps"] == got["asleep"]["steps"]
+    for kind in ("weights", "files"):
+        awake, asleep = got["awake"][kind], got["asleep"][kind]
+        assert awake.keys() == asleep.keys() and awake
+        assert [k for k in awake if not torch.equal(awake[k], asleep[k])] == []

@@ -455,6 +455,40 @@ def tp2_snapshot_bytes(ranks: Ranks) -> dict[str, Any]:
     return snapshot_bytes(ranks, **TP2, **BF16, **OFFLOAD)
 
 
+def optimizer_sleep(ranks: Ranks, **sections: Any) -> dict[str, Any]:
+    """Three steps and a save, once with the optimizer's state away between the steps and while it is saved."""
+    out: dict[str, Any] = {}
+    for name in ("awake", "asleep"):
+        with ranks.trainer(**FP8, **BF16, **sections) as trainer:
+            said, sleeping = [], trainer.sleeping
+            parameters = {p.data_ptr() for p in trainer.module.parameters()}
+            for seed in range(3):
+                before = [t.data_ptr() for t in sleeping._tensors()]
+                if name == "asleep":
+                    sleeping.to_host()
+                    sleeping.to_host()  # again: nothing happens
+                    assert sleeping.asleep and sleeping.host_bytes == sum(t.nbytes for t in sleeping._tensors())
+                    assert not set(before) & {t.data_ptr() for t in sleeping._tensors()}, "something did not move"
+                assert before and not set(before) & parameters, "a weight would have been moved"
+                said += steps(trainer, range(seed, seed + 1))
+            if name == "asleep":
+                sleeping.to_host()
+            folder = ranks.make(f"sleep_{name}_{'_'.join(sections)}")
+            trainer.save(folder)
+            out[name] = {"steps": said, "weights": weights(trainer)}
+            files = sorted(folder.glob("*.distcp"))
+            out[name]["files"] = {p.name: torch.frombuffer(bytearray(p.read_bytes()), dtype=torch.uint8) for p in files}
+    return out
+
+
+def dp2_optimizer_sleep(ranks: Ranks) -> dict[str, Any]:
+    return optimizer_sleep(ranks)
+
+
+def plain_optimizer_sleep(ranks: Ranks) -> dict[str, Any]:
+    return optimizer_sleep(ranks, optim={"distributed": False})
+
+
 def tp2_full_disk(ranks: Ranks) -> dict[str, Any]:
     return full_disk(ranks, **TP2)
 

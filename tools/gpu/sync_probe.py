@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""A whole weight update into a real SGLang engine on one GPU: CUDA IPC, and NCCL between two processes on that GPU.
+"""A whole weight update into a real SGLang engine: CUDA IPC on one GPU, and NCCL, from GPU to GPU where there are two.
 
 This process stands for a training rank: it holds BF16 parameters in Megatron's shapes and runs the same WeightStream and
 EngineLink as a run does. The engine loads another random checkpoint of the shape in block FP8, is updated, and has to
@@ -37,7 +37,7 @@ from random_model import write_random_model  # noqa: E402
 
 from fp8slurm.config.schema import EngineSection  # noqa: E402
 from fp8slurm.engine.client import EngineClient, GenerateRequest  # noqa: E402
-from fp8slurm.engine.server import Engine, EngineSettings  # noqa: E402
+from fp8slurm.engine.server import Engine, EngineSettings, visible_gpus  # noqa: E402
 from fp8slurm.models.names import NameTable  # noqa: E402
 from fp8slurm.models.qwen3 import ModelSpec  # noqa: E402
 from fp8slurm.sync.bucket import WeightBucket  # noqa: E402
@@ -130,7 +130,11 @@ def main() -> None:
         extra = [] if args.cpu else [*GPU_ENGINE, "--disable-cuda-graph"]
         section = EngineSection(max_running_requests=16, max_total_tokens=8192, context_length=1024, mem_fraction=0.4,
                                 extra_args=extra)  # fmt: skip
-        engine = Engine(checkpoint, args.logs or folder / "log", EngineSettings(section, cpu=args.cpu, cpu_threads=1))
+        # NCCL wants a GPU for each end, where there are two; CUDA IPC the same one
+        apart = "nccl" in ways and not args.cpu and torch.cuda.device_count() > 1
+        gpus = None if args.cpu else (visible_gpus()[1 if apart else 0],)
+        report["gpus"] = 2 if apart else 1
+        engine = Engine(checkpoint, args.logs or folder / "log", EngineSettings(section, cpu=args.cpu, cpu_threads=1, gpus=gpus))
         engine.start()
         spec = ModelSpec.from_hf_dir(checkpoint)
         table = NameTable(spec)

@@ -1,0 +1,200 @@
+"""Loads that are recorded once and made again as copies."""
+
+from __future__ import annotations
+
+from typing import Any, Callable, Iterable
+
+import pytest
+import torch
+from fp8slurm.engine.recorded import KNOWN, FlatBucket, bucket_id, in_bytes, load, loads_of, merged
+from fp8slurm.sync.bucket import WeightBucket, layout, payload_bytes
+
+Pairs = Iterable[tuple[str, torch.Tensor]]
+
+
+class Model(torch.nn.Module):
+    """Loads as SGLang's models do: fused rows, a slice of columns, an expert, a transposed one, a scalar."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fused = torch.nn.Parameter(torch.zeros(12, 8, dtype=torch.bfloat16), requires_grad=False)
+        self.column = torch.nn.Parameter(torch.zeros(6, 5), requires_grad=False)
+        self.experts = torch.nn.Parameter(torch.zeros(3, 4, 4, dtype=torch.float8_e4m3fn), requires_grad=False)
+        self.turned = torch.nn.Parameter(torch.zeros(7, 3).t(), requires_grad=False)
+        self.norm = torch.nn.Parameter(torch.zeros(9), requires_grad=False)
+        self.register_buffer("buffer", torch.zeros(4))
+        self.calls = 0
+
+    def load_weights(self, pairs: Pairs) -> None:
+        self.calls += 1
+        for name, w in pairs:
+            if name in "qkv":
+                self.fused.data.narrow(0, "qkv".index(name) * 4, 4).copy_(w)
+            elif name == "column":
+                self.column.data.copy_(w.narrow(1, 5, 5))
+            elif name.startswith("expert"):
+                self.experts.data[int(name[-1])].copy_(w)
+            elif name == "converted":
+                self.norm.data.copy_(w.float())
+            elif name == "cast":
+                self.norm.data.copy_(w)
+            elif name == "filled":
+                self.norm.data.fill_(w.item())
+            elif name == "buffer":
+                self.buffer.copy_(w)
+            elif name == "padded":
+                self.norm.data[:9].copy_(w)
+                self.norm.data[9:].fill_(0)  # nothing
+            elif name == "turned16":
+                self.turned.data.copy_(w)
+            elif name != "elsewhere":  # another rank's
+                getattr(self, name).data.copy_(w)
+
+
+SHAPES: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+    "q": (torch.bfloat16, (4, 8)), "k": (torch.bfloat16, (4, 8)), "v": (torch.bfloat16, (4, 8)), "column": (torch.float32, (6, 15)),
+    "expert0": (torch.float8_e4m3fn, (4, 4)), "expert2": (torch.float8_e4m3fn, (4, 4)), "turned": (torch.float32, (3, 7)),
+    "norm": (torch.float32, (9,)), "elsewhere": (torch.float32, (2, 2)), "converted": (torch.bfloat16, (9,)),
+    "cast": (torch.bfloat16, (9,)), "filled": (torch.float32, (1,)), "buffer": (torch.float32, (4,)), "padded": (torch.bfloat16, (9,)), "turned16": (torch.bfloat16, (3, 7)),
+}  # fmt: skip
+GOOD = ["q", "k", "v", "column", "expert0", "expert2", "turned", "norm", "elsewhere"]
+
+
+def bucket(names: list[str], seed: int) -> WeightBucket:
+    (specs,) = layout([[(name, *SHAPES[name])] for name in names], 2**20)
+    generator = torch.Generator().manual_seed(seed)
+    payload = torch.randint(0, 255, (payload_bytes(specs),), generator=generator, dtype=torch.uint8)
+    out = WeightBucket(seed, specs, payload)
+    for name, view in out.views():  # numbers, not bytes: a NaN would not equal itself
+        view.copy_(torch.randn(view.shape, generator=generator))
+    return out
+
+
+def arrives(b: WeightBucket, known: bool = False) -> FlatBucket:
+    """As in an engine: somewhere inside a larger piece of memory."""
+    room = torch.zeros(b.payload.numel() + 64, dtype=torch.uint8)
+    room[48 : 48 + b.payload.numel()] = b.payload
+    forms = [s.form for s in b.specs]
+    if known:
+        forms = [(KNOWN + bucket_id(forms), "uint8", (b.payload.numel(),), 0)]
+    return FlatBucket(room[48 : 48 + b.payload.numel()], forms)
+
+
+def expected(b: WeightBucket) -> dict[str, torch.Tensor]:
+    model = Model()
+    model.load_weights(b.views())
+    return model.state_dict()
+
+
+def check(model: Model, b: WeightBucket) -> None:
+    for name, want in expected(b).items():
+        assert torch.equal(model.state_dict()[name].float(), want.float()), name
+
+
+def original(model: torch.nn.Module, pairs: Any) -> None:
+    model.load_weights(pairs)
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_later_loads_are_the_same_copies_without_the_model(known: bool) -> None:
+    model = Model()
+    for seed in range(4):
+        b = bucket(GOOD, seed)
+        load(model, arrives(b, known and seed > 0), original)
+        check(model, b)
+    assert model.calls == 1
+    (found,) = loads_of(model).values()
+    assert found.replays == 3 and not found.refused
+    # q, k and v lie side by side in the bucket and in the parameter
+    assert sum(c.parameter == "fused" for c in found.copies) == 1
+    assert len(found.copies) == 6
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [("converted", "not in the bucket"), ("turned16", "it makes turned from torch.bfloat16"), ("filled", "fill_"),
+     ("buffer", "no parameter")],  # fmt: skip
+)
+def test_what_is_no_plain_copy_is_loaded_by_the_model_every_time(name: str, why: str) -> None:
+    model = Model()
+    for seed in range(3):
+        b = bucket(["q", name, "expert2"], seed)
+        load(model, arrives(b, seed > 0), original)
+        check(model, b)
+    assert model.calls == 3
+    (found,) = loads_of(model).values()
+    assert why in found.refused and found.replays == 0
+
+
+@pytest.mark.parametrize(("names", "copies"), [(["q", "cast", "k"], 3), (["padded", "v"], 2), (["elsewhere"], 0)])
+def test_copies_that_convert_and_buckets_of_other_ranks(names: list[str], copies: int) -> None:
+    model = Model()
+    for seed in range(3):
+        b = bucket(names, seed)
+        load(model, arrives(b, seed > 0), original)
+        check(model, b)
+    (found,) = loads_of(model).values()
+    assert (model.calls, found.replays, len(found.copies)) == (1, 2, copies)
+
+
+def test_parameters_that_were_replaced() -> None:
+    model = Model()
+    load(model, arrives(bucket(GOOD, 0)), original)
+    old = model.fused
+    model.fused = torch.nn.Parameter(torch.ones_like(old), requires_grad=False)  # the same form elsewhere
+    model.norm.data = torch.ones(9)
+    second = bucket(GOOD, 1)
+    load(model, arrives(second, True), original)
+    check(model, second)
+    assert model.calls == 1 and torch.equal(old.float(), expected(bucket(GOOD, 0))["fused"].float())
+    model.fused = torch.nn.Parameter(torch.ones(8, 12, dtype=torch.bfloat16).t(), requires_grad=False)  # another form
+    third = bucket(GOOD, 2)
+    load(model, arrives(third, True), original)
+    check(model, third)
+    assert model.calls == 2
+    fourth = bucket(GOOD, 3)
+    load(model, arrives(fourth, True), original)
+    check(model, fourth)
+    assert model.calls == 2
+
+
+def test_several_buckets_and_one_that_is_not_known() -> None:
+    model = Model()
+    first, second = bucket(["q", "k"], 0), bucket(["v", "norm"], 1)
+    for b in (first, second):
+        load(model, arrives(b), original)
+    assert len(loads_of(model)) == 2
+    with pytest.raises(KeyError):
+        load(model, arrives(bucket(["q", "v"], 0), True), original)
+    other = bucket(["q", "k"], 0)
+    assert bucket_id(s.form for s in other.specs) == bucket_id(s.form for s in first.specs)
+    assert bucket_id(s.form for s in second.specs) != bucket_id(s.form for s in first.specs)
+
+
+def test_a_load_that_fails_leaves_nothing_to_be_made_again() -> None:
+    model = Model()
+
+    def broken(model: torch.nn.Module, pairs: Any) -> None:
+        original(model, list(pairs)[:2])
+        raise RuntimeError("broken")
+
+    with pytest.raises(RuntimeError, match="broken"):
+        load(model, arrives(bucket(GOOD, 0)), broken)
+    b = bucket(GOOD, 1)
+    load(model, arrives(b, True), original)
+    check(model, b)
+    assert model.calls == 2
+
+
+@pytest.mark.parametrize(
+    "cut", [lambda t: t, lambda t: t[1:3], lambda t: t[:, 2:5], lambda t: t[..., 1], lambda t: t.transpose(0, 1), lambda t: t[1, 2, 3],
+            lambda t: t[:, :1]],
+)  # fmt: skip
+def test_in_bytes(cut: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    a = torch.randn(4, 5, 6).bfloat16()
+    b = torch.zeros(7, 4, 5, 6).bfloat16()[2]
+    to, source = in_bytes(cut(b), cut(a))
+    storage = torch.empty(0, dtype=torch.uint8).set_(b.untyped_storage())
+    to.view(storage).copy_(source.view(a.view(torch.uint8).flatten()))
+    assert torch.equal(cut(b), cut(a)) and b.count_nonzero() <= cut(a).numel()
+    assert merged([]) == []

@@ -1,0 +1,373 @@
+#!/usr/bin/env python3
+"""What docs/gpu.md reports, made on a machine with GPUs: many runs at once, each on its share of the GPUs.
+
+usage: visit.py WORK OUT [--seconds 550] PART...
+
+    tests        pytest -m gpu, by rooms
+    measures     quantizer and weight updates, over CUDA IPC and NCCL
+    tiny         the tiny recipe, three precisions x three seeds
+    small        the same with Qwen3-0.6B's shape
+    variants     the tiny recipe with FP8 primary weights, BF16 moments, a sleeping optimizer
+    experts      tiny-moe-fp8 with several settings and seeds
+    4b, 4b-bf16  RL steps of Qwen3-4B's shape on all GPUs together, engines and trainer taking turns
+    4b-split     the same with half of the GPUs serving, weights by NCCL
+    30b          RL steps of some of Qwen3-30B-A3B's layers on all GPUs together
+
+Models and recipes are made in WORK. OUT gets every run's records, errors and the ends of its logs, what each job said, and
+results.json. A job that does not fit at the moment waits for those before it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Callable
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tools" / "gpu")]
+
+from recipes import PRECISIONS, write_model, write_recipe  # noqa: E402
+
+MEMORY_EVERY_S = 0.5
+END_S = 25
+"""Before the deadline: what still runs is ended then."""
+
+
+@dataclass
+class Job:
+    """One command, on `gpus` GPUs of which it takes `share` each (0: all of them that there are)."""
+
+    name: str
+    command: list[str]
+    gpus: int = 1
+    share: float = 1.0
+    run: Path | None = None
+    until: int | None = None
+    """RL step at which it has shown what it is for, and is ended."""
+    on: tuple[int, ...] = ()
+    process: subprocess.Popen | None = None
+    began: float = 0.0
+    seconds: float = 0.0
+    status: int | None = None
+
+
+@dataclass
+class Visit:
+    """Where things are."""
+
+    work: Path
+    out: Path
+    gpus: int
+    jobs: list[Job] = field(default_factory=list)
+
+    def tiny(self, moe: bool = False) -> Path:
+        folder = self.work / ("tiny-moe" if moe else "tiny")
+        if not folder.exists():
+            make = [sys.executable, str(ROOT / "tools/make_tiny.py"), "--out", str(folder), "--data", str(self.work / "data")]
+            subprocess.run([*make, *(["--moe"] if moe else [])], check=True, stdout=subprocess.DEVNULL)
+        return folder
+
+    def train(self, name: str, base: str, graphs: list[int], model: Path, gpus: int = 1, share: float = 1.0,
+              until: int | None = None, **sections: dict[str, Any]) -> None:  # fmt: skip
+        """A run NAME of recipe `base`, changed by `sections`."""
+        data = self.work / "data"
+        own: dict[str, dict[str, Any]] = {
+            "run": {"name": name, "root": self.work / "runs"}, "model": {"hf_checkpoint": model},
+            "data": {"train": data / "train.jsonl", "eval": data / "eval.jsonl"}, "observe": {"plot": False, "tensorboard": False},
+        }  # fmt: skip
+        merged = {key: own.get(key, {}) | sections.get(key, {}) for key in (*own, *sections)}
+        recipe = write_recipe(self.work / "recipes" / f"{name}.toml", base, graphs, **merged)
+        command = [sys.executable, "-m", "fp8slurm.cli", "train", "--recipe", str(recipe)]
+        self.jobs.append(Job(name, command, gpus or self.gpus, share, self.work / "runs" / name, until))
+
+    def test(self, name: str, gpus: int, share: float, *arguments: str) -> None:
+        command = [sys.executable, "-m", "pytest", "-m", "gpu", "-x", "-o", "addopts=--import-mode=importlib", *arguments]
+        self.jobs.append(Job(name, command, gpus or self.gpus, share))
+
+    def script(self, name: str, gpus: int, share: float, *command: str) -> None:
+        self.jobs.append(Job(name, [sys.executable, *command], gpus or self.gpus, share))
+
+
+def tests(v: Visit) -> None:
+    v.test("test-units", 1, 0.2, "tests/fp8", "tests/trainer/test_gpu.py")
+    v.test("test-nccl", 0, 0.2, "tests/e2e/test_gpus.py", "-k", "nccl_from or dies")
+    v.test("test-hang", min(2, v.gpus), 0.2, "tests/e2e/test_gpus.py", "-k", "experts or stops")
+    v.test("test-ipc", 1, 0.2, "tests/sync/test_gpu.py", "-k", "cuda-ipc")
+
+
+def measures(v: Visit) -> None:
+    """Weight updates of the 4B, and of three layers of the 30B-A3B, and what they are made of; one after the other."""
+    probe = ["tools/gpu/sync_probe.py", "--folder", str(v.work), "--logs", str(v.out / "logs")]
+    v.script("ipc-4b", 1, 1.0, *probe, "--model", "Qwen3-4B", "--updates", "7", "--ways", "cuda-ipc", "--json", str(v.out / "ipc-4b.json"))
+    v.script("ipc-30b", 1, 1.0, *probe, "--model", "Qwen3-30B-A3B", "--layers", "3", "--ways", "cuda-ipc",
+             "--json", str(v.out / "ipc-30b.json"))  # fmt: skip
+    v.script("nccl-4b", min(2, v.gpus), 1.0, *probe, "--model", "Qwen3-4B", "--updates", "7", "--ways", "nccl",
+             "--json", str(v.out / "nccl-4b.json"))  # fmt: skip
+
+    v.script("quantize-4b", 1, 1.0, "tools/bench/bench_quantize.py", "--json", str(v.out / "quantize-4b.json"))
+    v.script("quantize-30b", 1, 1.0, "tools/bench/bench_quantize.py", "--model", "Qwen3-30B-A3B", "--layers", "5",
+             "--json", str(v.out / "quantize-30b.json"))  # fmt: skip
+
+TINY = {"engine": {"max_total_tokens": 32768, "mem_fraction": 0.5}, "checkpoint": {"every": 60}}
+
+
+def tiny(v: Visit) -> None:
+    model, data = v.tiny(), v.work / "data"
+    for seed in range(3):
+        for name, fp8 in PRECISIONS.items():
+            v.train(f"tiny-{name}-{seed}", "tiny-fp8", [64, 256, 512], model, share=0.2, fp8=fp8, run={"seed": seed},
+                    sft={"data": data / "sft.jsonl"}, **{k: s for k, s in TINY.items()})  # fmt: skip
+
+
+def small_settings(v: Visit, seed: int, precision: str, **more: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Qwen3-0.6B's shape from random weights: a supervised phase on the task, then RL."""
+    settings: dict[str, dict[str, Any]] = {
+        "fp8": PRECISIONS[precision],
+        "run": {"seed": seed},
+        "sft": {"data": v.work / "data" / "sft.jsonl", "max_steps": 400, "lr": 3e-4, "warmup_steps": 30, "eval_every": 10, "eval_from": 40},
+        "optim": {"lr": 2e-5},
+        "train": {"tokens_per_micro_batch": 4096},
+        "engine": {"max_total_tokens": 32768, "mem_fraction": 0.5, "context_length": 128},
+        "checkpoint": {"every": 60},
+        "sync": {"bucket_bytes": 128 * 2**20},
+    }  # fmt: skip
+    return {key: settings.get(key, {}) | more.get(key, {}) for key in (*settings, *more)}
+
+
+def small(v: Visit) -> None:
+    model = write_model(v.work / "Qwen3-0.6B", "Qwen3-0.6B", v.tiny())
+    for seed in range(3):
+        for name in PRECISIONS:
+            v.train(f"small-{name}-{seed}", "tiny-fp8", [64, 256, 512], model, share=0.33, **small_settings(v, seed, name))
+
+
+def small_probe(v: Visit) -> None:
+    """Which learning rates the small model takes."""
+    model = write_model(v.work / "Qwen3-0.6B", "Qwen3-0.6B", v.tiny())
+    for sft, rl in ((3e-4, 2e-5), (1e-4, 1e-5), (6e-4, 5e-5)):
+        settings = small_settings(v, 0, "bf16-bf16", sft={"lr": sft}, optim={"lr": rl})
+        v.train(f"probe-{sft:g}-{rl:g}", "tiny-fp8", [64, 256, 512], model, share=0.35, **settings)
+
+
+def variants(v: Visit) -> None:
+    model, sft = v.tiny(), {"data": v.work / "data" / "sft.jsonl"}
+    changes: dict[str, dict[str, dict[str, Any]]] = {
+        "param-gather": {"fp8": {"param_gather": True}},
+        "bf16-moments": {"optim": {"moments": "bfloat16"}},
+        "optimizer-sleep": {"optim": {"sleep": True}},
+    }
+    for name, sections in changes.items():
+        sections = {**{k: s for k, s in TINY.items()}, **sections}
+        v.train(f"tiny-{name}", "tiny-fp8", [64, 256, 512], model, share=0.2, sft=sft, **sections)
+
+
+def experts(v: Visit) -> None:
+    model, sft = v.tiny(moe=True), {"data": v.work / "data" / "sft.jsonl"}
+    changes: dict[str, dict[str, dict[str, Any]]] = {
+        "recipe": {},
+        "100": {"run": {"steps": 100}},
+        "100-lr1": {"run": {"steps": 100}, "optim": {"lr": 1e-4}},
+        "4up": {"train": {"updates_per_step": 4}, "optim": {"lr": 1e-4}, "run": {"steps": 100}},
+    }
+    for seed in range(3):
+        for name, sections in changes.items():
+            merged = {**{k: s for k, s in TINY.items()}, **sections}
+            merged["run"] = {"seed": seed, **merged.get("run", {})}
+            v.train(f"moe-{name}-{seed}", "tiny-moe-fp8", [64, 256, 512], model, share=0.2, sft=sft,
+                    parallel={"expert_parallel_size": 1}, **merged)  # fmt: skip
+
+
+def four_b(v: Visit, precision: str = "fp8-fp8", split: bool = False, name: str = "4b", **more: dict[str, Any]) -> None:
+    """Random weights, a coin for a reward, every sample as long as it may be: for time, memory and bytes, not for learning."""
+    model = write_model(v.work / "Qwen3-4B", "Qwen3-4B", v.tiny())
+    n = v.gpus // 2 if split else v.gpus
+    settings: dict[str, dict[str, Any]] = {
+        "run": {"steps": 4}, "fp8": PRECISIONS[precision],
+        "data": {"train": v.work / "data" / "train.jsonl", "eval": None, "max_prompt_tokens": 64},
+        "rollout": {"max_tokens": 1024, "truncated": "keep", "max_replacements": 0, "drop_no_signal": False},
+        "reward": {"kind": "coin:even"},
+        "optim": {"warmup_steps": 0},
+        "checkpoint": {"every": 100},
+        "engine": {"per_node": n, "context_length": 2048, "mem_fraction": 0.85, "max_running_requests": 64},
+        "slurm": {"gpus_per_node": v.gpus, "ranks_per_node": n},
+        "parallel": {"tensor_parallel_size": min(2, n), "sequence_parallel": n > 1},
+        "sync": {"verify": "first"},
+    }  # fmt: skip
+    if split:
+        settings["engine"] |= {"placement": "split", "gpus": v.gpus - n, "max_running_requests": 128}
+    settings = {key: settings.get(key, {}) | more.get(key, {}) for key in (*settings, *more)}
+    graphs = [1, 16, 32, 64] + ([128] if split else [])
+    v.train(name, "qwen3-4b-fp8", graphs, model, 0, until=None if name == "4b" else 3, **settings)
+    if name == "4b":  # its checkpoint, of 56 GB, to what an engine loads
+        checkpoint = v.work / "runs" / name / "checkpoints" / "step_000004"
+        convert = ["-m", "fp8slurm.cli", "convert", "torch-dist-to-fp8", "--quiet", "--origin-hf-dir", str(model)]
+        convert += [str(checkpoint), str(v.work / "exported")]
+        v.script("4b-export", 1, 1.0, *convert)
+
+
+def thirty_b(v: Visit, layers: int = 12) -> None:
+    model = write_model(v.work / f"Qwen3-30B-A3B-{layers}", "Qwen3-30B-A3B", v.tiny(), layers)
+    v.train(
+        "30b", "qwen3-30b-a3b-fp8", [1, 16, 32, 64, 128], model, 0, until=3,
+        run={"steps": 4}, data={"train": v.work / "data" / "train.jsonl", "eval": None, "max_prompt_tokens": 64},
+        rollout={"max_tokens": 512, "truncated": "keep", "max_replacements": 0, "drop_no_signal": False, "routing_replay": True},
+        reward={"kind": "coin:even"}, optim={"warmup_steps": 0}, checkpoint={"every": 100},
+        engine={"tensor_parallel_size": v.gpus, "expert_parallel_size": v.gpus, "context_length": 1024, "max_running_requests": 128},
+        slurm={"gpus_per_node": v.gpus, "ranks_per_node": v.gpus},
+        parallel={"tensor_parallel_size": v.gpus, "expert_parallel_size": v.gpus}, sync={"verify": "first"},
+    )  # fmt: skip
+
+
+PARTS: dict[str, Callable[[Visit], None]] = {
+    "tests": tests, "measures": measures, "tiny": tiny, "small": small, "small-probe": small_probe, "variants": variants, "experts": experts,
+    "4b": four_b, "4b-bf16": lambda v: four_b(v, "bf16-bf16", name="4b-bf16"),
+    "4b-sleep": lambda v: four_b(v, name="4b-sleep", optim={"sleep": True}),
+    "4b-split": lambda v: four_b(v, split=True, name="4b-split"), "30b": thirty_b,
+}  # fmt: skip
+
+
+def run_all(v: Visit, deadline: float) -> None:
+    """Start every job as soon as it fits, in their order; until all are over or the deadline comes."""
+    free = [1.0] * v.gpus
+    waiting, running = list(v.jobs), []
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tools" / "gpu"), os.environ.get("PYTHONPATH", "")]),
+        "SGLANG_JIT_DEEPGEMM_PRECOMPILE": "0",
+    }
+    while (waiting or running) and time.time() < deadline:
+        for job in list(waiting):
+            best = sorted(range(v.gpus), key=lambda i: -free[i])[: job.gpus]
+            if len(best) < job.gpus or any(free[i] < job.share - 1e-6 for i in best):
+                break  # in their order
+            waiting.remove(job)
+            job.on, job.began = tuple(sorted(best)), time.time()
+            for i in best:
+                free[i] -= job.share
+            log = open(v.out / f"{job.name}.log", "w")
+            own = environment | {"CUDA_VISIBLE_DEVICES": ",".join(map(str, job.on))}
+            job.process = subprocess.Popen(job.command, cwd=ROOT, env=own, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+            running.append(job)
+        for job in list(running):
+            assert job.process is not None
+            if job.until is not None and rl_steps(job)[-1:] >= [job.until]:
+                job.process.send_signal(signal.SIGTERM)
+                job.process.wait(30)
+                job.process.returncode = 0
+            if job.process.poll() is not None:
+                running.remove(job)
+                finish(v, job, free)
+        time.sleep(0.2)
+    for job in running:  # SIGTERM lets it end its tasks
+        assert job.process is not None
+        job.process.send_signal(signal.SIGTERM)
+    until = time.time() + END_S - 10
+    for job in running:
+        assert job.process is not None
+        try:
+            job.process.wait(max(0.1, until - time.time()))
+        except subprocess.TimeoutExpired:
+            os.killpg(job.process.pid, signal.SIGKILL)
+            job.process.wait()
+        finish(v, job, free)
+
+
+def finish(v: Visit, job: Job, free: list[float]) -> None:
+    assert job.process is not None
+    job.status, job.seconds = job.process.returncode, time.time() - job.began
+    for i in job.on:
+        free[i] += job.share
+    print(f"{job.name}: status {job.status} after {job.seconds:.0f} s on GPUs {job.on}{said(job)}", flush=True)
+
+
+def records_of(job: Job) -> list[dict[str, Any]]:
+    """What a run has recorded so far, whole lines only."""
+    if job.run is None or not (job.run / "metrics.jsonl").exists():
+        return []
+    return [json.loads(line) for line in (job.run / "metrics.jsonl").read_text().splitlines(True) if line.endswith("\n")]
+
+
+def rl_steps(job: Job) -> list[int]:
+    return [r["step"] for r in records_of(job) if r["phase"] == "rl"]
+
+
+def said(job: Job) -> str:
+    """Where a run got to."""
+    records = records_of(job)
+    if not records:
+        return ""
+    rl = [r for r in records if r["phase"] == "rl"]
+    accuracy = [(r["step"], round(r["eval/accuracy"], 3)) for r in rl if "eval/accuracy" in r]
+    gaps = [r["gap/mean_abs"] for r in rl if r.get("gap/mean_abs") is not None]
+    steps = sorted(r["time/step"] for r in rl[1:])
+    return (
+        f"; sft {sum(r['phase'] == 'sft' for r in records)}, rl {rl[-1]['step'] if rl else '-'}, accuracy {accuracy[:1]} {accuracy[-1:]}, "
+        f"gap {sum(gaps) / max(1, len(gaps)):.2e}, {steps[len(steps) // 2] if steps else 0:.2f} s a step"
+    )
+
+
+def watch_memory(path: Path, over: threading.Event) -> None:
+    """MiB used of every GPU, a line each MEMORY_EVERY_S."""
+    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    with open(path, "w") as out:
+        while not over.wait(MEMORY_EVERY_S):
+            done = subprocess.run(query, capture_output=True, text=True)
+            out.write(f"{time.time():.1f} {' '.join(done.stdout.split())}\n")
+
+
+def collect(v: Visit) -> None:
+    """What is worth keeping of every run, into OUT."""
+    for job in v.jobs:
+        if job.run is None or not job.run.exists():
+            continue
+        target = v.out / "runs" / job.name
+        for path in job.run.rglob("*"):
+            small = path.is_file() and path.stat().st_size < 2 << 20
+            if small and path.suffix in (".jsonl", ".json") and "engine_model" not in path.parts:
+                (target / path.relative_to(job.run)).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, target / path.relative_to(job.run))
+            elif path.suffix in (".err", ".log", ".txt") and path.is_file():
+                (target / path.relative_to(job.run)).parent.mkdir(parents=True, exist_ok=True)
+                (target / path.relative_to(job.run)).write_bytes(path.read_bytes()[-60000:])
+    rows = [{"name": j.name, "status": j.status, "seconds": round(j.seconds, 1), "gpus": j.on, "began": j.began} for j in v.jobs]
+    (v.out / "results.json").write_text(json.dumps(rows, indent=1))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("parts", nargs="+", choices=list(PARTS))
+    parser.add_argument("--seconds", type=float, default=550)
+    args = parser.parse_args()
+    deadline = time.time() + args.seconds - END_S
+    import torch
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    v = Visit(args.work.resolve(), args.out.resolve(), torch.cuda.device_count())
+    names = [torch.cuda.get_device_name(i) for i in range(v.gpus)]
+    print(f"{v.gpus} GPUs: {', '.join(sorted(set(names)))}; torch {torch.__version__}", flush=True)
+    v.tiny()
+    for part in args.parts:
+        PARTS[part](v)
+    print(f"ready with {len(v.jobs)} jobs, {deadline - time.time():.0f} s left", flush=True)
+    over = threading.Event()
+    threading.Thread(target=watch_memory, args=(v.out / "memory.txt", over), daemon=True).start()
+    run_all(v, deadline)
+    over.set()
+    collect(v)
+    bad = [j.name for j in v.jobs if j.status != 0]
+    print("not ended well, or not started:", ", ".join(bad) or "none")
+    sys.exit(bool(bad))
+
+
+if __name__ == "__main__":
+    main()
