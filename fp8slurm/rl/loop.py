@@ -25,7 +25,7 @@ from fp8slurm.observe.metrics import MetricsWriter
 from fp8slurm.rl import controls
 from fp8slurm.rl.advantages import advantages
 from fp8slurm.rl.channel import RankChannel
-from fp8slurm.rl.data import PromptOrder, load_sft, load_tokenizer
+from fp8slurm.rl.data import PromptOrder, SftExample, load_sft, load_tokenizer
 from fp8slurm.rl.loss import gap_metrics, make_policy_loss, sft_loss
 from fp8slurm.rl.packing import pack, pack_sft
 from fp8slurm.rl.pace import Pace
@@ -226,6 +226,8 @@ class Loop:
             sources = [(n, roots[n], plans[n]) for n in names]
             self.mapped = MappedSender(self.store, sources, self.run_dir.attempt_dir)
         if engines_start_after_trainer(c):
+            examples = [SftExample((0,), (0,) * 7)] * t.data_parallel_size
+            t.warm_up(pack_sft(examples, **self._packing())[t.data_parallel_rank])
             t.settle_memory()
             self.store.set(f"resident/{t.rank}", "true")
         self.sync()
@@ -570,7 +572,7 @@ class Loop:
         if self.write_s is not None:
             times["time/checkpoint_write"], self.write_s = self.write_s, None
         whole = time.perf_counter() - started
-        line = {"phase": self.state.phase, "step": self.state.step, **record, **times, "time/step": whole}
+        line = {"phase": self.state.phase, "step": self.state.step, **record, **self.trainer.memory, **times, "time/step": whole}
         if "tokens" in record:
             line["throughput/tokens_per_s"] = record["tokens"] / whole
         if self.first:

@@ -61,6 +61,8 @@ class Trainer:
         self.optimizer = build.build_optimizer(config, self.ddp)
         self.sleeping = OptimizerSleep(self.optimizer, self.module)
         self.shards = Shards(self.module, self.table)
+        self.memory: dict[str, float] = {}
+        """GB of torch's allocator at the last make_room, of the fullest rank: what it kept, and the most since the one before."""
         self.primary_fp8: list[str] = []
         """Names of the weights that are kept in FP8 (fp8.param_gather)."""
         if config.fp8.param_gather:
@@ -191,7 +193,12 @@ class Trainer:
             if self.config.optim.sleep:
                 self.sleeping.to_host()
             torch.cuda.empty_cache()
-        dist.barrier()
+            held = torch.tensor([torch.cuda.memory_reserved(), torch.cuda.max_memory_allocated()], device="cuda")
+            torch.cuda.reset_peak_memory_stats()
+            dist.all_reduce(held, op=dist.ReduceOp.MAX)  # and nobody goes on before all have made room
+            self.memory = dict(zip(("memory/kept", "memory/peak"), (n / 1e9 for n in held.tolist())))
+        else:
+            dist.barrier()
 
     # Forward and backward.
 
@@ -224,6 +231,32 @@ class Trainer:
 
         All data-parallel ranks have equally many micro-batches. Without `with_entropy` loss_fn gets None for it.
         """
+        total, sums = self._gradients(micro_batches, loss_fn, with_entropy)
+        grad_norm, ok = self._update(lr, math.isfinite(total))
+        return StepResult(total, grad_norm, ok, sums)
+
+    def warm_up(self, micro_batches: list[PackedBatch]) -> None:
+        """Go through everything of a step but the step itself, all ranks together: no weight and no state changes.
+
+        Libraries and communicators take memory for good when they are first used: engines that share the GPU must find it
+        taken when they count what is free, and it must not lie in the midst of what the first real step will give back.
+        """
+        self.logprobs(micro_batches)
+
+        def nothing(logprobs: torch.Tensor, entropy: torch.Tensor | None, batch: PackedBatch) -> tuple[torch.Tensor, dict]:
+            return logprobs.sum() * 0 + (0 if entropy is None else entropy.sum() * 0), {}
+
+        self._gradients(micro_batches, nothing, True)
+        self.sleeping.finish()
+        self.optimizer.prepare_grads()
+        self.optimizer.get_grad_norm()
+        self.ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+    def _gradients(
+        self, micro_batches: list[PackedBatch], loss_fn: LossFunction, with_entropy: bool
+    ) -> tuple[float, dict[str, float]]:
+        """Forward and backward; (loss, metrics), both summed over micro-batches and data-parallel ranks."""
         self.sleeping.begin()
         if torch.cuda.is_available():
             self.ddp.restore_grad_buffers(synchronize=False)
@@ -243,8 +276,7 @@ class Trainer:
         total = sums.pop("loss")
         if balance:
             sums["moe/aux_loss"] = take_aux_loss(self.spec.num_layers, len(micro_batches), self.data_parallel_size)
-        grad_norm, ok = self._update(lr, math.isfinite(total))
-        return StepResult(total, grad_norm, ok, {k.removeprefix("metric/"): v for k, v in sums.items()})
+        return total, {k.removeprefix("metric/"): v for k, v in sums.items()}
 
     def _run(self, model: Any, micro_batches: list[PackedBatch], loss: Callable[..., Any], **how: Any) -> list[Any]:
         if not micro_batches:

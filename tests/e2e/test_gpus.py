@@ -42,7 +42,7 @@ def start(tiny_runs: Callable[..., Any], tmp_path: Path) -> Callable[..., Any]:
     def make(base: str = "tiny-fp8", **sections: dict[str, Any]) -> Any:
         merged = {key: SHORT.get(key, {}) | sections.get(key, {}) for key in (*SHORT, *sections)}
         recipe = write_recipe(tmp_path / "recipe.toml", base, [], **merged)
-        return tiny_runs(16, moe="moe" in base, recipe=str(recipe))
+        return tiny_runs(16, moe="moe" in base, recipe=str(recipe), sft__eval_every=1)  # tiny_runs switches it off
 
     return make
 

@@ -19,13 +19,13 @@ ONE_RANK = [
     "one_rank_bf16_fp8", "entropy", "reference_model", "bad_loss", "new_optimizer", "emulated_linear",
     "main_grad", "fp8_layers", "packed_modules", "tied_head", "refused", "resume_one_rank", "save_before_any_step",
     "save_one_rank", "full_disk", "snapshot_bytes",
-    "optimizer_sleep", "plain_optimizer_sleep",
+    "optimizer_sleep", "plain_optimizer_sleep", "warm_up",
 ]  # fmt: skip
 TWO_RANKS = [
     "dp2", "dp2_plain_optimizer", "tp2", "tp2_sequence_parallel", "pp2", "pp2_untied", "tp2_fp8",
     "tp2_sequence_parallel_fp8", "tp2_fp8_layers", "dp2_bad_loss", "dp2_resume", "save_dp2", "save_tp2",
     "save_pp2", "one_to_dp2", "one_to_tp2", "one_to_pp2", "tp2_full_disk", "dp2_snapshot_bytes",
-    "tp2_snapshot_bytes", "dp2_optimizer_sleep",
+    "tp2_snapshot_bytes", "dp2_optimizer_sleep", "tp2_warm_up",
 ]  # fmt: skip
 BACK_TO_ONE = ["dp2_to_one", "tp2_to_one", "pp2_to_one"]
 
@@ -314,3 +314,10 @@ def test_an_optimizer_that_sleeps_between_steps_takes_the_same_steps(one: Any, t
         awake, asleep = got["awake"][kind], got["asleep"][kind]
         assert awake.keys() == asleep.keys() and awake
         assert [k for k in awake if not torch.equal(awake[k], asleep[k])] == []
+
+
+@pytest.mark.parametrize("scenario", ["warm_up", "tp2_warm_up"])
+def test_a_warm_up_changes_nothing(one: Any, two: Any, scenario: str) -> None:
+    got = (two if scenario.startswith("tp2") else one).result(scenario)
+    assert got["cold"]["steps"] == got["warm"]["steps"]
+    assert [k for k, v in got["cold"]["weights"].items() if not torch.equal(v, got["warm"]["weights"][k])] == []

@@ -481,6 +481,26 @@ def optimizer_sleep(ranks: Ranks, **sections: Any) -> dict[str, Any]:
     return out
 
 
+def warm_up(ranks: Ranks, **sections: Any) -> dict[str, Any]:
+    """Two steps, without and with a warm-up before each."""
+    out: dict[str, Any] = {}
+    for name in ("cold", "warm"):
+        with ranks.trainer(**FP8, **BF16, **sections) as trainer:
+            said = []
+            for seed in range(2):
+                if name == "warm":
+                    before = weights(trainer)
+                    trainer.warm_up(batches(trainer, 9)[:1])
+                    assert all(torch.equal(before[k], v) for k, v in weights(trainer).items())
+                said += steps(trainer, range(seed, seed + 1))
+            out[name] = {"steps": said, "weights": weights(trainer)}
+    return out
+
+
+def tp2_warm_up(ranks: Ranks) -> dict[str, Any]:
+    return warm_up(ranks, **TP2SP)
+
+
 def dp2_optimizer_sleep(ranks: Ranks) -> dict[str, Any]:
     return optimizer_sleep(ranks)
 

@@ -25,7 +25,6 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools" / "gpu")]
 # read when NCCL is loaded, here and in the engine, which inherits them
-os.environ.setdefault("NCCL_MULTI_RANK_GPU_ENABLE", "1")
 os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
 os.environ.setdefault("NCCL_CUMEM_ENABLE", "0")  # as SGLang sets it: both ends have to agree
 # else SGLang compiles DeepGEMM for every batch of up to 16384 tokens before it answers, for 10 minutes and more
@@ -34,6 +33,9 @@ os.environ.setdefault("SGLANG_JIT_DEEPGEMM_PRECOMPILE", "0")
 import torch  # noqa: E402
 
 from random_model import write_random_model  # noqa: E402
+
+if torch.cuda.device_count() == 1:
+    os.environ.setdefault("NCCL_MULTI_RANK_GPU_ENABLE", "1")
 
 from fp8slurm.config.schema import EngineSection  # noqa: E402
 from fp8slurm.engine.client import EngineClient, GenerateRequest  # noqa: E402

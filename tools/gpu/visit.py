@@ -76,12 +76,21 @@ class Visit:
             subprocess.run([*make, *(["--moe"] if moe else [])], check=True, stdout=subprocess.DEVNULL)
         return folder
 
-    def train(self, name: str, base: str, graphs: list[int], model: Path, gpus: int = 1, share: float = 1.0,
+    def fp8(self, model: Path) -> Path:
+        """A model in block FP8 beside it."""
+        from fp8slurm.checkpoint import hf_to_fp8
+
+        target = model.with_name(f"{model.name}-FP8")
+        if not target.exists():
+            hf_to_fp8(model, target, verify=False)
+        return target
+
+    def train(self, name: str, base: str, graphs: list[int], hf: Path, gpus: int = 1, share: float = 1.0,
               until: int | None = None, **sections: dict[str, Any]) -> None:  # fmt: skip
         """A run NAME of recipe `base`, changed by `sections`."""
         data = self.work / "data"
         own: dict[str, dict[str, Any]] = {
-            "run": {"name": name, "root": self.work / "runs"}, "model": {"hf_checkpoint": model},
+            "run": {"name": name, "root": self.work / "runs"}, "model": {"hf_checkpoint": hf},
             "data": {"train": data / "train.jsonl", "eval": data / "eval.jsonl"}, "observe": {"plot": False, "tensorboard": False},
         }  # fmt: skip
         merged = {key: own.get(key, {}) | sections.get(key, {}) for key in (*own, *sections)}
@@ -98,33 +107,36 @@ class Visit:
 
 
 def tests(v: Visit) -> None:
-    v.test("test-units", 1, 0.2, "tests/fp8", "tests/trainer/test_gpu.py")
-    v.test("test-nccl", 0, 0.2, "tests/e2e/test_gpus.py", "-k", "nccl_from or dies")
-    v.test("test-hang", min(2, v.gpus), 0.2, "tests/e2e/test_gpus.py", "-k", "experts or stops")
-    v.test("test-ipc", 1, 0.2, "tests/sync/test_gpu.py", "-k", "cuda-ipc")
+    v.test("test-nccl", 0, 0.05, "tests/e2e/test_gpus.py", "-k", "nccl_from or dies")
+    v.test("test-hang", min(2, v.gpus), 0.05, "tests/e2e/test_gpus.py", "-k", "experts or stops")
+    v.test("test-units", 1, 0.05, "tests/fp8", "tests/trainer/test_gpu.py")
+    v.test("test-sync", min(2, v.gpus), 0.05, "tests/sync/test_gpu.py")
 
 
 def measures(v: Visit) -> None:
     """Weight updates of the 4B, and of three layers of the 30B-A3B, and what they are made of; one after the other."""
+    model = write_model(v.work / "Qwen3-4B", "Qwen3-4B", v.tiny())
     probe = ["tools/gpu/sync_probe.py", "--folder", str(v.work), "--logs", str(v.out / "logs")]
-    v.script("ipc-4b", 1, 1.0, *probe, "--model", "Qwen3-4B", "--updates", "7", "--ways", "cuda-ipc", "--json", str(v.out / "ipc-4b.json"))
+    large = ["--model", "Qwen3-4B", "--checkpoint", str(v.fp8(model)), "--updates", "7"]
+    v.script("ipc-4b", 1, 1.0, *probe, *large, "--ways", "cuda-ipc", "--json", str(v.out / "ipc-4b.json"))
     v.script("ipc-30b", 1, 1.0, *probe, "--model", "Qwen3-30B-A3B", "--layers", "3", "--ways", "cuda-ipc",
              "--json", str(v.out / "ipc-30b.json"))  # fmt: skip
-    v.script("nccl-4b", min(2, v.gpus), 1.0, *probe, "--model", "Qwen3-4B", "--updates", "7", "--ways", "nccl",
-             "--json", str(v.out / "nccl-4b.json"))  # fmt: skip
+    v.script("nccl-4b", min(2, v.gpus), 1.0, *probe, *large, "--ways", "nccl", "--json", str(v.out / "nccl-4b.json"))  # fmt: skip
 
     v.script("quantize-4b", 1, 1.0, "tools/bench/bench_quantize.py", "--json", str(v.out / "quantize-4b.json"))
     v.script("quantize-30b", 1, 1.0, "tools/bench/bench_quantize.py", "--model", "Qwen3-30B-A3B", "--layers", "5",
              "--json", str(v.out / "quantize-30b.json"))  # fmt: skip
 
-TINY = {"engine": {"max_total_tokens": 32768, "mem_fraction": 0.5}, "checkpoint": {"every": 60}}
+TINY = {
+    "engine": {"max_total_tokens": 32768, "mem_fraction": 0.5}, "checkpoint": {"every": 60}, "eval": {"every": 20},
+}  # fmt: skip
 
 
 def tiny(v: Visit) -> None:
     model, data = v.tiny(), v.work / "data"
     for seed in range(3):
         for name, fp8 in PRECISIONS.items():
-            v.train(f"tiny-{name}-{seed}", "tiny-fp8", [64, 256, 512], model, share=0.2, fp8=fp8, run={"seed": seed},
+            v.train(f"tiny-{name}-{seed}", "tiny-fp8", [64, 256, 512], model, share=0.06, fp8=fp8, run={"seed": seed},
                     sft={"data": data / "sft.jsonl"}, **{k: s for k, s in TINY.items()})  # fmt: skip
 
 
@@ -132,12 +144,13 @@ def small_settings(v: Visit, seed: int, precision: str, **more: dict[str, Any]) 
     """Qwen3-0.6B's shape from random weights: a supervised phase on the task, then RL."""
     settings: dict[str, dict[str, Any]] = {
         "fp8": PRECISIONS[precision],
-        "run": {"seed": seed},
-        "sft": {"data": v.work / "data" / "sft.jsonl", "max_steps": 400, "lr": 3e-4, "warmup_steps": 30, "eval_every": 10, "eval_from": 40},
+        "run": {"seed": seed, "steps": 60},
+        "sft": {"data": v.work / "data" / "sft.jsonl", "max_steps": 400, "lr": 3e-4, "warmup_steps": 30, "eval_every": 4, "eval_from": 44},
         "optim": {"lr": 2e-5},
         "train": {"tokens_per_micro_batch": 4096},
         "engine": {"max_total_tokens": 32768, "mem_fraction": 0.5, "context_length": 128},
         "checkpoint": {"every": 60},
+        "eval": {"every": 20},
         "sync": {"bucket_bytes": 128 * 2**20},
     }  # fmt: skip
     return {key: settings.get(key, {}) | more.get(key, {}) for key in (*settings, *more)}
@@ -147,7 +160,9 @@ def small(v: Visit) -> None:
     model = write_model(v.work / "Qwen3-0.6B", "Qwen3-0.6B", v.tiny())
     for seed in range(3):
         for name in PRECISIONS:
-            v.train(f"small-{name}-{seed}", "tiny-fp8", [64, 256, 512], model, share=0.33, **small_settings(v, seed, name))
+            # a checkpoint of its optimizer has 8 GB: none at the end
+            settings = small_settings(v, seed, name, run={"steps": 41})
+            v.train(f"small-{name}-{seed}", "tiny-fp8", [64, 256, 512], model, share=0.22, until=40, **settings)
 
 
 def small_probe(v: Visit) -> None:
@@ -167,7 +182,7 @@ def variants(v: Visit) -> None:
     }
     for name, sections in changes.items():
         sections = {**{k: s for k, s in TINY.items()}, **sections}
-        v.train(f"tiny-{name}", "tiny-fp8", [64, 256, 512], model, share=0.2, sft=sft, **sections)
+        v.train(f"tiny-{name}", "tiny-fp8", [64, 256, 512], model, share=0.06, sft=sft, **sections)
 
 
 def experts(v: Visit) -> None:
@@ -182,7 +197,7 @@ def experts(v: Visit) -> None:
         for name, sections in changes.items():
             merged = {**{k: s for k, s in TINY.items()}, **sections}
             merged["run"] = {"seed": seed, **merged.get("run", {})}
-            v.train(f"moe-{name}-{seed}", "tiny-moe-fp8", [64, 256, 512], model, share=0.2, sft=sft,
+            v.train(f"moe-{name}-{seed}", "tiny-moe-fp8", [64, 256, 512], model, share=0.06, sft=sft,
                     parallel={"expert_parallel_size": 1}, **merged)  # fmt: skip
 
 
@@ -191,9 +206,9 @@ def four_b(v: Visit, precision: str = "fp8-fp8", split: bool = False, name: str 
     model = write_model(v.work / "Qwen3-4B", "Qwen3-4B", v.tiny())
     n = v.gpus // 2 if split else v.gpus
     settings: dict[str, dict[str, Any]] = {
-        "run": {"steps": 4}, "fp8": PRECISIONS[precision],
+        "run": {"steps": 4}, "fp8": PRECISIONS[precision], "model": {"rollout_checkpoint": v.fp8(model) if "fp8" in precision else None},
         "data": {"train": v.work / "data" / "train.jsonl", "eval": None, "max_prompt_tokens": 64},
-        "rollout": {"max_tokens": 1024, "truncated": "keep", "max_replacements": 0, "drop_no_signal": False},
+        "rollout": {"max_tokens": 512, "truncated": "keep", "max_replacements": 0, "drop_no_signal": False},
         "reward": {"kind": "coin:even"},
         "optim": {"warmup_steps": 0},
         "checkpoint": {"every": 100},
@@ -207,17 +222,17 @@ def four_b(v: Visit, precision: str = "fp8-fp8", split: bool = False, name: str 
     settings = {key: settings.get(key, {}) | more.get(key, {}) for key in (*settings, *more)}
     graphs = [1, 16, 32, 64] + ([128] if split else [])
     v.train(name, "qwen3-4b-fp8", graphs, model, 0, until=None if name == "4b" else 3, **settings)
-    if name == "4b":  # its checkpoint, of 56 GB, to what an engine loads
+    if name == "4b":  # its checkpoint, of 56 GB, to what an engine loads; beside the next run
         checkpoint = v.work / "runs" / name / "checkpoints" / "step_000004"
-        convert = ["-m", "fp8slurm.cli", "convert", "torch-dist-to-fp8", "--quiet", "--origin-hf-dir", str(model)]
-        convert += [str(checkpoint), str(v.work / "exported")]
-        v.script("4b-export", 1, 1.0, *convert)
+        convert = f"{sys.executable} -m fp8slurm.cli convert torch-dist-to-fp8 --origin-hf-dir {model} {checkpoint} {v.work}/exported"
+        wait = f"while [ ! -e {checkpoint}/COMPLETE ]; do sleep 1; done; time {convert}"
+        v.jobs.append(Job("4b-export", ["bash", "-c", wait], 1, 0.0))
 
 
-def thirty_b(v: Visit, layers: int = 12) -> None:
+def thirty_b(v: Visit, layers: int = 8) -> None:
     model = write_model(v.work / f"Qwen3-30B-A3B-{layers}", "Qwen3-30B-A3B", v.tiny(), layers)
     v.train(
-        "30b", "qwen3-30b-a3b-fp8", [1, 16, 32, 64, 128], model, 0, until=3,
+        "30b", "qwen3-30b-a3b-fp8", [1, 16, 32, 64, 128], model, 0, until=3, model={"rollout_checkpoint": v.fp8(model)},
         run={"steps": 4}, data={"train": v.work / "data" / "train.jsonl", "eval": None, "max_prompt_tokens": 64},
         rollout={"max_tokens": 512, "truncated": "keep", "max_replacements": 0, "drop_no_signal": False, "routing_replay": True},
         reward={"kind": "coin:even"}, optim={"warmup_steps": 0}, checkpoint={"every": 100},
@@ -346,7 +361,7 @@ def main() -> None:
     parser.add_argument("work", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("parts", nargs="+", choices=list(PARTS))
-    parser.add_argument("--seconds", type=float, default=550)
+    parser.add_argument("--seconds", type=float, default=550, help="of all of it")
     args = parser.parse_args()
     deadline = time.time() + args.seconds - END_S
     import torch
