@@ -13,7 +13,7 @@ import numpy as np
 import requests
 
 from fp8slurm.engine.digest import DIGEST_ACTION
-from fp8slurm.engine.recorded import Form
+from fp8slurm.engine.recorded import RECORDED, Form
 from fp8slurm.engine.server import EngineError
 
 UNVERSIONED = -1
@@ -229,6 +229,13 @@ class EngineClient:
 
     def digest(self) -> list[dict[str, str]]:
         """sha256 of the raw bytes of every parameter, by name: one dict a tensor-parallel rank (engine/plugin.py)."""
+        return [{k: v for k, v in checksums.items() if k != RECORDED} for checksums in self._checksums()]
+
+    def recorded(self) -> list[list[int]]:
+        """How often each bucket was loaded by its recorded copies (engine/recorded.py), for every tensor-parallel rank."""
+        return [json.loads(checksums[RECORDED]) for checksums in self._checksums()]
+
+    def _checksums(self) -> list[dict[str, str]]:
         ranks = self._post("/weights_checker", {"action": DIGEST_ACTION})["ranks"]
 
         def number(rank: dict[str, Any]) -> int:

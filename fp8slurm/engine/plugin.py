@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import json
 import tempfile
 from typing import Any
 
 from fp8slurm.engine.digest import DIGEST_ACTION, overall, raw_digest
+from fp8slurm.engine.recorded import RECORDED, FlatBucket, load, loads_of
 
 
 def apply() -> None:
@@ -36,10 +38,14 @@ def _add_raw_digest() -> None:
         if action != DIGEST_ACTION:
             return original(self, action, *args, **kwargs)
         role = {"role": kwargs["role"]} if "role" in kwargs else {}  # older servers know no roles
-        checksums = {name: raw_digest(parameter) for name, parameter in self._get_model().named_parameters()}
+        model = self._get_model()
+        checksums = {name: raw_digest(parameter) for name, parameter in model.named_parameters()}
+        whole = overall(checksums)
+        # the server passes nothing on but these three, of which only the first is a dict of texts
+        checksums[RECORDED] = json.dumps([found.replays for found in loads_of(model).values()])
         return {
             "checksums": checksums,
-            "per_gpu_checksum": overall(checksums),
+            "per_gpu_checksum": whole,
             "parallelism_info": self._parallelism_info(**role).model_dump(),
         }
 
@@ -73,8 +79,6 @@ def _record_loads() -> None:
     from sglang.srt.models.qwen3 import Qwen3ForCausalLM
     from sglang.srt.models.qwen3_moe import Qwen3MoeForCausalLM
     from sglang.srt.weight_sync.tensor_bucket import FlattenedTensorBucket
-
-    from fp8slurm.engine.recorded import FlatBucket, load
 
     if getattr(FlattenedTensorBucket, "is_recorded", False):
         return

@@ -29,6 +29,8 @@ Form = tuple[str, str, tuple[int, ...], int]
 """A tensor of a bucket: name, dtype without "torch.", shape, first byte."""
 KNOWN = "fp8slurm-bucket:"
 """With an id behind it the name of the only tensor, uint8, of a bucket that the engine knows."""
+RECORDED = "fp8slurm-recorded"
+"""Among the names of an engine's digests: how often each bucket was loaded by its copies, a JSON list."""
 
 
 def bucket_id(forms: Iterable[Form]) -> str:

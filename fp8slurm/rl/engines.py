@@ -17,8 +17,8 @@ from fp8slurm.config.derived import engines_sleep, is_direct, is_mapped, transpo
 from fp8slurm.engine.client import GenerateRequest, Generation
 from fp8slurm.engine.pool import EnginePool, Member, WeightsLost, engine_errors, pieces, shares
 from fp8slurm.engine.server import Engine, EngineError, EngineSettings, visible_gpus
+from fp8slurm.sync import direct
 from fp8slurm.sync.bucket import WeightBucket
-from fp8slurm.sync.direct import DirectTransport, Generation
 from fp8slurm.sync.engine_link import EngineLink
 from fp8slurm.sync.fan_out import FanOut
 from fp8slurm.sync.transport import MappedTransport, Transport
@@ -78,7 +78,7 @@ class EngineSet(EnginePool):
         assert member.client is not None
         transport: Transport | None = None
         if is_direct(self.config):
-            transport = DirectTransport()
+            transport = direct.DirectTransport()
         elif is_mapped(self.config):  # without GPUs all map the first rank's
             transport = MappedTransport(self._gpus[self.members.index(member)] or (0,) * e.tensor_parallel_size)
         member.link = EngineLink(
@@ -129,7 +129,7 @@ class EngineSet(EnginePool):
         joined = [member.link.transport.generation for member in self.members]
         return all(g is not None and g.number == generation and not g.failed() for g in joined)
 
-    def link(self, generation: Generation, sources: Sequence[str], address: str, port: int, node: int) -> None:
+    def link(self, generation: direct.Generation, sources: Sequence[str], address: str, port: int, node: int) -> None:
         """Have all engines join; those that cannot are restarted. address, port: of the job's store. EngineError."""
         ranks = self.config.engine.tensor_parallel_size
         size = 1 + self.config.slurm.nodes * len(self.members) * ranks
@@ -174,7 +174,7 @@ class EngineSet(EnginePool):
         try:
             digests = member.link.update(self.version, buckets, verify=verify)
         except EngineError as error:
-            if isinstance(member.link.transport, DirectTransport) and member.link.transport.generation is not None:
+            if isinstance(member.link.transport, direct.DirectTransport) and member.link.transport.generation is not None:
                 member.link.transport.generation.fail(f"{member.title}: {error}")
             raise
         member.behind = False

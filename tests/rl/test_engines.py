@@ -69,7 +69,13 @@ class Node:
         return self.engines.members[number].engine._family()
 
     def scheduler(self, number: int) -> psutil.Process:
-        return next(p for p in self.processes(number) if "scheduler" in " ".join(p.cmdline()))
+        def line(p: psutil.Process) -> str:
+            try:
+                return " ".join(p.cmdline())
+            except psutil.ZombieProcess:  # one that was ended before this
+                return ""
+
+        return next(p for p in self.processes(number) if "scheduler" in line(p))
 
     def during(self, requests, act):
         """The responses, `act` called once both engines are at work on them."""

@@ -192,6 +192,8 @@ def send_and_compare(engines: Engines, folder: Path, tp: int = 1, pp: int = 1, e
                 assert {v for g in generated for v in g.weight_versions} == {version}
                 assert gap(folder / f"fp8{version}", converted, generated).median() < 1e-4
     for link in links.values():
+        for replays in link.client.recorded():  # all updates but the first are copies that were written down in that one
+            assert len(replays) >= expected.buckets and all(n >= LAST - 1 for n in replays)
         link.close()
 
 

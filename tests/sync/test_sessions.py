@@ -75,6 +75,7 @@ def test_bytes_arrive_and_what_was_computed_from_the_old_ones_is_forgotten(engin
     link.update(2, buckets(engine.second, 2), verify=True)
     of_second = client.generate(SHORT, one_batch=True)
     link.update(3, buckets(engine.first, 3))
+    assert client.recorded() == [[2] * len(buckets(engine.first, 3))]
     again = client.generate(SHORT, one_batch=True)
     assert [g.logprobs for g in again] == [g.logprobs for g in of_first]
     assert sum(a.token_ids != b.token_ids for a, b in zip(of_first, of_second)) >= 6

@@ -172,17 +172,17 @@ def sync(t: Any) -> dict[str, Any]:
     """Buckets against the weights: codes cut with the name table's own function, values by TransformerEngine's dequantize."""
     import torch
 
+    from fp8slurm.fp8 import triton_quantize
     from fp8slurm.fp8.block import BlockFP8
     from fp8slurm.fp8.quantize import dequantize
     from fp8slurm.models.names import NameTable
     from fp8slurm.models.qwen3 import QuantizationSpec
     from fp8slurm.sync import stream as stream_module
-    from fp8slurm.trainer import primary_fp8
 
     def refused(*_: Any, **__: Any) -> None:
         raise AssertionError("quantized again")
 
-    stream_module.quantize = refused
+    stream_module.quantize = triton_quantize.Group = refused
     table = NameTable(t.spec)
     stream = stream_module.WeightStream(table, t.named_shards, QuantizationSpec(), 2**29, torch.bfloat16)
     held = {e.name: p for e, p, _ in t.shards.parameters}
