@@ -39,16 +39,17 @@ class Transport(ABC):
         """Since last cleared: until the engine had the bytes, and from then until it had loaded them."""
         self._told: set[str] = set()
         """Buckets that this engine has had: their tensors need no more naming."""
-        self._ids: dict[tuple[WeightSpec, ...], str] = {}
+        self._ids: dict[int, tuple[tuple[WeightSpec, ...], str]] = {}
+        """Python's id of a bucket's specs, which are the same object in every update -> (specs, the bucket's id)."""
 
     def announce(self, specs: tuple[WeightSpec, ...]) -> list[Form]:
         """What the engine is told of a bucket: its tensors the first time, and only its id after that."""
-        id = self._ids.get(specs)
-        if id is None:
-            id = self._ids[specs] = bucket_id(spec.form for spec in specs)
-        if id in self._told:
-            return [(KNOWN + id, "uint8", (payload_bytes(specs),), 0)]
-        self._told.add(id)
+        if id(specs) not in self._ids:
+            self._ids[id(specs)] = specs, bucket_id(spec.form for spec in specs)
+        _, bucket = self._ids[id(specs)]
+        if bucket in self._told:
+            return [(KNOWN + bucket, "uint8", (payload_bytes(specs),), 0)]
+        self._told.add(bucket)
         return [spec.form for spec in specs]
 
     @abstractmethod

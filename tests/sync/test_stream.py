@@ -16,8 +16,8 @@ from fp8slurm.models.names import NameTable
 from fp8slurm.models.qwen3 import ModelSpec, QuantizationSpec
 from fp8slurm.models.tiny import model_config
 from fp8slurm.sync.bucket import WeightBucket, layout, payload_bytes
-from fp8slurm.sync.plan import plan
-from fp8slurm.sync.stream import WeightStream, parse_description
+from fp8slurm.sync.plan import plan, source_names  # noqa: F401 (for the script below)
+from fp8slurm.sync.stream import Cut, WeightStream, parse_description  # noqa: F401
 from fp8slurm.sync.traffic import RankTraffic, traffic
 
 FP8 = torch.float8_e4m3fn

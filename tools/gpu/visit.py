@@ -7,9 +7,11 @@ usage: visit.py WORK OUT [--seconds 550] PART...
     measures     quantizer and weight updates, over CUDA IPC and NCCL
     tiny         the tiny recipe, three precisions x three seeds
     small        the same with Qwen3-0.6B's shape
+    small-probe  its learning rates
     variants     the tiny recipe with FP8 primary weights, BF16 moments, a sleeping optimizer
     experts      tiny-moe-fp8 with several settings and seeds
     4b, 4b-bf16  RL steps of Qwen3-4B's shape on all GPUs together, engines and trainer taking turns
+    4b-sleep     the same, the optimizer's state in host memory meanwhile
     4b-split     the same with half of the GPUs serving, weights by NCCL
     30b          RL steps of some of Qwen3-30B-A3B's layers on all GPUs together
 
@@ -53,6 +55,8 @@ class Job:
     run: Path | None = None
     until: int | None = None
     """RL step at which it has shown what it is for, and is ended."""
+    limit_s: float = 420.0
+    """It hangs, and is ended: those behind it want the GPUs."""
     on: tuple[int, ...] = ()
     process: subprocess.Popen | None = None
     began: float = 0.0
@@ -103,7 +107,7 @@ class Visit:
         self.jobs.append(Job(name, command, gpus or self.gpus, share))
 
     def script(self, name: str, gpus: int, share: float, *command: str) -> None:
-        self.jobs.append(Job(name, [sys.executable, *command], gpus or self.gpus, share))
+        self.jobs.append(Job(name, [sys.executable, *command], gpus or self.gpus, share, limit_s=120))
 
 
 def tests(v: Visit) -> None:
@@ -274,25 +278,32 @@ def run_all(v: Visit, deadline: float) -> None:
         for job in list(running):
             assert job.process is not None
             if job.until is not None and rl_steps(job)[-1:] >= [job.until]:
-                job.process.send_signal(signal.SIGTERM)
-                job.process.wait(30)
+                end(job, 30)
                 job.process.returncode = 0
+            elif time.time() - job.began > job.limit_s:
+                end(job, 15)
             if job.process.poll() is not None:
                 running.remove(job)
                 finish(v, job, free)
         time.sleep(0.2)
-    for job in running:  # SIGTERM lets it end its tasks
+    for job in running:
         assert job.process is not None
         job.process.send_signal(signal.SIGTERM)
     until = time.time() + END_S - 10
     for job in running:
-        assert job.process is not None
-        try:
-            job.process.wait(max(0.1, until - time.time()))
-        except subprocess.TimeoutExpired:
-            os.killpg(job.process.pid, signal.SIGKILL)
-            job.process.wait()
+        end(job, max(0.1, until - time.time()))
         finish(v, job, free)
+
+
+def end(job: Job, grace_s: float) -> None:
+    """SIGTERM lets a run end its tasks; after grace_s all processes of the job are killed."""
+    assert job.process is not None
+    job.process.send_signal(signal.SIGTERM)
+    try:
+        job.process.wait(grace_s)
+    except subprocess.TimeoutExpired:
+        os.killpg(job.process.pid, signal.SIGKILL)
+        job.process.wait()
 
 
 def finish(v: Visit, job: Job, free: list[float]) -> None:
