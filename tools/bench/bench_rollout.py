@@ -23,8 +23,8 @@ os.environ.setdefault("SGLANG_JIT_DEEPGEMM_PRECOMPILE", "0")
 import torch  # noqa: E402
 
 from random_model import write_random_model  # noqa: E402
+from recipes import ENGINE as GPU_ENGINE  # noqa: E402
 
-GPU_ENGINE = ["--attention-backend", "triton", "--grammar-backend", "none", "--sampling-backend", "pytorch"]
 
 
 def main() -> None:

@@ -33,6 +33,7 @@ os.environ.setdefault("SGLANG_JIT_DEEPGEMM_PRECOMPILE", "0")
 import torch  # noqa: E402
 
 from random_model import write_random_model  # noqa: E402
+from recipes import ENGINE as GPU_ENGINE  # noqa: E402
 
 if torch.cuda.device_count() == 1:
     os.environ.setdefault("NCCL_MULTI_RANK_GPU_ENABLE", "1")
@@ -48,7 +49,6 @@ from fp8slurm.sync.stream import WeightStream  # noqa: E402
 from fp8slurm.sync.traffic import traffic  # noqa: E402
 from fp8slurm.sync.transport import BroadcastTransport, MappedTransport  # noqa: E402
 
-GPU_ENGINE = ["--attention-backend", "triton", "--grammar-backend", "none", "--sampling-backend", "pytorch"]
 
 
 def parameters(table: NameTable, device: str) -> dict[str, torch.Tensor]:
