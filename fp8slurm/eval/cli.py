@@ -7,14 +7,11 @@ import logging
 import os
 import shlex
 import shutil
-import signal
 import socket
 import sys
-import threading
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Iterator, Sequence
+from typing import Any, Sequence
 
 from fp8slurm.config.schema import DataSection, EngineSection
 from fp8slurm.eval.checkpoints import Checkpoint, Precision, prepare, recognize
@@ -22,6 +19,7 @@ from fp8slurm.eval.records import Records, choose_folder
 from fp8slurm.eval.flags import WORSE, check, engine_section, parser, tasks_of
 from fp8slurm.eval.questions import load_questions
 from fp8slurm.eval.tasks import EvalTask
+from fp8slurm.slurm.signals import ended_is_interrupted
 
 
 def main(argv: list[str]) -> int:
@@ -53,7 +51,7 @@ def main(argv: list[str]) -> int:
     from fp8slurm.engine.server import EngineError
 
     try:
-        with _terminated_is_interrupted():
+        with ended_is_interrupted():
             return plan.run() if place is None else _run_on_nodes(plan, place)
     except EngineError as error:
         print(f"fp8slurm eval: {error}\nThe same command goes on with the samples that are there.", file=sys.stderr)
@@ -77,23 +75,6 @@ def step_command(nodes: int, flags: Sequence[str], argv: Sequence[str]) -> list[
     own.add_argument("--nodes")
     own.add_argument("--srun")
     return [*command, *flags, sys.executable, "-m", "fp8slurm.cli", "eval", *own.parse_known_args(argv)[1]]
-
-
-@contextmanager
-def _terminated_is_interrupted() -> Iterator[None]:
-    """SIGTERM, Slurm's notice, ends an evaluation as Ctrl-C does: engines and marks are cleared away."""
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _run_on_nodes(plan: _Plan, place: Any) -> int:

@@ -172,7 +172,7 @@ def make_plan(config: RunConfig, gpu_memory: dict[str, int] | None = None) -> Pl
         stages=held,
         pipeline=pipeline,
         fits=tuple(
-            _fit(config, table, quantization, held, moved.largest_bucket, n, b)
+            _fit(config, table, quantization, held, _update_buffers(config, spec, layout, moved.largest_bucket), n, b)
             for n, b in (gpu_memory or GPU_MEMORY).items()
         ),
         host=_host(config, parts, held, moved.payload),
@@ -207,7 +207,7 @@ def _pipeline(config: RunConfig, layout: Layout, share: float) -> Pipeline:
 
 def _fit(
     config: RunConfig, table: NameTable, quantization: QuantizationSpec | None, held: tuple[Stage, ...],
-    largest_bucket: int, name: str, size: int,
+    update_buffers: int, name: str, size: int,
 ) -> Fit:  # fmt: skip
     shared = config.engine.placement == "shared"
     fullest = max((s.memory for s in held), key=lambda m: m.state_bytes + m.working_bytes)
@@ -218,8 +218,7 @@ def _fit(
     engine = engine_memory(config, table, quantization, size, resident)
     trainer = {"trainer resident": memory.TRAINER_RESIDENT}
     serving = {"engine resident": memory.ENGINE_RESIDENT}
-    # two for every list of buckets that a rank sends: its stage's, and its experts' where there are any
-    buckets = {"update buffers": 2 * largest_bucket * (2 if table.spec.is_moe else 1)}
+    buckets = {"update buffers": update_buffers}
     weights, cache = {"engine weights": engine.weights}, {"KV cache": engine.kv_bytes}
 
     def state(m: RankMemory, working: bool) -> dict[str, int]:
@@ -237,6 +236,16 @@ def _fit(
             "sync and rollout (engine's GPU)": serving | buckets | weights | cache,
         }
     return Fit(name, size, engine, tuple(Phase(n, sum(p.values()), p) for n, p in phases.items()))
+
+
+def _update_buffers(config: RunConfig, spec: ModelSpec, layout: Layout, largest: int) -> int:
+    """For every list of buckets that a rank sends, its stage's and its experts', two buckets, and together a third for slices
+    of the other ranks that the matrices are cut over; where engines map the memory of their GPU's rank, two more for what
+    other ranks send (sync/mapped.py). All as large as the largest: an upper bound."""
+    lists = [layout.tensor] + ([layout.expert_tensor] if spec.is_moe else [])
+    sources = layout.pipeline * (1 + (layout.expert if spec.is_moe else 0))
+    others = 2 if sources > 1 and transport_of(config) == "cuda-ipc" else 0
+    return largest * (sum(2 + (cut > 1) for cut in lists) + others)
 
 
 def _while_engines_work(config: RunConfig, m: RankMemory) -> dict[str, int]:

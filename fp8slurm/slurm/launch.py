@@ -15,8 +15,9 @@ from fp8slurm.checkpoint.run import RunDirectory, process_start
 from fp8slurm.config import RunConfig
 from fp8slurm.slurm import attempt
 from fp8slurm.slurm import job as slurm
-from fp8slurm.slurm.monitor import first_error
+from fp8slurm.slurm.monitor import LAUNCHER, first_error, launcher
 from fp8slurm.slurm.placement import place
+from fp8slurm.slurm.signals import ended_is_interrupted
 from fp8slurm.slurm.task import GPUS, run_task
 
 END_GRACE_S = 20.0
@@ -66,6 +67,7 @@ class LocalTasks:
         environment = dict(os.environ)
         os.environ["PYTHONPATH"] = _python_path()
         os.environ[GPUS] = environment.get("CUDA_VISIBLE_DEVICES", "all")
+        os.environ[LAUNCHER] = launcher()
         job = executor.submit(run_task, config.model_dump_json(), str(run.path.resolve()), run.attempt)
         os.environ.clear()
         os.environ.update(environment)
@@ -88,7 +90,7 @@ class ForegroundTasks:
         path = run.attempt_dir / "config.json"
         path.write_text(config.model_dump_json())
         command = [sys.executable, "-u", "-m", "fp8slurm.slurm.foreground", str(path), str(run.path.resolve())]
-        environment = os.environ | {"PYTHONPATH": _python_path()}
+        environment = os.environ | {"PYTHONPATH": _python_path(), LAUNCHER: launcher()}
         self._processes = [
             subprocess.Popen([*command, str(run.attempt), str(task.index)], env=environment) for task in place(config).tasks
         ]
@@ -111,8 +113,13 @@ def run_here(config: RunConfig, run: RunDirectory, watch: Callable[[], None] = l
 
     Raises:
         RunFailed: a task ended with an error.
-        KeyboardInterrupt: after every task was ended.
+        KeyboardInterrupt: after every task was ended; SIGTERM and SIGHUP do that too.
     """
+    with ended_is_interrupted():
+        _run_here(config, run, watch)
+
+
+def _run_here(config: RunConfig, run: RunDirectory, watch: Callable[[], None]) -> None:
     kinds: dict[str, type] = {"local": LocalTasks, "debug": ForegroundTasks}
     tasks: Tasks = kinds[config.slurm.executor](config, run)
     try:

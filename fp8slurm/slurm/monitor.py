@@ -24,6 +24,8 @@ NEIGHBOUR_DIED = 75
 HUNG = 76
 VERDICT = "verdict.json"
 TERMINATED = 143
+LAUNCHER = "FP8SLURM_LAUNCHER"
+"""The process that started tasks on this machine, as `launcher` writes it: they end with it, also if it was killed."""
 FLIGHT_RECORD_S = 5.0
 OTHERS_STACKS_S = FLIGHT_RECORD_S + 3.0
 
@@ -42,6 +44,7 @@ class Monitor:
         self.on_notice: Callable[[], None] = lambda: None
         self.on_tick: Callable[[], None] = lambda: None
         self.stop_marker = attempt_dir / "stopped.json"
+        self._launcher = os.environ.pop(LAUNCHER, None)
         self._last = time.monotonic()
         self._closing = threading.Event()
         self._signals, self._wakeup = os.pipe()
@@ -100,6 +103,8 @@ class Monitor:
             if dead:
                 time.sleep(0.2)  # its last words first
                 self._end(NEIGHBOUR_DIED, f"{dead} ended; this task ends with it")
+            if self._launcher is not None and self._launcher != launcher(int(self._launcher.split()[0])):
+                self._end(TERMINATED, f"the process that started it ({self._launcher.split()[0]}) is gone")
             if time.monotonic() - self._last > self.timeout_s:
                 self._end(HUNG, f"no progress for watchdog.timeout_s = {self.timeout_s:g} s; stacks in {self.stacks}")
             if self.hung.exists():
@@ -153,6 +158,12 @@ def _dump_flight_record(folder: Path, index: int) -> None:
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
         (folder / f"nccl_rank_{index}").write_bytes(torch._C._distributed_c10d._dump_nccl_trace())
+
+
+def launcher(pid: int | None = None) -> str:
+    """Process id and start time of this process, or of another; a process id alone may be given to a new one."""
+    pid = os.getpid() if pid is None else pid
+    return f"{pid} {process_start(pid)}"
 
 
 def record_error(folder: Path, index: int, text: str, primary: bool = True, permanent: bool = False) -> None:

@@ -29,6 +29,7 @@ import torch.distributed as dist
 
 from fp8slurm.engine.recorded import Form
 from fp8slurm.sync.bucket import WeightBucket, WeightSpec, payload_bytes
+from fp8slurm.sync.memory import mappable
 from fp8slurm.sync.receiver import Receiver
 from fp8slurm.sync.stream import BUFFERS, Pending, WeightStream
 
@@ -47,7 +48,7 @@ class MappedBucket(WeightBucket):
 def memory_handle(payload: torch.Tensor | Path) -> str:
     """Where a payload lies, for another process of this node: JSON.
 
-    payload: uint8 on a GPU (from cudaMalloc: no expandable segments), or a file that holds it.
+    payload: uint8 on a GPU (sync/memory.mappable), or a file that holds it.
     """
     if isinstance(payload, Path):
         return json.dumps({"file": str(payload)})
@@ -105,13 +106,16 @@ class MappedSender:
         self.store, self.sources = store, sources
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.on_gpu = torch.cuda.is_available()
-        largest = max(payload_bytes(specs) for _, _, plan in sources for specs in plan)
         self._files = [] if self.on_gpu else [folder / f"weights_{self.rank}_{i}" for i in range(BUFFERS)]
         self._buffers: list[torch.Tensor] = []
+        """For the buckets of other ranks, and where files stand in for GPUs for all of them."""
+        mine = [root == self.rank for _, root, _ in sources]
+        largest = max(payload_bytes(specs) for _, _, plan in sources for specs in plan)
         if self._files:
             self._buffers = [_map_file(path, largest) for path in self._files]
-        elif self.world > 1:
-            self._buffers = [torch.empty(largest, dtype=torch.uint8, device="cuda") for _ in range(BUFFERS)]
+        elif not all(mine):
+            with mappable():
+                self._buffers = [torch.empty(largest, dtype=torch.uint8, device="cuda") for _ in range(BUFFERS)]
 
     def send(self, number: int, version: int, stream: WeightStream, host_copy: HostCopy | None = None) -> None:
         """Update `number`, under `version`. Collective over all ranks; returns when the last bucket is handed over.
@@ -142,6 +146,7 @@ class MappedSender:
         """The bucket's payload on this rank's GPU (or in its file), finished: another process may read it."""
         size = payload_bytes(tuple(specs))
         if bucket is not None and self.on_gpu:
+            assert root == self.rank, (root, self.rank)
             payload = bucket.payload
         else:
             payload = self._buffers[turn % BUFFERS][:size]

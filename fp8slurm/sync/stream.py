@@ -32,6 +32,7 @@ from fp8slurm.fp8.quantize import quantize
 from fp8slurm.models.names import NameTable
 from fp8slurm.models.qwen3 import QuantizationSpec
 from fp8slurm.sync.bucket import WeightBucket, WeightSpec, payload_bytes
+from fp8slurm.sync.memory import mappable
 from fp8slurm.sync.plan import SCALE, Planned, SourcePlan, plan, source_plans
 
 __all__ = ["Cut", "Planned", "WeightStream", "parse_description", "plan"]
@@ -159,7 +160,8 @@ class _Lane:
         depth = min(BUFFERS, len(sizes))
 
         def buffers(n: int, size: int) -> list[torch.Tensor]:
-            return [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(n)]
+            with mappable():
+                return [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(n)]
 
         payloads = buffers(depth if self.is_source else 0, max(sizes))
         own = buffers(1 if self.is_source else depth, max(piece_sizes))

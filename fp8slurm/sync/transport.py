@@ -128,7 +128,9 @@ class BroadcastTransport(Transport):
         if self._group is not None and self._client is not None and engine_answers:
             leaving = self._pool.submit(self._client.leave_group, self._name)
             if self.backend == "nccl":
-                self._group.abort()  # the engine's end waits for this one's, which a pending reference would keep alive
+                # the engine shuts its end down, and NCCL wants both ends to do the same: where this one aborts (or is only
+                # forgotten) the engine's waits for ever (seen with NCCL 2.32.3, torch 2.11)
+                self._group.shutdown()
             leaving.result()
         self._group = self._store = None
 

@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from fp8slurm.config.schema import RunConfig
 from fp8slurm.fp8.environment import set_fp32_scales
+from fp8slurm.sync.memory import use_expandable_segments
 
 TIMEOUT = timedelta(hours=24)
 """Of collectives: ranks may wait long for one another, and hangs are the watchdog's business."""
@@ -155,6 +156,7 @@ def start(config: RunConfig, rank: int, world_size: int, store: dist.Store, loca
     set_fp32_scales()
     if cuda:
         torch.cuda.set_device(local_rank)
+        use_expandable_segments()
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     else:
         from fp8slurm.cpu import megatron as shim

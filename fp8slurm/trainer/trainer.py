@@ -62,7 +62,8 @@ class Trainer:
         self.sleeping = OptimizerSleep(self.optimizer, self.module)
         self.shards = Shards(self.module, self.table)
         self.memory: dict[str, float] = {}
-        """GB of torch's allocator at the last make_room, of the fullest rank: what it kept, and the most since the one before."""
+        """GB of torch's allocator at the last make_room, of the fullest rank: what it kept, what of that was in use, and the most
+        since the one before."""
         self.primary_fp8: list[str] = []
         """Names of the weights that are kept in FP8 (fp8.param_gather)."""
         if config.fp8.param_gather:
@@ -193,10 +194,11 @@ class Trainer:
             if self.config.optim.sleep:
                 self.sleeping.to_host()
             torch.cuda.empty_cache()
-            held = torch.tensor([torch.cuda.memory_reserved(), torch.cuda.max_memory_allocated()], device="cuda")
+            c = torch.cuda
+            held = torch.tensor([c.memory_reserved(), c.memory_allocated(), c.max_memory_allocated()], device="cuda")
             torch.cuda.reset_peak_memory_stats()
             dist.all_reduce(held, op=dist.ReduceOp.MAX)  # and nobody goes on before all have made room
-            self.memory = dict(zip(("memory/kept", "memory/peak"), (n / 1e9 for n in held.tolist())))
+            self.memory = dict(zip(("memory/kept", "memory/in_use", "memory/peak"), (n / 1e9 for n in held.tolist())))
         else:
             dist.barrier()
 

@@ -143,6 +143,28 @@ def test_an_interrupted_run_is_the_same_run(runs, reference, tmp_path):
     assert "continuing from" in log and "step_000005" in log
 
 
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGKILL], ids=lambda s: s.name)
+def test_tasks_and_engines_end_with_the_command_that_started_them(runs, number):
+    """A terminal is closed, or the command is killed: nothing goes on in the background, and the run can be started again."""
+    name = f"left-{number.name}"
+    process, run = runs.start(name), runs.path(name)
+    try:
+        deadline = time.monotonic() + TIMEOUT_S
+        while not (runs.engines(process) and len(task_pids(run, 0)) == 3):
+            assert process.poll() is None and time.monotonic() < deadline, runs.said(process)
+            time.sleep(0.1)
+        started = [*task_pids(run, 0).values(), runs.engines(process)[0].pid]
+        process.send_signal(number)
+        assert process.wait(30) != 0
+        while any(process_start(pid) for pid in started):
+            assert time.monotonic() < deadline, "tasks went on alone"
+            time.sleep(0.1)
+    finally:
+        runs.stop(process)
+    said = "".join(p.read_text() for p in (run / "attempts" / "0" / "logs").glob("*_log.err"))
+    assert ("is gone" if number == signal.SIGKILL else "ended by SIGTERM") in said
+
+
 HELD_COMMIT = """
 import os, sys, time
 if os.environ.get("HOLD_COMMIT"):  # in every process of the run, before anything else

@@ -178,21 +178,34 @@ class Runs:
     def meet_time_limit(self, lab: Lab, name: str, job_id: str) -> None:
         """Shorten the job's time limit until its notice comes: up to half a minute after it is due, so that until then
         the engine holds the run up."""
-        held = [pid for pid, command in lab.processes(1).items() if command.startswith("sglang::scheduler")]
-        for pid in held:
-            os.kill(pid, signal.SIGSTOP)
+        with self.held(lab, 1):
+            self._meet_time_limit(lab, name, job_id)
+
+    def _meet_time_limit(self, lab: Lab, name: str, job_id: str) -> None:
         elapsed = sum(int(x) * f for x, f in zip(reversed(lab.job(job_id)["RunTime"].split(":")), (1, 60, 3600)))
         lab.ask("scontrol", "update", f"jobid={job_id}", f"timelimit={(elapsed + 60 + 30 + 59) // 60}")
         log = self.path(name) / "attempts" / str(self.attempt(name)) / "logs" / "0_log.err"
         wait_until(lambda: "notice (SIGUSR2)" in log.read_text(), "no notice came", lambda: self.log(name))
-        for pid in held:
-            with suppress(ProcessLookupError):  # held for longer than the watchdog allows, it was ended and started again
-                os.kill(pid, signal.SIGCONT)
 
-    def wait_end(self, lab: Lab, name: str, job_id: str, state: str = "COMPLETED") -> None:
+    @contextmanager
+    def held(self, lab: Lab, node: int) -> Iterator[None]:
+        """A run does not come to its end: the engines of one of its nodes stand still."""
+        engines = [pid for pid, command in lab.processes(node).items() if command.startswith("sglang::scheduler")]
+        for pid in engines:
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            for pid in engines:
+                with suppress(ProcessLookupError):  # held for longer than the watchdog allows, it was ended and started again
+                    os.kill(pid, signal.SIGCONT)
+
+    def wait_end(self, lab: Lab, name: str, job_id: str, state: str = "COMPLETED", empty: bool = True) -> None:
+        """empty: no process of any job is left on any node."""
         wait_until(lambda: lab.job(job_id)["JobState"] in ENDED, f"job {job_id} did not end", lambda: self.log(name))
         assert lab.job(job_id)["JobState"] == state, self.log(name)
-        lab.wait_empty()
+        if empty:
+            lab.wait_empty()
 
 
 @pytest.fixture(scope="session")

@@ -12,12 +12,15 @@ usage: sync_probe.py [--model tiny|Qwen3-0.6B|Qwen3-4B] [--layers N] [--bucket-m
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
 import os
 import shutil
 import statistics
 import sys
+import signal
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -29,6 +32,7 @@ os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
 os.environ.setdefault("NCCL_CUMEM_ENABLE", "0")  # as SGLang sets it: both ends have to agree
 # else SGLang compiles DeepGEMM for every batch of up to 16384 tokens before it answers, for 10 minutes and more
 os.environ.setdefault("SGLANG_JIT_DEEPGEMM_PRECOMPILE", "0")
+os.environ.setdefault("PYTHONFAULTHANDLER", "1")  # the engine's stacks, when it is aborted
 
 import torch  # noqa: E402
 
@@ -102,6 +106,19 @@ def probe(way: str, engine: Engine, stream: WeightStream, updates: int) -> dict[
             "all": [r["total"] for r in runs], "empty": ours, "four_calls": theirs}  # fmt: skip
 
 
+def watch(engine: Engine, limit_s: float) -> None:
+    """After limit_s: everybody's stacks, the engine's log, and the end."""
+    time.sleep(limit_s)
+    print(f"not at its end after {limit_s:g} s; this process:", file=sys.stderr, flush=True)
+    faulthandler.dump_traceback()
+    for process in engine._family():
+        process.send_signal(signal.SIGABRT)
+    time.sleep(3)
+    print(engine.log_tail(400), file=sys.stderr, flush=True)
+    engine.stop()
+    os._exit(3)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="tiny")
@@ -113,6 +130,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="for the checkpoints (default: a temporary one)")
     parser.add_argument("--checkpoint", type=Path, help="an FP8 folder of the model that is there already")
     parser.add_argument("--logs", type=Path, help="keep the engine's log here")
+    parser.add_argument("--limit-s", type=float, default=600, help="then the stacks of both ends are shown, and it is over")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     device, ways = ("cpu", ["gloo"]) if args.cpu else ("cuda", args.ways)
@@ -138,6 +156,7 @@ def main() -> None:
         report["gpus"] = 2 if apart else 1
         engine = Engine(checkpoint, args.logs or folder / "log", EngineSettings(section, cpu=args.cpu, cpu_threads=1, gpus=gpus))
         engine.start()
+        threading.Thread(target=watch, args=(engine, args.limit_s), daemon=True).start()
         spec = ModelSpec.from_hf_dir(checkpoint)
         table = NameTable(spec)
         held = parameters(table, device)

@@ -4,15 +4,20 @@
 usage: visit.py WORK OUT [--seconds 550] PART...
 
     tests        pytest -m gpu, by rooms
+    faults       of these what is about ranks and engines that stop inside NCCL
+    models       large models, made for a later call
+    nccl         weight updates over NCCL between two GPUs
+    memory       what a rank keeps when it makes room, and where its gaps are
     measures     quantizer and weight updates, over CUDA IPC and NCCL
     tiny         the tiny recipe, three precisions x three seeds
     small        the same with Qwen3-0.6B's shape
     small-probe  its learning rates
     variants     the tiny recipe with FP8 primary weights, BF16 moments, a sleeping optimizer
-    experts      tiny-moe-fp8 with several settings and seeds
+    experts      tiny-moe-fp8 in BF16 with several settings and seeds
     4b, 4b-bf16  RL steps of Qwen3-4B's shape on all GPUs together, engines and trainer taking turns
     4b-sleep     the same, the optimizer's state in host memory meanwhile
     4b-split     the same with half of the GPUs serving, weights by NCCL
+    4b-whole     the same to its end, its checkpoint and what an engine loads made of it
     30b          RL steps of some of Qwen3-30B-A3B's layers on all GPUs together
 
 Models and recipes are made in WORK. OUT gets every run's records, errors and the ends of its logs, what each job said, and
@@ -103,17 +108,24 @@ class Visit:
         self.jobs.append(Job(name, command, gpus or self.gpus, share, self.work / "runs" / name, until))
 
     def test(self, name: str, gpus: int, share: float, *arguments: str) -> None:
-        command = [sys.executable, "-m", "pytest", "-m", "gpu", "-x", "-o", "addopts=--import-mode=importlib", *arguments]
+        command = [sys.executable, "-m", "pytest", "-m", "gpu", "-o", "addopts=--import-mode=importlib", *arguments]
         self.jobs.append(Job(name, command, gpus or self.gpus, share))
 
     def script(self, name: str, gpus: int, share: float, *command: str) -> None:
         self.jobs.append(Job(name, [sys.executable, *command], gpus or self.gpus, share, limit_s=120))
 
 
+def faults(v: Visit) -> None:
+    v.test("test-stops", min(2, v.gpus), 0.05, "tests/e2e/test_gpus.py", "-k", "stops")
+    for when in ("update", "evaluate"):
+        v.test(f"test-dies-{when}", 0, 0.05, "tests/e2e/test_gpus.py", "-k", f"dies and {when}")
+
+
 def tests(v: Visit) -> None:
-    v.test("test-nccl", 0, 0.05, "tests/e2e/test_gpus.py", "-k", "nccl_from or dies")
-    v.test("test-hang", min(2, v.gpus), 0.05, "tests/e2e/test_gpus.py", "-k", "experts or stops")
-    v.test("test-units", 1, 0.05, "tests/fp8", "tests/trainer/test_gpu.py")
+    faults(v)
+    v.test("test-experts", min(2, v.gpus), 0.05, "tests/e2e/test_gpus.py", "-k", "experts")
+    v.test("test-nccl", 0, 0.05, "tests/e2e/test_gpus.py", "-k", "nccl_from")
+    v.test("test-units", 1, 0.05, "tests/fp8", "tests/trainer/test_gpu.py", "tests/sync/test_memory.py")
     v.test("test-sync", min(2, v.gpus), 0.05, "tests/sync/test_gpu.py")
 
 
@@ -125,11 +137,35 @@ def measures(v: Visit) -> None:
     v.script("ipc-4b", 1, 1.0, *probe, *large, "--ways", "cuda-ipc", "--json", str(v.out / "ipc-4b.json"))
     v.script("ipc-30b", 1, 1.0, *probe, "--model", "Qwen3-30B-A3B", "--layers", "3", "--ways", "cuda-ipc",
              "--json", str(v.out / "ipc-30b.json"))  # fmt: skip
-    v.script("nccl-4b", min(2, v.gpus), 1.0, *probe, *large, "--ways", "nccl", "--json", str(v.out / "nccl-4b.json"))  # fmt: skip
-
+    nccl(v)
     v.script("quantize-4b", 1, 1.0, "tools/bench/bench_quantize.py", "--json", str(v.out / "quantize-4b.json"))
     v.script("quantize-30b", 1, 1.0, "tools/bench/bench_quantize.py", "--model", "Qwen3-30B-A3B", "--layers", "5",
              "--json", str(v.out / "quantize-30b.json"))  # fmt: skip
+
+
+def nccl(v: Visit) -> None:
+    """The probe over NCCL between two GPUs: the tiny model, then the 4B."""
+    model = write_model(v.work / "Qwen3-4B", "Qwen3-4B", v.tiny())
+    for name, large in (("tiny", ["--bucket-mib", "0.5"]), ("4b", ["--model", "Qwen3-4B", "--checkpoint", str(v.fp8(model)), "--updates", "7"])):
+        command = ["env", "NCCL_DEBUG=INFO", sys.executable, "tools/gpu/sync_probe.py", "--folder", str(v.work), "--ways", "nccl", "--limit-s", "85",
+                   "--logs", str(v.out / f"logs-{name}"), "--json", str(v.out / f"nccl-{name}.json")]  # fmt: skip
+        v.jobs.append(Job(f"nccl-{name}", [*command, *large], min(2, v.gpus), 0.1 if name == "tiny" else 0.4, limit_s=120))
+
+
+def models(v: Visit) -> None:
+    """The large models, made beside other runs for the visit's next call."""
+    lines = ["import sys; sys.path.insert(0, 'tools/gpu')", "from pathlib import Path", "from visit import Visit, write_model",
+             f"v = Visit(Path({str(v.work)!r}), Path({str(v.out)!r}), {v.gpus})", "v.fp8(write_model(v.work / 'Qwen3-4B', 'Qwen3-4B', v.tiny()))",
+             "v.fp8(write_model(v.work / 'Qwen3-30B-A3B-8', 'Qwen3-30B-A3B', v.tiny(), 8))"]  # fmt: skip
+    v.jobs.append(Job("models", [sys.executable, "-c", "\n".join(lines)], 1, 0.12))
+
+
+def memory(v: Visit) -> None:
+    """What a rank keeps, step by step, and where its gaps are."""
+    model = write_model(v.work / "Qwen3-4B-12", "Qwen3-4B", v.tiny(), 12)
+    for name, more in (("expandable", []), ("cudaMalloc", ["--no-expandable"]), ("bf16", ["--backend", "off"])):
+        v.script(f"memory-{name}", 1, 1.0, "tools/gpu/memory_probe.py", str(model), *more)
+
 
 TINY = {
     "engine": {"max_total_tokens": 32768, "mem_fraction": 0.5}, "checkpoint": {"every": 60}, "eval": {"every": 20},
@@ -191,21 +227,25 @@ def variants(v: Visit) -> None:
 
 def experts(v: Visit) -> None:
     model, sft = v.tiny(moe=True), {"data": v.work / "data" / "sft.jsonl"}
+    larger = {"rollout": {"n_samples": 16}}
     changes: dict[str, dict[str, dict[str, Any]]] = {
         "recipe": {},
-        "100": {"run": {"steps": 100}},
-        "100-lr1": {"run": {"steps": 100}, "optim": {"lr": 1e-4}},
-        "4up": {"train": {"updates_per_step": 4}, "optim": {"lr": 1e-4}, "run": {"steps": 100}},
+        "16": larger,
+        "128x16": {"rollout": {"n_samples": 16, "prompts_per_step": 128}, "train": {"updates_per_step": 4}},
+        "16-entropy": {"rollout": {"n_samples": 16, "max_replacements": 1}, "algorithm": {"entropy_coef": 0.02}},
+        "16-4up": {**larger, "train": {"updates_per_step": 4}},
+        "128": {"rollout": {"prompts_per_step": 128}},
     }
-    for seed in range(3):
-        for name, sections in changes.items():
-            merged = {**{k: s for k, s in TINY.items()}, **sections}
-            merged["run"] = {"seed": seed, **merged.get("run", {})}
-            v.train(f"moe-{name}-{seed}", "tiny-moe-fp8", [64, 256, 512], model, share=0.06, sft=sft,
-                    parallel={"expert_parallel_size": 1}, **merged)  # fmt: skip
+    for name, sections in changes.items():
+        for seed in range(4):
+            own = {"parallel": {"expert_parallel_size": 1}, "fp8": PRECISIONS["bf16-bf16"], **{k: s for k, s in TINY.items()}, **sections}
+            own["rollout"] = {"routing_replay": False, **own.get("rollout", {})}
+            own |= {"run": {"steps": 100, "seed": seed}, "eval": {"every": 10}, "checkpoint": {"every": 200}, "engine": TINY["engine"]}
+            v.train(f"moe-{name}-{seed}", "tiny-moe-fp8", [64, 256, 512], model, share=0.03, sft=sft, **own)
 
 
-def four_b(v: Visit, precision: str = "fp8-fp8", split: bool = False, name: str = "4b", **more: dict[str, Any]) -> None:
+def four_b(v: Visit, precision: str = "fp8-fp8", split: bool = False, name: str = "4b", share: float = 1.0,
+           **more: dict[str, Any]) -> None:  # fmt: skip
     """Random weights, a coin for a reward, every sample as long as it may be: for time, memory and bytes, not for learning."""
     model = write_model(v.work / "Qwen3-4B", "Qwen3-4B", v.tiny())
     n = v.gpus // 2 if split else v.gpus
@@ -222,11 +262,13 @@ def four_b(v: Visit, precision: str = "fp8-fp8", split: bool = False, name: str 
         "sync": {"verify": "first"},
     }  # fmt: skip
     if split:
-        settings["engine"] |= {"placement": "split", "gpus": v.gpus - n, "max_running_requests": 128}
+        settings["engine"] |= {"placement": "split", "gpus": v.gpus - n, "max_running_requests": 128, "mem_fraction": 0.6}
+        if n == 1:  # 16 bytes a parameter do not fit beside gradients
+            settings["optim"]["moments"] = "bfloat16"
     settings = {key: settings.get(key, {}) | more.get(key, {}) for key in (*settings, *more)}
     graphs = [1, 16, 32, 64] + ([128] if split else [])
-    v.train(name, "qwen3-4b-fp8", graphs, model, 0, until=None if name == "4b" else 3, **settings)
-    if name == "4b":  # its checkpoint, of 56 GB, to what an engine loads; beside the next run
+    v.train(name, "qwen3-4b-fp8", graphs, model, 0, share=share, until=None if name == "4b-whole" else 3, **settings)
+    if name == "4b-whole":  # its checkpoint, of 56 GB, to what an engine loads; beside the next run
         checkpoint = v.work / "runs" / name / "checkpoints" / "step_000004"
         convert = f"{sys.executable} -m fp8slurm.cli convert torch-dist-to-fp8 --origin-hf-dir {model} {checkpoint} {v.work}/exported"
         wait = f"while [ ! -e {checkpoint}/COMPLETE ]; do sleep 1; done; time {convert}"
@@ -247,10 +289,10 @@ def thirty_b(v: Visit, layers: int = 8) -> None:
 
 
 PARTS: dict[str, Callable[[Visit], None]] = {
-    "tests": tests, "measures": measures, "tiny": tiny, "small": small, "small-probe": small_probe, "variants": variants, "experts": experts,
+    "tests": tests, "faults": faults, "models": models, "nccl": nccl, "memory": memory, "measures": measures, "tiny": tiny, "small": small, "small-probe": small_probe, "variants": variants, "experts": experts,
     "4b": four_b, "4b-bf16": lambda v: four_b(v, "bf16-bf16", name="4b-bf16"),
     "4b-sleep": lambda v: four_b(v, name="4b-sleep", optim={"sleep": True}),
-    "4b-split": lambda v: four_b(v, split=True, name="4b-split"), "30b": thirty_b,
+    "4b-split": lambda v: four_b(v, split=True, name="4b-split", share=0.7), "4b-whole": lambda v: four_b(v, name="4b-whole"), "30b": thirty_b,
 }  # fmt: skip
 
 
