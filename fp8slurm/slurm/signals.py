@@ -23,9 +23,9 @@ def ended_is_interrupted() -> Iterator[None]:
         yield
         return
     before = {number: signal.getsignal(number) for number in ENDING}
-    for number, handler in before.items():
-        if handler != signal.SIG_IGN:
-            signal.signal(number, interrupt)
+    before = {number: handler for number, handler in before.items() if handler not in (signal.SIG_IGN, None)}
+    for number in before:
+        signal.signal(number, interrupt)
     try:
         yield
     finally:

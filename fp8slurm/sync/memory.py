@@ -1,9 +1,9 @@
 """Torch's memory of a training rank on a GPU that it shares with an engine.
 
-What a step leaves for good (Adam's moments after the first one) lies in the midst of what it gives back, and cudaMalloc's
-pieces go back whole or not at all: a rank of the 4B on four H100s kept 42 GB where 18 were in use, and engines that woke
-found no room (docs/gpu.md). Expandable segments go back page by page. But another process cannot map them
-(torch.cuda's IPC handles are those of cudaMalloc), so what engines map is allocated without: `mappable`.
+What stays lies in the midst of what a step gives back, and cudaMalloc's pieces go back whole or not at all: a rank of the 4B
+on four H100s kept 42 GB where by plan 18 are in use, and engines that woke found no room (docs/gpu.md). Expandable segments
+go back page by page. But another process cannot map them (the handles are those of cudaMalloc), so what engines map is
+allocated without: `mappable`.
 """
 
 from __future__ import annotations
