@@ -114,9 +114,17 @@ class EngineSet(EnginePool):
 
         def resume(member: RunEngine) -> None:
             assert member.client is not None
-            if member in self.asleep:
+            if member not in self.asleep:
+                return
+            try:
                 member.client.resume_memory()
-                self.asleep.discard(member)
+            except EngineError as error:
+                if "out of memory" not in member.engine.log_tail():
+                    raise
+                share = self.config.engine.mem_fraction
+                why = f"no room on its GPU when it woke: lower --engine.mem-fraction, now {share:g}, or see memory/kept in metrics.jsonl"
+                raise EngineError(f"{why}; {error}") from error
+            self.asleep.discard(member)
 
         self.mend(self.each(resume))
 

@@ -16,6 +16,7 @@ import torch
 from fp8slurm.config import RunConfig
 from fp8slurm.engine.client import GenerateRequest
 from fp8slurm.engine.digest import expected_digests, first_difference
+from fp8slurm.engine.server import EngineError
 from fp8slurm.rl.engines import EngineSet, settings_of_engines
 from fp8slurm.sync.bucket import WeightBucket, layout, payload_bytes
 
@@ -47,6 +48,28 @@ def test_too_few_gpus_are_named(monkeypatch):
     config = RunConfig(engine={"per_node": 2, "tensor_parallel_size": 2})
     with pytest.raises(ValueError, match="per-node 2 x --engine.tensor-parallel-size 2: .* take 4 GPUs .* 2 are visible"):
         settings_of_engines(config, [(0, 1), (2, 3)])
+
+
+@pytest.mark.parametrize(("log", "named"), [("cuMemCreate CUDA_ERROR: out of memory", True), ("Killed", False)])
+def test_an_engine_that_finds_no_room_when_it_wakes_says_so(tmp_path, monkeypatch, log, named):
+    """Stand-ins: only a GPU can have no room for a server that sleeps."""
+
+    class Client:
+        def resume_memory(self) -> None:
+            raise EngineError("the connection broke")
+
+    engines = EngineSet(RunConfig(engine={"per_node": 2}), tmp_path, tmp_path, 0, [(), ()], nullcontext, lambda: None)
+    failed = {}
+    monkeypatch.setattr(engines, "mend", failed.update)
+    asleep, awake = engines.members
+    engines.asleep.add(asleep)
+    for member in engines.members:
+        member.client = Client()
+        monkeypatch.setattr(member.engine, "log_tail", lambda: log)
+    engines.wake()
+    assert list(failed) == [asleep], "the one that is awake was woken"
+    said = str(failed[asleep])
+    assert ("lower --engine.mem-fraction, now 0.8" in said) == named and said.endswith("the connection broke")
 
 
 class Node:
