@@ -147,7 +147,11 @@ def test_an_interrupted_run_is_the_same_run(runs, reference, tmp_path):
 def test_tasks_and_engines_end_with_the_command_that_started_them(runs, number):
     """A terminal is closed, or the command is killed: nothing goes on in the background, and the run can be started again."""
     name = f"left-{number.name}"
-    process, run = runs.start(name), runs.path(name)
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup the run would inherit that it is ignored
+    try:
+        process, run = runs.start(name), runs.path(name)
+    finally:
+        signal.signal(signal.SIGHUP, before)
     try:
         deadline = time.monotonic() + TIMEOUT_S
         while not (runs.engines(process) and len(task_pids(run, 0)) == 3):

@@ -12,7 +12,7 @@ from fp8slurm.slurm.signals import ENDING, ended_is_interrupted
 
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
-    before = {number: signal.getsignal(number) for number in ENDING}
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in ENDING}  # these tests may run under nohup
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
