@@ -34,11 +34,11 @@ STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365
 
 def interval(values: list[float]) -> tuple[float, float, float]:
     """(mean, low, high)."""
-    mean = statistics.mean(values)
+    middle = statistics.mean(values)
     if len(values) < 2:
-        return mean, math.nan, math.nan
+        return middle, math.nan, math.nan
     half = STUDENT[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
-    return mean, mean - half, mean + half
+    return middle, middle - half, middle + half
 
 
 def read(path: Path, steps: int) -> list[Record]:
@@ -92,9 +92,8 @@ def draw(runs: dict[str, dict[int, list[Record]]], picture: Path, title: str) ->
     for axis, (what, get) in zip(axes, FIGURES.items()):
         for name, seeds in runs.items():
             columns = list(zip(*(values(records, get) for records in seeds.values())))
-            kept = [(step, interval(list(c))) for step, c in enumerate(columns) if not any(map(math.isnan, c))]
-            steps = [step for step, _ in kept]
-            axis.plot(steps, [m for _, (m, _, _) in kept], color=COLOURS[name], label=PRECISIONS[name], linewidth=1.6)
+            steps = [step for step, c in enumerate(columns) if not any(map(math.isnan, c))]
+            axis.plot(steps, [statistics.mean(columns[s]) for s in steps], color=COLOURS[name], label=PRECISIONS[name], linewidth=1.6)
             for records in seeds.values():
                 one = values(records, get)
                 axis.plot(steps, [one[s] for s in steps], color=COLOURS[name], linewidth=0.6, alpha=0.45)

@@ -16,9 +16,9 @@ import faulthandler
 import json
 import os
 import shutil
+import signal
 import statistics
 import sys
-import signal
 import tempfile
 import threading
 import time
@@ -52,7 +52,6 @@ from fp8slurm.sync.engine_link import EngineLink  # noqa: E402
 from fp8slurm.sync.stream import WeightStream  # noqa: E402
 from fp8slurm.sync.traffic import traffic  # noqa: E402
 from fp8slurm.sync.transport import BroadcastTransport, MappedTransport  # noqa: E402
-
 
 
 def parameters(table: NameTable, device: str) -> dict[str, torch.Tensor]:
