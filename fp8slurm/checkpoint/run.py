@@ -146,6 +146,10 @@ class RunDirectory:
         """The attempt is over: another may begin."""
         (self.attempt_dir / "owner.json").unlink(missing_ok=True)
 
+    def replaced(self) -> bool:
+        """Whether a newer attempt has begun."""
+        return self.newest_attempt() != self.attempt
+
     def check_fence(self) -> None:
         """Raises FencedError where a newer attempt has begun."""
         newest = self.newest_attempt()

@@ -31,7 +31,8 @@ OTHERS_STACKS_S = FLIGHT_RECORD_S + 3.0
 
 
 class Monitor:
-    """`beat` says that this task makes progress; `on_exit` runs before the process is ended from here."""
+    """`beat` says that this task makes progress; `on_exit` runs before the process is ended from here, with status 0 if the
+    attempt is `replaced` by then."""
 
     def __init__(self, attempt_dir: Path, index: int, timeout_s: float) -> None:
         self.folder = attempt_dir / "tasks"
@@ -41,6 +42,7 @@ class Monitor:
         self._shown = False
         self.index, self.timeout_s = index, timeout_s
         self.on_exit: Callable[[], None] = lambda: None
+        self.replaced: Callable[[], bool] = lambda: False
         self.on_notice: Callable[[], None] = lambda: None
         self.on_tick: Callable[[], None] = lambda: None
         self.stop_marker = attempt_dir / "stopped.json"
@@ -146,6 +148,7 @@ class Monitor:
             time.sleep(0.1)
 
     def _leave(self, code: int) -> None:
+        code = 0 if self.replaced() else code
         threading.Timer(10.0, os._exit, (code,)).start()  # on_exit must not keep a broken task alive
         try:
             self.on_exit()

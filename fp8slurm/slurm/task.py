@@ -47,6 +47,10 @@ def be_task(config: RunConfig, run: RunDirectory, placement: Placement, task: Ta
     set_logging(config, task)
     monitor = Monitor(run.attempt_dir, task.index, config.watchdog.timeout_s)
     stopping: Stopping = Never()
+    if job is not None:
+        # srun answers a failed task by ending the step of its number: on a node that was cut off and is back, that is
+        # by then the step of the attempt that goes on elsewhere.
+        monitor.replaced = run.replaced
     if job is not None and task.role == "rank":
         stopping = life = Life(config, run, job, task.number == 0, started_with)
         monitor.on_notice, monitor.on_tick = life.notice, life.tick
@@ -67,6 +71,7 @@ def be_task(config: RunConfig, run: RunDirectory, placement: Placement, task: Ta
             permanent = isinstance(error, (ValueError, FencedError)) or getattr(error, "permanent", False)
             record_error(run.attempt_dir / "errors", task.index, text, permanent=permanent)
             traceback.print_exc()
+            code = 0 if monitor.replaced() else 1
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -81,6 +81,14 @@ class Lab:
                 found[pid] = command
         return found
 
+    def state_text(self) -> str:
+        """Jobs, nodes and the end of the daemons' logs: why a job does not start."""
+        asked = [["scontrol", "-o", "show", kind] for kind in ("job", "node")]
+        said = [subprocess.run(command, env=self.environment, capture_output=True, text=True).stdout for command in asked]
+        files = sorted((self.state / "log").glob("*.log"))
+        ends = [f"== {p.name}\n" + "\n".join(p.read_text(errors="replace").splitlines()[-40:]) for p in files]
+        return "\n".join([*said, *ends])
+
     def wait_empty(self) -> None:
         """Until no job's process is left on any node."""
 
@@ -159,7 +167,7 @@ class Runs:
             assert job["JobState"] not in ENDED, f"job {job_id} is {job['JobState']}\n{self.log(name)}"
             return False
 
-        wait_until(begun, f"attempt {attempt} of {name} did not begin", lambda: self.log(name))
+        wait_until(begun, f"attempt {attempt} of {name} did not begin", lambda: self.log(name) + lab.state_text())
 
     def wait_step(self, lab: Lab, name: str, job_id: str, step: int) -> None:
         """Until a step is recorded; fails at once when the job has ended before."""
@@ -173,7 +181,7 @@ class Runs:
                 return True
             return False
 
-        wait_until(reached, f"step {step} of {name} was not reached", lambda: self.log(name))
+        wait_until(reached, f"step {step} of {name} was not reached", lambda: self.log(name) + lab.state_text())
 
     def meet_time_limit(self, lab: Lab, name: str, job_id: str) -> None:
         """Shorten the job's time limit until its notice comes: up to half a minute after it is due, so that until then
@@ -202,7 +210,8 @@ class Runs:
 
     def wait_end(self, lab: Lab, name: str, job_id: str, state: str = "COMPLETED", empty: bool = True) -> None:
         """empty: no process of any job is left on any node."""
-        wait_until(lambda: lab.job(job_id)["JobState"] in ENDED, f"job {job_id} did not end", lambda: self.log(name))
+        shown = lambda: self.log(name) + lab.state_text()  # noqa: E731
+        wait_until(lambda: lab.job(job_id)["JobState"] in ENDED, f"job {job_id} did not end", shown)
         assert lab.job(job_id)["JobState"] == state, self.log(name)
         if empty:
             lab.wait_empty()

@@ -2,6 +2,9 @@
 
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
 
 IMPORTS = """
 import os, sys, fp8slurm.slurm.task as task
@@ -44,3 +47,31 @@ def test_threads_of_a_rank():
 
 def test_a_contradicting_environment_is_refused():
     assert "NVTE_FP8_BLOCK_SCALING_FP32_SCALES=0" in start(SET.format(slurm={}), NVTE_FP8_BLOCK_SCALING_FP32_SCALES="0")
+
+
+FAIL = """
+from pathlib import Path
+from fp8slurm.checkpoint.run import RunDirectory
+from fp8slurm.slurm.job import Job
+c = RunConfig(slurm={{"requeue": False}})
+p = place(c)
+run = RunDirectory(Path({path!r}), 0)
+task.rank_main = lambda *_: 1 / 0
+job = Job("1", 0, None) if {in_slurm} else None
+task.be_task(c, run, p, p.tasks[0], job)
+"""
+
+
+@pytest.mark.parametrize(("newest", "in_slurm", "status"), [(0, True, 1), (1, True, 0), (1, False, 1)])
+def test_a_failed_task_of_a_replaced_attempt_tells_srun_nothing(
+    tmp_path: Path, newest: int, in_slurm: bool, status: int
+) -> None:
+    """srun would end the step by its number, and that is the next attempt's by then. Either way the error is on disk."""
+    for attempt in range(newest + 1):
+        (tmp_path / "attempts" / str(attempt) / "tasks").mkdir(parents=True)
+        (tmp_path / "attempts" / str(attempt) / "errors").mkdir()
+    code = IMPORTS + FAIL.format(path=str(tmp_path), in_slurm=in_slurm)
+    environment = {"PATH": "/nonexistent", "PYTHONPATH": ":".join(p for p in sys.path if p)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert (done.returncode, "ZeroDivisionError" in done.stderr) == (status, True), done.stderr
+    assert "ZeroDivisionError" in (tmp_path / "attempts" / "0" / "errors" / "task_0.json").read_text()

@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""What one Megatron rank keeps on its GPU when it makes room for engines, after every step, and which tensors that is.
+"""What a Megatron rank keeps on its GPU when it makes room for engines, after every step, and which tensors that is.
 
-usage: memory_probe.py MODEL [--steps 6] [--tokens 8192] [--backend transformer_engine] [--no-expandable]
+usage: memory_probe.py MODEL [--steps 6] [--tokens 8192] [--backend transformer_engine] [--tensor-parallel-size 1]
+                       [--no-expandable]
 
-MODEL: a Hugging Face folder. Sequences have random lengths, so that no two steps ask for the same sizes. Without a GPU it goes
-through the same steps (--backend emulated) and has nothing to report.
+MODEL: a Hugging Face folder. The first rank reports. Sequences have random lengths, so that no two steps ask for the same
+sizes. Without a GPU it goes through the same steps (--backend emulated) and has nothing to report.
 """
 
 from __future__ import annotations
@@ -61,14 +62,8 @@ def report(step: str) -> None:
         print(f"    live {size / 1e9:.3f} GB in {number[kind]} blocks, {kind}", flush=True)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--tokens", type=int, default=8192)
-    parser.add_argument("--backend", default="transformer_engine", choices=["transformer_engine", "emulated", "off"])
-    parser.add_argument("--no-expandable", action="store_true")
-    args = parser.parse_args()
+def work(rank: int, args: argparse.Namespace, store: str) -> None:
+    """One of args.tensor_parallel_size ranks; the first reports."""
     if args.no_expandable:
         os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:False"
     from fp8slurm.trainer.start import start, stop
@@ -76,36 +71,51 @@ def main() -> None:
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.memory._record_memory_history(enabled="state", context="state", stacks="python")
+    n = args.tensor_parallel_size
     flags = ["--model.hf-checkpoint", str(args.model), "--fp8.backend", args.backend, "--train.recompute", "full"]
-    config = parse(None, flags)
-    with tempfile.TemporaryDirectory() as folder:
-        start(config, 0, 1, dist.FileStore(f"{folder}/store", 1))
-        from fp8slurm.trainer.trainer import Trainer
+    flags += ["--slurm.ranks-per-node", str(n), "--parallel.tensor-parallel-size", str(n)]
+    config = parse(None, flags + ["--parallel.sequence-parallel"] * (n > 1))
+    start(config, rank, n, dist.FileStore(store, n), rank)
+    from fp8slurm.trainer.trainer import Trainer
 
-        trainer = Trainer(config, ModelSpec.from_hf_dir(args.model))
-        trainer.load_hf(args.model)
-        generator = torch.Generator().manual_seed(0)
+    trainer = Trainer(config, ModelSpec.from_hf_dir(args.model))
+    trainer.load_hf(args.model)
+    generator = torch.Generator().manual_seed(0)
 
-        def batches() -> list[Any]:
-            lengths = torch.randint(64, max(65, args.tokens // 16), (64,), generator=generator).tolist()
-            draw = lambda n: tuple(torch.randint(0, 256, (n,), generator=generator).tolist())  # noqa: E731
-            examples = [SftExample(draw(n // 2), draw(n - n // 2)) for n in lengths]
-            sizes = {"tokens_per_micro_batch": args.tokens, "pad_multiple": trainer.pad_multiple}
-            return pack_sft(examples, data_parallel_size=1, **sizes)[0]
+    def batches() -> list[Any]:
+        lengths = torch.randint(64, max(65, args.tokens // 16), (64,), generator=generator).tolist()
+        draw = lambda n: tuple(torch.randint(0, 256, (n,), generator=generator).tolist())  # noqa: E731
+        examples = [SftExample(draw(n // 2), draw(n - n // 2)) for n in lengths]
+        sizes = {"tokens_per_micro_batch": args.tokens, "pad_multiple": trainer.pad_multiple}
+        return pack_sft(examples, data_parallel_size=1, **sizes)[0]
 
-        trainer.settle_memory()
-        trainer.warm_up(batches())
-        trainer.make_room()
-        for step in range(args.steps + 1):
-            if cuda:
-                report(f"step {step}" if step else "after the warm-up")
-            if step < args.steps:
-                mine = batches()
-                trainer.logprobs(mine)
-                result = trainer.train_step(mine, sft_loss, 1e-5)
+    trainer.settle_memory()
+    trainer.warm_up(batches())
+    trainer.make_room()
+    for step in range(args.steps + 1):
+        if cuda and rank == 0:
+            report(f"step {step}" if step else "after the warm-up")
+        if step < args.steps:
+            mine = batches()
+            trainer.logprobs(mine)
+            result = trainer.train_step(mine, sft_loss, 1e-5, with_entropy=True)
+            if rank == 0:
                 print(f"loss {result.loss:.4f}", flush=True)
-                trainer.make_room()
-        stop()
+            trainer.make_room()
+    stop()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--tokens", type=int, default=8192, help="in a micro-batch")
+    parser.add_argument("--backend", default="transformer_engine", choices=["transformer_engine", "emulated", "off"])
+    parser.add_argument("--tensor-parallel-size", type=int, default=1, help="ranks, and GPUs")
+    parser.add_argument("--no-expandable", action="store_true")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(work, (args, f"{folder}/store"), args.tensor_parallel_size)
 
 
 if __name__ == "__main__":

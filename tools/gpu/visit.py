@@ -147,9 +147,9 @@ def nccl(v: Visit) -> None:
     """The probe over NCCL between two GPUs: the tiny model, then the 4B."""
     model = write_model(v.work / "Qwen3-4B", "Qwen3-4B", v.tiny())
     for name, large in (("tiny", ["--bucket-mib", "0.5"]), ("4b", ["--model", "Qwen3-4B", "--checkpoint", str(v.fp8(model)), "--updates", "7"])):
-        command = ["env", "NCCL_DEBUG=INFO", sys.executable, "tools/gpu/sync_probe.py", "--folder", str(v.work), "--ways", "nccl", "--limit-s", "85",
+        command = ["env", "NCCL_DEBUG=INFO", sys.executable, "tools/gpu/sync_probe.py", "--folder", str(v.work), "--ways", "nccl", "--limit-s", "160",
                    "--logs", str(v.out / f"logs-{name}"), "--json", str(v.out / f"nccl-{name}.json")]  # fmt: skip
-        v.jobs.append(Job(f"nccl-{name}", [*command, *large], min(2, v.gpus), 0.1 if name == "tiny" else 0.4, limit_s=120))
+        v.jobs.append(Job(f"nccl-{name}", [*command, *large], min(2, v.gpus), 0.1 if name == "tiny" else 0.4, limit_s=190))
 
 
 def models(v: Visit) -> None:
@@ -163,8 +163,10 @@ def models(v: Visit) -> None:
 def memory(v: Visit) -> None:
     """What a rank keeps, step by step, and where its gaps are."""
     model = write_model(v.work / "Qwen3-4B-12", "Qwen3-4B", v.tiny(), 12)
+    n = min(2, v.gpus)
     for name, more in (("expandable", []), ("cudaMalloc", ["--no-expandable"]), ("bf16", ["--backend", "off"])):
-        v.script(f"memory-{name}", 1, 1.0, "tools/gpu/memory_probe.py", str(model), *more)
+        command = ["tools/gpu/memory_probe.py", str(model), "--tensor-parallel-size", str(n), "--tokens", "20480"]
+        v.script(f"memory-{name}", n, 1.0, *command, *more)
 
 
 TINY = {
