@@ -148,12 +148,11 @@ class Monitor:
             time.sleep(0.1)
 
     def _leave(self, code: int) -> None:
-        code = 0 if self.replaced() else code
-        threading.Timer(10.0, os._exit, (code,)).start()  # on_exit must not keep a broken task alive
+        threading.Timer(10.0, os._exit, (code,)).start()  # nothing here must keep a broken task alive
         try:
             self.on_exit()
         finally:
-            os._exit(code)
+            os._exit(0 if self.replaced() else code)
 
 
 def _dump_flight_record(folder: Path, index: int) -> None:
