@@ -152,8 +152,8 @@ class RunDirectory:
 
     def check_fence(self) -> None:
         """Raises FencedError where a newer attempt has begun."""
-        newest = self.newest_attempt()
-        if newest != self.attempt:
+        if self.replaced():
+            newest = self.newest_attempt()
             raise FencedError(f"{self.path}: attempt {newest} has begun; attempt {self.attempt} stops without writing")
 
     # -- files that grow -----------------------------------------------------------------------------------------

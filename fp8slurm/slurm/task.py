@@ -51,9 +51,9 @@ def be_task(config: RunConfig, run: RunDirectory, placement: Placement, task: Ta
         # srun answers a failed task by ending the step of its number: on a node that was cut off and is back, that is
         # by then the step of the attempt that goes on elsewhere.
         monitor.replaced = run.replaced
-    if job is not None and task.role == "rank":
-        stopping = life = Life(config, run, job, task.number == 0, started_with)
-        monitor.on_notice, monitor.on_tick = life.notice, life.tick
+        if task.role == "rank":
+            stopping = life = Life(config, run, job, task.number == 0, started_with)
+            monitor.on_notice, monitor.on_tick = life.notice, life.tick
     monitor.start()
     code = 1
     try:

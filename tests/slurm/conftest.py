@@ -155,6 +155,10 @@ class Runs:
         files = [*self.path(name).glob("slurm/*.err"), *self.path(name).glob("attempts/*/logs/*_log.err")]
         return "\n".join(f"== {p}\n{p.read_text(errors='replace')[-3000:]}" for p in sorted(files))
 
+    def shown(self, lab: Lab, name: str) -> Callable[[], str]:
+        """What a wait that failed shows: the run's words and Slurm's."""
+        return lambda: self.log(name) + lab.state_text()
+
     wait_until = staticmethod(wait_until)
 
     def wait_attempt(self, lab: Lab, name: str, job_id: str, attempt: int) -> None:
@@ -167,7 +171,7 @@ class Runs:
             assert job["JobState"] not in ENDED, f"job {job_id} is {job['JobState']}\n{self.log(name)}"
             return False
 
-        wait_until(begun, f"attempt {attempt} of {name} did not begin", lambda: self.log(name) + lab.state_text())
+        wait_until(begun, f"attempt {attempt} of {name} did not begin", self.shown(lab, name))
 
     def wait_step(self, lab: Lab, name: str, job_id: str, step: int) -> None:
         """Until a step is recorded; fails at once when the job has ended before."""
@@ -181,7 +185,7 @@ class Runs:
                 return True
             return False
 
-        wait_until(reached, f"step {step} of {name} was not reached", lambda: self.log(name) + lab.state_text())
+        wait_until(reached, f"step {step} of {name} was not reached", self.shown(lab, name))
 
     def meet_time_limit(self, lab: Lab, name: str, job_id: str) -> None:
         """Shorten the job's time limit until its notice comes: up to half a minute after it is due, so that until then
@@ -210,8 +214,7 @@ class Runs:
 
     def wait_end(self, lab: Lab, name: str, job_id: str, state: str = "COMPLETED", empty: bool = True) -> None:
         """empty: no process of any job is left on any node."""
-        shown = lambda: self.log(name) + lab.state_text()  # noqa: E731
-        wait_until(lambda: lab.job(job_id)["JobState"] in ENDED, f"job {job_id} did not end", shown)
+        wait_until(lambda: lab.job(job_id)["JobState"] in ENDED, f"job {job_id} did not end", self.shown(lab, name))
         assert lab.job(job_id)["JobState"] == state, self.log(name)
         if empty:
             lab.wait_empty()

@@ -70,7 +70,7 @@ def test_a_cut_off_node_goes_on_writing_and_harms_nothing(lab, runs, one_node, s
         runs.wait_step(lab, name, job, runs.step(name) + 1)
     assert runs.task(name, 0)["host"] != old[0]["host"]
     ended = lambda: all(process_start(t["pid"]) != t["start"] for t in old)  # noqa: E731
-    runs.wait_until(ended, "the old attempt did not end", lambda: runs.log(name))
+    runs.wait_until(ended, "the old attempt did not end", runs.shown(lab, name))
     lab.do("join-node", str(cut))
     runs.wait_end(lab, name, job)
     assert runs.attempt(name) == 1, "what the old attempt's srun still had to say met the new one"

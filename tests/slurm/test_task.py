@@ -23,11 +23,16 @@ print(os.environ["OMP_NUM_THREADS"], torch.get_num_threads())
 """
 
 
-def start(code: str, **environment: str) -> str:
-    """Standard output of a fresh process that has imported what a task imports first."""
-    code = IMPORTS + code
+def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A fresh process that has imported what a task imports first."""
     inherited = {"PATH": "/usr/bin:/bin", "PYTHONPATH": ":".join(p for p in sys.path if p)}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=inherited | environment)
+    command = [sys.executable, "-c", IMPORTS + code]
+    return subprocess.run(command, capture_output=True, text=True, env=inherited | environment)
+
+
+def start(code: str, **environment: str) -> str:
+    """What it says on standard output."""
+    done = run(code, **environment)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -70,8 +75,6 @@ def test_a_failed_task_of_a_replaced_attempt_tells_srun_nothing(
     for attempt in range(newest + 1):
         (tmp_path / "attempts" / str(attempt) / "tasks").mkdir(parents=True)
         (tmp_path / "attempts" / str(attempt) / "errors").mkdir()
-    code = IMPORTS + FAIL.format(path=str(tmp_path), in_slurm=in_slurm)
-    environment = {"PATH": "/nonexistent", "PYTHONPATH": ":".join(p for p in sys.path if p)}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    done = run(FAIL.format(path=str(tmp_path), in_slurm=in_slurm), PATH="/nonexistent")
     assert (done.returncode, "ZeroDivisionError" in done.stderr) == (status, True), done.stderr
     assert "ZeroDivisionError" in (tmp_path / "attempts" / "0" / "errors" / "task_0.json").read_text()

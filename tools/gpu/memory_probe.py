@@ -114,6 +114,8 @@ def main() -> None:
     parser.add_argument("--tensor-parallel-size", type=int, default=1, help="ranks, and GPUs")
     parser.add_argument("--no-expandable", action="store_true")
     args = parser.parse_args()
+    if args.tensor_parallel_size < 1:
+        parser.error(f"--tensor-parallel-size {args.tensor_parallel_size}: at least 1")
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(work, (args, f"{folder}/store"), args.tensor_parallel_size)
 
