@@ -269,7 +269,7 @@ class EngineSection(Section):
     sleep: bool | None = None
     """Engines give their GPU memory back while the trainer works. Left out: yes on GPUs that trainer and engines share."""
     ready_timeout_s: float = Field(600.0, gt=0)
-    """Deadline for the server to come up."""
+    """Deadline for the server to come up. On GPUs the first start compiles kernels, which can take half an hour."""
     request_timeout_s: float = Field(3600.0, gt=0)
     """Deadline of one generation request."""
     max_restarts: int = Field(3, ge=0)

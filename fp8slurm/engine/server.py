@@ -131,7 +131,7 @@ class Engine:
                 target=_end_together, args=(family, self._exited), name=f"{self.name}-family", daemon=True
             ).start()
             return
-        what = "died while starting" if readable else f"was not ready after {timeout_s:g} s (engine.ready_timeout_s)"
+        what = "died while starting" if readable else f"was not ready after {timeout_s:g} s (engine.ready_timeout_s; a first start compiles kernels)"
         self.stop()
         raise EngineError(f"{self.name} {what}; the end of {self.log_path}:\n{self.log_tail()}")
 

@@ -23,10 +23,19 @@ OUTPUT_LAYER = 4
 """Bytes a logit of trainer/logprobs.py in BF16, in its backward pass: the logits and their gradient."""
 OUTPUT_LAYER_CHUNK = 12
 """Bytes a logit besides for those of one chunk (logprobs.CHUNK_LOGITS): fp32 tensors, with the entropy's gradient."""
-TRAINER_RESIDENT = 3_000_000_000
-"""Assumed: CUDA context, cuBLAS and cuDNN workspaces, NCCL's buffers of a Megatron rank."""
+TRAINER_ALONE = 2_600_000_000
+"""CUDA context, kernels, cuBLAS and cuDNN workspaces of a Megatron rank: measured on an H100 (docs/perf.md)."""
+TRAINER_RESIDENT = 5_000_000_000
+"""The same of one among several ranks: 4 to 5 GB on two and four H100s, of which NCCL takes 0.5 a communicator."""
+ENGINE_ALONE = 2_000_000_000
+"""The same of an engine on one GPU, and its CUDA graphs; they stay when weights and KV cache are given back: 1.1 to 1.7 GB."""
 ENGINE_RESIDENT = 3_000_000_000
-"""Assumed: the same of an engine rank, and its CUDA graphs; they stay when weights and KV cache are given back."""
+"""Assumed: the same of an engine's rank among several."""
+RESERVE = {(False, False): 0.02, (False, True): 0.10, (True, False): 0.15, (True, True): 0.25}
+"""What torch's allocator has in reserve, as a share of what a step takes and gives back. (FP8, tensor parallelism) -> measured on
+H100s with expandable segments and full recomputation (docs/perf.md)."""
+PASSING = ("gradients", "FP8 copies")
+"""State that a trainer's rank gives back while engines work on its GPU (Trainer.make_room)."""
 HOST_PROCESS = 4_000_000_000
 """Assumed: host memory of a rank's, an agent's or an engine's process apart from what is counted here."""
 EXPERT_IMBALANCE = 1.5
@@ -72,7 +81,22 @@ def weight_bytes(config: RunConfig) -> int:
 def rank_memory(config: RunConfig, spec: ModelSpec, p: StageParameters, micro_batches: int) -> RankMemory:
     """Memory of a rank of stage `p.stage`, with `micro_batches` in an update."""
     state, host = _state(config, p)
-    return RankMemory(p.stage, tuple(state), tuple(_working(config, spec, p, micro_batches)), tuple(host))
+    working = _working(config, spec, p, micro_batches)
+    share = RESERVE[config.fp8.backend != "off", p.layout.tensor > 1]
+    passing = sum(i.bytes for i in working) + sum(i.bytes for i in state if i.name in PASSING)
+    note = f"{share:.0%} of what a step takes and gives back: torch's allocator"
+    working.append(Item("in reserve", int(share * passing), "estimate", note))
+    return RankMemory(p.stage, tuple(state), tuple(working), tuple(host))
+
+
+def trainer_resident(ranks: int) -> int:
+    """What a rank's libraries take of its GPU, with `ranks` in the run."""
+    return TRAINER_RESIDENT if ranks > 1 else TRAINER_ALONE
+
+
+def engine_resident(tensor_parallel_size: int) -> int:
+    """The same of an engine's rank."""
+    return ENGINE_RESIDENT if tensor_parallel_size > 1 else ENGINE_ALONE
 
 
 def _state(config: RunConfig, p: StageParameters) -> tuple[list[Item], list[Item]]:

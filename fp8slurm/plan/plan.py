@@ -22,7 +22,7 @@ from fp8slurm.rl.precision import engine_quantization
 from fp8slurm.sync.traffic import Traffic, traffic
 
 GPU_MEMORY = {"H100": 80_000_000_000, "H200": 141_000_000_000}
-"""Bytes counted on: the names' gigabytes, 5 to 6% less than the cards have, which is left to fragmentation."""
+"""Bytes counted on: the names' gigabytes, 5 to 6% less than the cards have, which is left to what is not counted."""
 LENGTH_SHARES = (1.0, 0.25)
 """Mean response lengths, as shares of rollout.max_tokens, for which micro-batches are counted."""
 TENSOR_SIZES = (1, 2, 4, 8, 16)
@@ -159,6 +159,7 @@ def make_plan(config: RunConfig, gpu_memory: dict[str, int] | None = None) -> Pl
         expert_parallel_size=layout.expert, expert_tensor_parallel_size=layout.expert_tensor,
         dtype=getattr(torch, config.engine.dtype), trainer_dtype=getattr(torch, config.model.dtype),
     )  # fmt: skip
+    buffers = _update_buffers(config, spec, layout, moved.largest_bucket)
     matrices = [t for t in table.hf_tensors().values() if quantized(t.name, t.shape, quantization)]
     parameters = sum(math.prod(t.shape) for t in table.hf_tensors().values())
     return Plan(
@@ -172,7 +173,7 @@ def make_plan(config: RunConfig, gpu_memory: dict[str, int] | None = None) -> Pl
         stages=held,
         pipeline=pipeline,
         fits=tuple(
-            _fit(config, table, quantization, held, _update_buffers(config, spec, layout, moved.largest_bucket), n, b)
+            _fit(config, table, quantization, held, buffers, placement.world_size, n, b)
             for n, b in (gpu_memory or GPU_MEMORY).items()
         ),
         host=_host(config, parts, held, moved.payload),
@@ -207,17 +208,18 @@ def _pipeline(config: RunConfig, layout: Layout, share: float) -> Pipeline:
 
 def _fit(
     config: RunConfig, table: NameTable, quantization: QuantizationSpec | None, held: tuple[Stage, ...],
-    update_buffers: int, name: str, size: int,
+    update_buffers: int, ranks: int, name: str, size: int,
 ) -> Fit:  # fmt: skip
+    """The phases on a GPU of `size` bytes."""
     shared = config.engine.placement == "shared"
     fullest = max((s.memory for s in held), key=lambda m: m.state_bytes + m.working_bytes)
     largest = max((s.memory for s in held), key=lambda m: m.state_bytes)
-    resident = memory.ENGINE_RESIDENT
+    trainer = {"trainer resident": memory.trainer_resident(ranks)}
+    serving = {"engine resident": memory.engine_resident(config.engine.tensor_parallel_size)}
+    there = sum(serving.values())
     if shared:  # the engine starts when the trainer's state is there
-        resident += memory.TRAINER_RESIDENT + sum(_while_engines_work(config, largest).values())
-    engine = engine_memory(config, table, quantization, size, resident)
-    trainer = {"trainer resident": memory.TRAINER_RESIDENT}
-    serving = {"engine resident": memory.ENGINE_RESIDENT}
+        there += sum(trainer.values()) + sum(_while_engines_work(config, largest).values())
+    engine = engine_memory(config, table, quantization, size, there)
     buckets = {"update buffers": update_buffers}
     weights, cache = {"engine weights": engine.weights}, {"KV cache": engine.kv_bytes}
 
@@ -250,7 +252,7 @@ def _update_buffers(config: RunConfig, spec: ModelSpec, layout: Layout, largest:
 
 def _while_engines_work(config: RunConfig, m: RankMemory) -> dict[str, int]:
     """What a trainer's rank keeps on a GPU that it shares (Trainer.make_room)."""
-    gone = {"gradients", "FP8 copies"} | ({"optimizer"} if config.optim.sleep else set())
+    gone = {*memory.PASSING, *(["optimizer"] if config.optim.sleep else [])}
     return {i.name: i.bytes for i in m.state if i.name not in gone}
 
 

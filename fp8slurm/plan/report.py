@@ -45,7 +45,7 @@ def parts(plan: Plan) -> Iterator[RenderableType]:
     yield _pipeline(plan)
     yield Text(
         "GB are 10^9 bytes, on one rank unless it says otherwise. exact: counted, and compared with a built trainer, "
-        "the converter or SGLang in the tests; estimate: by formula, not measured on a GPU; assumed: a round number. "
+        "the converter or SGLang in the tests; estimate: by formula or from a few runs on GPUs; assumed: a round number. "
         "docs/plan.md explains.",
         style="dim",
     )

@@ -200,10 +200,11 @@ class Trainer:
             self._collect_gathered()
             torch.cuda.empty_cache()
             c = torch.cuda
-            held = torch.tensor([c.memory_reserved(), c.memory_allocated(), c.max_memory_allocated()], device="cuda")
+            of_torch = {"kept": c.memory_reserved, "in_use": c.memory_allocated, "peak": c.max_memory_allocated, "reserved": c.max_memory_reserved}
+            held = torch.tensor([get() for get in of_torch.values()], device="cuda")
             torch.cuda.reset_peak_memory_stats()
             dist.all_reduce(held, op=dist.ReduceOp.MAX)  # and nobody goes on before all have made room
-            self.memory = dict(zip(("memory/kept", "memory/in_use", "memory/peak"), (n / 1e9 for n in held.tolist())))
+            self.memory = {f"memory/{name}": n / 1e9 for name, n in zip(of_torch, held.tolist())}
         else:
             dist.barrier()
 

@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from fp8slurm.checkpoint import hf_to_fp8
 from fp8slurm.checkpoint.hf_folder import open_hf
-from fp8slurm.config import RunConfig
+from fp8slurm.config import RunConfig, parse
 from fp8slurm.models import tiny
 from fp8slurm.models.known import known_model
 from fp8slurm.models.names import NameTable
@@ -197,3 +197,32 @@ def test_known_models_have_the_published_sizes():
     assert payloads["Qwen3-4B"] == (8.04, 4.41)
     assert payloads["Qwen3-30B-A3B"] == (61.06, 31.17)
     assert payloads["Qwen3-0.6B"][0] == 1.19
+
+
+# GB by nvidia-smi on the fullest GPU in runs of Qwen3-4B's shape on H100s (2026-11-28, docs/gpu.md)
+SHOWN = {
+    ("two GPUs", "train"): 62.8,
+    ("two GPUs", "sync and rollout"): 78.4,
+    ("four GPUs", "train"): 50.3,
+    ("four GPUs", "sync and rollout"): 76.2,
+}
+
+
+@pytest.mark.parametrize("gpus, phase", SHOWN)
+def test_memory_is_within_a_tenth_of_what_gpus_showed(gpus: str, phase: str):
+    n = {"two GPUs": 2, "four GPUs": 4}[gpus]
+    flags = [f"--slurm.{name}=" + str(n) for name in ("gpus-per-node", "ranks-per-node")] + [f"--engine.per-node={n}"]
+    flags += ["--engine.mem-fraction=0.85", "--data.max-prompt-tokens=64", "--rollout.max-tokens=512"]
+    (planned,) = [p for p in make_plan(parse("qwen3-4b-fp8", flags)).fits[0].phases if p.name == phase]
+    assert planned.bytes / 1e9 == pytest.approx(SHOWN[gpus, phase], rel=0.1)
+
+
+def test_in_reserve_is_a_share_of_what_only_a_step_takes():
+    memory_of = lambda *flags: make_plan(parse("qwen3-4b-fp8", flags)).stages[0].memory  # noqa: E731
+    one = ["--parallel.tensor-parallel-size=1", "--parallel.no-sequence-parallel"]
+    bf16 = ["--fp8.backend=off", "--fp8.engine=bf16"]
+    for flags, share in (([], 0.25), (one, 0.15), (bf16, 0.10), ([*one, *bf16], 0.02)):
+        m = memory_of(*flags)
+        (item,) = [i for i in m.working if i.name == "in reserve"]
+        passing = m.working_bytes - item.bytes + sum(i.bytes for i in m.state if i.name in memory.PASSING)
+        assert item.bytes == pytest.approx(share * passing)

@@ -40,10 +40,17 @@ def origin(block: dict[str, Any]) -> str:
     return " < ".join(f"{Path(f['filename']).name}:{f['line']} {f['name']}" for f in frames[:3]) or "before the history began"
 
 
-def report(step: str) -> None:
+def whole() -> float:
+    """GB used of the GPU by everybody, contexts and libraries included."""
+    free, total = torch.cuda.mem_get_info()
+    return (total - free) / 1e9
+
+
+def report(step: str, at_most: dict[str, float]) -> None:
     """Kept, in use, gaps by pool; live blocks by origin."""
-    kept, used, peak = (f() / 1e9 for f in (torch.cuda.memory_reserved, torch.cuda.memory_allocated, torch.cuda.max_memory_allocated))
-    print(f"{step}: kept {kept:.3f} GB, in use {used:.3f}, peak {peak:.3f}", flush=True)
+    kept, used = torch.cuda.memory_reserved() / 1e9, torch.cuda.memory_allocated() / 1e9
+    most = "".join(f", {name[7:].replace('_', ' ')} {gb:.3f}" for name, gb in at_most.items() if name in ("memory/peak", "memory/reserved"))
+    print(f"{step}: kept {kept:.3f} GB, in use {used:.3f}{most}; of the whole GPU {whole():.3f}", flush=True)
     gaps: Counter[str] = Counter()
     live: Counter[str] = Counter()
     number: Counter[str] = Counter()
@@ -68,9 +75,6 @@ def work(rank: int, args: argparse.Namespace, store: str) -> None:
         os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:False"
     from fp8slurm.trainer.start import start, stop
 
-    cuda = torch.cuda.is_available()
-    if cuda:
-        torch.cuda.memory._record_memory_history(enabled="state", context="state", stacks="python")
     n = args.tensor_parallel_size
     flags = ["--model.hf-checkpoint", str(args.model), "--fp8.backend", args.backend, "--train.recompute", "full"]
     flags += ["--slurm.ranks-per-node", str(n), "--parallel.tensor-parallel-size", str(n)]
@@ -78,6 +82,11 @@ def work(rank: int, args: argparse.Namespace, store: str) -> None:
     start(config, rank, n, dist.FileStore(store, n), rank)
     from fp8slurm.trainer.trainer import Trainer
 
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.memory._record_memory_history(enabled="state", context="state", stacks="python")
+    if cuda and rank == 0:
+        print(f"before the model: of the whole GPU {whole():.3f} GB", flush=True)
     trainer = Trainer(config, ModelSpec.from_hf_dir(args.model))
     trainer.load_hf(args.model)
     generator = torch.Generator().manual_seed(0)
@@ -94,7 +103,7 @@ def work(rank: int, args: argparse.Namespace, store: str) -> None:
     trainer.make_room()
     for step in range(args.steps + 1):
         if cuda and rank == 0:
-            report(f"step {step}" if step else "after the warm-up")
+            report(f"step {step}" if step else "after the warm-up", trainer.memory)
         if step < args.steps:
             mine = batches()
             trainer.logprobs(mine)
