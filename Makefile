@@ -19,9 +19,10 @@ NODES          ?=
 export HF_CHECKPOINT PROMPT_DATA EVAL_DATA ARGS FP8SLURM VENV
 
 COMMAND  := $(or $(FP8SLURM),$(BIN)/fp8slurm)
-SETTINGS  = $(if $(RUN),--run.root=$(patsubst %/,%,$(dir $(RUN:/=))) --run.name=$(notdir $(RUN:/=))) \
-            $(if $(HF_CHECKPOINT),--model.hf-checkpoint=$(HF_CHECKPOINT)) \
-            $(if $(PROMPT_DATA),--data.train=$(PROMPT_DATA)) $(if $(EVAL_DATA),--data.eval=$(EVAL_DATA)) $(ARGS)
+# The shell takes RUN apart: make's own functions would cut a path at its spaces.
+SETTINGS  = $(if $(RUN),--run.root="$$(dirname "$(RUN)")" --run.name="$$(basename "$(RUN)")") \
+            $(if $(HF_CHECKPOINT),--model.hf-checkpoint="$(HF_CHECKPOINT)") \
+            $(if $(PROMPT_DATA),--data.train="$(PROMPT_DATA)") $(if $(EVAL_DATA),--data.eval="$(EVAL_DATA)") $(ARGS)
 # What is asked is asked before anything is built: the environment comes in the recipe's second line. Queued and running
 # jobs use the one that is there: it is not rebuilt under them.
 READY     = $(if $(FP8SLURM),:,$(MAKE) --no-print-directory setup)
@@ -46,6 +47,8 @@ export TMPDIR                  := $(CACHE)/tmp
 endif
 
 STAMP := $(VENV)/.complete
+# Whether VENV may be removed: make began or finished it, or there is nothing in it.
+OURS  := [ -e "$(VENV)/.made-by-make" ] || [ -e "$(VENV)/.complete" ] || [ ! -e "$(VENV)" ] || rmdir "$(VENV)" 2> /dev/null
 
 .DEFAULT_GOAL := help
 .PHONY: help setup tiny-data tiny-moe-data train-tiny-fp8 train-tiny-moe-fp8 train-4b-fp8 train-30b-a3b-fp8 all-4b-fp8 all-tiny-fp8 convert-fp8 eval-fp8 \
@@ -64,8 +67,10 @@ else
 $(STAMP): requirements/torch.txt requirements/cpu.txt pyproject.toml
 	@mkdir -p $(CACHE)/tmp
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else f"PYTHON=$(PYTHON) is Python {v[0]}.{v[1]}; allowed: 3.11, 3.12, 3.13 (make PYTHON=python3.12 ...)")'
-	rm -rf $(VENV)
-	$(PYTHON) -m venv $(VENV)
+	@$(OURS) || { echo 'make: VENV=$(VENV) holds something that make did not put there, and no bin/fp8slurm: move it away, or name another folder' >&2; exit 2; }
+	rm -rf "$(VENV)"
+	$(PYTHON) -m venv "$(VENV)"
+	@touch "$(VENV)/.made-by-make"
 	$(BIN)/pip install --quiet --requirement requirements/torch.txt
 	$(BIN)/pip install --quiet --no-deps --ignore-requires-python --requirement requirements/cpu.txt
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
@@ -103,30 +108,33 @@ all-4b-fp8:  ## HF -> torch_dist and FP8 -> train -> HF -> FP8 -> evaluation, as
 
 all-tiny-fp8:  ## the same chain for the tiny model, on a Slurm cluster without GPUs
 	@tools/require_slurm.sh $@ tiny-fp8 cpu
-	@$(MAKE) --no-print-directory tiny-data
+	@$(THERE)
+	@{ [ -d models/tiny ] && [ -d data/tiny ]; } || $(MAKE) --no-print-directory tiny-data
 	$(COMMAND) chain --recipe tiny-fp8 $(SETTINGS)
 
 convert-fp8:  ## HF_CHECKPOINT=models/X: BF16 -> block FP8, into FP8_CHECKPOINT (models/X-FP8)
 	@[ -n "$(HF_CHECKPOINT)" ] || { echo 'make $@: give the Hugging Face folder with HF_CHECKPOINT=models/X' >&2; exit 2; }
 	@[ -d "$(HF_CHECKPOINT)" ] || { echo 'make $@: HF_CHECKPOINT=$(HF_CHECKPOINT): there is no such folder' >&2; exit 2; }
 	@$(READY)
-	$(COMMAND) convert hf-to-fp8 $(HF_CHECKPOINT) $(FP8_CHECKPOINT) $(ARGS)
+	$(COMMAND) convert hf-to-fp8 "$(HF_CHECKPOINT)" "$(FP8_CHECKPOINT)" $(ARGS)
 
 EVALUATED = $(or $(RUN),runs/tiny-fp8)
 eval-fp8:  ## RUN=runs/NAME: newest checkpoint -> HF -> FP8 HF -> SGLang -> accuracy (NODES=2: on nodes of a Slurm cluster)
-	@[ -f $(EVALUATED)/config.json ] || { echo 'make $@: RUN=$(EVALUATED): there is no run (make train-tiny-fp8 makes runs/tiny-fp8)' >&2; exit 2; }
+	@[ -f "$(EVALUATED)/config.json" ] || { echo 'make $@: RUN=$(EVALUATED): there is no run (make train-tiny-fp8 makes runs/tiny-fp8)' >&2; exit 2; }
 	@$(READY)
-	$(COMMAND) eval --run $(EVALUATED) $(if $(EVAL_DATA),--tasks $(EVAL_DATA)) $(if $(NODES),--nodes $(NODES)) $(ARGS)
+	$(COMMAND) eval --run "$(EVALUATED)" $(if $(EVAL_DATA),--tasks "$(EVAL_DATA)") $(if $(NODES),--nodes $(NODES)) $(ARGS)
 
 status:  ## where all runs stand, or RUN=runs/NAME: from their folders and from Slurm
 	@$(THERE)
-	@$(COMMAND) status $(RUN) $(ARGS)
+	@$(COMMAND) status $(if $(RUN),"$(RUN)") $(ARGS)
 
-plot: $(STAMP)  ## RUN=runs/NAME: draw its curves again
-	$(BIN)/fp8slurm plot $(EVALUATED)
+plot:  ## RUN=runs/NAME: draw its curves again
+	@$(READY)
+	$(COMMAND) plot "$(EVALUATED)"
 
-report: $(STAMP)  ## RUN=runs/NAME: its report, one HTML file
-	$(BIN)/fp8slurm report $(EVALUATED) $(ARGS)
+report:  ## RUN=runs/NAME: its report, one HTML file
+	@$(READY)
+	$(COMMAND) report "$(EVALUATED)" $(ARGS)
 
 # Two processes: much of the time is waiting. A file's tests stay together, they share servers.
 PYTEST = sh tools/test_packages.sh && OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest --numprocesses 2 --dist loadfile
@@ -141,4 +149,5 @@ test-faults: tiny-data  ## every fault on a real two-node Slurm cluster that is 
 	$(PYTEST) --numprocesses 0 -m slurm $(ARGS)
 
 clean:  ## remove .venv and the caches; runs, models and data stay
-	rm -rf $(VENV) .cache
+	@if $(OURS); then rm -rf "$(VENV)"; else echo 'make clean: VENV=$(VENV) was not made by make and stays'; fi
+	rm -rf .cache

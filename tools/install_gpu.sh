@@ -8,7 +8,7 @@ set -euo pipefail
 VENV=${1:?usage: tools/install_gpu.sh VENV [PYTHON]}
 PYTHON=${2:-python3}
 cd "$(dirname "$0")/.."
-do_() { if [ -n "${DRY_RUN:-}" ]; then printf '%s ' "$@"; echo; else "$@"; fi; }
+do_() { if [ -n "${DRY_RUN:-}" ]; then printf '%q ' "$@"; echo; else "$@"; fi; }
 pin() { grep -E "^($1)(==|>=)" requirements/cluster.txt; }
 
 if [ -z "${DRY_RUN:-}" ]; then

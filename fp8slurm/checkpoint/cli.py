@@ -109,15 +109,16 @@ def convert(name: str, args: argparse.Namespace) -> int:
         print(f"fp8slurm convert {name}: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"fp8slurm convert {name}: {error.strerror or error}", file=sys.stderr)
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"fp8slurm convert {name}: {where}{error.strerror or error}", file=sys.stderr)
         return 1
 
 
 def list_decisions(args: argparse.Namespace) -> int:
     """Print for every tensor whether it is quantized, its dtype, shape and name, and why."""
     folder = open_hf(args.input)
-    skip = [*(folder.config.get("modules_to_not_convert") or ()), *args.modules_to_not_convert]
-    for info, decision in decisions(HfSource(folder).tensors.values(), skip):
+    own = folder.config.get("modules_to_not_convert") or ()
+    for info, decision in decisions(HfSource(folder).tensors.values(), own, args.modules_to_not_convert):
         dtype, shape = str(info.dtype).removeprefix("torch."), "x".join(map(str, info.shape))
         print(f"{'fp8 ' if decision.quantize else 'keep'}  {dtype:9} {shape:14} {info.name}  ({decision.reason})")
     return 0

@@ -12,7 +12,7 @@ from typing import Any, Iterable, Sequence
 
 from fp8slurm.checkpoint.errors import BadCheckpoint
 from fp8slurm.checkpoint.hf_folder import INDEX, SINGLE, read_json
-from fp8slurm.checkpoint.output import OutputFolder, disk_full, write_durably
+from fp8slurm.checkpoint.output import OURS, OutputFolder, disk_full, write_durably
 from fp8slurm.checkpoint.progress import Progress
 from fp8slurm.checkpoint.safetensors_file import lay_out
 from fp8slurm.checkpoint.sources import Source
@@ -85,6 +85,8 @@ class Conversion:
     companions: Sequence[Path]
     inputs: Sequence[Path]
     """Input folders: never written to."""
+    input_files: Sequence[Path]
+    """Files that are read, wherever their links lead."""
     output: OutputFolder
     options: ConvertOptions
 
@@ -112,7 +114,7 @@ class Conversion:
 
     def check(self) -> None:
         """Everything that can be refused before the first byte is written."""
-        self.output.check(self.inputs)
+        self.output.check(self.inputs, [*self.input_files, *self.companions])
         self.output.check_space(self.sizes)
 
     def describe(self) -> str:
@@ -135,12 +137,13 @@ class Conversion:
             self.output.begin()
             data_bytes = sum(s.layout.data_bytes for s in self.shards)
             with Progress(self.read_bytes + self.options.verify * data_bytes, self.options.progress) as progress:
-                resumed = run(self.shards, self.output.tmp, self.options, progress)
+                resumed = run(self.shards, self.output, self.options, progress)
             expected = set(self.sizes) | self._write_companions()
             if self.options.verify:
                 self._check_index()
             self.output.finish(expected)
         finally:
+            self.output.release()
             self.source.close()
         return Report(
             seconds=seconds(),
@@ -157,10 +160,13 @@ class Conversion:
         if index is not None:
             files[INDEX] = index
         names = set(files)
+        self.output.check_owner()
         try:
             for name, data in files.items():
                 write_durably(self.output.tmp / name, data)
             for path in self.companions:
+                if path.name in OURS:  # an input's own file of that name would take our mark's place
+                    continue
                 shutil.copyfile(path, self.output.tmp / path.name)
                 names.add(path.name)
         except OSError as error:
@@ -189,6 +195,7 @@ def plan(
     options: ConvertOptions,
 ) -> Conversion:
     """Pack the works and tie the output folder to what it is made from."""
+    input_files = list(input_files)
     shards = pack(works, options.max_shard_bytes)
     digest = hashlib.sha256(b"".join(s.layout.header for s in shards))
     digest.update(
@@ -202,4 +209,4 @@ def plan(
         "plan": digest.hexdigest(),
     }
     output = OutputFolder(dst, fingerprint, options.overwrite)
-    return Conversion(kind, source, shards, config, companions, inputs, output, options)
+    return Conversion(kind, source, shards, config, companions, inputs, input_files, output, options)

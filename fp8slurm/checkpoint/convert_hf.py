@@ -20,47 +20,79 @@ from fp8slurm.checkpoint.sources import (
 from fp8slurm.checkpoint.stream import ConvertOptions
 from fp8slurm.checkpoint.works import Copy, Quantize, Work
 from fp8slurm.fp8.block import BLOCK, FLOAT_DTYPES
-from fp8slurm.fp8.policy import Decision, decide
+from fp8slurm.fp8.policy import LINEAR, Decision, decide, engine_matrix, has_effect, kept_name
 
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
+Decided = tuple[TensorInfo, Decision]
 
 
 def decisions(
-    tensors: Iterable[TensorInfo], modules_to_not_convert: Sequence[str] = ()
-) -> list[tuple[TensorInfo, Decision]]:
-    """The policy's decision for every tensor. BadCheckpoint for one that cannot be quantized although it should."""
+    tensors: Iterable[TensorInfo], own: Sequence[str] = (), given: Sequence[str] = ()
+) -> list[Decided]:
+    """The policy's decision for every tensor. own: modules_to_not_convert of the input's config; given: further entries.
+
+    Raises:
+        BadCheckpoint: a tensor cannot be quantized although it should.
+        ValueError: a given entry matches no module, or an entry keeps only a part of what SGLang holds as one matrix.
+    """
+    tensors = list(tensors)
+    modules = list(dict.fromkeys(info.name.rpartition(".")[0] for info in tensors))
+    for entry in given:
+        if not has_effect(entry, modules):
+            alone = (m for m in modules if LINEAR.fullmatch(f"{m}.weight") and engine_matrix(m) == m)
+            example = next(alone, modules[0])
+            parent, _, last = example.rpartition(".")
+            raise ValueError(
+                f"--modules-to-not-convert {entry}: the model has no such module; allowed: a full name, an ancestor's, or "
+                f"last components, such as {example}, {parent} or {last}"
+            )
     made = []
     for info in tensors:
-        decision = decide(info.name, info.shape, modules_to_not_convert)
+        decision = decide(info.name, info.shape, [*own, *given])
         if decision.quantize and info.dtype not in FLOAT_DTYPES:
             raise BadCheckpoint(f"{info.name} is {info.dtype}; only bf16, fp16 and fp32 weights can be quantized")
         made.append((info, decision))
+    _check_whole_matrices(made)
     return made
 
 
-def fp8_works(source: Source, modules_to_not_convert: Sequence[str] = (), power_of_two: bool = False) -> list[Work]:
-    """Every tensor of a source, quantized where the policy says so."""
+def _check_whole_matrices(made: Sequence[Decided]) -> None:
+    """ValueError if SGLang would hold a kept and a quantized matrix as one."""
+    quantized = {engine_matrix(_module(info)): _module(info) for info, decision in made if decision.quantize}
+    for info, decision in made:
+        other = quantized.get(engine_matrix(_module(info))) if decision.entry is not None else None
+        if other is not None:
+            raise ValueError(
+                f"modules_to_not_convert: {decision.entry} keeps {_module(info)} but not {other}; SGLang holds both in one "
+                f"matrix, so all of {engine_matrix(other)} or nothing of it can be kept (--modules-to-not-convert)"
+            )
+
+
+def _module(info: TensorInfo) -> str:
+    return info.name.removesuffix(".weight")
+
+
+def fp8_works(source: Source, made: Sequence[Decided], power_of_two: bool = False) -> list[Work]:
+    """Every tensor of a source, quantized where it was decided."""
     return [
-        Quantize(source, info, power_of_two) if decision.quantize else Copy(source, info)
-        for info, decision in decisions(source.tensors.values(), modules_to_not_convert)
+        Quantize(source, info, power_of_two) if decision.quantize else Copy(source, info) for info, decision in made
     ]
 
 
-def fp8_config(
-    config: dict[str, Any], source: Source, modules_to_not_convert: Sequence[str], power_of_two: bool
-) -> dict[str, Any]:
+def fp8_config(config: dict[str, Any], made: Sequence[Decided], power_of_two: bool) -> dict[str, Any]:
     """config.json of the FP8 form: the input's, and the quantization_config that transformers and SGLang read.
 
     Named in modules_to_not_convert are the output head, the routers (some versions of transformers make them Linear
-    layers), and what the caller excluded.
+    layers), and in full what was kept because of an entry: SGLang and transformers match entries by other rules than ours.
     """
-    routers = [n.removesuffix(".weight") for n in source.tensors if n.endswith(".mlp.gate.weight")]
+    routers = [_module(info) for info, _ in made if info.name.endswith(".mlp.gate.weight")]
+    kept = [kept_name(_module(info)) for info, decision in made if decision.entry is not None]
     quantization: dict[str, Any] = {
         "quant_method": "fp8",
         "fmt": "e4m3",
         "activation_scheme": "dynamic",
         "weight_block_size": [BLOCK, BLOCK],
-        "modules_to_not_convert": list(dict.fromkeys(["lm_head", *routers, *modules_to_not_convert])),
+        "modules_to_not_convert": list(dict.fromkeys(["lm_head", *routers, *kept])),
     }
     if power_of_two:
         quantization["scale_fmt"] = "ue8m0"
@@ -114,10 +146,11 @@ def plan_hf_to_fp8(
     folder = open_hf(src)
     if is_fp8(folder):
         raise BadCheckpoint(f"{folder.path} is FP8 already; fp8slurm convert fp8-to-hf makes BF16 of it")
-    skip = [*(folder.config.get("modules_to_not_convert") or ()), *modules_to_not_convert]
     source = HfSource(folder)
-    config = fp8_config(folder.config, source, skip, power_of_two)
-    works = fp8_works(source, skip, power_of_two)
+    own = folder.config.get("modules_to_not_convert") or ()
+    made = decisions(source.tensors.values(), own, modules_to_not_convert)
+    config = fp8_config(folder.config, made, power_of_two)
+    works = fp8_works(source, made, power_of_two)
     if not any(isinstance(work, Quantize) for work in works):
         raise BadCheckpoint(f"{folder.path}: no tensor is one that FP8 quantizes (fp8slurm convert hf-to-fp8 --list)")
     files = _files(folder)
@@ -136,8 +169,8 @@ def hf_to_fp8(
 
     `settings`: fields of ConvertOptions (jobs, memory_mib, verify, progress, ...).
     Raises BadCheckpoint (a ValueError) for a damaged or contradictory input and for weights that are not finite,
-    ValueError for an output that exists, OSError for a full disk. Nothing is left at dst then; dst.tmp keeps the
-    finished shards and the same call goes on with them.
+    ValueError for an output that exists and for modules that cannot be kept, OSError for a full disk. Nothing is left at
+    dst then; dst.tmp keeps the finished shards and the same call goes on with them.
     """
     return plan_hf_to_fp8(
         src,

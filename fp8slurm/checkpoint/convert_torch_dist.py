@@ -10,7 +10,7 @@ from typing import Any, Sequence
 import torch
 
 from fp8slurm.checkpoint.conversion import FORMAT, Conversion, Report, plan, stamp
-from fp8slurm.checkpoint.convert_hf import fp8_block, fp8_config, fp8_works, is_fp8
+from fp8slurm.checkpoint.convert_hf import decisions, fp8_block, fp8_config, fp8_works, is_fp8
 from fp8slurm.checkpoint.errors import BadCheckpoint
 from fp8slurm.checkpoint.hf_folder import INDEX, SINGLE, HfFolder, open_hf, read_json
 from fp8slurm.checkpoint.output import OutputFolder
@@ -71,17 +71,15 @@ def _plan_from_torch_dist(
 ) -> Conversion:
     origin = _open_origin(origin_hf_dir)
     source = TorchDistSource(src, origin.spec, origin.tied_head)
+    source.check_sealed()
     config = _with_dtype(origin.folder.config, source)
     if fp8 is None:
         works: list[Any] = [Copy(source, info) for info in source.tensors.values()]
     else:
-        skip = [
-            *origin.modules_to_not_convert,
-            *(config.get("modules_to_not_convert") or ()),
-            *fp8["modules_to_not_convert"],
-        ]
-        works = fp8_works(source, skip, fp8["power_of_two"])
-        config = fp8_config(config, source, skip, fp8["power_of_two"])
+        own = [*origin.modules_to_not_convert, *(config.get("modules_to_not_convert") or ())]
+        made = decisions(source.tensors.values(), own, fp8["modules_to_not_convert"])
+        works = fp8_works(source, made, fp8["power_of_two"])
+        config = fp8_config(config, made, fp8["power_of_two"])
     inputs = [Path(src), origin.folder.path]
     files = [origin.folder.path / "config.json", *source.files]
     return plan(kind, source, works, config, origin.folder.companions, inputs, files, dst, options)
@@ -148,6 +146,9 @@ class ToTorchDist:
     spec: ModelSpec
     files: Sequence[DistFile]
     inputs: Sequence[Path]
+    """Input folders: never written to."""
+    input_files: Sequence[Path]
+    """Files that are read, wherever their links lead."""
     output: OutputFolder
     options: ConvertOptions
 
@@ -171,17 +172,18 @@ class ToTorchDist:
         """Convert; the output folder appears complete, or not at all."""
         seconds = stopwatch()
         try:
-            self.output.check(self.inputs)
+            self.output.check(self.inputs, self.input_files)
             self.output.check_space(self.sizes)
             self.output.begin()
             resumed = sum((self.output.tmp / (f.name + ".lengths")).is_file() for f in self.files)
             with Progress(self.read_bytes * (1 + self.options.verify), self.options.progress) as progress:
-                names = write_torch_dist(self.files, self.output.tmp, self.source, self.spec, self.options, progress)
+                names = write_torch_dist(self.files, self.output, self.source, self.spec, self.options, progress)
                 if self.options.verify:
                     self._verify(progress)
             written = sum((self.output.tmp / name).stat().st_size for name in names)
             self.output.finish(names)
         finally:
+            self.output.release()
             self.source.close()
         tensors = len({c.entry.name for f in self.files for c in f.chunks})
         return Report(seconds(), self.read_bytes, written, tensors, len(self.files), resumed)
@@ -250,15 +252,16 @@ def plan_hf_to_torch_dist(
     table = NameTable(spec)
     _check_names(source, table, folder.path)
     files = plan_files(table, source, options)
-    inputs = sorted({t.path for t in folder.tensors.values()})
+    inputs = [folder.path / "config.json", *sorted({t.path for t in folder.tensors.values()})]
     fingerprint = {
         "format": FORMAT,
         "kind": "hf-to-torch-dist",
         "inputs": [os.path.abspath(folder.path)],
-        "files": [list(s) for s in stamp([folder.path / "config.json", *inputs])],
+        "files": [list(s) for s in stamp(inputs)],
         "plan": [[f.name, [[c.entry.name, c.start, c.stop] for c in f.chunks]] for f in files],
     }
-    return ToTorchDist(source, spec, files, [folder.path], OutputFolder(dst, fingerprint, options.overwrite), options)
+    output = OutputFolder(dst, fingerprint, options.overwrite)
+    return ToTorchDist(source, spec, files, [folder.path], inputs, output, options)
 
 
 def hf_to_torch_dist(src: str | Path, dst: str | Path, **settings: Any) -> Report:

@@ -78,7 +78,7 @@ def open_hf(path: str | Path) -> HfFolder:
     """Read config.json, the index and every header of an HF folder.
 
     Raises BadCheckpoint if a shard is missing or damaged, if the index names a tensor that its file does not have,
-    leaves one out, or gives another total size; and FileNotFoundError if there is no such folder.
+    leaves a tensor or a whole file out, or gives another total size; and FileNotFoundError if there is no such folder.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -91,6 +91,11 @@ def open_hf(path: str | Path) -> HfFolder:
         raise BadCheckpoint(f"{folder}: neither {SINGLE} nor {INDEX}; safetensors files there: {found or 'none'}")
     weight_map, total = _read_index(folder)
     located: dict[str, Located] = {}
+    strangers = {p.name for p in folder.glob("[!.]*.safetensors")} - set(weight_map.values())
+    if strangers:
+        raise BadCheckpoint(
+            f"{folder / min(strangers)} is not mentioned in {INDEX}; move it away if it is no part of the model"
+        )
     for file in sorted(set(weight_map.values())):
         if not (folder / file).is_file():
             names = [n for n, f in weight_map.items() if f == file]

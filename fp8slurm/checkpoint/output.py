@@ -1,17 +1,31 @@
-"""Where a conversion's result grows: OUT.tmp, renamed to OUT when it is complete; what is finished there is kept."""
+"""Where a conversion's result grows: OUT.tmp, renamed to OUT when it is complete; what is finished there is kept.
+
+One conversion at a time works in OUT.tmp. Its process and a random token lie there: while that process is alive on this
+machine, others are refused; on another machine nobody can tell, so the newest one takes OUT.tmp over, and the one before
+finds another token and stops before it gives a file its name.
+"""
 
 from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
+import re
+import secrets
 import shutil
+import socket
 from pathlib import Path
 from typing import Any, Iterable
 
 from fp8slurm.checkpoint.errors import BadCheckpoint
+from fp8slurm.checkpoint.run import process_of, process_start
 
+log = logging.getLogger(__name__)
 FINGERPRINT = "conversion.json"
+OWNER = "conversion.owner.json"
+OURS = frozenset({FINGERPRINT, OWNER})
+"""Files of OUT.tmp that are not part of the result."""
 PART = ".part"
 
 
@@ -52,32 +66,70 @@ class OutputFolder:
         self.tmp = self.path.with_name(self.path.name + ".tmp")
         self._fingerprint = json.dumps(fingerprint, sort_keys=True, indent=1)
         self._overwrite = overwrite
+        self._token = secrets.token_hex(8)
 
-    def check(self, inputs: Iterable[Path]) -> None:
-        """ValueError if OUT exists (without overwrite), is an input or lies in one, or if OUT.tmp is not ours."""
-        for folder in inputs:
-            folder = folder.resolve()
-            if (
-                self.path.resolve() == folder
-                or folder in self.path.resolve().parents
-                or self.path.resolve() in folder.parents
-            ):
-                raise ValueError(f"{self.path}: the output must lie outside the input {folder}")
+    def check(self, folders: Iterable[Path], files: Iterable[Path] = ()) -> None:
+        """ValueError if OUT exists (without overwrite) or is no folder, is an input folder or lies in one, holds an input
+        file (where a link leads), or if OUT.tmp is not ours."""
+        if self.path.is_symlink() or (self.path.exists() and not self.path.is_dir()):
+            what = "a symbolic link" if self.path.is_symlink() else "no folder"
+            raise ValueError(f"{self.path} is {what}; OUT must be a folder or not exist yet")
+        folders, files = [p.resolve() for p in folders], [p.resolve() for p in files]
+        for place in (self.path.resolve(), self.tmp.resolve()):
+            for folder in folders:
+                if place == folder or folder in place.parents or place in folder.parents:
+                    raise ValueError(f"{self.path}: the output must lie outside the input {folder}")
+            for file in files:
+                if place in file.parents:
+                    raise ValueError(f"{self.path}: the input file {file} lies in it; give another OUT")
         if self.path.exists() and not self._overwrite:
             raise ValueError(f"{self.path} exists; give another folder, or --overwrite to replace it")
-        if self.tmp.exists() and any(self.tmp.iterdir()) and not (self.tmp / FINGERPRINT).is_file():
+        made_by_us = self.tmp.is_dir() and ((self.tmp / FINGERPRINT).is_file() or not any(self.tmp.iterdir()))
+        if self.tmp.is_symlink() or (self.tmp.exists() and not made_by_us):
             raise ValueError(f"{self.tmp} exists and no conversion made it; move it away")
 
     def begin(self) -> None:
-        """Make OUT.tmp, or take up the one that an interrupted conversion of the same input left."""
+        """Make OUT.tmp, or take up the one that an interrupted conversion of the same input left.
+
+        ValueError: another process of this machine works in it.
+        """
+        owner = self._owner()
+        living = process_of(owner) if owner else None
+        if living:
+            raise ValueError(f"{self.tmp}: {living} is converting into it; wait for it, end it, or give another OUT")
         mark = self.tmp / FINGERPRINT
         if mark.is_file() and mark.read_text() != self._fingerprint:
             shutil.rmtree(self.tmp)
         self.tmp.mkdir(parents=True, exist_ok=True)
         for part in self.tmp.glob("*" + PART):
-            part.unlink()
+            part.unlink(missing_ok=True)
         if not mark.is_file():
             write_durably(mark, self._fingerprint.encode())
+        pid = os.getpid()
+        me = {"host": socket.gethostname(), "pid": pid, "start": process_start(pid), "token": self._token}
+        write_durably(self.part(OWNER), json.dumps(me).encode())
+        os.replace(self.part(OWNER), self.tmp / OWNER)
+
+    def part(self, name: str) -> Path:
+        """Where the file `name` grows: a name of this conversion alone, so that no other one writes into the same file."""
+        return self.tmp / f"{name}.{self._token}{PART}"
+
+    def _owner(self) -> dict[str, Any] | None:
+        """Who works in OUT.tmp; None if that is not known."""
+        try:
+            return json.loads((self.tmp / OWNER).read_text())
+        except (OSError, ValueError):
+            return None
+
+    def check_owner(self) -> None:
+        """BadCheckpoint if another conversion has begun in OUT.tmp since `begin`."""
+        if (self._owner() or {}).get("token") != self._token:
+            raise BadCheckpoint(f"another conversion took {self.tmp} over; this one stops without touching it")
+
+    def release(self) -> None:
+        """This conversion is over, finished or not: another may begin."""
+        if (self._owner() or {}).get("token") == self._token:
+            (self.tmp / OWNER).unlink(missing_ok=True)
 
     def missing_bytes(self, sizes: dict[str, int]) -> int:
         """Bytes still to be written, given the size of every output file."""
@@ -98,18 +150,30 @@ class OutputFolder:
             raise OSError(errno.ENOSPC, f"{self.path}: {needed} bytes are to be written, {free} are free on that disk")
 
     def finish(self, expected: set[str]) -> None:
-        """Rename OUT.tmp to OUT. Everything in it must be expected: strangers are an error, not shipped along."""
-        there = {p.name for p in self.tmp.iterdir()} - {FINGERPRINT}
+        """Rename OUT.tmp to OUT. Everything in it must be expected: strangers are an error, not shipped along.
+
+        With overwrite, OUT is called OUT.old.PID.TOKEN for the moment between two renames. One that a crash left there goes
+        with the next --overwrite; without it, its path is logged.
+        """
+        self.check_owner()
+        there = {p.name for p in self.tmp.iterdir()} - OURS
         if there != expected:
             raise BadCheckpoint(f"{self.tmp}: unexpected or missing files: {sorted(there ^ expected)}")
         fsync_folder(self.tmp)
         if self.path.exists():
-            old = self.path.with_name(self.path.name + ".old")
-            os.rename(self.path, old)
-            os.rename(self.tmp, self.path)
-            shutil.rmtree(old)
-        else:
-            os.rename(self.tmp, self.path)
+            os.rename(self.path, self.path.with_name(f"{self.path.name}.old.{os.getpid()}.{self._token}"))
+        os.rename(self.tmp, self.path)
         fsync_folder(self.path.parent)
         # only now: a .tmp folder without it would look like a stranger's after a crash
-        (self.path / FINGERPRINT).unlink()
+        for name in OURS:
+            (self.path / name).unlink()
+        for old in self._left_over():
+            if self._overwrite:
+                shutil.rmtree(old)
+            else:
+                log.warning("%s: a folder that an interrupted --overwrite replaced; remove it if it is not needed", old)
+
+    def _left_over(self) -> list[Path]:
+        """Folders that OUT was renamed to by conversions that were to replace it."""
+        name = re.compile(re.escape(self.path.name) + r"\.old\.\d+\.[0-9a-f]{16}")
+        return [p for p in self.path.parent.iterdir() if name.fullmatch(p.name) and p.is_dir() and not p.is_symlink()]

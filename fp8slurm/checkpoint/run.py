@@ -17,12 +17,16 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any, Callable, Iterable, Iterator
+
+CHECKPOINT = re.compile(r"(sft|step)_\d+", re.ASCII)
+"""Names of checkpoint folders; others beside them are the user's, and damaged ones that were set aside."""
 
 
 class RunBusyError(ValueError):
@@ -232,8 +236,8 @@ class RunDirectory:
 
     def checkpoint_names(self) -> list[str]:
         """Checkpoint folders, newest first; nothing is said about their contents."""
-        names = [p.name for p in self.checkpoints.glob("*_*") if p.is_dir() and p.name.rpartition("_")[2].isdigit()]
-        return sorted(names, key=lambda n: (n.startswith("step"), n), reverse=True)
+        names = [p.name for p in self.checkpoints.glob("*_*") if CHECKPOINT.fullmatch(p.name) and p.is_dir()]
+        return sorted(names, key=lambda n: (n.startswith("step"), int(n.partition("_")[2])), reverse=True)
 
     def newest_checkpoint(self) -> str:
         """Name of the newest checkpoint that was sealed, "" if there is none; its contents are not read."""
@@ -246,23 +250,39 @@ class RunDirectory:
             reason = damage(folder)
             yield folder, reason
 
+    def set_aside(self, folder: Path) -> Path:
+        """Rename a damaged checkpoint to NAME.damaged.ATTEMPT; returns the new path. Raises FencedError.
 
-def damage(folder: Path) -> str | None:
-    """Why a checkpoint cannot be used, or None."""
+        Under its own name it would count for keep_last, and good checkpoints would be removed in its place.
+        """
+        self.check_fence()
+        aside = folder.with_name(f"{folder.name}.damaged.{self.attempt}")
+        os.rename(folder, aside)
+        fsync_folder(self.checkpoints)
+        return aside
+
+
+def damage(folder: Path, only: Iterable[str] | None = None) -> str | None:
+    """Why a checkpoint cannot be used, or None. only: the files to look at, by their names in the folder; left out: all."""
     complete = folder / "COMPLETE"
     if not complete.is_file():
         return "COMPLETE is missing"
     try:
-        files = json.loads(complete.read_text())["files"]
-    except (ValueError, KeyError):
+        files = {n: (want["bytes"], want["sha256"]) for n, want in json.loads(complete.read_text())["files"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        files = {}
+    if not files:
         return "COMPLETE cannot be read"
-    for name, want in files.items():
+    for name in files if only is None else only:
         path = folder / name
+        if name not in files:
+            return f"{name} is not among the files that COMPLETE names"
         if not path.is_file():
             return f"{name} is missing"
-        if path.stat().st_size != want["bytes"]:
-            return f"{name} has {path.stat().st_size} bytes instead of {want['bytes']}"
-        if _sha256(path) != want["sha256"]:
+        nbytes, sha256 = files[name]
+        if path.stat().st_size != nbytes:
+            return f"{name} has {path.stat().st_size} bytes instead of {nbytes}"
+        if _sha256(path) != sha256:
             return f"{name} was altered (SHA-256)"
     return None
 

@@ -15,7 +15,7 @@ import torch
 from fp8slurm.checkpoint.errors import BadCheckpoint
 from fp8slurm.checkpoint.hf_folder import HfFolder, natural
 from fp8slurm.checkpoint.safetensors_file import Located, TensorInfo
-from fp8slurm.fp8.block import BlockFP8, scale_shape
+from fp8slurm.fp8.block import FLOAT_DTYPES, BlockFP8, scale_shape
 from fp8slurm.fp8.policy import FUSED_EXPERTS
 from fp8slurm.fp8.quantize import dequantize
 
@@ -142,7 +142,10 @@ class HfSource:
 
 
 class DequantizedSource:
-    """A block FP8 source shown as if it were not quantized: X.weight and X.weight_scale_inv as X.weight in dtype."""
+    """A block FP8 source shown as if it were not quantized: X.weight and X.weight_scale_inv as X.weight in dtype.
+
+    Scales may be fp32, or bf16 and fp16 as in Qwen's own FP8 folders: made fp32, they are the same numbers.
+    """
 
     def __init__(self, source: Source, block: tuple[int, int], dtype: torch.dtype = torch.bfloat16) -> None:
         self._source, self._block, self._dtype = source, block, dtype
@@ -164,13 +167,12 @@ class DequantizedSource:
         scale = self._source.tensors.get(codes.name + SCALE_SUFFIX)
         if scale is None:
             raise BadCheckpoint(f"{codes.name} is FP8 but {codes.name + SCALE_SUFFIX} is missing")
-        if (
-            len(codes.shape) != 2
-            or scale.dtype != torch.float32
-            or scale.shape != scale_shape(codes.shape, self._block)
-        ):
+        if scale.dtype not in FLOAT_DTYPES:
+            allowed = ", ".join(str(d).removeprefix("torch.") for d in FLOAT_DTYPES)
+            raise BadCheckpoint(f"{scale.name} is {str(scale.dtype).removeprefix('torch.')}; scales can be {allowed}")
+        if len(codes.shape) != 2 or scale.shape != scale_shape(codes.shape, self._block):
             raise BadCheckpoint(
-                f"{scale.name}: {scale.dtype} {list(scale.shape)} does not fit {list(codes.shape)} in blocks of "
+                f"{scale.name}: shape {list(scale.shape)} does not fit {list(codes.shape)} in blocks of "
                 f"{list(self._block)} (config.json: weight_block_size)"
             )
 
@@ -182,7 +184,7 @@ class DequantizedSource:
         top = start // height * height
         first, last = start // height, -(-stop // height)
         codes = self._source.read(name, top, stop, role + ".codes")
-        scale_inv = self._source.read(name + SCALE_SUFFIX, first, last, role + ".scale")
+        scale_inv = self._source.read(name + SCALE_SUFFIX, first, last, role + ".scale").float()
         out = scratch.take(role, info.dtype, stop - top, info.columns)
         dequantize(BlockFP8(codes, scale_inv, self._block), out=out)
         return out[start - top :]

@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 
 from fp8slurm.checkpoint.errors import BadCheckpoint
-from fp8slurm.checkpoint.output import PART, disk_full
+from fp8slurm.checkpoint.output import OutputFolder, disk_full
 from fp8slurm.checkpoint.progress import Progress
 from fp8slurm.checkpoint.safetensors_file import Located, ShardLayout, read_header
 from fp8slurm.checkpoint.sources import Files, as_bytes, scratch
@@ -148,9 +148,8 @@ Digests = dict[tuple[str, int], tuple[int, int]]
 """(output name, byte offset) -> (bytes, crc32) of everything that was written."""
 
 
-def write_shard(shard: Shard, folder: Path, options: ConvertOptions, progress: Progress) -> Digests:
-    """Fill folder/NAME.part; nothing is left of it if that fails."""
-    path = folder / (shard.layout.file_name + PART)
+def write_shard(shard: Shard, path: Path, options: ConvertOptions, progress: Progress) -> Digests:
+    """Fill the file `path` with a shard; nothing is left of it if that fails."""
     digests: Digests = {}
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
 
@@ -221,12 +220,15 @@ def verify_shard(shard: Shard, path: Path, digests: Digests, options: ConvertOpt
         files.close()
 
 
-def run(shards: Sequence[Shard], folder: Path, options: ConvertOptions, progress: Progress) -> int:
-    """Write every shard that folder does not hold yet; returns how many were there already."""
+def run(shards: Sequence[Shard], output: OutputFolder, options: ConvertOptions, progress: Progress) -> int:
+    """Write every shard that OUT.tmp does not hold yet; returns how many were there already.
+
+    BadCheckpoint: verification failed, or another conversion took OUT.tmp over.
+    """
     resumed = 0
     with one_thread_each():
         for shard in shards:
-            path = folder / shard.layout.file_name
+            path = output.tmp / shard.layout.file_name
             if path.is_file():
                 with path.open("rb") as file:
                     same = file.read(len(shard.layout.header)) == shard.layout.header
@@ -236,13 +238,15 @@ def run(shards: Sequence[Shard], folder: Path, options: ConvertOptions, progress
                         sum(w.rows * w.row_bytes for w in shard.works) + options.verify * shard.layout.data_bytes
                     )
                     continue
+                output.check_owner()
                 path.unlink()
             progress.describe(shard.layout.file_name)
-            digests = write_shard(shard, folder, options, progress)
-            part = path.with_name(path.name + PART)
+            part = output.part(shard.layout.file_name)
+            digests = write_shard(shard, part, options, progress)
             try:
                 if options.verify:
                     verify_shard(shard, part, digests, options, progress)
+                output.check_owner()
             except BaseException:
                 part.unlink(missing_ok=True)
                 raise

@@ -16,6 +16,7 @@ from fp8slurm.checkpoint.megatron_names import (
     other_names,
     overlap,
 )
+from fp8slurm.checkpoint.run import damage
 from fp8slurm.checkpoint.safetensors_file import TensorInfo
 from fp8slurm.checkpoint.sources import scratch
 from fp8slurm.checkpoint.torch_dist import TorchDistReader
@@ -65,6 +66,16 @@ class TorchDistSource:
     def files(self) -> list[Path]:
         """.metadata and the data files."""
         return [self._reader.path / ".metadata", *sorted(self._reader.path.glob("*.distcp"))]
+
+    def check_sealed(self) -> None:
+        """BadCheckpoint if a run sealed this checkpoint and a file that holds parts of the model is not as it was then."""
+        if not (self._reader.path / "COMPLETE").exists():
+            return
+        keys = {place.key for place in self._places.values()}
+        read = {chunk.path.name for key in keys for chunk in self._reader.tensors[key].chunks}
+        reason = damage(self._reader.path, [".metadata", *sorted(read)])
+        if reason is not None:
+            raise BadCheckpoint(f"{self._reader.path}: a damaged checkpoint of a run: {reason}")
 
     def read(self, name: str, start: int, stop: int, role: str = "in") -> torch.Tensor:
         info, place = self.tensors[name], self._places[name]

@@ -33,8 +33,9 @@ from fp8slurm.checkpoint.megatron_names import (
     other_names,
     overlap,
 )
-from fp8slurm.checkpoint.output import PART, disk_full, write_durably
+from fp8slurm.checkpoint.output import OutputFolder, disk_full, write_durably
 from fp8slurm.checkpoint.progress import Progress
+from fp8slurm.checkpoint.safetensors_file import TensorInfo
 from fp8slurm.checkpoint.sources import Source, scratch
 from fp8slurm.checkpoint.stream import ConvertOptions, in_threads, one_thread_each
 from fp8slurm.models.names import Entry, NameTable
@@ -84,23 +85,29 @@ class DistFile:
     chunks: tuple[Chunk, ...]
 
 
-def _dtype_of(entry: Entry, source: Source) -> torch.dtype:
-    dtypes = {source.tensors[t.name].dtype for t in entry.tensors}
-    if len(dtypes) > 1:
-        raise ValueError(
-            f"{entry.name} would be made of tensors of several dtypes: {', '.join(map(str, sorted(dtypes, key=str)))}"
-        )
-    return dtypes.pop()
+def _dtype_of(entry: Entry, source: Source, stacked: dict[str, TensorInfo]) -> torch.dtype:
+    """The dtype of a parameter; `stacked` keeps the first tensor of each key, which all others of it must be like."""
+    for tensor in entry.tensors:
+        info = source.tensors[tensor.name]
+        first = stacked.setdefault(entry.checkpoint_key, info)
+        if info.dtype != first.dtype:
+            dtypes = (f"{i.name} ({str(i.dtype).removeprefix('torch.')})" for i in (first, info))
+            raise ValueError(f"{' and '.join(dtypes)} become one tensor, {entry.checkpoint_key}: they must have one dtype")
+    return first.dtype
 
 
 def plan_files(table: NameTable, source: Source, options: ConvertOptions) -> list[DistFile]:
-    """Chunks of all parameters, in model order, dealt into files of at most max_shard_bytes."""
+    """Chunks of all parameters, in model order, dealt into files of at most max_shard_bytes.
+
+    ValueError: tensors that are stacked under one key are of several dtypes.
+    """
     # each thread holds a chunk, torch.save copies of parts of it
     limit = min(CHUNK_BYTES, (options.memory_mib << 20) // (3 * options.threads))
     files: list[list[Chunk]] = [[]]
     used = 0
+    stacked: dict[str, TensorInfo] = {}
     for entry in table:
-        dtype = _dtype_of(entry, source)
+        dtype = _dtype_of(entry, source, stacked)
         step = max(1, limit // max(1, math.prod(entry.shape[1:]) * dtype.itemsize))
         for start in range(0, entry.shape[0], step):
             chunk = Chunk(entry, dtype, start, min(start + step, entry.shape[0]))
@@ -160,10 +167,10 @@ def _save(value: Any, file: Any) -> int:
     return counting.count
 
 
-def _write_file(file: DistFile, folder: Path, source: Source, progress: Progress) -> list[int]:
+def _write_file(file: DistFile, output: OutputFolder, source: Source, progress: Progress) -> list[int]:
     """Write one .distcp file; returns the lengths of its archives. Nothing is left of it if that fails."""
-    path = folder / file.name
-    part, lengths_file = path.with_name(path.name + PART), path.with_name(path.name + ".lengths")
+    path, part = output.tmp / file.name, output.part(file.name)
+    lengths_file = path.with_name(path.name + ".lengths")
     if path.is_file() and lengths_file.is_file():
         lengths = json.loads(lengths_file.read_text())
         if len(lengths) == len(file.chunks) and sum(lengths) == path.stat().st_size:
@@ -188,6 +195,7 @@ def _write_file(file: DistFile, folder: Path, source: Source, progress: Progress
                 progress.advance(chunk.nbytes)
             out.flush()
             os.fsync(out.fileno())
+        output.check_owner()
     except BaseException as error:
         part.unlink(missing_ok=True)
         raise disk_full(error, path) if isinstance(error, OSError) else error
@@ -198,24 +206,28 @@ def _write_file(file: DistFile, folder: Path, source: Source, progress: Progress
 
 def write_torch_dist(
     files: Sequence[DistFile],
-    folder: Path,
+    output: OutputFolder,
     source: Source,
     spec: ModelSpec,
     options: ConvertOptions,
     progress: Progress,
 ) -> set[str]:
-    """Fill `folder` with a checkpoint; returns the names of its files. Finished files of an earlier try are kept."""
+    """Fill OUT.tmp with a checkpoint; returns the names of its files. Finished files of an earlier try are kept.
+
+    BadCheckpoint: another conversion took OUT.tmp over.
+    """
     lengths: dict[str, list[int]] = {}
 
     def write(file: DistFile) -> None:
         progress.describe(file.name)
-        lengths[file.name] = _write_file(file, folder, source, progress)
+        lengths[file.name] = _write_file(file, output, source, progress)
 
     with one_thread_each():
         in_threads(options.threads, files, write)
-    names = _write_metadata(files, lengths, folder, spec)
+    output.check_owner()
+    names = _write_metadata(files, lengths, output.tmp, spec)
     for file in files:
-        (folder / (file.name + ".lengths")).unlink()
+        (output.tmp / (file.name + ".lengths")).unlink()
     return names | {file.name for file in files}
 
 

@@ -45,7 +45,9 @@ def read_recipe(recipe: str | Path) -> RunConfig:
     if not path.is_file():
         raise ValueError(f"--recipe {recipe}: there is no such file")
     try:
-        values = tomllib.loads(path.read_text())
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8, as a TOML file must be: byte {error.start}") from None
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path}: not a TOML file: {error}") from None
     return build(values, str(path))

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 
 class Section(BaseModel):
     """A frozen group of settings; a key that it does not know is refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_values(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse true and false where a number is meant: pydantic takes them for 1 and 0."""
+        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation in (int, float, int | None, float | None):
+            raise ValueError("a number is needed")
+        return value
 
 
 class RunSection(Section):
@@ -19,6 +27,14 @@ class RunSection(Section):
 
     name: str = "run"
     """Name of the run; its directory is ROOT/NAME."""
+
+    @field_validator("name")
+    @classmethod
+    def _names_a_folder(cls, name: str) -> str:
+        if name.strip("/ ") in ("", ".", ".."):  # the run directory would be the shared folder of all runs
+            raise ValueError(f"--run.name {name!r} names no folder of its own; allowed: a name such as qwen3-4b-fp8")
+        return name
+
     root: Path = Path("runs")
     """Folder that holds the run directories."""
     seed: int = 0
@@ -56,7 +72,7 @@ class Fp8Section(Section):
     backend: Literal["transformer_engine", "emulated", "off"] = "transformer_engine"
     """Who multiplies in FP8: TransformerEngine (GPU), its formula emulated (CPU), or nobody (plain BF16 or FP32)."""
     param_gather: bool = False
-    """Keep the Linear weights themselves in FP8, with FP32 masters in the optimizer; updates send their codes and scales as they are. Needs TransformerEngine on a GPU. Refused until it has been seen there."""
+    """Keep the Linear weights themselves in FP8, with FP32 masters in the optimizer; updates send their codes and scales as they are. Needs TransformerEngine on a GPU."""
     engine: Literal["auto", "fp8", "bf16"] = "auto"
     """Precision of the engine when its checkpoint is made from hf_checkpoint: auto follows backend. Ignored if rollout_checkpoint is given."""
 
@@ -284,7 +300,7 @@ class SyncSection(Section):
     bucket_bytes: int = Field(512 * 2**20, ge=2**16)
     """Size of one bucket."""
     verify: Literal["off", "first", "always"] = "first"
-    """Compare a digest of the raw bytes in the engine with what was sent: never, after the first update, after every one."""
+    """Compare a digest of the raw bytes in the engine with what was sent: never, after the first two updates, after every one."""
     pause_mode: Literal["retract", "abort", "in_place"] = "retract"
     """What an update does to running requests: back to the queue (go on under the new weights), end now, or go on with the old weights' KV cache."""
     transport: Literal["auto", "gloo", "cuda-ipc", "nccl", "shared-memory", "gloo-direct"] = "auto"
@@ -358,6 +374,8 @@ class SlurmSection(Section):
     """Megatron ranks a node, one a GPU."""
     gpus_per_node: int = Field(0, ge=0)
     """GPUs to ask for on each node (0: none, the ranks run on the CPU)."""
+    gpu_type: str | None = Field(None, pattern=r"^[A-Za-z0-9_.-]+$")
+    """Type of those GPUs, as the site's Slurm names it (sinfo --format=%G shows gpu:TYPE:N). None: any."""
     share_gpus: bool = False
     """Start on this machine although other processes hold memory of its GPUs (otherwise that is refused)."""
     cpu_threads: int = Field(0, ge=0)

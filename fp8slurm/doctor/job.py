@@ -16,6 +16,7 @@ from fp8slurm.config import RunConfig
 from fp8slurm.doctor.finding import Finding, merge
 from fp8slurm.doctor.node import MARK, compare_paths
 from fp8slurm.slurm import job as slurm
+from fp8slurm.slurm.submit import gpus_per_node
 
 MINUTES = 10
 POLL_S = 1.0
@@ -130,7 +131,7 @@ def script(config: RunConfig, folder: Path) -> str:
         "ntasks-per-node": 1,
         "time": MINUTES,
         "output": folder / LOG,
-        "gpus-per-node": s.gpus_per_node or None,
+        "gpus-per-node": gpus_per_node(config),
         "partition": s.partition,
         "account": s.account,
         "qos": s.qos,
@@ -141,7 +142,7 @@ def script(config: RunConfig, folder: Path) -> str:
         **{k.replace("_", "-"): v for k, v in s.sbatch.items()},
     }
     lines = [
-        f"#SBATCH --{k}" + ("" if v is True else f"={v}")
+        f"#SBATCH --{k}" + ("" if v is True else f"={shlex.quote(str(v))}")
         for k, v in directives.items()
         if v is not None and v is not False
     ]
@@ -152,10 +153,11 @@ def script(config: RunConfig, folder: Path) -> str:
 def _job(config: RunConfig, folder: Path, say: Callable[[str], None]) -> list[str]:
     """Queue the job, wait for its end; the names of its nodes."""
     path = folder / "job.sh"
-    path.write_text(script(config, folder))
+    text = script(config, folder)
+    path.write_text(text)
     try:
         job_id = (
-            slurm.ask("sbatch", "--parsable", str(path), environment=slurm.environment_for_a_job(_environment()))
+            slurm.ask("sbatch", "--parsable", str(path), environment=slurm.environment_for_a_job(_environment(), text))
             .strip()
             .split(";")[0]
         )

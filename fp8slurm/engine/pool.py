@@ -34,7 +34,7 @@ class Member:
         self.client: EngineClient | None = None
         """Of the server that runs now; a restarted one gets a new client."""
         self.failures = 0
-        """In a row, without anything done in between."""
+        """In a row, without an answer in between: an engine that only comes back and takes its weights has not worked."""
         self.behind = False
         """It lost its weights: nothing may be asked of it until the next update."""
         self.busy = 0
@@ -44,7 +44,11 @@ class Member:
         self._moved = time.monotonic()
 
     def done(self) -> None:
-        self.failures, self._moved = 0, time.monotonic()
+        self.failures = 0
+        self.moved()
+
+    def moved(self) -> None:
+        self._moved = time.monotonic()
 
     def take(self, requests: int) -> None:
         if not self.busy:

@@ -151,8 +151,10 @@ def load(model: torch.nn.Module, bucket: FlatBucket, original: Callable[[torch.n
         return
     with _Recorder(model, bucket.flat) as recorder:
         original(model, list(pairs))
-    if len({(c.parameter, c.to) for c in recorder.copies}) < len(recorder.copies):
+    if overlapping(recorder.copies):
         recorder.refused = recorder.refused or "it writes twice to the same place"
+    if name := recorder.moved(model):
+        recorder.refused = recorder.refused or f"it gives {name} other memory"
     found.refused = recorder.refused
     found.copies = None if recorder.refused else merged(recorder.copies)
     found.held, found.views, found.addresses = recorder.held, [], {}
@@ -197,9 +199,13 @@ class _Recorder(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if func is torch.ops.aten.copy_.default:
             self._copy(args[0], args[1])
-        elif func._schema.is_mutable and any(isinstance(a, torch.Tensor) and a.numel() for a in args[:1]):
+        elif func._schema.is_mutable and any(t.numel() for a in args[:1] for t in _tensors(a)):
             self.refused = self.refused or f"it calls {func}"
         return result
+
+    def moved(self, model: torch.nn.Module) -> str:
+        """A parameter that has other memory than before the load (`p.data = ...`), "" if there is none."""
+        return next((name for name, p in model.named_parameters() if p.untyped_storage().data_ptr() not in self._parameters), "")
 
     def _copy(self, to: torch.Tensor, source: torch.Tensor) -> None:
         if to.numel() == 0:
@@ -224,6 +230,21 @@ class _Recorder(TorchDispatchMode):
         begin = self._flat.storage_offset()  # of `flat` itself, which may be a view
         part = Strided(part.sizes, part.strides, part.offset - begin)
         self.copies.append(Copy(name, target, part, dtypes))
+
+
+def _tensors(argument: Any) -> list[torch.Tensor]:
+    """The tensors of an operator's argument, which may be a list of them."""
+    found = argument if isinstance(argument, (list, tuple)) else [argument]
+    return [t for t in found if isinstance(t, torch.Tensor)]
+
+
+def overlapping(copies: list[Copy]) -> bool:
+    """Whether two copies write to the same place: then their order counts, and it is not kept. Places in rows with gaps are
+    compared as a whole, those that lie in one piece byte by byte."""
+    if len({(c.parameter, c.to) for c in copies}) < len(copies):
+        return True
+    pieces = sorted((c.parameter, c.to.offset, c.to.offset + c.to.sizes[0]) for c in copies if c.to.dense)
+    return any(a[0] == b[0] and b[1] < a[2] for a, b in zip(pieces, pieces[1:]))
 
 
 def in_bytes(to: torch.Tensor, source: torch.Tensor) -> tuple[Strided, Strided]:

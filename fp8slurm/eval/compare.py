@@ -60,15 +60,19 @@ def compare(a: Path, b: Path, fail_if_worse: float | None = None) -> dict[str, A
 
 _ASKED = ("template", "chat", "grader", "temperature", "top_p", "top_k", "max_tokens", "sha256")
 """What of a task in settings.json has to be the same for a difference to mean anything. The number of samples may differ."""
+_ASKED_OF_ALL = ("chat_template_kwargs", "stop_token_ids")
+"""The same, of all tasks."""
 
 
 def _same_way_of_asking(a: Path, b: Path) -> None:
-    """ValueError, naming the first setting of a task that differs (where both evaluations have their settings.json)."""
+    """ValueError, naming the first setting that differs (where both evaluations have their settings.json)."""
     if not all((folder / SETTINGS).is_file() for folder in (a, b)):
         return
-    ours, base = (
-        {t["name"]: t for t in json.loads((folder / SETTINGS).read_text()).get("tasks", [])} for folder in (a, b)
-    )
+    said_a, said_b = (json.loads((folder / SETTINGS).read_text()) for folder in (a, b))
+    for key in _ASKED_OF_ALL:
+        if key in said_a and key in said_b and said_a[key] != said_b[key]:
+            raise ValueError(f"{a} and {b} asked with another {key} ({said_a[key]} and {said_b[key]}): a difference would mean nothing")
+    ours, base = ({t["name"]: t for t in said.get("tasks", [])} for said in (said_a, said_b))
     for name in sorted(ours.keys() & base.keys()):
         for key in _ASKED:
             x, y = ours[name].get(key), base[name].get(key)

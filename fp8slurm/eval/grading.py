@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from typing import Any, Sequence
+from typing import Any, Callable, Sequence
 
 from fp8slurm.eval.records import Key, key_of
 from fp8slurm.eval.tasks import EvalTask, grader_section
@@ -60,8 +60,8 @@ class Graders:
             raise self._error
         return self.scores
 
-    def grade(self, rows: Rows) -> None:
-        """Grade these now."""
+    def grade(self, rows: Rows, beat: Callable[[], None] = lambda: None) -> None:
+        """Grade these now; `beat`: as in RewardPool.score."""
         for name in dict.fromkeys(row["task"] for row in rows):
             mine = [row for row in rows if row["task"] == name]
             groups = [
@@ -70,7 +70,7 @@ class Graders:
             ]
             pool = self._pools[self._kinds[name]]
             before = pool.failures
-            pool.score(groups)
+            pool.score(groups, beat)
             self.failures[name] += pool.failures - before
             self.scores |= {key_of(row): g.samples[0].reward for row, g in zip(mine, groups)}
 

@@ -53,10 +53,11 @@ class TrainingEval:
             self.graders.close()
 
     def evaluate(
-        self, generate: Callable[[list[list[GenerateRequest]]], list[list[Generation]]], checkpoint: str | None
-    ) -> dict[str, Any]:
+        self, generate: Callable[[list[list[GenerateRequest]]], list[list[Generation]]], checkpoint: str | None,
+        beat: Callable[[], None] = lambda: None,
+    ) -> dict[str, Any]:  # fmt: skip
         """Ask this agent's share, in batches. checkpoint: name of the weights; None: only the held-out prompts, none
-        written."""
+        written. `beat`: as in RewardPool.score."""
         c = self.config
         tasks = [t for t in self.tasks if checkpoint is not None or t.name == HELD_OUT]
         rows: list[dict[str, Any]] = []
@@ -67,7 +68,7 @@ class TrainingEval:
             rows += rows_of(batch, answers, self.sampler.tokenizer, self.sampler.stop_ids)
         self.graders = self.graders or Graders(self.tasks, c.reward.timeout_s)
         before = dict(self.graders.failures)
-        self.graders.grade(rows)
+        self.graders.grade(rows, beat)
         for row in rows:
             score = self.graders.scores.pop((row["task"], row["id"], row["sample"]))
             row |= {"score": score, "correct": score >= RIGHT, "tokens": len(row.pop("response_ids"))}

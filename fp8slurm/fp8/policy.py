@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Sequence
+from typing import Iterable, Sequence
 
 LINEAR = re.compile(
     r"(?:model\.)?layers\.\d+\."
@@ -21,6 +21,12 @@ KEPT = (
     (re.compile(r"(.*[._])?(layer)?norm\.weight"), "norm"),
     (re.compile(r".*\.bias"), "bias"),
 )
+_EXPERT = re.compile(r"(.+\.mlp\.experts)\..+")
+_TOGETHER = (
+    (re.compile(r"(.+\.self_attn)\.[qkv]_proj"), r"\1.qkv_proj"),
+    (re.compile(r"(.+\.mlp)\.(gate|up)_proj"), r"\1.gate_up_proj"),
+    (_EXPERT, r"\1"),
+)
 FP8_PARTS = (".weight_scale_inv", ".weight_scale", ".input_scale")
 
 
@@ -30,6 +36,8 @@ class Decision:
 
     quantize: bool
     reason: str
+    entry: str | None = None
+    """The entry of modules_to_not_convert that keeps it."""
 
 
 def excluded_by(module: str, modules_to_not_convert: Sequence[str]) -> str | None:
@@ -44,6 +52,28 @@ def excluded_by(module: str, modules_to_not_convert: Sequence[str]) -> str | Non
         if parts[: len(wanted)] == wanted or parts[-len(wanted) :] == wanted:
             return entry
     return None
+
+
+def engine_matrix(module: str) -> str:
+    """The name of what SGLang holds a Linear `module` of a layer in: it makes one of q, k and v, of gate and up, and of all
+    experts of a layer, and multiplies with the whole in one precision."""
+    for pattern, together in _TOGETHER:
+        if pattern.fullmatch(module):
+            return pattern.sub(together, module)
+    return module
+
+
+def kept_name(module: str) -> str:
+    """How a kept Linear `module` is named in a config's modules_to_not_convert so that SGLang, transformers and we agree:
+    by its full name, and the experts of a layer together."""
+    return _EXPERT.sub(r"\1", module)
+
+
+def has_effect(entry: str, modules: Iterable[str]) -> bool:
+    """Whether an entry of modules_to_not_convert matches one of `modules`, or names what is never converted."""
+    return any(pattern.fullmatch(f"{entry}.weight") for pattern, _ in KEPT) or any(
+        excluded_by(module, [entry]) is not None for module in modules
+    )
 
 
 def decide(name: str, shape: Sequence[int], modules_to_not_convert: Sequence[str] = ()) -> Decision:
@@ -61,7 +91,7 @@ def decide(name: str, shape: Sequence[int], modules_to_not_convert: Sequence[str
         raise ValueError(f"{name}: shape {list(shape)}, but a weight of this name has {wanted} dimensions")
     entry = excluded_by(name.removesuffix(".weight"), modules_to_not_convert)
     if entry is not None:
-        return Decision(False, f"modules_to_not_convert: {entry}")
+        return Decision(False, f"modules_to_not_convert: {entry}", entry)
     if fused:
         return Decision(True, "expert weights, one matrix an expert")
     return Decision(True, "expert weight" if ".experts." in name else "linear weight of a layer")

@@ -20,6 +20,22 @@ def _only(where: str, key: str, value: Any, allowed: tuple[Any, ...]) -> None:
         raise ValueError(f"{where}: {key} = {value!r} is not supported; allowed: {', '.join(map(repr, allowed))}")
 
 
+def _size(where: str, config: Mapping[str, Any], key: str) -> int:
+    """A size that every model has."""
+    value = config.get(key)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        said = f"{key} = {value!r}" if key in config else f"{key} is missing"
+        raise ValueError(f"{where}: {said}; a number of at least 1 is needed")
+    return value
+
+
+def _object(where: str, key: str, value: Any) -> Mapping[str, Any]:
+    """The value of a key that holds keys itself; nothing is as good as no keys."""
+    if value and not isinstance(value, Mapping):
+        raise ValueError(f"{where}: {key} = {value!r} is not supported; allowed: an object, or null")
+    return value or {}
+
+
 @dataclass(frozen=True)
 class QuantizationSpec:
     """A checkpoint's `quantization_config`, of the one kind made here: e4m3, dynamic activations, fp32 scales."""
@@ -83,18 +99,28 @@ class ModelSpec:
 
     @classmethod
     def from_hf_dir(cls, path: str | Path) -> ModelSpec:
-        """Read PATH/config.json. FileNotFoundError without one; ValueError for a model that is not a plain Qwen3."""
+        """Read PATH/config.json. FileNotFoundError without one; ValueError as `from_hf_config`."""
         file = Path(path) / "config.json"
         if not file.is_file():
             raise FileNotFoundError(f"{file}: no such file; --model.hf-checkpoint must be a Hugging Face folder")
-        return cls.from_hf_config(json.loads(file.read_text()), str(file))
+        try:
+            config = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{file}: not JSON: {error}") from None
+        if not isinstance(config, dict):
+            raise ValueError(f"{file}: not a JSON object")
+        return cls.from_hf_config(config, str(file))
 
     @classmethod
     def from_hf_config(cls, config: Mapping[str, Any], where: str = "config.json") -> ModelSpec:
-        """Parse the dictionary of a config.json, in the spelling of transformers 4 or 5."""
+        """Parse the dictionary of a config.json, in the spelling of transformers 4 or 5.
+
+        ValueError, naming `where` and the key: a model that is not a plain Qwen3, or a size that is missing or none.
+        """
         architecture = (config.get("architectures") or [None])[0]
         _only(where, "architectures[0]", architecture, ARCHITECTURES)
-        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        key = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
+        rope = _object(where, key, config.get(key))
         _only(where, "rope type", rope.get("rope_type", rope.get("type", "default")), ("default",))
         _only(where, "hidden_act", config.get("hidden_act", "silu"), ("silu",))
         _only(where, "attention_bias", config.get("attention_bias", False), (False,))
@@ -103,23 +129,24 @@ class ModelSpec:
         if architecture == "Qwen3MoeForCausalLM":
             _only(where, "decoder_sparse_step", config.get("decoder_sparse_step", 1), (1,))
             _only(where, "mlp_only_layers", config.get("mlp_only_layers") or [], ([],))
+            local = "num_local_experts" if config.get("num_local_experts") and not config.get("num_experts") else "num_experts"
             moe = {
-                "num_experts": config.get("num_experts") or config["num_local_experts"],
-                "experts_per_token": config["num_experts_per_tok"],
-                "moe_ffn_hidden_size": config["moe_intermediate_size"],
+                "num_experts": _size(where, config, local),
+                "experts_per_token": _size(where, config, "num_experts_per_tok"),
+                "moe_ffn_hidden_size": _size(where, config, "moe_intermediate_size"),
                 "norm_topk_prob": config.get("norm_topk_prob", False),
             }
-        quantization = config.get("quantization_config")
-        heads = config["num_attention_heads"]
+        quantization = _object(where, "quantization_config", config.get("quantization_config"))
+        hidden, heads = _size(where, config, "hidden_size"), _size(where, config, "num_attention_heads")
         return cls(
             architecture=architecture,
-            vocab_size=config["vocab_size"],
-            hidden_size=config["hidden_size"],
-            num_layers=config["num_hidden_layers"],
+            vocab_size=_size(where, config, "vocab_size"),
+            hidden_size=hidden,
+            num_layers=_size(where, config, "num_hidden_layers"),
             num_heads=heads,
-            num_kv_heads=config.get("num_key_value_heads") or heads,
-            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-            ffn_hidden_size=config["intermediate_size"],
+            num_kv_heads=_size(where, config, "num_key_value_heads") if config.get("num_key_value_heads") else heads,
+            head_dim=_size(where, config, "head_dim") if config.get("head_dim") else hidden // heads,
+            ffn_hidden_size=_size(where, config, "intermediate_size"),
             rms_norm_eps=config.get("rms_norm_eps", 1e-6),
             rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
             max_position_embeddings=config.get("max_position_embeddings", 32768),

@@ -83,7 +83,10 @@ class MetricsTail:
         try:
             with open(self.path, "rb") as f:
                 self._at = min(self._at, os.fstat(f.fileno()).st_size)
-                f.seek(self._at)
+                f.seek(max(0, self._at - 1))
+                if self._at and f.read(1) != b"\n":  # cut back and grown past here since: on from its next line
+                    f.readline()
+                self._at = f.tell()
                 data = f.read()
         except FileNotFoundError:
             return []

@@ -185,7 +185,7 @@ class Agent:
                 for left in range(round_, rounds):  # the other agents wait for these
                     self.store.set(f"kept/{self.channel.count}/{left}/{self.number}", "0")
                 raise
-            self.rewarder.score(groups)
+            self.rewarder.score(groups, self._progress)
             generated += sum(len(s.response_ids) for g in groups for s in g.samples)
             rewards += [s.reward for g in groups for s in g.samples]
             settle_truncated(groups, r.truncated)
@@ -207,7 +207,7 @@ class Agent:
     def do_evaluate(self, checkpoint: str | None = None) -> tuple[dict, None]:
         """This node's share of the held-out prompts and, with the weights' name, of eval.tasks (eval/in_training.py)."""
         assert self.engines is not None
-        return self.evaluation.evaluate(self.engines.generate_batches, checkpoint), None
+        return self.evaluation.evaluate(self.engines.generate_batches, checkpoint, self._progress), None
 
     # -- parts ---------------------------------------------------------------------------------------------------
 

@@ -107,7 +107,8 @@ class EngineSet(EnginePool):
             member.client.release_memory()
             self.asleep.add(member)
 
-        self.mend(self.each(release))
+        while awake := [m for m in self.members if m not in self.asleep]:  # one that is restarted here comes back awake
+            self.mend(self.each(release, awake))
 
     def wake(self) -> None:
         """Take the memory again, for an update."""
@@ -186,7 +187,7 @@ class EngineSet(EnginePool):
                 member.link.transport.generation.fail(f"{member.title}: {error}")
             raise
         member.behind = False
-        member.done()
+        member.moved()
         if digests is not None:
             text = json.dumps({"version": self.version, "digests": digests}, indent=1)
             write_atomic(self._digests[member.title], text)

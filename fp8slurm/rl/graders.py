@@ -11,7 +11,7 @@ TOLERANCE = Fraction(1, 10**9)
 """Largest relative difference of two numbers that count as equal."""
 _LONGEST_NUMBER = 400
 _FAR = 40
-"""Characters between two boxes that make one answer."""
+"""Characters between two boxes, or two letters, that make one answer."""
 _BRACES = re.compile(r"\\(?:boxed|fbox)\s*(\{)|\\.|[{}]", re.DOTALL)
 _BETWEEN = re.compile(r"[\s,;$.]*(?:and|or|\\text\{\s*(?:and|or)\s*\})?[\s,;$]*")
 _FRACTION = re.compile(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}|\\[dt]?frac\s*(\d)\s*(\d)")
@@ -23,17 +23,24 @@ _NUMBER = re.compile(
     rf"(?:[eE]([-+]?\d{{1,3}})(?!\d)|(?:\s*(?:[x*\u00d7]|\\times|\\cdot)\s*10)?{_EXPONENT})?"  # 2e3, 2 x 10^3, 2^5
     rf"(?:\s*/\s*({_PLAIN}))?"
 )
+_UNIT = re.compile(r"(\d[\s\\,]*)\\(?:text|mathrm|textrm|mbox)\s*\{(?!\s*(?:or|and)\s*\})[^{}]*\}")
+"""What is written behind a number: \\text{ sheets in 2 weeks}."""
+_OFFERED = re.compile(r"[\s$]*(?:[,;]|\b(?:or|and)\b|\\text\{\s*(?:or|and)\s*\})[\s,;$]*")
 _TIMES_TEN = re.compile(r"(?:[x*\u00d7]|\\times|\\cdot)\s*10\s*\^")
-_LETTER_FIRST = re.compile(r"\W*(?:(?:text|textbf|mathrm|mathbf)\s*\{)?\W*([A-Za-z])(?![A-Za-z0-9])")
-_LETTER = r"(?:[*_(\"'\[{$\s]|\\(?:text|textbf|mathrm|mathbf)\s*\{)*([A-Z])(?![A-Za-z0-9'])"
+# what is repeated keeps what it took (*+): a response of 20,000 line breaks must not cost more than reading it
+_LETTER_FIRST = re.compile(
+    r"\W*+(?:(?:text|textbf|mathrm|mathbf)\s*+\{)?+\W*+(?:(?i:(?:answer|option|choice)\b)\W*+(?:is\b\W*+)?+)?+([A-Za-z])(?![A-Za-z0-9])"
+)
+_LETTER = r"(?:[*_(\"'`<\[{$\s]|\\(?:text|textbf|mathrm|mathbf)\s*+\{)*+([A-Z])(?![A-Za-z0-9'])"
 _SAID = [
-    re.compile(rf"(?i:\b(?:{word}))\**\s*(?i:is|:|=)?\**\s*:?\s*(?i:option|choice)?\s*{_LETTER}")
+    re.compile(rf"(?i:\b(?:{word}))\**+\s*+(?:(?i:is|[:=\uff1a])\**+\s*+:?+\s*+(?i:option|choice)?+\s*+)?+{_LETTER}")
     for word in ("answer", "choice|option")
 ]
 """What is said of the answer counts for more than what is said of an option, which may be that it is wrong."""
-_OR = re.compile(r"[^A-Za-z0-9,;]*(?:\b(?:or|and)\b|\\text\{\s*(?:or|and)\s*\}|[/&])[^A-Za-z0-9]*[A-Z](?![A-Za-z0-9'])")
-_OR_IN_BOX = re.compile(r"[^A-Za-z0-9]*(?:[,;/&]|\b(?:or|and)\b|\\text\{\s*(?:or|and)\s*\})[^A-Za-z0-9]*[A-Za-z](?![A-Za-z0-9'])")
-"""A second letter behind the first: no choice was made."""
+_WORD_OR = r"\b(?:or|and)\b|\\text\{\s{0,9}(?:or|and)\s{0,9}\}"
+_OR = re.compile(rf"[^A-Za-z0-9,;]{{0,{_FAR}}}(?:{_WORD_OR}|[/&])[^A-Za-z0-9]{{0,{_FAR}}}[A-Z](?![A-Za-z0-9'])")
+_OR_IN_BOX = re.compile(rf"[^A-Za-z0-9]{{0,{_FAR}}}(?:[,;/&]|{_WORD_OR})[^A-Za-z0-9]{{0,{_FAR}}}[A-Za-z](?![A-Za-z0-9'])")
+"""A second letter soon behind the first: no choice was made."""
 _ALONE = re.compile(r"[^A-Za-z0-9]*([A-Za-z])[^A-Za-z0-9]*")
 
 
@@ -53,9 +60,9 @@ def digits(response: str, label: str, weight: float) -> float:
 def numeric(response: str, label: str) -> float:
     """1 if the number of the last \\boxed{}, or else the last number of the response, equals the label's, else 0.
 
-    Thousands separators, $, %, units and trailing zeros do not count; fractions do.
+    Thousands separators, $, %, units and trailing zeros do not count; fractions do. A box that offers several has chosen none.
     """
-    wanted, found = last_number(label), last_number(final_answer(response))
+    wanted, found = last_number(label), last_number(final_answer(response), alone=last_boxed(response) is not None)
     if wanted is None or found is None:
         return 0.0
     return float(abs(wanted - found) <= TOLERANCE * max(abs(wanted), abs(found)))
@@ -107,19 +114,22 @@ def final_answer(response: str) -> str:
     return response[-TAIL:] if box is None else box
 
 
-def last_number(text: str) -> Fraction | None:
+def last_number(text: str, alone: bool = False) -> Fraction | None:
     """The last number of a text: 1,234.50, -3, 2.5e3, 2 \\times 10^3, 3/4, 1 3/4, \\frac{3}{4}.
 
-    None: there is none (or one of 400 digits).
+    None: there is none (or one of 400 digits), or with `alone` it is one of several that were offered ("1, 2", "1 or 2").
     """
     text = text[-TAIL:].replace("\u2212", "-").replace("{,}", ",")
     text = text.replace("\\,", "").replace("\\!", "").replace("\\$", "$")
     text = _FRACTION.sub(lambda m: f" {m[1] or m[3]}/{m[2] or m[4]}", text)
     text = re.sub(r"([-+])\s+(?=\S+/)", r"\1", text)
-    last = None
-    for last in _NUMBER.finditer(text):
-        pass
+    text = _UNIT.sub(r"\1 ", text)
+    last, before = None, None
+    for match in _NUMBER.finditer(text):
+        last, before = match, last
     if last is None or len(last[0]) > _LONGEST_NUMBER:
+        return None
+    if alone and before is not None and _OFFERED.fullmatch(text, before.end(), last.start()):
         return None
     sign, whole, number, exponent, braced, bare, under = last.groups()
     value = Fraction(number.replace(",", "")) * Fraction(10) ** int(exponent or 0)
@@ -137,7 +147,13 @@ def last_number(text: str) -> Fraction | None:
         value /= below
         if whole is not None and value < 1:
             value += int(whole)
-    return -value if sign == "-" else value
+    return -value if sign == "-" and not _is_dash(text, last.start()) else value
+
+
+def _is_dash(text: str, at: int) -> bool:
+    """Whether the "-" before a number, with white space behind it, is a list's bullet or stands between two numbers."""
+    before = text[:at].rstrip(" \t")
+    return text[at + 1].isspace() and (before.endswith("\n") or before[-1:].isdigit() or before.endswith((")", "]", "}")))
 
 
 def chosen_letter(text: str) -> str | None:

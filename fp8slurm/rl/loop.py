@@ -45,6 +45,8 @@ from fp8slurm.sync.stream import Cut, WeightStream, parse_description
 from fp8slurm.trainer.schedule import learning_rate
 
 log = logging.getLogger(__name__)
+VERIFIED_AT_FIRST = 2
+"""Updates that sync.verify = "first" compares: SGLang's own load, and the first that is made again as copies (engine/recorded.py)."""
 
 
 class TooManyBadSteps(RuntimeError):
@@ -95,7 +97,7 @@ class Loop:
         self.mapped: MappedSender | None = None
         self.direct: DirectSender | None = None
         self.sends = 0
-        self.verified = False
+        self.verified = 0
         self.sinks: list[Any] = []
         self.saved = False
         self.saves = 0
@@ -109,14 +111,14 @@ class Loop:
     # -- start ---------------------------------------------------------------------------------------------------
 
     def resume(self) -> None:
-        """Load the newest complete checkpoint, or the Hugging Face weights where there is none."""
+        """Load the newest complete checkpoint, or the Hugging Face weights where there is none; set newer, damaged ones aside."""
         name = ""
         if self.first:
             for folder, damage in self.run_dir.checked_checkpoints():
                 if damage is None:
                     name = folder.name
                     break
-                log.warning("checkpoint %s is skipped: %s", folder, damage)
+                log.warning("checkpoint %s is skipped: %s; set aside as %s", folder, damage, self.run_dir.set_aside(folder).name)
             self.store.set("resume", name)
         self.store.wait(["resume"])
         name = self.store.get("resume").decode()
@@ -125,8 +127,15 @@ class Loop:
             self.trainer.snapshot_reference()
         if name:
             folder = self.run_dir.checkpoints / name
-            self.trainer.load(folder)
+            has_reference = self.trainer.load(folder)
             self.state = self.on_disk = RunState.read(folder)
+            if self.config.algorithm.kl_coef and not has_reference and self.state.phase == "rl" and self.state.sft_steps:
+                raise ValueError(
+                    f"--algorithm.kl-coef {self.config.algorithm.kl_coef:g}: {folder} was saved without a reference model, which "
+                    f"would have to be the one that its supervised phase ended with; allowed: 0, or another --run.name"
+                )
+            if self.state.bad_steps >= self.config.run.max_bad_steps:  # the run ended for it; somebody has changed a setting
+                self.state = replace(self.state, bad_steps=0)
             log.info("continuing from %s", folder)
         if self.first:
             self._open_metrics(resumed=bool(name))
@@ -328,18 +337,18 @@ class Loop:
         o = c.optim
         lr = learning_rate(step - 1, c.run.steps, o.lr, o.min_lr, o.warmup_steps, o.schedule)
         with self.timed("train"):
-            results = [
-                t.train_step(update, self.policy_loss, lr, with_entropy=True)
-                for _ in range(c.train.epochs_per_step)
-                for update in mine
-            ]
+            results = []
+            for update in mine * c.train.epochs_per_step:
+                results.append(t.train_step(update, self.policy_loss, lr, with_entropy=True))
+                self.beat()
         ok = [r for r in results if r.ok]
+        shown = ok or results  # if none was made: what they would have been, so that the record has no invented zeros
         for key in results[0].metrics:
-            record[key] = sum(r.metrics[key] for r in ok) / max(1, len(ok))
+            record[key] = sum(r.metrics[key] for r in shown) / len(shown)
         record |= {
             "lr": lr,
-            "loss": sum(r.loss for r in ok) / max(1, len(ok)),
-            "grad_norm": sum(r.grad_norm for r in ok) / max(1, len(ok)),
+            "loss": sum(r.loss for r in shown) / len(shown),
+            "grad_norm": sum(r.grad_norm for r in shown) / len(shown),
             "skipped": float(len(ok) < len(results)),
         }
         self._count_bad(bool(ok))
@@ -445,7 +454,7 @@ class Loop:
     def _send(self, version: int) -> bool:
         """One update; False if an engine lost the weights again meanwhile, and no copy was kept (sync.keep_last_update)."""
         self.sends += 1
-        verify = self.config.sync.verify == "always" or self.config.sync.verify == "first" and not self.verified
+        verify = self.config.sync.verify == "always" or self.config.sync.verify == "first" and self.verified < VERIFIED_AT_FIRST
         checksums: dict[str, list[int]] = {name: [] for name in self.groups}
 
         def start(source: str, bucket: WeightBucket) -> dist.Work:
@@ -471,7 +480,7 @@ class Loop:
             said = [a for a, _ in self.channel.collect()]
         self.asleep = False
         lost = any(a.get("weights_lost") for a in said)
-        self.verified |= verify and not lost
+        self.verified += verify and not lost
         for part, seconds in self.stream.seconds.items():
             self._spent(f"sync_{part}", seconds)
         for part in said[0].get("seconds", ()):

@@ -16,13 +16,23 @@ import re
 import resource
 import sys
 import threading
+from fractions import Fraction
 from typing import Callable
 
-from fp8slurm.rl.graders import last_boxed
+from fp8slurm.rl.graders import last_boxed, last_number
 
 RewardFunction = Callable[[str, str], float]
 MATH_TAIL = 4000
 """Characters at the end of a response without a box that are searched for its answer."""
+SMALL = Fraction(1, 1000)
+"""Numbers below it are compared by their relative difference, which may be as large."""
+_UNITS = re.compile(
+    r"(\d)(?:\s|\\[,; ]|~)*(?:\\(?:text|mathrm|textrm|mbox)\s*\{\s*)?"
+    r"(?:(?:mm|cm|dm|km|in|ft|yd|mi|m)(?:\s*\^\s*\{?[23]\}?)?|(?:km|mi|m|cm|ft)\s*/\s*(?:h|hr|s|min)|mph|mg|kg|g|ms|min|ml|mL|L)(?:\s*\})?"
+    r"(?:\s*\^\s*\{?[23]\}?)?$"
+)
+_BASE = re.compile(r"([0-9A-F]+)_\{?(\d+)\}?")
+_PLAIN_NUMBER = re.compile(r"[-+]?[\d.,]+(?:\s*\\times\s*10\s*\^\s*\{?[-+]?\d{1,3}\}?)?|10\s*\^\s*\{?[-+]?\d{1,3}\}?")
 
 
 def load_function(kind: str) -> RewardFunction:
@@ -47,6 +57,8 @@ def _math(response: str, label: str) -> float:
     from math_verify import parse, verify
 
     box, label = last_boxed(response), _plain(label)
+    if box is not None and (said := _by_ourselves(_plain(box), label)) is not None:
+        return float(said)
     said = response[-MATH_TAIL:] if box is None else f"\\boxed{{{_plain(box)}}}"
     gold = parse(label if "\\boxed" in label or "$" in label else f"${label}$", parsing_timeout=None)
     if not gold:
@@ -55,8 +67,31 @@ def _math(response: str, label: str) -> float:
 
 
 def _plain(latex: str) -> str:
-    """Without dollar signs that mean money, and with 1.5e3 as 1.5 \\times 10^{3}: math-verify reads neither."""
-    return re.sub(r"(\d)[eE]([+-]?\d{1,3})(?!\w)", r"\1 \\times 10^{\2}", latex.replace("\\$", ""))
+    """In a form that math-verify reads: without dollar signs that mean money, a full stop at the end, white space between a
+    number's digits and known units behind it; 1.5e3 as 1.5 \\times 10^{3}; lines of an answer apart by commas."""
+    latex = latex.replace("\\$", "").strip()
+    latex = re.sub(r"(?<=[\w)}\]])\s*\.$", "", latex)
+    latex = re.sub(r"(?<=\d)(?:\\[,;! ]|~)(?=\d{3}(?!\d))", "", latex)
+    words = re.fullmatch(r"\\(?:text|mathrm|textbf|mbox)\s*\{([^{}]*)\}", latex)
+    if words and re.fullmatch(r"\s*[-+]?[\d.,]+(?:\s+[A-Za-z ]+)?", words[1]):
+        latex = re.sub(r"[A-Za-z ]+$", "", words[1]).strip()
+    latex = _UNITS.sub(r"\1", latex)
+    if "\\begin" not in latex:
+        latex = latex.replace("\\\\", ",")
+    return re.sub(r"(\d)[eE]([+-]?\d{1,3})(?!\w)", r"\1 \\times 10^{\2}", latex)
+
+
+def _by_ourselves(answer: str, label: str) -> bool | None:
+    """The verdict where math-verify's would be wrong; None elsewhere. It does not look at the base of 2220_5, and it rounds to
+    six decimals, which leaves nothing of 1.6 \\times 10^{-19}."""
+    bases = [_BASE.fullmatch(text.strip("$ ")) for text in (answer, label)]
+    if all(bases):
+        return bases[0].groups() == bases[1].groups()  # type: ignore[union-attr]
+    if all(_PLAIN_NUMBER.fullmatch(text.strip("$ ")) for text in (answer, label)):
+        found, wanted = last_number(answer), last_number(label)
+        if found is not None and wanted is not None and 0 < abs(wanted) < SMALL:
+            return abs(found - wanted) <= abs(wanted) * SMALL
+    return None
 
 
 def assess(value: object) -> dict:

@@ -12,6 +12,7 @@ import sys
 import time
 from collections import deque
 from pathlib import Path
+from typing import Callable
 
 from fp8slurm.config.schema import RewardSection
 from fp8slurm.rl.graders import choice, digits, exact, numeric
@@ -23,6 +24,8 @@ START_LIMIT_S = 120.0
 """Time for a child to start and to import the reward function."""
 WARNINGS = 5
 """Failed calls that are logged one by one in each score(); all are counted."""
+BEAT_S = 1.0
+"""Least time between two beats of score()."""
 
 
 class RewardError(RuntimeError):
@@ -64,8 +67,9 @@ class RewardPool:
                 self.close()
                 raise
 
-    def score(self, groups: list[SampleGroup]) -> None:
-        """Fill in `reward` of every sample.
+    def score(self, groups: list[SampleGroup], beat: Callable[[], None] = lambda: None) -> None:
+        """Fill in `reward` of every sample. `beat` is called now and then as answers come in: there is
+        a deadline for each, not for all of them.
 
         A user's function that fails is a RewardError, which names function, prompt, sample and reason. With
         reward.on_error "zero", and always for math, where the response is to blame, the sample gets 0, is counted in
@@ -79,10 +83,10 @@ class RewardPool:
             for group, _, sample in calls:
                 sample.reward = digits(sample.text, group.prompt.label, self.reward.digits_weight)
         else:
-            self._score_in_workers(calls)
+            self._score_in_workers(calls, beat)
 
-    def _score_in_workers(self, calls: list[tuple[SampleGroup, int, Sample]]) -> None:
-        waiting, failed = deque(calls), 0
+    def _score_in_workers(self, calls: list[tuple[SampleGroup, int, Sample]], beat: Callable[[], None]) -> None:
+        waiting, failed, beaten = deque(calls), 0, time.monotonic()
         busy: dict[_Worker, tuple[SampleGroup, int, Sample]] = {}
         try:
             while waiting or busy:
@@ -92,7 +96,11 @@ class RewardPool:
                         busy[worker] = waiting.popleft()
                         group, _, sample = busy[worker]
                         worker.send(sample.text, group.prompt.label, self.reward.timeout_s)
-                for worker, answer in _answers(list(busy)):
+                answers = _answers(list(busy))
+                if time.monotonic() - beaten > BEAT_S:
+                    beaten = time.monotonic()
+                    beat()
+                for worker, answer in answers:
                     group, i, sample = busy.pop(worker)
                     sample.reward = answer.get("reward", 0.0)
                     if "error" in answer:

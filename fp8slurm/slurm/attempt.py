@@ -21,6 +21,8 @@ GUARDED = (
     "optim.distributed",
 )  # fmt: skip
 """Settings that a run keeps: the weights it started from, its precision, and what its data cursors count."""
+PATHS = ("model.hf_checkpoint", "data.train", "sft.data")
+"""Those of them that are paths: another spelling of the same one is no change."""
 
 
 class NoProgressError(ValueError):
@@ -52,9 +54,14 @@ def changed_keys(old: dict, new: dict) -> list[str]:
     for section, values in new.items():
         for key, value in values.items():
             before = old.get(section, {}).get(key)
-            if before != value:
+            if before != value and not (f"{section}.{key}" in PATHS and same_path(before, value)):
                 out.append(f"{section}.{key}: {before!r} -> {value!r}")
     return out
+
+
+def same_path(a: str | None, b: str | None) -> bool:
+    """Whether two paths, relative ones taken from this process's folder, lead to the same place."""
+    return a == b or (a is not None and b is not None and Path(a).resolve() == Path(b).resolve())
 
 
 def write_versions(run: RunDirectory, changes: list[str]) -> None:

@@ -21,7 +21,7 @@ from typing import Mapping, Sequence
 
 from fp8slurm.checkpoint.run import RunState
 from fp8slurm.config import RunConfig
-from fp8slurm.slurm.submit import task_python
+from fp8slurm.slurm.submit import gpus_per_node, task_python
 
 TRAIN = "train"
 CONVERT_CPUS = 4
@@ -32,6 +32,10 @@ EVAL_CPUS_PER_GPU = 4
 """Where slurm.cpus_per_task does not say: an engine is four processes (server, scheduler, detokenizer, grading)."""
 SITE = ("partition", "account", "qos", "reservation", "constraint", "exclude")
 """Keys of [slurm] that every job of the chain gets."""
+
+
+WAITING = ("dependency", "kill-on-invalid-dep")
+"""Parameters of sbatch that make the chain."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +58,14 @@ def links(
     """The chain of a configuration, in order. `run`: the run directory; the others: sbatch flags, --name=value.
 
     Raises:
-        ValueError: a flag of sbatch that is not --name or --name=value.
+        ValueError: a flag of sbatch that is not --name or --name=value; the training job waits for others (slurm.sbatch dependency).
     """
+    for key in config.slurm.sbatch:
+        if key.replace("_", "-") in WAITING:
+            raise ValueError(
+                f"--slurm.sbatch {key} {config.slurm.sbatch[key]}: in a chain it follows from the jobs before; leave it out, or queue the "
+                f"training job alone (fp8slurm submit)"
+            )
     assert config.model.hf_checkpoint is not None
     hf, rollout = config.model.hf_checkpoint, config.model.rollout_checkpoint
     last = RunState("rl", config.run.steps).name
@@ -111,6 +121,7 @@ def script(link: Link, number: int, config: RunConfig, run: Path) -> str:
         srun.append(f"--container-image={config.slurm.container_image}")
     if config.slurm.container_mounts:
         srun.append(f"--container-mounts={','.join(config.slurm.container_mounts)}")
+    srun += config.slurm.srun
     command = f"{shlex.join(srun)} {task_python(config)} -m fp8slurm.cli {shlex.join(link.command)}"
     done = shlex.quote(str(link.output))
     return "\n".join(
@@ -118,6 +129,7 @@ def script(link: Link, number: int, config: RunConfig, run: Path) -> str:
             "#!/bin/bash",
             *(f"#SBATCH --{k}={shlex.quote(v)}" if v else f"#SBATCH --{k}" for k, v in sorted(directives.items())),
             "",
+            "unset SLURM_EXPORT_ENV",  # as in the training job's script
             *config.slurm.setup,
             f"export PYTHONPATH={shlex.quote(str(source))}${{PYTHONPATH:+:$PYTHONPATH}}",
             f"if [ -e {done} ]; then",
@@ -164,8 +176,8 @@ def _eval_directives(config: RunConfig) -> dict[str, str]:
     if s.cpus_per_task is None and s.gpus_per_node:
         cores = EVAL_CPUS_PER_GPU * s.gpus_per_node
     found = _site(config) | {"nodes": "1", "ntasks-per-node": "1", "cpus-per-task": str(cores), "time": s.time}
-    if s.gpus_per_node:
-        found["gpus-per-node"] = str(s.gpus_per_node)
+    if asked := gpus_per_node(config):
+        found["gpus-per-node"] = asked
     if s.memory:
         found["mem"] = s.memory
     return found

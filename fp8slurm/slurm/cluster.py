@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import tempfile
 from pathlib import Path
 
@@ -10,6 +12,11 @@ from fp8slurm.rl.pace import Pace
 from fp8slurm.slurm import job as slurm
 from fp8slurm.slurm.life import REQUEUE_S, SAFETY
 from fp8slurm.slurm.submit import script
+
+AWAY = re.compile(r"DOWN|DRAIN|FAIL|REBOOT|NOT_RESPONDING|\*")
+"""In the state of a node that takes no job just now."""
+NODES_NAMED = 8
+"""Nodes that a message names."""
 
 
 def check_cluster(config: RunConfig) -> list[str]:
@@ -27,11 +34,8 @@ def check_cluster(config: RunConfig) -> list[str]:
         partitions = _partitions()
     except slurm.SlurmError as error:
         raise ValueError(f"Slurm does not answer: {error}") from None
-    chosen = _chosen(config, partitions)
-    _fits(config, chosen)
-    warnings = _time(config) + _grace(config, chosen)
-    _sbatch_agrees(config)
-    return warnings
+    chosen = _fitting(config, _chosen(config, partitions))
+    return _time(config) + _grace(config, chosen) + _sbatch_agrees(config, chosen)
 
 
 def _partitions() -> dict[str, dict[str, str]]:
@@ -51,16 +55,24 @@ def _chosen(config: RunConfig, partitions: dict[str, dict[str, str]]) -> list[di
     return [partitions[name] for name in wanted.split(",")]
 
 
-def _fits(config: RunConfig, chosen: list[dict[str, str]]) -> None:
-    s = config.slurm
-    for p in chosen:
-        name = p["PartitionName"]
-        allowed = min(int(n) for n in (p.get("TotalNodes", "0"), p.get("MaxNodes", "UNLIMITED")) if n.isdigit())
-        if s.nodes > allowed:
-            raise ValueError(f"--slurm.nodes {s.nodes}: partition {name} gives a job at most {allowed} nodes")
-        longest = p.get("MaxTime", "UNLIMITED")
-        if longest != "UNLIMITED" and slurm.minutes(s.time) > slurm.minutes(longest):
-            raise ValueError(f"--slurm.time {s.time}: partition {name} allows at most {longest}")
+def _fitting(config: RunConfig, chosen: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Those of the partitions that can take the job: of a list, Slurm takes one that can. Raises ValueError where none can."""
+    refusals = {p["PartitionName"]: _refusal(config, p) for p in chosen}
+    if chosen and all(refusals.values()):
+        raise ValueError("; ".join(refusals.values()))
+    return [p for p in chosen if not refusals[p["PartitionName"]]]
+
+
+def _refusal(config: RunConfig, p: dict[str, str]) -> str:
+    """Why a partition cannot take the job, "" where it can."""
+    s, name = config.slurm, p["PartitionName"]
+    allowed = min(int(n) for n in (p.get("TotalNodes", "0"), p.get("MaxNodes", "UNLIMITED")) if n.isdigit())
+    if s.nodes > allowed:
+        return f"--slurm.nodes {s.nodes}: partition {name} gives a job at most {allowed} nodes"
+    longest = p.get("MaxTime", "UNLIMITED")
+    if longest != "UNLIMITED" and slurm.minutes(s.time) > slurm.minutes(longest):
+        return f"--slurm.time {s.time}: partition {name} allows at most {longest}"
+    return ""
 
 
 def _time(config: RunConfig) -> list[str]:
@@ -97,12 +109,30 @@ def _grace(config: RunConfig, chosen: list[dict[str, str]]) -> list[str]:
     return warnings
 
 
-def _sbatch_agrees(config: RunConfig) -> None:
-    """sbatch's own check of the script: account, QOS, features, GPUs."""
+def _sbatch_agrees(config: RunConfig, chosen: list[dict[str, str]]) -> list[str]:
+    """sbatch's own check of the script: account, QOS, features, GPUs. Returns warnings; ValueError: it would refuse the job."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "job.sh"
-        path.write_text(script(config, Path(folder)))
+        text = script(config, Path(folder))
+        path.write_text(text)
         try:
-            slurm.ask("sbatch", "--test-only", str(path))
+            slurm.ask("sbatch", "--test-only", str(path), environment=slurm.environment_for_a_job(dict(os.environ), text))
         except slurm.SlurmError as error:
-            raise ValueError(f"Slurm would refuse this job: {error}") from None
+            # The check reckons without nodes that are away just now; a queued job waits for them.
+            away = _away(chosen) if "node configuration is not available" in str(error) else ""
+            if not away:
+                raise ValueError(f"Slurm would refuse this job: {error}") from None
+            return [f"the job will wait: Slurm could not start it on the nodes that are there now; away: {away}"]
+    return []
+
+
+def _away(chosen: list[dict[str, str]]) -> str:
+    """Nodes of the partitions (of all, where none is named) that are down or drained, with their states; "" where all are there."""
+    names = {p["PartitionName"] for p in chosen}
+    try:
+        nodes = [slurm.fields(line) for line in slurm.ask("scontrol", "-o", "show", "node").splitlines()]
+    except slurm.SlurmError:
+        return ""
+    found = [n for n in nodes if not names or names & set(n.get("Partitions", "").split(","))]
+    away = [f"{n['NodeName']} ({n['State']})" for n in found if AWAY.search(n.get("State", ""))]
+    return ", ".join(away[:NODES_NAMED] + ["..."] * (len(away) > NODES_NAMED))

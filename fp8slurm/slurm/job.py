@@ -45,6 +45,8 @@ def ask(
     *command: str, timeout_s: float = COMMAND_TIMEOUT_S, environment: dict[str, str] | None = None, cwd: str | None = None
 ) -> str:
     """Standard output of a Slurm command. Raises SlurmError with what it said."""
+    if environment is None:  # a format of the user's own would be no time to us
+        environment = dict(os.environ) | {"SLURM_TIME_FORMAT": "standard"}
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, env=environment, cwd=cwd)
     except FileNotFoundError:
@@ -56,10 +58,27 @@ def ask(
     return done.stdout
 
 
-def environment_for_a_job(environment: dict[str, str]) -> dict[str, str]:
-    """What a new job may inherit when it is submitted from within a job: nothing that describes the old one."""
+OTHER_NAMES = {
+    "array-inx": "array", "timelimit": "time", "no-requeue": "requeue", "mem-per-node": "mem", "mem-per-cpu": "mem", "mem-per-gpu": "mem",
+    "gpus": "gpus-per-node", "gpus-per-socket": "gpus-per-node", "gpus-per-task": "gpus-per-node",
+}  # fmt: skip
+"""Options of sbatch, as its environment variables SBATCH_... or as flags name them, that say again (or contradict) another."""
+NEVER = {"array", "export", "wait"}
+"""Options that no variable may set: a run is one job, its environment is the one that submits it, and nobody waits for sbatch."""
+
+
+def environment_for_a_job(environment: dict[str, str], script: str = "") -> dict[str, str]:
+    """What sbatch and a new job may inherit: nothing that describes another job, and no SBATCH_... variable for what `script`
+    asks for, since sbatch lets them win over #SBATCH lines."""
+
+    def option(name: str) -> str:
+        name = name.lower().replace("_", "-")
+        return OTHER_NAMES.get(name, name)
+
+    asked = NEVER | {option(name) for name in re.findall(r"^#SBATCH --([\w-]+)", script, re.M)}
     foreign = ("SLURM_", "SLURMD_", "SRUN_", "SUBMITIT_")
-    return {k: v for k, v in environment.items() if k == "SLURM_CONF" or not k.startswith(foreign)}
+    kept = {k: v for k, v in environment.items() if k == "SLURM_CONF" or not k.startswith(foreign)}
+    return {k: v for k, v in kept.items() if not (k.startswith("SBATCH_") and option(k.removeprefix("SBATCH_")) in asked)}
 
 
 def available() -> bool:
@@ -75,10 +94,16 @@ def fields(line: str) -> dict[str, str]:
     return out
 
 
+def number_of(job_id: str) -> str:
+    """The number by which scontrol knows a job alone: one task of an array has the array's own number, which means them all."""
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{task}" if array and task and job_id == os.environ.get("SLURM_JOB_ID") else job_id
+
+
 def show_job(job_id: str) -> dict[str, str] | None:
     """What the controller knows about a job, None if it knows none of that number (any more). Raises SlurmError."""
     try:
-        return fields(ask("scontrol", "-o", "show", "job", job_id))
+        return fields(ask("scontrol", "-o", "show", "job", number_of(job_id)))
     except SlurmError as error:
         if "Invalid job id" in str(error):
             return None
@@ -89,10 +114,20 @@ ACTIVE = ("PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "REQUEUED", "REQUEUE
 """States of a job that writes, or will. One that is COMPLETING is being killed; should it still write, it is fenced off."""
 
 
+ENDING = "COMPLETING"
+"""State of a job whose processes are being ended: it is over soon, or (requeued) waits again."""
+
+
 def is_active(job_id: str) -> bool:
     """Whether a job waits or runs. Raises SlurmError."""
     job = show_job(job_id)
     return job is not None and job["JobState"] in ACTIVE
+
+
+def unfinished(job_id: str) -> str:
+    """State of a job that waits, runs or is being ended, "" where it is over. Raises SlurmError."""
+    state = (show_job(job_id) or {}).get("JobState", "")
+    return state if state in (*ACTIVE, ENDING) else ""
 
 
 def parse_time(text: str) -> float | None:
@@ -203,7 +238,7 @@ def asked_again(shown: dict[str, str], environment: Mapping[str, str]) -> list[s
         "time": shown.get("TimeLimit"), "nodes": shown.get("NumNodes"), "job-name": environment.get("SLURM_JOB_NAME"),
         "ntasks-per-node": environment.get("SLURM_NTASKS_PER_NODE"), "mem": environment.get("SLURM_MEM_PER_NODE"),
         "mem-per-cpu": environment.get("SLURM_MEM_PER_CPU"), "cpus-per-task": environment.get("SLURM_CPUS_PER_TASK"),
-        "gpus-per-node": environment.get("SLURM_GPUS_PER_NODE"),
+        "gpus-per-node": environment.get("SLURM_GPUS_PER_NODE"), "array": environment.get("SLURM_ARRAY_TASK_ID"),
     }  # fmt: skip
     found = [f"--{name}={value}" for name, value in flags.items() if value not in (None, "", "(null)", "N/A")]
     return [*found, "--no-requeue"] if shown.get("Requeue") == "0" else found
@@ -218,7 +253,7 @@ def requeue(job_id: str, patience_s: float = 20.0) -> None:
     deadline = time.monotonic() + patience_s
     while True:
         try:
-            ask("scontrol", "requeue", job_id)
+            ask("scontrol", "requeue", number_of(job_id))
             return
         except SlurmError as error:
             if time.monotonic() > deadline or not re.search("contact|connect|answer", str(error), re.I):

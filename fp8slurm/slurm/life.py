@@ -148,7 +148,7 @@ def resubmit(run: RunDirectory, job: Job, environment: dict[str, str]) -> str:
     flags = slurm.asked_again(slurm.show_job(job.id) or {}, environment)
     arguments = (run.owner(run.attempt) or {}).get("arguments", [])
     said = slurm.ask(
-        "sbatch", "--parsable", f"--dependency=afterany:{job.id}", *flags, str(script), *arguments,
+        "sbatch", "--parsable", f"--dependency=afterany:{slurm.number_of(job.id)}", *flags, str(script), *arguments,
         environment=slurm.environment_for_a_job(environment), cwd=environment.get("SLURM_SUBMIT_DIR"),
     )  # fmt: skip
     new = said.strip().split(";")[0]

@@ -156,8 +156,12 @@ def _limits(config: RunConfig) -> None:
             f"--slurm.signal-delay-s {s.signal_delay_s}: the notice would come before the job starts; it must be less than "
             f"--slurm.time {s.time} ({60 * limit} s)"
         )
+    if s.gpu_type and not s.gpus_per_node:
+        raise ValueError(f"--slurm.gpu-type {s.gpu_type} without GPUs: set --slurm.gpus-per-node, or leave it out")
     own = {"partition", "account", "qos", "reservation", "constraint", "exclude", "time", "nodes", "signal", "requeue"}
     for key in s.sbatch:
+        if key == "array":
+            raise ValueError(f"--slurm.sbatch array {s.sbatch[key]}: a run is one job; leave it out here, and submit every run by itself")
         if key.replace("_", "-") in own | {"ntasks-per-node", "cpus-per-task", "gpus-per-node", "mem", "output", "error"}:
             raise ValueError(f"--slurm.sbatch {key}: it has a setting of its own, or follows from others; leave it out here")
 

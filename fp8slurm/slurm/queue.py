@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Iterable
 
-from fp8slurm.slurm.job import ACTIVE, SlurmError, ask
+from fp8slurm.slurm.job import ACTIVE, ENDING, SlurmError, ask
 
 TIMEOUT_S = 15.0
 """A controller that is down makes Slurm's commands wait; a status must not wait as long."""
@@ -32,6 +34,11 @@ class SlurmJob:
     def active(self) -> bool:
         """Whether it waits or runs."""
         return self.state in ACTIVE
+
+    @property
+    def over(self) -> bool:
+        """Whether it has ended for good: one that is being ended may wait again."""
+        return self.state not in (*ACTIVE, ENDING)
 
 
 def query(*command: str) -> tuple[str | None, str]:
@@ -63,6 +70,14 @@ def jobs(ids: Iterable[str]) -> tuple[dict[str, SlurmJob], str]:
         elif problem:
             problem = f"{problem}; {why}"
     return {i: found[i] for i in wanted if i in found}, problem
+
+
+def jobs_of_scripts(folders: Iterable[Path]) -> tuple[list[str], str]:
+    """This user's jobs that wait or run and whose script lies in one of the folders, and why nothing is known ("": Slurm answered)."""
+    out, problem = query("squeue", "--noheader", f"--user={os.getuid()}", "--format=%i|%T|%o")
+    rows = [line.strip().split("|", 2) for line in (out or "").splitlines()]
+    starts = tuple(f"{folder}/" for folder in folders)
+    return [r[0] for r in rows if len(r) == 3 and r[1] in ACTIVE and r[2].startswith(starts)], problem
 
 
 def parse_squeue(text: str) -> dict[str, SlurmJob]:

@@ -26,6 +26,7 @@ COLOURS = {
     "completed": "cyan",
     "pending": "yellow",
     "requeued": "yellow",
+    "unknown": "yellow",
     "failed": "red",
     "node_fail": "red",
     "timeout": "red",
@@ -51,16 +52,16 @@ def main(argv: list[str]) -> int:
     found, problem = statuses(paths)
     if args.json:
         print(json.dumps(asdict(found[0]) if args.run else [asdict(s) for s in found], indent=1))
-        return 0
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=WIDTH)
-    if args.run:
-        show_one(found[0], console)
-    elif found:
-        show_all(found, console)
     else:
-        print(f"no runs in {args.root} (--root names another folder)")
+        console = Console()
+        if not console.is_terminal:
+            console = Console(width=WIDTH)
+        if args.run:
+            show_one(found[0], console)
+        elif found:
+            show_all(found, console)
+        else:
+            print(f"no runs in {args.root} (--root names another folder)")
     if problem:
         print(f"fp8slurm status: Slurm could not be asked: {problem}", file=sys.stderr)
     return 0
@@ -117,7 +118,7 @@ def show_one(s: RunStatus, console: Console) -> None:
             waits = f"start expected {s.job.start}" if s.job.state == "PENDING" and s.job.start else time
             job = " ".join(w for w in (job, s.job.state, reason, nodes, waits) if w)
         else:
-            job += " (Slurm does not know it any more, or could not be asked)"
+            job += " (Slurm could not be asked)" if s.problem else " (Slurm does not know it any more)"
         facts.add_row("Slurm job", Text(job))
     facts.add_row("attempt", "none yet" if s.attempt is None else f"{s.attempt}  ({s.path}/attempts/{s.attempt})")
     age = "" if s.record_age_s is None else f", {format_duration(s.record_age_s)} ago"
@@ -185,4 +186,4 @@ def last_line(error: str | None) -> str:
 
 
 def going_on(s: RunStatus) -> bool:
-    return s.state not in ("finished", "failed", "stopped", "cancelled", "timeout", "node_fail", "out_of_memory")
+    return s.state not in ("finished", "failed", "stopped", "unknown", "cancelled", "timeout", "node_fail", "out_of_memory")

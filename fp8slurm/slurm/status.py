@@ -42,7 +42,7 @@ class RunStatus:
     path: str
     state: str
     """A Slurm job's state in lower case while it waits or runs; running, held (by a process on
-    another machine), finished, failed, stopped or new without one."""
+    another machine), finished, failed, stopped or new without one; unknown where Slurm was asked about a job and did not answer."""
     attempt: int | None
     job_id: str | None
     job: SlurmJob | None
@@ -71,6 +71,8 @@ class RunStatus:
     links: tuple[Link, ...]
     notes: tuple[str, ...]
     """What could not be read, and why."""
+    problem: str | None
+    """Why Slurm could not be asked about the run's job."""
 
 
 def find_runs(root: Path) -> list[Path]:
@@ -101,7 +103,7 @@ def statuses(paths: Iterable[Path], now: float | None = None) -> tuple[list[RunS
     """The runs' statuses, and why Slurm could not be asked ("": it answered, or no run has a job)."""
     gathered = [Facts(path, time.time() if now is None else now) for path in paths]
     known, problem = jobs(i for facts in gathered for i in facts.job_ids)
-    return [facts.status(known) for facts in gathered], problem
+    return [facts.status(known, problem) for facts in gathered], problem
 
 
 class Facts:
@@ -129,12 +131,13 @@ class Facts:
         ids = [link.get("job_id") for link in self.chain]
         return [i for i in ids if isinstance(i, str) and i] + self.training_jobs
 
-    def status(self, known: dict[str, SlurmJob]) -> RunStatus:
-        """The status, given what Slurm knows."""
+    def status(self, known: dict[str, SlurmJob], problem: str = "") -> RunStatus:
+        """The status, given what Slurm knows; problem: why it knows nothing of the other jobs, "" if it has forgotten them."""
         links = tuple(_link(link, known) for link in self.chain)
         alive = [i for i in self.training_jobs if i in known and known[i].active]
         job_id = next(iter(alive + self.training_jobs), None)
         job = known.get(job_id or "")
+        silent = problem if any(i not in known for i in self.training_jobs) and not alive else ""
         last = self.records[-1] if self.records else {}
         phase = last.get("phase")
         total = self._total(phase)
@@ -145,7 +148,7 @@ class Facts:
         return RunStatus(
             name=self.path.resolve().name,
             path=str(self.path),
-            state=self._state(job, checkpoint, error_attempt),
+            state=self._state(job, checkpoint, error_attempt, bool(silent)),
             attempt=self.newest,
             job_id=job_id,
             job=job,
@@ -165,11 +168,12 @@ class Facts:
             error_attempt=error_attempt,
             links=links,
             notes=tuple(self.notes),
+            problem=silent or None,
         )
 
     # -- parts ---------------------------------------------------------------------------------------------------
 
-    def _state(self, job: SlurmJob | None, checkpoint: str | None, error_attempt: int | None) -> str:
+    def _state(self, job: SlurmJob | None, checkpoint: str | None, error_attempt: int | None, silent: bool) -> str:
         steps = self._total("rl")
         if job is not None and job.active:
             return job.state.lower()
@@ -178,6 +182,8 @@ class Facts:
             return held
         if steps is not None and checkpoint == f"step_{steps:06d}":
             return "finished"
+        if silent:  # its job may wait or run
+            return "unknown"
         if job is not None and job.state != "COMPLETED":
             return job.state.lower()
         if self.newest is None:

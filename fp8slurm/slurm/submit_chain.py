@@ -13,12 +13,16 @@ from typing import Any, Sequence
 
 from fp8slurm.checkpoint.run import write_atomic
 from fp8slurm.config import RunConfig
+from fp8slurm.slurm.attempt import same_path
 from fp8slurm.slurm.chain import TRAIN, Link, dependency, links, log_file, parse_sbatch, script, script_file
 from fp8slurm.slurm.job import SlurmError, ask, environment_for_a_job
-from fp8slurm.slurm.queue import jobs
+from fp8slurm.slurm.queue import jobs, jobs_of_scripts
 from fp8slurm.slurm.status import Facts, size_damage
 
 CHAIN = "chain.json"
+LATE_S = 5.0
+"""A controller that did not answer in time may take a job as much later than it answers again."""
+LOOK_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,7 @@ def plan(config: RunConfig, run: Path, convert_sbatch: list[str], eval_sbatch: l
         ValueError: the run directory belongs to another model, or has an export of a checkpoint that it has not.
     """
     before = _read(run / CHAIN).get("hf_checkpoint")
-    if before not in (None, str(config.model.hf_checkpoint)):
+    if before is not None and not same_path(before, str(config.model.hf_checkpoint)):
         raise ValueError(
             f"{run} holds a chain that began with {before}, not with --model.hf-checkpoint "
             f"{config.model.hf_checkpoint}: choose another name with --run.name"
@@ -138,10 +142,10 @@ def refuse_second(run: Path) -> None:
     known, problem = jobs(facts.job_ids)
     if problem:
         raise ValueError(f"Slurm cannot say whether jobs of {run} are queued: {problem}")
-    active = [job.id for job in known.values() if job.active]
+    active = [job.id for job in known.values() if not job.over]
     if active:
         raise ValueError(
-            f"{run}: jobs {', '.join(active)} of it wait or run; fp8slurm status {run} shows them, "
+            f"{run}: jobs {', '.join(active)} of it wait or run, or are just being ended; fp8slurm status {run} shows them, "
             f"scancel {' '.join(active)} ends them, --run.name starts another run"
         )
     if facts.held() == "running":
@@ -152,7 +156,7 @@ def submit(found: list[Planned], config: RunConfig, run: Path, arguments: list[s
     """Queue the links that need a job; returns what chain.json says.
 
     Raises:
-        SlurmError: Slurm refused one; those queued before it were cancelled.
+        SlurmError: Slurm refused one, or did not answer; those queued before it were cancelled.
     """
     (run / "chain").mkdir(parents=True, exist_ok=True, mode=0o700)
     os.chmod(run, 0o700)
@@ -173,9 +177,10 @@ def submit(found: list[Planned], config: RunConfig, run: Path, arguments: list[s
             record["links"].append(entry)
             write_atomic(run / CHAIN, json.dumps(record, indent=1))
     except BaseException as error:
-        cancel(list(ids.values()))
+        refused = isinstance(error, SlurmError) and "no answer" not in str(error)
+        left = withdraw(run, list(ids.values()), 0 if refused else LATE_S)
         if isinstance(error, SlurmError):
-            raise SlurmError(f"{error}; nothing of the chain is left in the queue") from None
+            raise SlurmError(f"{error}; {left}") from None
         raise
     return record
 
@@ -184,24 +189,46 @@ def queue(planned: Planned, after: list[str], config: RunConfig, run: Path) -> t
     """Queue one link to start after the jobs `after`; returns its job id and the path of its log. Raises SlurmError."""
     link, flags = planned.link, dependency(after)
     if link.name == TRAIN:
-        from submitit.core.utils import FailedJobError, FailedSubmissionError
-
-        from fp8slurm.slurm.submit import FOLDER
+        from fp8slurm.slurm.submit import FOLDER, RefusedError
         from fp8slurm.slurm.submit import submit as submit_training
 
         try:
             job_id = submit_training(with_sbatch(config, flags))
-        except (FailedJobError, FailedSubmissionError) as error:
-            raise SlurmError(f"sbatch refused the training job: {error}") from None
+        except RefusedError as error:
+            raise SlurmError(f"the training job: {error}") from None
         assert job_id is not None, "a finished run is left out of the chain"
         return job_id, str(run / FOLDER / f"{job_id}_0_log.err")
     file = script_file(run, planned.number, link.name)
-    write_atomic(file, script(link, planned.number, config, run))
+    text = script(link, planned.number, config, run)
+    write_atomic(file, text)
     try:
-        said = ask("sbatch", "--parsable", *flags, str(file), environment=environment_for_a_job(dict(os.environ)))
+        said = ask("sbatch", "--parsable", *flags, str(file), environment=environment_for_a_job(dict(os.environ), text))
     except SlurmError as error:
         raise SlurmError(f"sbatch refused {file}: {error}") from None
     return said.strip().split(";")[0], str(log_file(run, planned.number, link.name))
+
+
+def withdraw(run: Path, ids: list[str], patience_s: float) -> str:
+    """Cancel the chain's jobs; returns what is left of them in the queue, in words.
+
+    They are those with the numbers `ids`, and those whose scripts are the run's: a job whose sbatch was given up may be queued all
+    the same, and `patience_s` later than that.
+    """
+    from fp8slurm.slurm.submit import FOLDER
+
+    cancel(ids)
+    begun = time.monotonic()
+    while True:
+        left, problem = jobs_of_scripts([run / "chain", run / FOLDER])
+        waited = time.monotonic() - begun
+        if problem:
+            return f"Slurm cannot say what is left of the chain in the queue ({problem}): squeue shows it, scancel ends it"
+        if not left and waited >= patience_s:
+            return "nothing of the chain is left in the queue"
+        if left and waited >= patience_s + LATE_S:
+            return f"jobs {', '.join(left)} of the chain are left in the queue: scancel {' '.join(left)} ends them"
+        cancel(left)
+        time.sleep(LOOK_S)
 
 
 def cancel(ids: list[str]) -> None:

@@ -168,9 +168,11 @@ class _Lane:
         others = buffers(self.cut.size - 1 if self.is_source else 0, max(piece_sizes))
         split = _Split(parameters, self.cut)
         self.fills = []
+        handed = 0  # buckets without pieces (norms, routers) hand nothing over: by their number a buffer would come round too soon
         for i, specs in enumerate(self.source.buckets):
             size = piece_sizes[i]
-            mine = own[i % len(own)][:size]
+            mine = own[handed % len(own)][:size]
+            handed += size > 0
             if self.is_source:
                 fill = _Fill(payloads[i % depth][: sizes[i]], None, [b[:size] for b in others] if size else [])
                 self._bind_source(fill, i, pieces[i], mine, split, trainer_dtype)

@@ -160,8 +160,8 @@ def _plan(state: dict[str, Any], path: Path) -> tuple[Any, Any, Any]:
     return kept[0], kept[1], CheckpointingConfig(strategy.backend, strategy.version)
 
 
-def load(trainer: Trainer, path: Path) -> None:
-    """Take over a folder written by `save`, in this or (with optim.distributed) any other layout.
+def load(trainer: Trainer, path: Path) -> bool:
+    """Take over a folder written by `save`, in this or (with optim.distributed) any other layout; whether it has a reference model.
 
     ValueError where that cannot be: another kind of optimizer, another dtype, another layout without optim.distributed.
     """
@@ -193,6 +193,7 @@ def load(trainer: Trainer, path: Path) -> None:
         _inner(trainer.reference).load_state_dict(state["reference"])
     if same:
         _set_random_state(state["random"])
+    return saved["reference"]
 
 
 def _regrouped(trainer: Trainer, loaded: dict[Any, Any]) -> Any:

@@ -75,7 +75,7 @@ def _logprobs_of(
     labels, temperature, group, with_entropy = context
     logits, _bias = output_layer(hidden_states, weight=output_weight)
     logits = logits.squeeze(1)
-    return vocab_parallel_logprobs(logits if temperature == 1 else logits / temperature, labels, group, with_entropy)
+    return vocab_parallel_logprobs(logits, labels, group, with_entropy, temperature)
 
 
 def _packed(batch: PackedBatch) -> Any:

@@ -16,17 +16,18 @@ CHUNK_LOGITS = 2**24
 class _VocabParallelLogprobs(torch.autograd.Function):
     """Per-token log-probability and, on request, entropy; the softmax is spread over the tensor-parallel ranks.
 
-    With p = softmax(z): logprob = z[label] - logsumexp(z), d logprob / dz_i = [i = label] - p_i;
+    With z = logits / temperature, in fp32 as SGLang divides, and p = softmax(z): logprob = z[label] - logsumexp(z), d logprob / dz_i = [i = label] - p_i;
     entropy H = logsumexp(z) - sum_i p_i z_i, dH / dz_i = -p_i (log p_i + H).
     Kept for the backward pass: the logits themselves; p is computed again from them.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, logits: torch.Tensor, labels: torch.Tensor, group: ProcessGroup | None, with_entropy: bool
+        ctx: Any, logits: torch.Tensor, labels: torch.Tensor, group: ProcessGroup | None, with_entropy: bool, temperature: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.set_materialize_grads(False)
-        peak = logits.max(dim=-1).values.float()
+        ctx.temperature = temperature
+        peak = logits.max(dim=-1).values.float().div_(temperature)
         first = 0
         if group is not None:
             dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=group)
@@ -35,7 +36,7 @@ class _VocabParallelLogprobs(torch.autograd.Function):
         local = torch.where(mine, labels - first, 0)
         sums = peak.new_zeros(3, len(labels))
         for rows in _chunks(logits):
-            z = logits[rows].to(torch.float32, copy=True).sub_(peak[rows, None])
+            z = logits[rows].to(torch.float32, copy=True).div_(temperature).sub_(peak[rows, None])
             sums[0, rows] = torch.where(mine[rows], z.gather(1, local[rows, None]).squeeze(1), 0.0)
             p = z.exp()
             sums[1, rows] = p.sum(-1)
@@ -52,11 +53,11 @@ class _VocabParallelLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(
         ctx: Any, grad: torch.Tensor | None, grad_entropy: torch.Tensor | None
-    ) -> tuple[torch.Tensor, None, None, None]:
+    ) -> tuple[torch.Tensor, None, None, None, None, None]:
         logits, peak, total, local, mine, entropy = ctx.saved_tensors
         out = torch.empty_like(logits)
         for rows in _chunks(logits):
-            p = logits[rows].to(torch.float32, copy=True).sub_(peak[rows, None]).exp_().div_(total[rows, None])
+            p = logits[rows].to(torch.float32, copy=True).div_(ctx.temperature).sub_(peak[rows, None]).exp_().div_(total[rows, None])
             if grad is None:
                 dz = torch.zeros_like(p)
             else:
@@ -66,9 +67,9 @@ class _VocabParallelLogprobs(torch.autograd.Function):
                 surprise = p.clamp_min(torch.finfo(p.dtype).tiny).log_().add_(entropy[rows, None])
                 dz -= surprise.mul_(p.mul_(grad_entropy[rows, None]))
                 del surprise
-            out[rows] = dz
+            out[rows] = dz.div_(ctx.temperature)
             del p, dz  # before the next chunk's are made
-        return out, None, None, None
+        return out, None, None, None, None, None
 
 
 def _chunks(logits: torch.Tensor) -> Iterator[slice]:
@@ -77,14 +78,15 @@ def _chunks(logits: torch.Tensor) -> Iterator[slice]:
 
 
 def vocab_parallel_logprobs(
-    logits: torch.Tensor, labels: torch.Tensor, group: ProcessGroup | None = None, with_entropy: bool = False
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Log-probability of `labels` (int64 [T]) under `logits` ([T, V / size], this rank's part of the vocabulary).
+    logits: torch.Tensor, labels: torch.Tensor, group: ProcessGroup | None = None, with_entropy: bool = False,
+    temperature: float = 1.0,
+) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
+    """Log-probability of `labels` (int64 [T]) under `logits` ([T, V / size], this rank's part of the vocabulary) / temperature.
 
     Returns fp32 [T] and, with_entropy, the entropy of every distribution in nats, fp32 [T]; both the same on all ranks
     of `group` (None: the whole vocabulary is here). The gradient on every rank is that of its own part.
     """
     if group is not None and group.size() == 1:
         group = None
-    logprobs, entropy = _VocabParallelLogprobs.apply(logits, labels, group, with_entropy)
+    logprobs, entropy = _VocabParallelLogprobs.apply(logits, labels, group, with_entropy, temperature)
     return logprobs, entropy if with_entropy else None

@@ -320,8 +320,11 @@ class Trainer:
                     part.get_parameters(), self.config.optim.clip_grad, grad_norm,
                     use_decoupled_grad=part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
                 )  # fmt: skip
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        o = self.config.optim
+        for group in self.optimizer.param_groups:  # a checkpoint brings the settings of the run that wrote it
+            # norms have a wd_mult of 0, which only Megatron's own scheduler would apply
+            decay = o.weight_decay * group.get("wd_mult", 1.0)
+            group |= {"lr": lr, "weight_decay": decay, "betas": (o.beta1, o.beta2), "eps": o.eps}
         self.optimizer.step_with_ready_grads()
         self.weights_changed()
         return grad_norm, True
@@ -368,7 +371,9 @@ class Trainer:
         """
         checkpoint.save(self, Path(path))
 
-    def load(self, path: str | Path) -> None:
-        """Continue from `save`, in this or another layout. ValueError for what cannot be taken over."""
-        checkpoint.load(self, Path(path))
+    def load(self, path: str | Path) -> bool:
+        """Continue from `save`, in this or another layout; whether a reference model came with it. ValueError for what cannot be
+        taken over."""
+        with_reference = checkpoint.load(self, Path(path))
         self.weights_changed()
+        return with_reference

@@ -1,5 +1,6 @@
 """`fp8slurm convert` and the scripts under the familiar names: flags, exit statuses, --list, --dry-run, memory."""
 
+import errno
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ import tiny_folders
 import torch
 
 from fp8slurm.checkpoint.cli import main, size
+from fp8slurm.checkpoint.run import RunDirectory, RunState
 from fp8slurm.checkpoint.safetensors_file import TensorInfo, lay_out
 
 ROOT = Path(__file__).parents[2]
@@ -70,6 +72,43 @@ def test_bad_input_is_one_line_and_status_2(tmp_path: Path, capsys: pytest.Captu
         assert message in error and error.startswith(f"fp8slurm convert {arguments[0]}: ") and error.count("\n") == 1
     with pytest.raises(SystemExit):
         main(["hf-to-fp8", str(hf), str(tmp_path / "out"), "--max-shard-size", "many"])
+
+
+def test_an_error_of_the_disk_names_the_path(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hf, out = tiny_folders.make(tmp_path / "hf"), tmp_path / "out"
+
+    def refused(path: Path, *_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(Path, "mkdir", refused)
+    assert main(["hf-to-fp8", str(hf), str(out)]) == 1
+    assert capsys.readouterr().err == f"fp8slurm convert hf-to-fp8: {out}.tmp: Permission denied\n"
+
+
+def test_a_damaged_checkpoint_of_a_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By the files that hold the model: others, such as the random state, are not read."""
+    hf = str(tiny_folders.make(tmp_path / "hf"))
+    run = RunDirectory(tmp_path / "run")
+    run.acquire()
+    saving = run.begin_checkpoint(RunState("rl", 1))
+    assert main(["hf-to-torch-dist", hf, str(saving / "made"), "--quiet"]) == 0
+    for file in (saving / "made").iterdir():
+        file.rename(saving / file.name)
+    (saving / "made").rmdir()
+    saved = run.commit_checkpoint(saving, RunState("rl", 1))
+    (saved / "__objects.distcp").write_bytes(b"altered")
+    arguments = [str(saved), str(tmp_path / "out"), "--origin-hf-dir", hf]
+    assert main(["torch-dist-to-hf", *arguments]) == 0
+    data = bytearray((saved / "__0_0.distcp").read_bytes())
+    data[len(data) // 2] ^= 1
+    (saved / "__0_0.distcp").write_bytes(data)
+    for name in ("torch-dist-to-hf", "torch-dist-to-fp8"):
+        assert main([name, *arguments, "--overwrite"]) == 2
+        said = f"{saved}: a damaged checkpoint of a run: __0_0.distcp was altered (SHA-256)"
+        assert said in capsys.readouterr().err
+    assert not (tmp_path / "out.tmp").exists()
 
 
 def test_sizes() -> None:

@@ -3,18 +3,25 @@
 import errno
 import json
 import os
+import re
+import socket
+import subprocess
+import sys
 import threading
 from pathlib import Path
+from typing import Callable, Iterator
 
 import pytest
 import tiny_folders
 import torch
 from safetensors.torch import load_file, save_file
 
-from fp8slurm.checkpoint import BadCheckpoint, fp8_to_hf, hf_to_fp8, stream
+from fp8slurm.checkpoint import BadCheckpoint, fp8_to_hf, hf_to_fp8, hf_to_torch_dist, stream, torch_dist_to_fp8
 from fp8slurm.checkpoint.hf_folder import open_hf
+from fp8slurm.checkpoint.output import OURS, OWNER, OutputFolder
+from fp8slurm.checkpoint.run import process_start
 from fp8slurm.fp8.block import BlockFP8
-from fp8slurm.fp8.policy import decide
+from fp8slurm.fp8.policy import decide, engine_matrix
 from fp8slurm.fp8.reference import dequantize_reference, quantize_reference
 
 
@@ -134,8 +141,78 @@ def test_power_of_two_and_exclusions(tmp_path: Path) -> None:
     assert scales and all((torch.frexp(made[n]).mantissa == 0.5).all() for n in scales)
     assert not any("layers.1." in n or "o_proj" in n for n in scales)
     quantization = json.loads((tmp_path / "fp8/config.json").read_text())["quantization_config"]
-    assert {"o_proj", "model.layers.1"} <= set(quantization["modules_to_not_convert"])
+    layer = "model.layers.1."
+    kept = ["model.layers.0.self_attn.o_proj", *(f"{layer}mlp.{p}_proj" for p in ("down", "gate", "up"))]
+    kept += [f"{layer}self_attn.{p}_proj" for p in "koqv"]
+    assert quantization["modules_to_not_convert"] == ["lm_head", *kept]
     assert quantization["scale_fmt"] == "ue8m0"
+
+
+@pytest.mark.parametrize("entry", ["mlp", "layers.0", "model.layer.0.mlp", "model.layers.2", "proj", ""])
+def test_an_entry_that_matches_no_module_is_refused(tmp_path: Path, entry: str) -> None:
+    hf = tiny_folders.make(tmp_path / "src")
+    hf_to_torch_dist(hf, tmp_path / "ckpt")
+    message = rf"--modules-to-not-convert {entry}: .* such as model\.layers\.0\.mlp\.down_proj, model\.layers\.0\.mlp or down_"
+    with pytest.raises(ValueError, match=message):
+        hf_to_fp8(hf, tmp_path / "fp8", modules_to_not_convert=["o_proj", entry])
+    with pytest.raises(ValueError, match=message):
+        torch_dist_to_fp8(tmp_path / "ckpt", tmp_path / "fp8", origin_hf_dir=hf, modules_to_not_convert=["o_proj", entry])
+
+
+def test_entries_that_are_accepted_without_an_effect(tmp_path: Path) -> None:
+    """An input config's own, and what stays as it is anyway: rollout checkpoints name it, and this model has no head."""
+    config = tiny_folders.config() | {"modules_to_not_convert": ["mlp"]}
+    src = tiny_folders.write(tmp_path / "src", config, tiny_folders.tensors(config))
+    given = ["lm_head", "model.layers.0.mlp.gate", "model.layers.0.input_layernorm", "model.embed_tokens"]
+    hf_to_fp8(src, tmp_path / "fp8", modules_to_not_convert=given)
+    quantization = json.loads((tmp_path / "fp8/config.json").read_text())["quantization_config"]
+    assert quantization["modules_to_not_convert"] == ["lm_head"]
+
+
+@pytest.mark.parametrize(
+    ("entry", "moe"), [("q_proj", False), ("up_proj", False), ("model.layers.1.mlp.experts.3", True), ("down_proj", True)]
+)
+def test_an_entry_that_splits_what_the_engine_holds_as_one_is_refused(tmp_path: Path, entry: str, moe: bool) -> None:
+    src = tiny_folders.make(tmp_path / "src", moe=moe, tie=False)
+    with pytest.raises(ValueError, match=rf"modules_to_not_convert: {entry} keeps model\.layers.* but not model\.layers"):
+        hf_to_fp8(src, tmp_path / "fp8", modules_to_not_convert=[entry])
+
+
+KEPT_BY = """
+import json, sys
+from fp8slurm.cpu import sglang_stubs
+sglang_stubs.install()
+from sglang.srt.layers.quantization.fp8 import Fp8Config
+from sglang.srt.layers.quantization.utils import is_layer_skipped
+from transformers.quantizers.quantizers_utils import should_convert_module
+quantization, modules = json.load(sys.stdin)
+ignored, entries = Fp8Config.from_config(quantization).ignored_layers, quantization["modules_to_not_convert"]
+print(json.dumps({m: [is_layer_skipped(one, ignored), not should_convert_module(m, entries)] for m, one in modules.items()}))
+"""
+
+
+@pytest.mark.slow
+def test_the_engine_keeps_what_the_file_keeps(tmp_path: Path) -> None:
+    """By SGLang's own rule and transformers' own, on the names that their modules have."""
+    environment = os.environ | {"SGLANG_USE_CPU_ENGINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
+    for moe, given in ((False, ["model.layers.1", "o_proj"]), (True, ["model.layers.1.mlp.experts", "o_proj"])):
+        src = tiny_folders.make(tmp_path / f"src{moe}", moe=moe, tie=False, layers=12)
+        out = tmp_path / f"fp8{moe}"
+        hf_to_fp8(src, out, modules_to_not_convert=given)
+        quantization = json.loads((out / "config.json").read_text())["quantization_config"]
+        kept = {
+            name.removesuffix(".weight"): w.dtype == torch.bfloat16
+            for name, w in load(out).items()
+            if not name.endswith("_scale_inv") and decide(name, w.shape).quantize
+        }
+        done = subprocess.run(
+            [sys.executable, "-c", KEPT_BY], input=json.dumps([quantization, {m: engine_matrix(m) for m in kept}]),
+            capture_output=True, text=True, env=environment, timeout=200,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout.splitlines()[-1]) == {m: [k, k] for m, k in kept.items()}
+        assert 0 < sum(kept.values()) < len(kept)
 
 
 class Interrupted(BaseException):
@@ -213,6 +290,124 @@ def test_output_that_exists_or_lies_in_the_input(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["src", "there"]
 
 
+@pytest.fixture
+def sleeper() -> Iterator[dict[str, object]]:
+    """A living process of this machine, as OUT.tmp records it."""
+    process = subprocess.Popen(["sleep", "60"])
+    yield {"host": socket.gethostname(), "pid": process.pid, "start": process_start(process.pid), "token": "its own"}
+    process.kill()
+    process.wait()
+
+
+def test_a_second_conversion_at_once_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sleeper: dict[str, object]
+) -> None:
+    src = tiny_folders.make(tmp_path / "src")
+    leftover(tmp_path, src, monkeypatch)
+    owner = tmp_path / "fp8.tmp" / OWNER
+    assert not owner.exists()  # the interrupted one is no longer at work
+    owner.write_text(json.dumps(sleeper))
+    for convert in (hf_to_fp8, hf_to_torch_dist):
+        with pytest.raises(ValueError, match=f"process {sleeper['pid']} on this machine is converting into it"):
+            convert(src, tmp_path / "fp8")
+    assert json.loads(owner.read_text()) == sleeper
+    owner.write_text(json.dumps(sleeper | {"start": "1"}))  # the process ended, its number was given to another one
+    assert hf_to_fp8(src, tmp_path / "fp8", max_shard_bytes=1 << 20).resumed_shards > 0
+    assert not OURS & set(files(tmp_path / "fp8"))
+
+
+@pytest.mark.parametrize("convert", [hf_to_fp8, hf_to_torch_dist])
+@pytest.mark.parametrize("last", [False, True], ids=["at the second shard", "at the end"])
+def test_a_conversion_that_was_taken_over_gives_nothing_a_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, convert: Callable[..., object], last: bool
+) -> None:
+    """Another machine's conversion begins in the same OUT.tmp: its owner cannot be looked for here."""
+    src = tiny_folders.make(tmp_path / "src")
+    original, calls = OutputFolder.check_owner, []
+
+    def taken(self: OutputFolder) -> None:
+        calls.append(0)
+        if len(calls) == taken_at:
+            (self.tmp / OWNER).write_text('{"host": "elsewhere", "pid": 1, "start": "1", "token": "its own"}')
+        original(self)
+
+    monkeypatch.setattr(OutputFolder, "check_owner", taken)
+    taken_at = -1
+    convert(src, tmp_path / "whole", max_shard_bytes=1 << 20, jobs=1)
+    taken_at = len(calls) if last else 2
+    calls.clear()
+    with pytest.raises(BadCheckpoint, match="another conversion took .*out.tmp over"):
+        convert(src, tmp_path / "out", max_shard_bytes=1 << 20, jobs=1)
+    assert len(calls) == taken_at and not (tmp_path / "out").exists()
+    assert json.loads((tmp_path / "out.tmp" / OWNER).read_text())["host"] == "elsewhere"
+    named = [p for p in (tmp_path / "out.tmp").iterdir() if p.suffix in (".safetensors", ".distcp")]
+    assert len(named) >= 2 if last else len(named) == 1
+
+
+def test_an_output_that_the_inputs_links_lead_into(tmp_path: Path) -> None:
+    original = tiny_folders.make(tmp_path / "orig")
+    links = tmp_path / "links"
+    links.mkdir()
+    for file in original.iterdir():
+        (links / file.name).symlink_to(file)
+    before = files(original)
+    for convert in (hf_to_fp8, hf_to_torch_dist):
+        with pytest.raises(ValueError, match="the input file .*orig/.* lies in it"):
+            convert(links, original, overwrite=True)
+    assert files(original) == before
+    hf_to_fp8(links, tmp_path / "out")
+
+
+def test_an_output_that_is_no_folder(tmp_path: Path) -> None:
+    src = tiny_folders.make(tmp_path / "src")
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    for name, what in (("file", "no folder"), ("link", "a symbolic link"), ("dangling", "a symbolic link")):
+        with pytest.raises(ValueError, match=f"{name} is {what}; OUT must be a folder"):
+            hf_to_fp8(src, tmp_path / name, overwrite=True)
+        assert not (tmp_path / f"{name}.tmp").exists()
+    (tmp_path / "out.tmp").write_text("x")
+    with pytest.raises(ValueError, match="out.tmp exists and no conversion made it"):
+        hf_to_fp8(src, tmp_path / "out")
+
+
+def test_overwriting_keeps_a_users_old_folder_and_survives_a_crash(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    src, out, mine = tiny_folders.make(tmp_path / "src"), tmp_path / "out", tmp_path / "out.old"
+    for folder in (out, mine):
+        folder.mkdir()
+        (folder / "precious").write_text(folder.name)
+    rename = os.rename
+
+    def crash(a: Path, b: Path) -> None:
+        if b == out:
+            raise Interrupted
+        rename(a, b)
+
+    with monkeypatch.context() as m:
+        m.setattr(os, "rename", crash)
+        with pytest.raises(Interrupted):
+            hf_to_fp8(src, out, overwrite=True)
+    [old] = tmp_path.glob("out.old.*")
+    assert not out.exists() and (old / "precious").read_text() == "out"
+    assert hf_to_fp8(src, out).resumed_shards == 1  # OUT is missing: no --overwrite is needed
+    assert str(old) in caplog.text and (old / "precious").read_text() == "out"
+    hf_to_fp8(src, out, overwrite=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "out.old", "src"]
+    assert (mine / "precious").read_text() == "out.old"
+
+
+def test_an_inputs_own_conversion_json_is_left_out(tmp_path: Path) -> None:
+    src = tiny_folders.make(tmp_path / "src")
+    for name in OURS:
+        (src / name).write_text("{}")
+    hf_to_fp8(src, tmp_path / "fp8")
+    assert not OURS & set(files(tmp_path / "fp8"))
+
+
 @pytest.mark.parametrize("verify", [True, False])
 def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verify: bool) -> None:
     src = tiny_folders.make(tmp_path / "src")
@@ -246,9 +441,9 @@ def test_verification_finds_a_flipped_bit(tmp_path: Path, monkeypatch: pytest.Mo
     src = tiny_folders.make(tmp_path / "src")
     original = stream.write_shard
 
-    def write_and_damage(shard, folder, *args):
-        digests = original(shard, folder, *args)
-        with (folder / (shard.layout.file_name + ".part")).open("r+b") as file:
+    def write_and_damage(shard, path, *args):
+        digests = original(shard, path, *args)
+        with path.open("r+b") as file:
             file.seek(shard.layout.nbytes - 1)
             last = file.read(1)[0]
             file.seek(shard.layout.nbytes - 1)
@@ -316,7 +511,8 @@ def test_scales_that_do_not_fit(tmp_path: Path) -> None:
     scale = "model.layers.0.self_attn.q_proj.weight_scale_inv"
     for damage, message in (
         (lambda w: w.pop(scale), "q_proj.weight_scale_inv is missing"),
-        (lambda w: w.update({scale: torch.ones(3, 3)}), "does not fit"),
+        (lambda w: w.update({scale: torch.ones(3, 3)}), r"q_proj.weight_scale_inv: shape \[3, 3\] does not fit \[512, 256\]"),
+        (lambda w: w.update({scale: w[scale].int()}), "scale_inv is int32; scales can be bfloat16, float16, float32"),
         (lambda w: w.pop(scale.removesuffix("_scale_inv")), "has no FP8 weight"),
     ):
         damaged = dict(weights)
@@ -324,6 +520,32 @@ def test_scales_that_do_not_fit(tmp_path: Path) -> None:
         save_file(damaged, tmp_path / "fp8/model.safetensors")
         with pytest.raises(BadCheckpoint, match=message):
             fp8_to_hf(tmp_path / "fp8", tmp_path / "out")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_scales_as_in_qwens_own_fp8_folders(tmp_path: Path, dtype: torch.dtype) -> None:
+    hf_to_fp8(tiny_folders.make(tmp_path / "src"), tmp_path / "fp8")
+    weights = load(tmp_path / "fp8")
+    rounded = {n: w.to(dtype) if n.endswith("_scale_inv") else w for n, w in weights.items()}
+    save_file(rounded, tmp_path / "fp8/model.safetensors")
+    fp8_to_hf(tmp_path / "fp8", tmp_path / "back")
+    for name, w in load(tmp_path / "back").items():
+        if name + "_scale_inv" in rounded:
+            scale = rounded[name + "_scale_inv"].float()
+            assert same(w, dequantize_reference(BlockFP8(weights[name], scale)).bfloat16())
+
+
+def test_one_layer_in_another_dtype_is_refused_by_torch_dist(tmp_path: Path) -> None:
+    config = tiny_folders.config()
+    name = "model.layers.1.mlp.down_proj.weight"
+    for other, first in ((name, "model.layers.0.mlp.down_proj.weight"), (name.replace("down", "up"), None)):
+        weights = tiny_folders.tensors(config)
+        weights[other] = weights[other].float()
+        src = tiny_folders.write(tmp_path / other, config, weights)
+        first = re.escape(first or "model.layers.0.mlp.gate_proj.weight")
+        with pytest.raises(ValueError, match=rf"{first} \(bfloat16\) and {re.escape(other)} \(float32\) become one tensor"):
+            hf_to_torch_dist(src, tmp_path / "ckpt")
+    assert not (tmp_path / "ckpt.tmp").exists()
 
 
 def test_folder_damage(tmp_path: Path) -> None:
@@ -346,6 +568,7 @@ def test_folder_damage(tmp_path: Path) -> None:
         "left_out": (lambda f, i: i["weight_map"].pop("model.norm.weight"), "model.norm.weight.*nowhere"),
         "size": (lambda f, i: i["metadata"].update(total_size=1), "total_size is 1"),
         "outside": (lambda f, i: i["weight_map"].update(ghost="../x.safetensors"), "no safetensors file of this"),
+        "stray": (lambda f, i: (f / "a.safetensors").touch(), "stray/a.safetensors is not mentioned in"),
         "elsewhere": (swap, "has it in"),
     }
     for name, (change, message) in cases.items():

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from unittest.mock import MagicMock
 
 import pytest
 from fp8slurm.checkpoint.run import FencedError, RunBusyError, RunDirectory, RunState, damage
@@ -42,7 +43,7 @@ def test_order_sft_before_rl_newest_first(run):
     assert usable(run) == ["step_000005", "step_000000", "sft_000090"]
 
 
-@pytest.mark.parametrize("harm", ["truncate", "flip", "complete", "remove", "garble"])
+@pytest.mark.parametrize("harm", ["truncate", "flip", "complete", "remove", "garble", "empty", "no object"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(run, harm):
     saved(run, RunState("rl", 1))
     newest = saved(run, RunState("rl", 2))
@@ -56,7 +57,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(run, harm):
     elif harm == "remove":
         shard.unlink()
     else:
-        (newest / "COMPLETE").write_text("{")
+        text = {"garble": "{", "empty": '{"files": {}}', "no object": '{"files": {"shard": 7}}'}[harm]
+        (newest / "COMPLETE").write_text(text)
     reasons = {f.name: why for f, why in run.checked_checkpoints()}
     assert reasons["step_000001"] is None and reasons["step_000002"]
     assert usable(run) == ["step_000001"]
@@ -79,6 +81,55 @@ def test_keep_last_and_keep_every(run):
         saved(run, RunState("rl", step))
         run.prune(keep_last=2, keep_every=3)
     assert usable(run) == ["step_000008", "step_000007", "step_000006", "step_000003"]
+
+
+def test_damaged_checkpoints_that_were_set_aside_do_not_count(run):
+    for step in (6, 8, 10):
+        saved(run, RunState("rl", step))
+    for name in ("step_000008", "step_000010"):
+        (run.checkpoints / name / "shard").write_text("damaged")
+    asides = [run.set_aside(folder).name for folder, why in run.checked_checkpoints() if why]
+    assert asides == ["step_000010.damaged.0", "step_000008.damaged.0"] and run.newest_checkpoint() == "step_000006"
+    saved(run, RunState("rl", 7))
+    run.prune(keep_last=2, keep_every=0)
+    assert usable(run) == ["step_000007", "step_000006"]
+    assert {p.name for p in run.checkpoints.iterdir()} == {*asides, *usable(run)}
+    run.release()
+    RunDirectory(run.path).acquire()
+    with pytest.raises(FencedError):
+        run.set_aside(run.checkpoints / "step_000007")
+    assert usable(run) == ["step_000007", "step_000006"]
+
+
+def test_a_resumed_run_sets_damaged_checkpoints_aside(run, caplog):
+    from fp8slurm.config import RunConfig
+    from fp8slurm.rl.loop import Loop
+
+    saved(run, RunState("rl", 1))
+    (saved(run, RunState("rl", 2)) / "shard").write_text("damaged")
+    loop = MagicMock(first=True, run_dir=run, config=RunConfig(), **{"store.get.return_value": b"step_000001"})
+    Loop.resume(loop)
+    loop.store.set.assert_called_once_with("resume", "step_000001")
+    assert run.checkpoint_names() == ["step_000001"] and loop.state == RunState("rl", 1)
+    assert "step_000002 is skipped: shard was altered (SHA-256); set aside as step_000002.damaged.0" in caplog.text
+
+
+def test_other_folders_beside_the_checkpoints_are_the_users(run):
+    for step in (999_998, 999_999, 1_000_000):
+        saved(run, RunState("rl", step))
+    for name in ("best_000008", "backup_step_000010", "step_000008.damaged.0"):
+        (run.checkpoints / name).mkdir()
+    run.prune(keep_last=2, keep_every=0)
+    assert run.checkpoint_names() == ["step_1000000", "step_999999"]
+    assert len(list(run.checkpoints.iterdir())) == 5
+
+
+def test_some_files_of_a_checkpoint_can_be_checked_alone(run):
+    folder = saved(run, RunState("rl", 1))
+    (folder / "shard").write_text("altered")
+    assert damage(folder, ["sub/more"]) is None
+    assert damage(folder, ["sub/more", "shard"]) == "shard was altered (SHA-256)"
+    assert damage(folder, ["stray"]) == "stray is not among the files that COMPLETE names"
 
 
 def test_a_held_directory_is_refused_naming_the_holder(run):

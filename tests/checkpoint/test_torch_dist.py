@@ -238,9 +238,9 @@ def test_verification_of_torch_dist_finds_a_flipped_bit(
 
     def write_and_damage(files, out, *args):
         names = original(files, out, *args)
-        data = bytearray((out / "__0_0.distcp").read_bytes())
+        data = bytearray((out.tmp / "__0_0.distcp").read_bytes())
         data[len(data) // 2] ^= 1
-        (out / "__0_0.distcp").write_bytes(data)
+        (out.tmp / "__0_0.distcp").write_bytes(data)
         return names
 
     monkeypatch.setattr(convert_torch_dist, "write_torch_dist", write_and_damage)

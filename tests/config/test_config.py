@@ -49,6 +49,34 @@ def test_broken_recipe(tmp_path, text, says):
         read_recipe(path)
 
 
+@pytest.mark.parametrize(
+    "section, key, value, says",
+    [
+        ("optim", "lr", "inf", "finite number"),
+        ("algorithm", "entropy_coef", "nan", "finite number"),
+        ("run", "steps", "true", "a number is needed"),
+        ("optim", "lr", "true", "a number is needed"),
+    ],
+)
+def test_a_value_that_is_no_number(tmp_path, section, key, value, says):
+    path = tmp_path / "r.toml"
+    path.write_text(f"[{section}]\n{key} = {value}\n")
+    with pytest.raises(ValueError, match=rf"r.toml: {section}.{key} = .*{says}"):
+        read_recipe(path)
+
+
+def test_a_flag_that_is_no_finite_number():
+    with pytest.raises((SystemExit, ValueError)):
+        parse(None, ["--optim.lr", "inf"])
+
+
+def test_a_recipe_that_is_not_utf8_is_named(tmp_path):
+    path = tmp_path / "r.toml"
+    path.write_bytes("[run]\nname = 'größe'\n".encode("latin-1"))
+    with pytest.raises(ValueError, match="r.toml: not UTF-8, as a TOML file must be: byte 16"):
+        read_recipe(path)
+
+
 def test_missing_recipe_lists_the_shipped_ones():
     with pytest.raises(ValueError, match="tiny-fp8"):
         read_recipe("qwen9")

@@ -45,6 +45,13 @@ class Model(torch.nn.Module):
             elif name == "padded":
                 self.norm.data[:9].copy_(w)
                 self.norm.data[9:].fill_(0)  # nothing
+            elif name == "rebound":
+                self.norm.data = w.clone()
+            elif name == "listed":
+                torch._foreach_copy_([self.norm.data], [w])
+            elif name == "overlapping":
+                self.norm.data[:6].copy_(w[3:])
+                self.norm.data[3:].copy_(w[:6])
             elif name == "turned16":
                 self.turned.data.copy_(w)
             elif name != "elsewhere":  # another rank's
@@ -56,6 +63,7 @@ SHAPES: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
     "expert0": (torch.float8_e4m3fn, (4, 4)), "expert2": (torch.float8_e4m3fn, (4, 4)), "turned": (torch.float32, (3, 7)),
     "norm": (torch.float32, (9,)), "elsewhere": (torch.float32, (2, 2)), "converted": (torch.bfloat16, (9,)),
     "cast": (torch.bfloat16, (9,)), "filled": (torch.float32, (1,)), "buffer": (torch.float32, (4,)), "padded": (torch.bfloat16, (9,)), "turned16": (torch.bfloat16, (3, 7)),
+    "rebound": (torch.float32, (9,)), "listed": (torch.float32, (9,)), "overlapping": (torch.float32, (9,)),
 }  # fmt: skip
 GOOD = ["q", "k", "v", "column", "expert0", "expert2", "turned", "norm", "elsewhere"]
 
@@ -113,7 +121,8 @@ def test_later_loads_are_the_same_copies_without_the_model(known: bool) -> None:
 @pytest.mark.parametrize(
     ("name", "why"),
     [("converted", "not in the bucket"), ("turned16", "it makes turned from torch.bfloat16"), ("filled", "fill_"),
-     ("buffer", "no parameter")],  # fmt: skip
+     ("buffer", "no parameter"), ("rebound", "it gives norm other memory"), ("listed", "_foreach_copy_"),
+     ("overlapping", "twice to the same place")],  # fmt: skip
 )
 def test_what_is_no_plain_copy_is_loaded_by_the_model_every_time(name: str, why: str) -> None:
     model = Model()

@@ -128,3 +128,11 @@ def test_what_cannot_be_compared_is_refused(tmp_path, capsys):
     (b / "settings.json").write_text("{}")
     assert main(["compare", str(a), str(b)]) == 2 and "run it again to complete it" in capsys.readouterr().err
     assert main(["compare", str(a), str(a), "--fail-if-worse=-1"]) == 2
+
+
+def test_another_chat_template_is_refused(tmp_path):
+    folders = [evaluation(tmp_path / n, [1, 0], "fp8") for n in "ab"]
+    for folder, thinking in zip(folders, (True, False)):
+        (folder / "settings.json").write_text(json.dumps({"tasks": [], "chat_template_kwargs": {"enable_thinking": thinking}}))
+    with pytest.raises(ValueError, match="chat_template_kwargs .*True.*False"):
+        compare(*folders)

@@ -1,3 +1,5 @@
+import subprocess
+import sys
 import time
 
 import pytest
@@ -36,7 +38,16 @@ NUMERIC = [
     (".5", "0.5", 1),
     ("1,000,000", "1000000", 1),
     ("first 5, then \\boxed{7}. Check: 9", "7", 1),
-    ("\\boxed{7} or \\boxed{8}", "8", 1),
+    ("\\boxed{7} or \\boxed{8}", "8", 0),
+    ("\\boxed{1,2}", "2", 0),
+    ("\\boxed{1 \\text{ or } 2}", "2", 0),
+    ("\\boxed{1,234}", "1234", 1),
+    ("\\boxed{x = 1, y = 2}", "2", 1),
+    ("\\boxed{260 \\text{ sheets in 2 weeks}}", "260", 1),
+    ("The answer is:\n- 42", "42", 1),
+    ("- 42", "-42", 1),
+    ("It is - 42", "-42", 1),
+    ("5 - 3", "3", 1),
     ("#### 18", "18", 1),
     ("**18**", "18", 1),
     ("(18)", "18", 1),
@@ -126,6 +137,12 @@ CHOICE = [
     ("\\boxed{A} or \\boxed{B}", "A", 0),
     ("\\boxed{B: 12 m}", "B", 1),
     ("\\boxed{B, helium}", "B", 1),
+    ("Answer: `B`", "B", 1),
+    ("Answer: <B>", "B", 1),
+    ("Answer\uff1aB", "B", 1),
+    ("\\boxed{\\text{Answer: B}}", "B", 1),
+    ("\\boxed{\\text{Option B}}", "B", 1),
+    ("Answer: B\nNote: the answer choice C would be wrong", "B", 1),
 ]
 
 
@@ -204,3 +221,14 @@ def test_boxes():
     assert last_boxed("\\boxed{1}, so \\boxed{2}") == "2"
     assert last_boxed("\\boxed {5} and \\boxed{6") == "5"
     assert last_boxed("\\boxed{\\boxed{5}}") == "5"
+
+
+@pytest.mark.parametrize("text", [
+    "The answer is" + "\n" * 20000 + "1", "answer" + " " * 20000 + "1", "The answer is " + "*" * 20000 + "1",
+    "option " * 3000 + "| 5 |", "\\boxed{" + ", " * 20000 + "}", "\\boxed{" + "$" * 20000 + "}", "\\boxed{A" + "," * 20000 + "}",
+    "Answer: A" + "&/" * 10000 + "1",
+])  # fmt: skip
+def test_degenerate_responses_are_read_in_a_moment(text):
+    # in a process that can be ended: re holds the interpreter; the fourth power of 20,000 would take years
+    code = "import sys; from fp8slurm.rl.graders import choice, numeric; t = sys.stdin.read(); choice(t, 'B'); numeric(t, '7')"
+    subprocess.run([sys.executable, "-c", code], input=text, text=True, check=True, timeout=60)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fp8slurm.fp8.policy import decide
+from fp8slurm.fp8.policy import decide, engine_matrix, has_effect, kept_name
 
 LAYER = "model.layers.11."
 
@@ -71,3 +71,31 @@ def test_modules_to_not_convert(entry: str, kept: bool) -> None:
     decision = decide(LAYER + "self_attn.q_proj.weight", (256, 256), [entry])
     assert decision.quantize is not kept
     assert not kept or entry in decision.reason
+
+
+@pytest.mark.parametrize(
+    ("module", "matrix", "name"),
+    [
+        ("self_attn.k_proj", "self_attn.qkv_proj", None),
+        ("self_attn.o_proj", "self_attn.o_proj", None),
+        ("mlp.up_proj", "mlp.gate_up_proj", None),
+        ("mlp.down_proj", "mlp.down_proj", None),
+        ("mlp.experts.3.up_proj", "mlp.experts", "mlp.experts"),
+        ("mlp.experts.gate_up_proj", "mlp.experts", "mlp.experts"),
+    ],
+)
+def test_what_the_engine_holds_a_module_in(module: str, matrix: str, name: str | None) -> None:
+    assert engine_matrix(LAYER + module) == LAYER + matrix
+    assert kept_name(LAYER + module) == LAYER + (name or module)
+    assert not decide(LAYER + module + ".weight", (256, 256), [kept_name(LAYER + module)]).quantize
+
+
+@pytest.mark.parametrize(
+    ("entry", "effect"),
+    [
+        ("model.layers.11", True), ("q_proj", True), ("lm_head", True), ("model.layers.0.mlp.gate", True),
+        ("model.layers.1", False), ("self_attn", False), ("", False),
+    ],
+)  # fmt: skip
+def test_entries_without_an_effect(entry: str, effect: bool) -> None:
+    assert has_effect(entry, [LAYER + "self_attn.q_proj"]) is effect

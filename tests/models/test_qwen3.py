@@ -46,6 +46,13 @@ def test_no_config(tmp_path: Path) -> None:
         ({"architectures": ["LlamaForCausalLM"]}, "'LlamaForCausalLM' is not supported; allowed: 'Qwen3ForCausalLM'"),
         ({"architectures": None}, "architectures"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
+        ({"rope_scaling": "yarn"}, "config.json: rope_scaling = 'yarn' is not supported; allowed: an object, or null"),
+        ({"rope_parameters": ["yarn"]}, "rope_parameters"),
+        ({"quantization_config": "fp8"}, "quantization_config = 'fp8' is not supported"),
+        ({"num_attention_heads": None}, "config.json: num_attention_heads = None; a number of at least 1 is needed"),
+        ({"num_attention_heads": 0}, "num_attention_heads = 0"),
+        ({"num_key_value_heads": "2"}, "num_key_value_heads = '2'"),
+        ({"head_dim": True}, "head_dim = True"),
         ({"attention_bias": True}, "attention_bias"),
         ({"use_sliding_window": True}, "use_sliding_window"),
         ({"hidden_act": "gelu"}, "hidden_act"),
@@ -54,6 +61,27 @@ def test_no_config(tmp_path: Path) -> None:
 def test_other_models_are_refused(change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ModelSpec.from_hf_config(DENSE | change)
+
+
+NEEDED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+NEEDED_BY_EXPERTS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
+
+
+@pytest.mark.parametrize(
+    ("key", "config"), [*((k, DENSE) for k in NEEDED), *((k, MOE) for k in (*NEEDED, *NEEDED_BY_EXPERTS))]
+)
+def test_a_missing_size_is_named_with_the_file(tmp_path: Path, key: str, config: dict) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({k: v for k, v in config.items() if k != key}))
+    with pytest.raises(ValueError, match=f"{file}: {key} is missing"):
+        ModelSpec.from_hf_dir(tmp_path)
+
+
+@pytest.mark.parametrize(("text", "message"), [("{", "config.json: not JSON"), ("[]", "config.json: not a JSON object")])
+def test_a_config_that_is_none(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        ModelSpec.from_hf_dir(tmp_path)
 
 
 @pytest.mark.parametrize("change", [{"mlp_only_layers": [0]}, {"decoder_sparse_step": 2}])

@@ -119,3 +119,12 @@ def test_the_tail_follows_what_is_complete(tmp_path):
         assert tail.poll() == []
         writer.write({"phase": "rl", "step": 2, "again": 1})
     assert tail.poll() == [{"phase": "rl", "step": 2, "again": 1}]
+
+
+def test_the_tail_goes_on_behind_a_file_that_was_cut_back_and_has_grown_past_it(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    tail = MetricsTail(path)
+    write(path, ("rl", 1), ("rl", 2))
+    assert len(tail.poll()) == 2
+    path.write_text(json.dumps({"phase": "rl", "step": 1, "longer": "x" * 200}) + '\n{"phase": "rl", "step": 2}\n')
+    assert tail.poll() == [{"phase": "rl", "step": 2}]

@@ -30,7 +30,7 @@ class Sampler:
 class Rewards:
     failures = 0
 
-    def score(self, groups):
+    def score(self, groups, beat):
         for group in groups:
             for i, sample in enumerate(group.samples):
                 sample.reward = 0.5 if group.prompt.index in DULL else float(i)

@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Iterator
 
 import psutil
@@ -70,6 +71,51 @@ def test_an_engine_that_finds_no_room_when_it_wakes_says_so(tmp_path, monkeypatc
     assert list(failed) == [asleep], "the one that is awake was woken"
     said = str(failed[asleep])
     assert ("lower --engine.mem-fraction, now 0.8" in said) == named and said.endswith("the connection broke")
+
+
+def two_stand_ins(tmp_path, monkeypatch) -> EngineSet:
+    """Two engines of which only the bookkeeping is there: a restart succeeds, whatever made it necessary."""
+    config = RunConfig(engine={"per_node": 2, "max_restarts": 3})
+    engines = EngineSet(config, tmp_path, tmp_path, 0, [(), ()], nullcontext, lambda: None)
+
+    def bring_back(member) -> None:
+        engines.asleep.discard(member)
+        engines.loads(member)
+
+    engines.loads = lambda member: None
+    monkeypatch.setattr(engines, "bring_back", bring_back)
+    return engines
+
+
+def test_an_engine_that_only_comes_back_and_takes_its_weights_is_given_up(tmp_path, monkeypatch):
+    engines = two_stand_ins(tmp_path, monkeypatch)
+    member = engines.members[0]
+    member.link = SimpleNamespace(update=lambda version, buckets, verify: None)
+    engines.loads = lambda m: engines._load(m, iter(()), False)  # what a restart ends with
+    for _ in range(3):
+        engines.repair(member, EngineError("it died of this prompt"))
+    with pytest.raises(EngineError, match="it died of this prompt"):
+        engines.repair(member, EngineError("it died of this prompt"))
+    member.done()  # an answer
+    engines.repair(member, EngineError("it died of another one"))
+
+
+def test_an_engine_that_is_restarted_when_it_should_sleep_sleeps(tmp_path, monkeypatch):
+    engines = two_stand_ins(tmp_path, monkeypatch)
+    fails = [EngineError("it is gone")]
+
+    def release() -> None:
+        if fails:
+            raise fails.pop()
+
+    engines.members[0].client = SimpleNamespace(release_memory=lambda: None)
+    engines.members[1].client = SimpleNamespace(release_memory=release)
+    engines.sleep()
+    assert engines.asleep == set(engines.members) and engines.restarts == 1
+    fails += [EngineError("it is gone")] * 9
+    engines.asleep.clear()
+    with pytest.raises(EngineError, match="it is gone"):
+        engines.sleep()
 
 
 class Node:

@@ -13,6 +13,7 @@ import time
 
 import pytest
 from fp8slurm.config import RunConfig
+from fp8slurm.slurm import submit_chain
 from fp8slurm.slurm.chain import Link, links, parse_sbatch, script
 from fp8slurm.slurm.job import SlurmError
 from fp8slurm.slurm.submit_chain import describe, follow, plan, queue, refuse_second, submit
@@ -89,10 +90,17 @@ def test_directives_follow_the_settings(tmp_path):
         parse_sbatch("--convert-sbatch", ["-p"])
 
 
+def test_what_the_training_job_waits_for_is_the_chains_own(tmp_path):
+    with pytest.raises(ValueError, match="--slurm.sbatch dependency singleton: in a chain"):
+        links(config(slurm={"sbatch": {"dependency": "singleton"}}), tmp_path)
+
+
 def test_scripts_survive_spaces_and_run_in_a_container(tmp_path):
     c = config(
         model={"hf_checkpoint": "my models/m"},
-        slurm={"container_image": "a image.sqsh", "container_mounts": ["/a:/b", "/c:/d"], "setup": ["module load x"]},
+        slurm={
+            "container_image": "a image.sqsh", "container_mounts": ["/a:/b", "/c:/d"], "setup": ["module load x"], "srun": ["--mpi=none"],
+        },
     )
     found = links(c, tmp_path / "a run")
     text = script(found[0], 1, c, tmp_path / "a run")
@@ -100,7 +108,7 @@ def test_scripts_survive_spaces_and_run_in_a_container(tmp_path):
     command = shlex.split(text.splitlines()[-1])
     assert command[:2] == ["exec", "srun"] and "my models/m" in command and "python3" in command
     assert "--container-image=a image.sqsh" in command and "--container-mounts=/a:/b,/c:/d" in command
-    assert "module load x" in text.splitlines()
+    assert "module load x" in text.splitlines() and "--mpi=none" in command[: command.index("python3")]
 
 
 def test_what_is_done_is_left_out(tmp_path):
@@ -126,6 +134,8 @@ def test_another_model_in_the_same_run_is_refused(tmp_path):
     (tmp_path / "chain.json").write_text(json.dumps({"hf_checkpoint": "other"}))
     with pytest.raises(ValueError, match="began with other, not with --model.hf-checkpoint m"):
         plan(config(), tmp_path, [], [])
+    (tmp_path / "chain.json").write_text(json.dumps({"hf_checkpoint": os.path.abspath("m")}))
+    plan(config(), tmp_path, [], [])
 
 
 def test_a_second_chain_is_refused_while_jobs_of_the_first_wait(tmp_path, slurm):
@@ -133,6 +143,9 @@ def test_a_second_chain_is_refused_while_jobs_of_the_first_wait(tmp_path, slurm)
     (tmp_path / "chain.json").write_text(json.dumps(first))
     slurm.command("squeue", 'echo "5|COMPLETED|None|0:01|1:00|n|N/A"; echo "6|PENDING|Dependency|0:00|1:00||N/A"')
     with pytest.raises(ValueError, match="jobs 6 of it wait or run.*scancel 6"):
+        refuse_second(tmp_path)
+    slurm.command("squeue", 'echo "5|COMPLETING|None|0:01|1:00|n|N/A"; echo "6|CANCELLED|Dependency|0:00|1:00||N/A"')
+    with pytest.raises(ValueError, match="jobs 5 of it .*being ended"):
         refuse_second(tmp_path)
     slurm.command("squeue", "echo 'Unable to contact slurm controller' >&2; exit 1")
     with pytest.raises(ValueError, match="Slurm cannot say.*Unable to contact"):
@@ -148,9 +161,31 @@ def test_a_refused_job_takes_those_before_it_along(tmp_path, slurm):
     )  # fmt: skip
     slurm.command("scancel")
     slurm.command("srun")
+    slurm.command("squeue")
     with pytest.raises(SlurmError, match="invalid account.*nothing of the chain is left in the queue"):
         submit(plan(config(), tmp_path / "r", [], []), config(run={"root": str(tmp_path)}), tmp_path / "r", [])
-    assert slurm.calls()[-1] == "scancel 100 101"
+    assert [x for x in slurm.calls() if "scancel" in x] == ["scancel 100 101"]
+
+
+def test_a_job_that_sbatch_queued_without_an_answer_is_cancelled_too(tmp_path, slurm, monkeypatch):
+    """The first is queued, and nobody says so; another run's job of the same name stays."""
+    monkeypatch.setattr(submit_chain, "LATE_S", 0.2)
+    monkeypatch.setattr(submit_chain, "LOOK_S", 0.0)
+
+    def no_answer(*_):
+        raise SlurmError("sbatch: no answer within 30 s")
+
+    monkeypatch.setattr(submit_chain, "queue", no_answer)
+    run, gone = tmp_path / "r", tmp_path / "gone"
+    mine, other = (f"{folder}/chain/1-hf-to-torch-dist.sbatch" for folder in (run, tmp_path / "other"))
+    slurm.command("squeue", f'[ -e {gone} ] || echo "5|PENDING|{mine}"', f'echo "6|PENDING|{other}"; echo "7|COMPLETING|{mine}"')
+    slurm.command("scancel", f"touch {gone}")
+    with pytest.raises(SlurmError, match="no answer within 30 s; nothing of the chain is left"):
+        submit(plan(config(), run, [], []), config(run={"root": str(tmp_path)}), run, [])
+    assert [x for x in slurm.calls() if "scancel" in x] == ["scancel 5"]
+    slurm.command("squeue", "echo 'Unable to contact slurm controller' >&2; exit 1")
+    with pytest.raises(SlurmError, match="Slurm cannot say what is left of the chain in the queue .Unable to contact"):
+        submit(plan(config(), run, [], []), config(run={"root": str(tmp_path)}), run, [])
 
 
 def test_dependencies_reach_sbatch(tmp_path, slurm):

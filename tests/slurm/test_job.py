@@ -65,6 +65,15 @@ def test_fields_of_scontrol():
     assert job.parse_time(shown["EndTime"]) > 0 and job.parse_time("Unknown") is None
 
 
+def test_times_do_not_follow_a_format_of_the_users_own(tmp_path, monkeypatch):
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text('#!/bin/sh\n[ "$SLURM_TIME_FORMAT" = standard ] && t=2026-11-23T20:34:11 || t=20:34\necho "JobId=3 EndTime=$t"\n')
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setenv("SLURM_TIME_FORMAT", "%H:%M")
+    assert job.end_time("3") == job.parse_time("2026-11-23T20:34:11")
+
+
 def test_a_command_that_is_not_there():
     with pytest.raises(job.SlurmError, match="no such command"):
         job.ask("no-such-slurm-command")
@@ -84,6 +93,16 @@ def test_a_job_inherits_nothing_that_describes_another():
     assert kept == {"SLURM_CONF": "c", "PATH": "p"}
 
 
+def test_variables_of_sbatch_do_not_win_over_what_a_script_asks_for():
+    script = "#!/bin/bash\n#SBATCH --partition=gpu\n#SBATCH --requeue\n#SBATCH --time=5\n#SBATCH --mem=0\n#SBATCH --gpus-per-node=8\n"
+    never = {"SBATCH_EXPORT": "NONE", "SBATCH_ARRAY_INX": "0-3", "SBATCH_WAIT": "1"}
+    covered = {"SBATCH_PARTITION": "x", "SBATCH_NO_REQUEUE": "1", "SBATCH_TIMELIMIT": "9", "SBATCH_MEM_PER_CPU": "1", "SBATCH_GPUS": "2"}
+    free = {"SBATCH_ACCOUNT": "mine", "SBATCH_QOS": "q", "PATH": "p"}
+    assert job.environment_for_a_job(never | covered | free, script) == free
+    assert job.environment_for_a_job(never | covered | free) == covered | free
+    assert job.environment_for_a_job({"SBATCH_REQUEUE": "1"}, "#SBATCH --no-requeue\n") == {}
+
+
 def test_requeue_waits_for_the_controller_but_not_for_a_refusal(monkeypatch):
     answers = iter(["Unable to contact slurm controller (connect failure)", None])
 
@@ -101,6 +120,17 @@ def test_requeue_waits_for_the_controller_but_not_for_a_refusal(monkeypatch):
         job.requeue("7")
 
 
+def test_a_task_of_an_array_requeues_itself_alone(monkeypatch):
+    calls = []
+    monkeypatch.setattr(job, "ask", lambda *command, **_: calls.append(command[1:]) or "JobId=5 JobState=RUNNING")
+    for name, value in {"SLURM_JOB_ID": "5", "SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "2"}.items():
+        monkeypatch.setenv(name, value)
+    job.requeue("5")
+    job.show_job("5")
+    job.requeue("4")  # somebody else's
+    assert calls == [("requeue", "5_2"), ("-o", "show", "job", "5_2"), ("requeue", "4")]
+
+
 def test_a_job_is_asked_for_again_as_it_was():
     shown = {"Partition": "gpu", "Account": "(null)", "TimeLimit": "UNLIMITED", "Features": "", "NumNodes": "2", "Requeue": "0"}
     environment = {"SLURM_JOB_NAME": "my run", "SLURM_GPUS_PER_NODE": "8", "SLURM_PROCID": "3"}
@@ -108,6 +138,7 @@ def test_a_job_is_asked_for_again_as_it_was():
         "--partition=gpu", "--time=UNLIMITED", "--nodes=2", "--job-name=my run", "--gpus-per-node=8", "--no-requeue"
     ]  # fmt: skip
     assert job.asked_again({"Requeue": "1"}, {}) == []
+    assert job.asked_again({}, {"SLURM_ARRAY_TASK_ID": "2"}) == ["--array=2"]
 
 
 def test_the_arguments_of_a_job_script_come_from_its_process(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import time
+from pathlib import Path
 
 import pytest
 from fp8slurm.checkpoint.run import FencedError, RunBusyError, RunDirectory
@@ -69,6 +70,20 @@ def test_one_task_begins_and_the_others_find_it(config, slurm):
     owner = json.loads((run.attempts / "1" / "owner.json").read_text())
     assert (owner["job"], owner["restart"], owner["checkpoint"]) == ("7", 1, "")
     assert json.loads((run.path / "config.json").read_text())["run"]["name"] == "r"
+
+
+def test_another_spelling_of_a_path_is_the_same_model(config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = RunDirectory(tmp_path / "r")
+    checkpoint(run, 1)
+
+    def settle(path) -> list[str]:
+        model = config.model.model_copy(update={"hf_checkpoint": path})
+        return attempt.settle_configuration(config.model_copy(update={"model": model}), run)
+
+    assert settle(Path("models/m")) == settle(tmp_path / "models" / "m") == settle(Path("models/../models/m")) == []
+    with pytest.raises(ValueError, match="belongs to another run .model.hf_checkpoint"):
+        settle(Path("m"))
 
 
 def test_another_job_is_refused_while_the_first_is_active(config, slurm):

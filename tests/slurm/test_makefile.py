@@ -28,7 +28,7 @@ class Project:
         shutil.copytree(ROOT / "fp8slurm" / "config" / "recipes", self.folder / "fp8slurm" / "config" / "recipes")
         for name in ("bash", "sed", "grep", "tail", "timeout", "awk", "cat"):
             (self.commands / name).symlink_to(shutil.which(name))
-        for name in ("sh", "make", "uname", "printf", "wc", "true", "mkdir", "expr", "echo"):
+        for name in ("sh", "make", "uname", "printf", "wc", "true", "mkdir", "expr", "echo", "dirname", "basename", "rm", "rmdir", "touch"):
             if shutil.which(name):
                 (self.commands / name).symlink_to(shutil.which(name))
         self.command(self.commands / "python3", 'echo "environment built" >&2; exit 9')
@@ -212,3 +212,25 @@ def test_tests_are_chosen_by_their_markers(project):
     ):
         ran = project.make(target, "ARGS=-x").stdout.splitlines()[-1]
         assert ran.strip() == f"python -m pytest {how} -x"
+
+
+def test_a_folder_that_make_did_not_make_is_never_removed(project):
+    project.environment()
+    mine = project.folder / "mine"
+    mine.mkdir()
+    (mine / "notes.txt").write_text("x")
+    project.command(project.commands / "python3", '[ "$2" = venv ] && mkdir -p "$3" || exit 0')
+    done = project.make("setup", "VENV=mine")
+    assert done.returncode == 2 and "VENV=mine holds something that make did not put there" in done.stderr
+    assert "stays" in project.make("clean", "VENV=mine").stdout and (mine / "notes.txt").read_text() == "x"
+    (mine / ".made-by-make").touch()  # what an interrupted setup leaves
+    project.make("setup", "VENV=mine")
+    assert not (mine / "notes.txt").exists()
+    assert project.make("clean").returncode == 0 and not (project.folder / ".venv").exists()
+
+
+def test_paths_may_have_spaces(project):
+    project.slurm()
+    (project.folder / "my model").mkdir()
+    done = project.make("train-4b-fp8", f"FP8SLURM={project.fp8slurm}", "HF_CHECKPOINT=my model", *PATHS[1:], "RUN=my runs/the first/")
+    assert done.stdout.splitlines()[3:6] == ["--run.root=my runs", "--run.name=the first", "--model.hf-checkpoint=my model"], done

@@ -68,6 +68,8 @@ def test_the_recipe_passes(tiny):
         (["--engine.placement", "split", "--engine.gpus", "2", "--slurm.gpus-per-node", "3"], ["--engine.placement split", "--slurm.gpus-per-node 3"]),
         (["--sync.transport", "nccl"], ["--sync.transport nccl", "shared", "--engine.placement split"]),
         (["--slurm.nodes", "2"], ["--slurm.nodes 2"]),
+        (["--slurm.gpu-type", "h100"], ["--slurm.gpu-type h100", "--slurm.gpus-per-node"]),
+        (["--slurm.sbatch", "array", "0-3"], ["--slurm.sbatch array 0-3", "a run is one job"]),
         (["--sync.transport", "cuda-ipc"], ["--sync.transport cuda-ipc", "--slurm.gpus-per-node", "gloo"]),
         (["--sync.transport", "shared-memory", "--sync.keep-last-update", "True"], ["--sync.keep-last-update", "nothing to keep"]),
         (["--engine.sleep", "True"], ["--engine.sleep", "share GPUs"]),

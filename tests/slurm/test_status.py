@@ -170,6 +170,14 @@ def test_a_slurm_that_does_not_answer_is_said_and_the_rest_is_shown(run, slurm, 
     assert main([str(run.path)]) == 0
     shown = capsys.readouterr()
     assert "rl 3/10" in shown.out and "Unable to contact slurm controller" in shown.err and "sacct" in shown.err
+    assert "state       unknown" in shown.out and "Slurm could not be asked" in shown.out
+    assert main(["--json", str(run.path)]) == 0
+    shown = capsys.readouterr()
+    said = json.loads(shown.out)
+    assert said["state"] == "unknown" and "Unable to contact" in said["problem"] and "Unable to contact" in shown.err
+    run.checkpoint(10)
+    assert one(run).state == "finished"
+    assert one(RunFolder(run.path.parent / "without a job").attempt(0)).problem is None
 
 
 def test_damaged_and_half_written_files(run, slurm, capsys):

@@ -6,7 +6,8 @@ import pytest
 from fp8slurm.checkpoint.run import RunBusyError, RunDirectory
 from fp8slurm.config import RunConfig
 from fp8slurm.slurm import cluster, job, submit
-from fp8slurm.slurm.attempt import finished
+from fp8slurm.slurm.attempt import finished, holder
+from fp8slurm.slurm.chain import links
 from fp8slurm.slurm.job import SlurmError
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -40,6 +41,16 @@ def test_the_script_is_the_pinned_one(name, settings, monkeypatch):
     assert got == (GOLDEN / f"{name}.sbatch").read_text()
 
 
+def test_gpus_of_a_type(tmp_path):
+    typed = config(gpu_type="h100-sxm_80.gb")
+    assert "#SBATCH --gpus-per-node=h100-sxm_80.gb:8\n" in submit.script(typed, tmp_path)
+    assert links(typed.model_copy(update={"model": typed.model.model_copy(update={"hf_checkpoint": Path("m")})}), tmp_path)[-1].directives[
+        "gpus-per-node"
+    ] == "h100-sxm_80.gb:8"
+    with pytest.raises(ValueError, match="gpu_type"):
+        config(gpu_type="h100:2")
+
+
 PARTITIONS = """PartitionName=gpu AllocNodes=ALL Default=YES GraceTime=0 MaxNodes=UNLIMITED MaxTime=2-00:00:00 PreemptMode=OFF TotalNodes=4
 PartitionName=spot AllocNodes=ALL Default=NO GraceTime=30 MaxNodes=2 MaxTime=UNLIMITED PreemptMode=REQUEUE TotalNodes=64
 """
@@ -48,10 +59,10 @@ PartitionName=spot AllocNodes=ALL Default=NO GraceTime=30 MaxNodes=2 MaxTime=UNL
 @pytest.fixture
 def slurm(monkeypatch):
     """Answers of a cluster with two partitions; sbatch agrees unless a test says otherwise."""
-    answers = {"scontrol": PARTITIONS, "sbatch": ""}
+    answers = {"scontrol": PARTITIONS, "sbatch": "", "nodes": ""}
 
     def ask(*command, **_):
-        answer = answers[command[0]]
+        answer = answers["nodes" if command[-1] == "node" else command[0]]
         if isinstance(answer, Exception):
             raise answer
         return answer
@@ -68,6 +79,7 @@ def slurm(monkeypatch):
         ({"nodes": 5}, ["--slurm.nodes 5", "at most 4"]),
         ({"nodes": 3, "partition": "spot"}, ["--slurm.nodes 3", "spot", "at most 2"]),
         ({"time": "2-00:01:00"}, ["--slurm.time 2-00:01:00", "gpu", "2-00:00:00"]),
+        ({"nodes": 3, "time": "3-00", "partition": "gpu,spot"}, ["--slurm.time 3-00: partition gpu", "--slurm.nodes 3: partition spot"]),
     ],
 )
 def test_what_the_cluster_does_not_have_is_refused(slurm, settings, says):
@@ -83,6 +95,27 @@ def test_what_sbatch_refuses_and_a_machine_without_slurm(slurm, monkeypatch):
         cluster.check_cluster(config())
     monkeypatch.setattr(job, "available", lambda: False)
     with pytest.raises(ValueError, match="no Slurm on this machine.*--slurm.executor local"):
+        cluster.check_cluster(config())
+
+
+def test_of_several_partitions_one_must_fit(slurm):
+    slurm["scontrol"] = PARTITIONS.replace("GraceTime=30", "GraceTime=0")
+    assert cluster.check_cluster(config(partition="spot,gpu", nodes=3)) == []  # spot is too small, so its short notice does not count
+    (warning,) = cluster.check_cluster(config(partition="spot,gpu", nodes=2, time="3-00"))
+    assert "partition spot is preemptible" in warning
+
+
+def test_nodes_that_are_away_are_a_warning(slurm):
+    """sbatch --test-only refuses what plain sbatch queues until they are back."""
+    slurm["sbatch"] = SlurmError("allocation failure: Requested node configuration is not available")
+    slurm["nodes"] = "NodeName=n1 State=IDLE Partitions=gpu \nNodeName=n2 State=DOWN*+DRAIN Partitions=spot \n"
+    with pytest.raises(ValueError, match="configuration is not available"):
+        cluster.check_cluster(config())
+    slurm["nodes"] += "NodeName=n3 State=IDLE+DRAIN Partitions=all,gpu Reason=x \nNodeName=n4 State=IDLE+NOT_RESPONDING Partitions=gpu\n"
+    (warning,) = cluster.check_cluster(config())
+    assert warning.endswith("away: n3 (IDLE+DRAIN), n4 (IDLE+NOT_RESPONDING)")
+    slurm["sbatch"] = SlurmError("Invalid account")
+    with pytest.raises(ValueError, match="Invalid account"):
         cluster.check_cluster(config())
 
 
@@ -115,19 +148,65 @@ def test_a_preemption_without_time_to_save_is_named(slurm, tmp_path):
 def test_a_second_job_is_refused_while_the_first_waits_or_runs(tmp_path, monkeypatch):
     run = RunDirectory(tmp_path / "qwen")
     (run.path / submit.FOLDER).mkdir(parents=True)
-    active = {"41": False, "42": True}
-    monkeypatch.setattr(job, "is_active", lambda id: active[id])
+    states = {"41": "COMPLETED", "42": "PENDING"}
+    monkeypatch.setattr(job, "show_job", lambda id: {"JobState": states[id]})
     submit.refuse_second_job(run)
-    for id in active:
+    for id in states:
         (run.path / submit.FOLDER / f"{id}_submitted.pkl").touch()
     with pytest.raises(RunBusyError, match="job 42"):
         submit.refuse_second_job(run)
-    active["42"] = False
+    states["42"] = "FAILED"
     submit.refuse_second_job(run)
     run.acquire({"job": "43"})  # a hand-written script's
-    active["43"] = True
+    states["43"] = "RUNNING"
     with pytest.raises(RunBusyError, match="job 43"):
         submit.refuse_second_job(run)
+
+
+def test_a_job_that_is_being_ended_may_come_back(tmp_path, monkeypatch):
+    """A requeued job is COMPLETING before it waits again; a next start of a run is not held up by one that is cut off."""
+    run = RunDirectory(tmp_path / "qwen")
+    run.acquire({"job": "43"})
+    monkeypatch.setattr(job, "show_job", lambda id: {"JobState": "COMPLETING"})
+    with pytest.raises(RunBusyError, match="job 43, which is COMPLETING.*try again when"):
+        submit.refuse_second_job(run)
+    assert holder({"job": "43"}) is None
+
+
+@pytest.fixture
+def sbatch(tmp_path, monkeypatch):
+    """A stand-in for sbatch that writes its environment to a file; `sbatch(lines)` says what it does after that."""
+    folder = tmp_path / "commands"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+    monkeypatch.setattr(job, "show_job", lambda id: None)
+
+    def command(*lines: str) -> Path:
+        for name, does in {"srun": [], "sbatch": [f"env > {tmp_path}/environment", *lines]}.items():
+            (folder / name).write_text("\n".join(["#!/bin/sh", *does, ""]))
+            (folder / name).chmod(0o755)
+        return tmp_path / "environment"
+
+    return command
+
+
+def test_what_only_sbatch_itself_refuses_is_one_line(sbatch, tmp_path, capsys):
+    reason = "QOSMaxSubmitJobPerUserLimit"
+    sbatch(f"echo 'sbatch: error: {reason}' >&2", "echo 'sbatch: error: Batch job submission failed: Job violates policy' >&2", "exit 1")
+    c = config()
+    with pytest.raises(submit.RefusedError) as error:
+        submit.submit(c.model_copy(update={"run": c.run.model_copy(update={"root": tmp_path})}))
+    assert str(error.value) == f"Slurm refuses this job: {reason}; Batch job submission failed: Job violates policy"
+    assert capsys.readouterr().err == ""
+
+
+def test_sbatch_is_started_without_variables_that_contradict_the_settings(sbatch, tmp_path, monkeypatch):
+    file = sbatch("echo Submitted batch job 7")
+    for name in ("SBATCH_PARTITION", "SBATCH_NO_REQUEUE", "SBATCH_EXPORT", "SBATCH_ACCOUNT"):
+        monkeypatch.setenv(name, "x")
+    c = config(partition="gpu")
+    assert submit.submit(c.model_copy(update={"run": c.run.model_copy(update={"root": tmp_path})})) == "7"
+    assert [x for x in file.read_text().splitlines() if x.startswith("SBATCH")] == ["SBATCH_ACCOUNT=x"]
 
 
 def test_a_finished_run(tmp_path):

@@ -127,6 +127,21 @@ def test_a_buffer_is_filled_again_only_after_its_bucket_arrived():
     assert all(p.stride()[-1] == 1 for p in parameters.values()) and stream.seconds["quantize"] > 0
 
 
+@pytest.mark.parametrize("bucket_bytes", [2**16, 100_000, 2**20])
+def test_slices_that_follow_one_another_lie_in_buffers_of_their_own(bucket_bytes):
+    """Two sends are under way at a time, and buckets of norms alone hand nothing over."""
+    table = NameTable(spec_of())
+    weights = weights_of(table)
+    held = {e.name: e.shard(weights, 1, 2) for e in table}
+    stream = WeightStream(table, lambda: iter(held.items()), QuantizationSpec(), bucket_bytes, torch.bfloat16, Cut(1, 2, None))
+    stream._bind()
+    (lane,) = stream._lanes
+    handed = [fill.outgoing.data_ptr() for fill in lane.fills if fill.outgoing is not None]
+    assert len(handed) > 1 and all(a != b for a, b in zip(handed, handed[1:]))
+    if bucket_bytes == 2**16:
+        assert len(handed) < len(lane.fills), "no bucket without pieces: this test would show nothing"
+
+
 def test_modules_to_not_convert_are_sent_as_they_are():
     table = NameTable(spec_of())
     names = [e.name for e in table]

@@ -19,7 +19,7 @@ ONE_RANK = [
     "one_rank_bf16_fp8", "entropy", "reference_model", "bad_loss", "new_optimizer", "emulated_linear",
     "main_grad", "fp8_layers", "packed_modules", "tied_head", "refused", "resume_one_rank", "save_before_any_step",
     "save_one_rank", "full_disk", "snapshot_bytes",
-    "optimizer_sleep", "plain_optimizer_sleep", "warm_up",
+    "optimizer_sleep", "plain_optimizer_sleep", "warm_up", "optimizer_settings",
 ]  # fmt: skip
 TWO_RANKS = [
     "dp2", "dp2_plain_optimizer", "tp2", "tp2_sequence_parallel", "pp2", "pp2_untied", "tp2_fp8",
@@ -321,3 +321,10 @@ def test_a_warm_up_changes_nothing(one: Any, two: Any, scenario: str) -> None:
     got = (two if scenario.startswith("tp2") else one).result(scenario)
     assert got["cold"]["steps"] == got["warm"]["steps"]
     assert [k for k, v in got["cold"]["weights"].items() if not torch.equal(v, got["warm"]["weights"][k])] == []
+
+
+def test_matrices_decay_and_norms_do_not_and_settings_are_this_runs_own(one: Any) -> None:
+    got = one.result("optimizer_settings")
+    for name, kept in got["kept"].items():  # 1 - lr * weight_decay of every weight; as in Megatron's own training
+        assert kept == pytest.approx(1.0 if "norm" in name else 0.9, abs=1e-5), name
+    assert sorted(got["groups"]) == [[0.0, 0.0, 0.5, 0.999, 1e-3], [1.0, 0.5, 0.5, 0.999, 1e-3]]

@@ -192,6 +192,28 @@ def new_optimizer(ranks: Ranks) -> dict[str, Any]:
         return {"reset": reset, "fresh": weights(trainer)}
 
 
+def optimizer_settings(ranks: Ranks) -> dict[str, Any]:
+    """A step that only decays; then the settings of a run that continues another's checkpoint with its own."""
+
+    def nothing(logprobs: torch.Tensor, entropy: None, batch: PackedBatch) -> tuple[torch.Tensor, dict]:
+        return logprobs.sum() * 0, {}
+
+    def groups(trainer: Trainer) -> list[list[float]]:
+        every = [g for part in trainer.optimizer.chained_optimizers for g in part.optimizer.param_groups]
+        return [[g["wd_mult"], g["weight_decay"], *g["betas"], g["eps"]] for g in every]
+
+    with ranks.trainer(optim={"weight_decay": 100.0}) as trainer:
+        folder = ranks.make("other_settings")
+        before = weights(trainer)
+        trainer.train_step(batches(trainer), nothing, LR)
+        kept = {name: float((w / before[name])[before[name] != 0].mean()) for name, w in weights(trainer).items()}
+        trainer.save(folder)
+    with ranks.trainer(optim={"weight_decay": 0.5, "beta1": 0.5, "beta2": 0.999, "eps": 1e-3}, load=False) as trainer:
+        trainer.load(folder)
+        trainer.train_step(batches(trainer), nothing, LR)
+        return {"kept": kept, "groups": groups(trainer)}
+
+
 def emulated_linear(ranks: Ranks) -> dict[str, Any]:
     """The emulated FP8 product and its two gradients, against the formula written out."""
     from fp8_formula import columnwise, rowwise, tiles
