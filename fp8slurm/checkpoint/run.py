@@ -273,17 +273,19 @@ def damage(folder: Path, only: Iterable[str] | None = None) -> str | None:
         files = {}
     if not files:
         return "COMPLETE cannot be read"
-    for name in files if only is None else only:
+    chosen = list(files if only is None else only)
+    for name in chosen:
         path = folder / name
         if name not in files:
             return f"{name} is not among the files that COMPLETE names"
         if not path.is_file():
             return f"{name} is missing"
-        nbytes, sha256 = files[name]
-        if path.stat().st_size != nbytes:
-            return f"{name} has {path.stat().st_size} bytes instead of {nbytes}"
-        if _sha256(path) != sha256:
-            return f"{name} was altered (SHA-256)"
+        if path.stat().st_size != files[name][0]:
+            return f"{name} has {path.stat().st_size} bytes instead of {files[name][0]}"
+    with ThreadPoolExecutor(4) as pool:
+        for name, found in zip(chosen, list(pool.map(_sha256, (folder / name for name in chosen)))):
+            if found != files[name][1]:
+                return f"{name} was altered (SHA-256)"
     return None
 
 
