@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Iterable
 
 from fp8slurm.checkpoint.errors import BadCheckpoint
-from fp8slurm.checkpoint.run import process_of, process_start
+from fp8slurm.checkpoint.run import fsync_folder, process_of, process_start
 
 log = logging.getLogger(__name__)
 FINGERPRINT = "conversion.json"
@@ -27,15 +27,6 @@ OWNER = "conversion.owner.json"
 OURS = frozenset({FINGERPRINT, OWNER})
 """Files of OUT.tmp that are not part of the result."""
 PART = ".part"
-
-
-def fsync_folder(path: Path) -> None:
-    """Make the names in a folder durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write_durably(path: Path, data: bytes) -> None:

@@ -62,7 +62,8 @@ def numeric(response: str, label: str) -> float:
 
     Thousands separators, $, %, units and trailing zeros do not count; fractions do. A box that offers several has chosen none.
     """
-    wanted, found = last_number(label), last_number(final_answer(response), alone=last_boxed(response) is not None)
+    box = last_boxed(response)
+    wanted, found = last_number(label), last_number(response if box is None else box, alone=box is not None)
     if wanted is None or found is None:
         return 0.0
     return float(abs(wanted - found) <= TOLERANCE * max(abs(wanted), abs(found)))
@@ -106,12 +107,6 @@ def last_boxed(text: str) -> str | None:
             break
         parts.append(earlier)
     return ", ".join(text[start:end].strip() for _, start, end in reversed(parts))
-
-
-def final_answer(response: str) -> str:
-    """The part of a response where its answer stands: the last box, or else its end."""
-    box = last_boxed(response)
-    return response[-TAIL:] if box is None else box
 
 
 def last_number(text: str, alone: bool = False) -> Fraction | None:

@@ -84,10 +84,11 @@ def _plain(latex: str) -> str:
 def _by_ourselves(answer: str, label: str) -> bool | None:
     """The verdict where math-verify's would be wrong; None elsewhere. It does not look at the base of 2220_5, and it rounds to
     six decimals, which leaves nothing of 1.6 \\times 10^{-19}."""
-    bases = [_BASE.fullmatch(text.strip("$ ")) for text in (answer, label)]
-    if all(bases):
-        return bases[0].groups() == bases[1].groups()  # type: ignore[union-attr]
-    if all(_PLAIN_NUMBER.fullmatch(text.strip("$ ")) for text in (answer, label)):
+    answer, label = answer.strip("$ "), label.strip("$ ")
+    said, meant = _BASE.fullmatch(answer), _BASE.fullmatch(label)
+    if said and meant:
+        return said.groups() == meant.groups()
+    if _PLAIN_NUMBER.fullmatch(answer) and _PLAIN_NUMBER.fullmatch(label):
         found, wanted = last_number(answer), last_number(label)
         if found is not None and wanted is not None and 0 < abs(wanted) < SMALL:
             return abs(found - wanted) <= abs(wanted) * SMALL

@@ -85,8 +85,8 @@ def work(rank: int, args: argparse.Namespace, store: str) -> None:
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.memory._record_memory_history(enabled="state", context="state", stacks="python")
-    if cuda and rank == 0:
-        print(f"before the model: of the whole GPU {whole():.3f} GB", flush=True)
+        if rank == 0:
+            print(f"before the model: of the whole GPU {whole():.3f} GB", flush=True)
     trainer = Trainer(config, ModelSpec.from_hf_dir(args.model))
     trainer.load_hf(args.model)
     generator = torch.Generator().manual_seed(0)
