@@ -7,13 +7,19 @@ builds the same parameters from tensors in Hugging Face form, as SGLang's loader
 from __future__ import annotations
 
 import hashlib
+import os
 import re
-from typing import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Callable, Iterable, Mapping, Sequence
 
 import torch
 
 DIGEST_ACTION = "raw_digest"
 VOCAB_MULTIPLE = 64  # SGLang pads embeddings to this (vocab_parallel_embedding.DEFAULT_VOCAB_PADDING_SIZE)
+
+MOST_THREADS = 8
+"""As many parameters are copied to host memory at once."""
 
 _FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 _EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj\.(weight|weight_scale_inv)$")
@@ -25,6 +31,13 @@ def raw_digest(tensor: torch.Tensor) -> str:
     digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
     digest.update(flat.numpy().data)
     return digest.hexdigest()
+
+
+def raw_digests(makes: Sequence[Callable[[], torch.Tensor]]) -> list[str]:
+    """raw_digest of what each of these makes, several at once: sha256 releases the interpreter."""
+    threads = min(MOST_THREADS, len(os.sched_getaffinity(0)))
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(lambda make: raw_digest(make()), makes))
 
 
 def overall(digests: Mapping[str, str]) -> str:
@@ -48,7 +61,7 @@ def expected_digests(
     neighbouring ranks that hold different experts.
     Raises ValueError if a fused parameter misses a part.
     """
-    ranks: list[dict[str, str]] = [{} for _ in range(tensor_parallel_size)]
+    jobs: list[tuple[int, str, Callable[[], torch.Tensor]]] = []  # (rank, the engine's name, what it holds)
     parts: dict[str, dict[tuple[int, int], torch.Tensor]] = {}  # fused name -> (expert, position) -> tensor
     for name, tensor in tensors:
         if tie_word_embeddings and name == "lm_head.weight":
@@ -57,14 +70,17 @@ def expected_digests(
             tensor = tensor.to(dtype)
         fused, key = _fused_name(name)
         if fused is None:
-            for rank, digests in enumerate(ranks):
-                digests[name] = raw_digest(_shard(name, tensor, rank, tensor_parallel_size, num_key_value_heads))
+            for rank in range(tensor_parallel_size):
+                jobs.append((rank, name, partial(_shard, name, tensor, rank, tensor_parallel_size, num_key_value_heads)))
         else:
             parts.setdefault(fused, {})[key] = tensor
-            if ".experts." not in fused and len(parts[fused]) == len(_part_names(fused)):
-                _fuse(fused, parts.pop(fused), ranks, num_key_value_heads, 1)
     for fused, pieces in parts.items():
-        _fuse(fused, pieces, ranks, num_key_value_heads, expert_parallel_size)
+        groups = expert_parallel_size if ".experts." in fused else 1
+        for rank, make in enumerate(_fuse(fused, pieces, tensor_parallel_size, num_key_value_heads, groups)):
+            jobs.append((rank, fused, make))
+    ranks: list[dict[str, str]] = [{} for _ in range(tensor_parallel_size)]
+    for (rank, name, _), digest in zip(jobs, raw_digests([make for _, _, make in jobs])):
+        ranks[rank][name] = digest
     return ranks
 
 
@@ -121,21 +137,18 @@ def _shard(name: str, tensor: torch.Tensor, rank: int, size: int, num_key_value_
 
 
 def _fuse(
-    fused: str,
-    pieces: dict[tuple[int, int], torch.Tensor],
-    ranks: list[dict[str, str]],
-    num_key_value_heads: int,
-    expert_parallel_size: int,
-) -> None:
-    """Add the digest of one fused parameter on every rank; experts are cut by the ranks of one expert-parallel group."""
+    fused: str, pieces: dict[tuple[int, int], torch.Tensor], ranks: int, num_key_value_heads: int, expert_parallel_size: int
+) -> list[Callable[[], torch.Tensor]]:  # fmt: skip
+    """What makes one fused parameter, for every rank; experts are cut by the ranks of one expert-parallel group."""
     names = _part_names(fused)
     experts = max(expert for expert, _ in pieces) + 1
     if len(pieces) != experts * len(names):
         raise ValueError(f"{fused} is made of {experts * len(names)} tensors, only {len(pieces)} were given")
     stacked = ".experts." in fused
-    size = len(ranks) // expert_parallel_size if stacked else len(ranks)
+    size = ranks // expert_parallel_size if stacked else ranks
     share = experts // expert_parallel_size if stacked else 1
-    for rank, digests in enumerate(ranks):
+
+    def make(rank: int) -> torch.Tensor:
         first = rank // size * share
         rows = [
             torch.cat(
@@ -146,4 +159,6 @@ def _fuse(
             )
             for expert in range(first, first + share)
         ]
-        digests[fused] = raw_digest(torch.stack(rows) if stacked else rows[0])
+        return torch.stack(rows) if stacked else rows[0]
+
+    return [partial(make, rank) for rank in range(ranks)]

@@ -7,7 +7,7 @@ import json
 import tempfile
 from typing import Any
 
-from fp8slurm.engine.digest import DIGEST_ACTION, overall, raw_digest
+from fp8slurm.engine.digest import DIGEST_ACTION, overall, raw_digests
 from fp8slurm.engine.recorded import RECORDED, FlatBucket, load, loads_of
 
 
@@ -20,6 +20,7 @@ def apply() -> None:
     load_snapshot.shm_path_for = lambda ipc_name: f"{tempfile.gettempdir()}/loads"
     _add_raw_digest()
     _finish_loads()
+    _finish_before_release()
     _record_loads()
 
 
@@ -39,7 +40,9 @@ def _add_raw_digest() -> None:
             return original(self, action, *args, **kwargs)
         role = {"role": kwargs["role"]} if "role" in kwargs else {}  # older servers know no roles
         model = self._get_model()
-        checksums = {name: raw_digest(parameter) for name, parameter in model.named_parameters()}
+        parameters = dict(model.named_parameters())
+        makes = [functools.partial(parameters.__getitem__, name) for name in parameters]
+        checksums = dict(zip(parameters, raw_digests(makes)))
         whole = overall(checksums)
         # the server passes nothing on but these three, of which only the first is a dict of texts
         checksums[RECORDED] = json.dumps([found.replays for found in loads_of(model).values()])
@@ -72,6 +75,26 @@ def _finish_loads() -> None:
 
     update_weights_from_tensor.finishes = True
     WeightUpdater.update_weights_from_tensor = update_weights_from_tensor
+
+
+def _finish_before_release() -> None:
+    """Unmap memory when the GPU is done with it: a scheduler without requests may have queued work that is not finished.
+
+    SGLang (0.5.16 to 0.5.21) waits for the GPU only afterwards; by then its last batch may have died of an illegal access.
+    """
+    import torch
+    from sglang.srt.utils.torch_memory_saver_adapter import _TorchMemorySaverAdapterReal as Adapter
+
+    original = Adapter.pause
+    if getattr(original, "finishes", False):
+        return
+
+    def pause(self: Any, tag: str) -> Any:
+        torch.cuda.synchronize()
+        return original(self, tag)
+
+    pause.finishes = True
+    Adapter.pause = pause
 
 
 def _record_loads() -> None:

@@ -20,6 +20,8 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 POLL_S = 2.0
 """How often engines at work are asked how far they are."""
+DYING_S = 2.0
+"""A server whose connection broke may be about to end; after this it is taken to live on."""
 
 
 class WeightsLost(Exception):
@@ -182,6 +184,9 @@ class EnginePool:
 
     def repair(self, member: Member, error: EngineError) -> None:
         """Bring an engine back that failed with `error`, which is raised after engine.max_restarts failures in a row."""
+        if member.engine.wait_exit(DYING_S):
+            why = member.engine.obituary()
+            error = EngineError(f"{error}; {why}") if why else error
         while not self._stopped.is_set():
             member.failures += 1
             if member.failures > self.section.max_restarts:
@@ -272,7 +277,7 @@ class EnginePool:
                     else:
                         self._accept(member, deal, future, running.pop(future), answered)
                 if failed is not None:
-                    if member.engine.alive():  # a broken answer: end the other requests too
+                    if not member.engine.wait_exit(DYING_S):  # a broken answer: end the other requests too
                         member.engine.stop()
                     self._give_back(member, deal, running, answered)
                     return failed

@@ -84,6 +84,7 @@ class Engine:
         self._started_at = 0.0
         self._process: subprocess.Popen[bytes] | None = None
         self._exited = threading.Event()
+        self._first_to_end = ""
         self._stopping = threading.RLock()
         self._ready_pipe = -1
         self._log_start = 0
@@ -105,7 +106,7 @@ class Engine:
             )
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         self._temporary = _temporary_dir(self.log_path.parent, self.name)
-        self._exited = threading.Event()
+        self._exited, self._first_to_end = threading.Event(), ""
         self._started_at = time.time()
         started: list[BaseException | None] = []
         launched = threading.Event()
@@ -127,9 +128,8 @@ class Engine:
         if is_up:
             family = self._family()
             _unlink_shared_memory(family)
-            threading.Thread(
-                target=_end_together, args=(family, self._exited), name=f"{self.name}-family", daemon=True
-            ).start()
+            watch = (vital_of(family), self._exited)
+            threading.Thread(target=self._end_together, args=watch, name=f"{self.name}-family", daemon=True).start()
             return
         what = "died while starting" if readable else f"was not ready after {timeout_s:g} s (engine.ready_timeout_s; a first start compiles kernels)"
         self.stop()
@@ -142,6 +142,13 @@ class Engine:
     def wait_exit(self, timeout_s: float) -> bool:
         """Block until the server is gone, timeout_s at most; whether it is."""
         return self._process is None or self._exited.wait(timeout_s)
+
+    def obituary(self) -> str:
+        """Of a server that has ended by itself: which of its processes was the first to end, and the end of its log; else ""."""
+        if self._process is None or not self._exited.is_set():
+            return ""
+        first = self._first_to_end or f"the server (status {self._process.returncode})"
+        return f"{first} ended; the end of {self.log_path}:\n{self.log_tail()}"
 
     def stop(self) -> None:
         """End the server and all its processes, now; remove what it left in /dev/shm and in its temporary folder."""
@@ -186,6 +193,23 @@ class Engine:
         process.wait()
         _kill_group(process.pid)
         self._exited.set()
+
+    def _end_together(self, vital: list[psutil.Process], exited: threading.Event) -> None:
+        """Thread that kills the server as soon as one of these processes ends; SGLang itself takes seconds for it."""
+        descriptors: dict[int, str] = {}
+        try:
+            for process in vital:
+                title = f"{' '.join(process.cmdline())[:200]} (pid {process.pid})"
+                descriptors[os.pidfd_open(process.pid)] = title
+            ended, _, _ = select.select(list(descriptors), [], [])
+            if vital and not exited.is_set():
+                self._first_to_end = descriptors[ended[0]]
+        except (psutil.NoSuchProcess, ProcessLookupError):
+            pass
+        for descriptor in descriptors:
+            os.close(descriptor)
+        if vital and not exited.is_set():
+            _kill_group(vital[0].pid)
 
     def _launch(self) -> None:
         listener = socket.create_server(("127.0.0.1", 0), backlog=512)
@@ -307,9 +331,26 @@ def server_arguments(model_dir: Path, settings: EngineSettings, port: int) -> li
 def meaningful_tail(log: str, lines: int = 30) -> str:
     """The lines of a server's log that say why it ended: the last before its other processes were ended for it."""
     noise = re.compile(r"Warning: |warnings\.warn|^\s*$")
+    ending = re.compile(r"Received sigquit from a child process|SIGQUIT received")
     kept = [line for line in log.splitlines() if not noise.search(line)]
-    end = next((i for i, line in enumerate(kept) if "Received sigquit from a child process" in line), len(kept))
+    end = next((i for i, line in enumerate(kept) if ending.search(line)), len(kept))
     return "\n".join(kept[max(0, end - lines) : end])
+
+
+def vital_of(family: list[psutil.Process]) -> list[psutil.Process]:
+    """Of a server and its descendants those that it cannot do without: itself and what it started, schedulers and detokenizer.
+
+    What these start comes and goes: compilers, and torch's pool of them, which is closed when it has been idle for a while.
+    """
+    vital = []
+    for process in family:
+        try:
+            helper = re.search(r"resource_tracker|compile_worker", " ".join(process.cmdline()))
+            if process.pid == family[0].pid or process.ppid() == family[0].pid and not helper:
+                vital.append(process)
+        except psutil.NoSuchProcess:
+            continue
+    return vital
 
 
 def _temporary_dir(log_dir: Path, name: str) -> Path:
@@ -345,22 +386,6 @@ def _unlink_orphans(since: float) -> None:
                 path.unlink()
         except FileNotFoundError:  # somebody else's server removed its own
             continue
-
-
-def _end_together(family: list[psutil.Process], exited: threading.Event) -> None:
-    """Thread that kills the server as soon as one of its processes ends; SGLang itself takes seconds for it."""
-    descriptors = {}
-    try:
-        for process in family:
-            if "resource_tracker" not in " ".join(process.cmdline()):
-                descriptors[os.pidfd_open(process.pid)] = process
-        select.select(list(descriptors), [], [])
-    except (psutil.NoSuchProcess, ProcessLookupError):
-        pass
-    for descriptor in descriptors:
-        os.close(descriptor)
-    if not exited.is_set():
-        _kill_group(family[0].pid)
 
 
 def _kill_group(pid: int) -> None:

@@ -81,6 +81,9 @@ def run(
 class Loop:
     """State and parts of the loop; the order of things is in `run`, `warm_start`, `reinforce` and `step`."""
 
+    within_s = 0.0
+    """Seconds of the phases within the one that is being timed."""
+
     def __init__(
         self, config: RunConfig, run_dir: RunDirectory, trainer: Any, channel: RankChannel, store: dist.Store, address: str,
         beat: Callable[[], None], stopping: Stopping = Never(),
@@ -571,9 +574,12 @@ class Loop:
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
-        start = time.perf_counter()
+        """Counts what happens inside to `phase`, but for phases within it: a rollout that has to send the weights first."""
+        start, outside, self.within_s = time.perf_counter(), self.within_s, 0.0
         yield
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+        whole = time.perf_counter() - start
+        self._spent(phase, whole - self.within_s)
+        self.within_s = outside + whole
         self.beat()
 
     def _record(self, record: dict[str, float], started: float) -> None:

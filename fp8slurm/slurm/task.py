@@ -98,6 +98,8 @@ def set_environment(config: RunConfig, placement: Placement, task: Task) -> None
     # micro-batches have the same shape: a rank would grow by 10 MB a step.
     for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(cache, "128")
+    # Ranks and agents wait on the store in turns of seconds, and torch would write two warnings for each.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")

@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Iterable, Iterator, Literal
@@ -131,15 +132,18 @@ class EngineLink:
         parameter that differs, and breaks the link.
         """
         config = json.loads((Path(self.client.model_info()["model_path"]) / "config.json").read_text())
-        expected = expected_digests(
-            (pair for bucket in buckets for pair in bucket.views()),
-            num_key_value_heads=config["num_key_value_heads"],
-            tensor_parallel_size=self.tensor_parallel_size,
-            expert_parallel_size=self.expert_parallel_size,
-            tie_word_embeddings=config.get("tie_word_embeddings", False),
-            dtype=getattr(torch, self.client.server_info()["dtype"]),
-        )
-        held = self.client.digest()
+        dtype = getattr(torch, self.client.server_info()["dtype"])
+        with ThreadPoolExecutor(1) as pool:  # the engine computes its digests meanwhile
+            answer = pool.submit(self.client.digest)
+            expected = expected_digests(
+                (pair for bucket in buckets for pair in bucket.views()),
+                num_key_value_heads=config["num_key_value_heads"],
+                tensor_parallel_size=self.tensor_parallel_size,
+                expert_parallel_size=self.expert_parallel_size,
+                tie_word_embeddings=config.get("tie_word_embeddings", False),
+                dtype=dtype,
+            )
+            held = answer.result()
         difference = first_difference(held, expected)
         if difference is not None:
             self._break(difference)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import http.client
 import json
+import select
 from dataclasses import replace
 from pathlib import Path
 from typing import Iterator
@@ -191,6 +193,23 @@ def test_digest_sees_one_ulp_and_one_code(kind: str, request) -> None:
     assert first_difference(held, expected_digests(changed.items(), **facts))
 
 
+def test_a_connection_lasts_longer_than_a_training_step(dense: Served) -> None:
+    """SGLang would close it after 5 s, perhaps just as the next request is on its way."""
+    connection = http.client.HTTPConnection("127.0.0.1", dense.engine.port, timeout=20)
+
+    def asks() -> int:
+        connection.request("GET", "/model_info", headers={"Authorization": f"Bearer {dense.engine.api_key}"})
+        answer = connection.getresponse()
+        answer.read()
+        return answer.status
+
+    assert asks() == 200
+    socket = connection.sock
+    assert not select.select([socket], [], [], 7)[0], "the server has closed the connection"
+    assert asks() == 200 and connection.sock is socket
+    connection.close()
+
+
 def test_killed_scheduler_takes_the_server_along_and_a_restart_gives_the_same_bits(dense: Served) -> None:
     batch = prompts(48)
     before = dense.client.generate(batch, one_batch=True)
@@ -198,10 +217,12 @@ def test_killed_scheduler_takes_the_server_along_and_a_restart_gives_the_same_bi
     scheduler = next(p for p in dense.engine._family() if "scheduler" in " ".join(p.cmdline()))
     scheduler.kill()
     assert dense.engine.wait_exit(20) and not dense.engine.alive()
+    first, log = dense.engine.obituary().split("\n", 1)
+    assert f"(pid {scheduler.pid}) ended; the end of {dense.engine.log_path}:" in first and "scheduler" in first and log
     with pytest.raises(EngineError):
         dense.client.generate(batch)
     dense.engine.restart()
-    assert dense.engine.alive()
+    assert dense.engine.alive() and dense.engine.obituary() == ""
     dense.client = EngineClient(dense.engine.url, dense.engine.api_key, timeout_s=60)
     assert dense.client.generate(batch, one_batch=True) == before
     with pytest.raises(EngineError):

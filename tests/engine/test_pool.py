@@ -25,13 +25,21 @@ class Server:
         self.ended = threading.Event()
         self.running = self.most = self.computed = 0
         self.tells = True
+        self.last_words = ""
         self.restarting = lambda: None
         self._lock = threading.Lock()
 
     def alive(self) -> bool:
         return not self.ended.is_set()
 
+    def wait_exit(self, timeout_s: float) -> bool:
+        return self.ended.is_set()
+
+    def obituary(self) -> str:
+        return self.last_words if self.ended.is_set() else ""
+
     def stop(self) -> None:
+        self.last_words = ""
         self.ended.set()
 
     def restart(self) -> None:
@@ -222,6 +230,31 @@ def test_too_many_failures_in_a_row_end_it():
     with pytest.raises(EngineError, match="failure 4"):
         Pool(bad, good, most=4, restarts=3).answers(asked(4, 2), shares(8, 2))
     assert seen["bad"] == 4 and bad.starts == 4
+
+
+def test_a_server_that_ended_by_itself_is_quoted(caplog):
+    dying, broken = Server(), Server()
+    dying.last_words = "sglang::scheduler (pid 7) ended; the end of engine_0.log:\nCUDA error: an illegal memory access"
+
+    both = threading.Barrier(2, timeout=PATIENCE)
+
+    def dies(s, b):
+        if s.starts == 1:
+            both.wait()
+            s.ended.set()
+
+    def breaks(s, b):
+        if s.starts == 1:
+            both.wait()
+            raise EngineError("answered 500")
+
+    dying.answer, broken.answer, broken.last_words = dies, breaks, "nothing: it lived"
+    Pool(dying, broken).answers(asked(4, 2), shares(8, 2))
+    assert {r.getMessage() for r in caplog.records} == {
+        "engine 0 failed (the connection broke; sglang::scheduler (pid 7) ended; the end of engine_0.log:); restart 1\n"
+        "CUDA error: an illegal memory access",
+        "engine 1 failed (answered 500); restart 1",
+    }
 
 
 def test_an_engine_that_does_not_come_back_counts_as_well():

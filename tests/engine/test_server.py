@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import psutil
 import pytest
 
 from fp8slurm.config.schema import EngineSection
-from fp8slurm.engine.server import Engine, EngineError, EngineSettings, meaningful_tail, server_arguments
+from fp8slurm.engine.server import Engine, EngineError, EngineSettings, meaningful_tail, server_arguments, vital_of
 
 pytestmark = pytest.mark.slow
 
@@ -132,6 +133,42 @@ def test_stop_leaves_nothing(tmp_path: Path, write_fp8_model) -> None:
     assert gone([process], 1) and not engine.alive() and not temporary.exists()
 
 
+TREE = """
+import subprocess, sys, time
+if sys.argv[1:] == ["child"]:
+    helper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    print(helper.pid, flush=True)
+else:
+    subprocess.Popen([sys.executable, __file__, "child"])
+    subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)", "multiprocessing.resource_tracker"])
+time.sleep(600)
+"""
+
+
+def test_only_what_the_server_started_itself_takes_it_along(tmp_path: Path) -> None:
+    script = tmp_path / "tree.py"
+    script.write_text(TREE)
+    server = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, start_new_session=True)
+    engine, exited = Engine(tmp_path, tmp_path, CPU), threading.Event()
+    try:
+        helper = int(server.stdout.readline())
+        family = [psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)]
+        assert len(family) == 4
+        child = psutil.Process(helper).parent()
+        assert [p.pid for p in vital_of(family)] == [server.pid, child.pid]
+        watcher = threading.Thread(target=engine._end_together, args=(vital_of(family), exited))
+        watcher.start()
+        os.kill(helper, signal.SIGKILL)  # as when torch closes its pool of compilers
+        assert gone([helper]) and not watcher.join(1) and watcher.is_alive() and server.poll() is None
+        child.kill()
+        watcher.join(20)
+        assert server.wait(20) == -signal.SIGKILL and gone([p.pid for p in family])
+        assert "tree.py child" in engine._first_to_end and f"(pid {child.pid})" in engine._first_to_end
+    finally:
+        if server.poll() is None:
+            os.killpg(server.pid, signal.SIGKILL)
+
+
 def test_meaningful_tail() -> None:
     log = """[1] INFO starting
 /x.py:3: UserWarning: who cares
@@ -148,4 +185,6 @@ SystemExit: 1
 """
     lines = meaningful_tail(log, 4).splitlines()
     assert lines[-1] == "ValueError: why" and lines[0].startswith("[2] Scheduler hit") and len(lines) == 4
+    older = log.replace("Received sigquit from a child process. It", "SIGQUIT received. signum=None, frame=None. It")
+    assert meaningful_tail(older, 4) == meaningful_tail(log, 4)
     assert meaningful_tail("a\n\nb\nc\n", 2) == "b\nc"

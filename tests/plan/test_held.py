@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 from fp8slurm.checkpoint import hf_to_fp8
 from fp8slurm.checkpoint.hf_folder import open_hf
 from fp8slurm.config import RunConfig, parse
-from fp8slurm.models import tiny
+from fp8slurm.models import known, tiny
 from fp8slurm.models.known import known_model
 from fp8slurm.models.names import NameTable
 from fp8slurm.models.qwen3 import ModelSpec, QuantizationSpec
@@ -199,22 +199,35 @@ def test_known_models_have_the_published_sizes():
     assert payloads["Qwen3-0.6B"][0] == 1.19
 
 
-# GB by nvidia-smi on the fullest GPU in runs of Qwen3-4B's shape on H100s (2026-11-28, docs/gpu.md)
+TWO, FOUR = ([f"--slurm.{name}={n}" for name in ("gpus-per-node", "ranks-per-node")] + [f"--engine.per-node={n}"] for n in (2, 4))
+BF16 = ["--fp8.backend=off", "--fp8.engine=bf16"]
+EXPERTS = ["--slurm.nodes=1", *TWO[:2], "--engine.per-node=1", "--engine.tensor-parallel-size=2", "--engine.expert-parallel-size=2",
+           "--engine.context-length=1024", "--parallel.tensor-parallel-size=2", "--parallel.expert-parallel-size=2", "--parallel.pipeline-parallel-size=1"]  # fmt: skip
+# GB by nvidia-smi on the fullest GPU, training and with engines awake, in runs on H100s (2026-11-28, docs/plan.md). Of the one that
+# is missing there, Qwen3-0.6B, plan is 12% too high in training.
 SHOWN = {
-    ("two GPUs", "train"): 62.8,
-    ("two GPUs", "sync and rollout"): 78.4,
-    ("four GPUs", "train"): 50.3,
-    ("four GPUs", "sync and rollout"): 76.2,
+    "4B, two GPUs": ("qwen3-4b-fp8", TWO, 62.8, 78.4),
+    "4B, four GPUs": ("qwen3-4b-fp8", FOUR, 50.3, 76.2),
+    "4B in BF16": ("qwen3-4b-fp8", [*TWO, *BF16], 52.6, 78.2),
+    "4B, optimizer asleep": ("qwen3-4b-fp8", [*TWO, "--optim.sleep"], 61.5, 74.5),
+    "eight layers of 30B-A3B": ("qwen3-30b-a3b-fp8", EXPERTS, 43.0, 74.2),
 }
 
 
-@pytest.mark.parametrize("gpus, phase", SHOWN)
-def test_memory_is_within_a_tenth_of_what_gpus_showed(gpus: str, phase: str):
-    n = {"two GPUs": 2, "four GPUs": 4}[gpus]
-    flags = [f"--slurm.{name}=" + str(n) for name in ("gpus-per-node", "ranks-per-node")] + [f"--engine.per-node={n}"]
-    flags += ["--engine.mem-fraction=0.85", "--data.max-prompt-tokens=64", "--rollout.max-tokens=512"]
-    (planned,) = [p for p in make_plan(parse("qwen3-4b-fp8", flags)).fits[0].phases if p.name == phase]
-    assert planned.bytes / 1e9 == pytest.approx(SHOWN[gpus, phase], rel=0.1)
+@pytest.mark.parametrize("run", SHOWN)
+def test_memory_is_within_a_tenth_of_what_gpus_showed(run: str, tmp_path: Path):
+    recipe, flags, training, awake = SHOWN[run]
+    if recipe != "qwen3-4b-fp8":
+        shape = json.loads((Path(known.__file__).parent / "Qwen3-30B-A3B.json").read_text()) | {"num_hidden_layers": 8}
+        (tmp_path / "config.json").write_text(json.dumps(shape))
+        flags = [*flags, f"--model.hf-checkpoint={tmp_path}"]
+    else:
+        flags = [*flags, "--engine.mem-fraction=0.85"]
+    flags = [*flags, "--data.max-prompt-tokens=64", "--rollout.max-tokens=512"]
+    train, rollout = make_plan(parse(recipe, flags)).fits[0].phases
+    assert (train.name, rollout.name) == ("train", "sync and rollout")
+    assert train.bytes / 1e9 == pytest.approx(training, rel=0.1)
+    assert rollout.bytes / 1e9 == pytest.approx(awake, rel=0.1)
 
 
 def test_in_reserve_is_a_share_of_what_only_a_step_takes():

@@ -10,6 +10,7 @@ import pytest
 import torch.distributed as dist
 from fp8slurm.checkpoint.run import RunDirectory, RunState
 from fp8slurm.config import RunConfig
+from fp8slurm.rl import loop as loop_module
 from fp8slurm.rl.loop import Loop
 from fp8slurm.rl.types import Prompt, Sample, SampleGroup
 from fp8slurm.trainer.trainer import StepResult
@@ -63,6 +64,19 @@ def test_of_several_updates_those_that_were_made_are_averaged():
     record = loop.step(1)
     assert (record["loss"], record["grad_norm"], record["entropy"], record["skipped"]) == (2.0, 1.0, 3.0, 1.0)
     assert loop.state.bad_steps == 0
+
+
+def test_weights_that_a_rollout_has_to_send_first_are_not_counted_twice(monkeypatch):
+    now = iter((0.0, 1.0, 1.5, 4.5, 5.0, 7.0, 10.0, 10.5))  # of rollout, sync within it, sleep within sync; then of sync alone
+    monkeypatch.setattr(loop_module.time, "perf_counter", lambda: next(now))
+    loop = loop_with(RunConfig())
+    with loop.timed("rollout"):
+        with loop.timed("sync"):
+            with loop.timed("sleep"):
+                pass
+    with loop.timed("sync"):
+        pass
+    assert loop.seconds == {"sleep": 3.0, "sync": 4.0 - 3.0 + 0.5, "rollout": 7.0 - 4.0}
 
 
 def resumed(tmp_path, state: RunState, has_reference: bool = True, damaged: bool = False, **sections) -> Loop:

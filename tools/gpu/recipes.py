@@ -39,7 +39,7 @@ def write_recipe(path: Path, base: str, graphs: list[int], **sections: dict[str,
         "engine": {"extra_args": ENGINE + capture, "ready_timeout_s": 400.0},
         "slurm": {"executor": "local", "nodes": 1, "gpus_per_node": 1, "ranks_per_node": 1, "cpus_per_task": None, "memory": None,
                   "share_gpus": True},
-        "watchdog": {"timeout_s": 300.0},
+        "watchdog": {"timeout_s": 180.0},
     }  # fmt: skip
     for section, changed in sections.items():
         own[section] = own.get(section, {}) | changed

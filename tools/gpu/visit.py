@@ -18,6 +18,7 @@ usage: visit.py WORK OUT [--seconds 550] PART...
     4b-sleep     the same, the optimizer's state in host memory meanwhile
     4b-split     the same with half of the GPUs serving, weights by NCCL
     4b-whole     the same to its end, its checkpoint and what an engine loads made of it
+    0.6b         RL steps of Qwen3-0.6B's shape on one GPU in FP8, on the next in BF16: is the plan right for another model?
     30b          RL steps of some of Qwen3-30B-A3B's layers on all GPUs together
 
 Models and recipes are made in WORK. OUT gets every run's records, errors and the ends of its logs, what each job said, and
@@ -246,11 +247,14 @@ def experts(v: Visit) -> None:
             v.train(f"moe-{name}-{seed}", "tiny-moe-fp8", [64, 256, 512], model, share=0.03, sft=sft, **own)
 
 
-def four_b(v: Visit, precision: str = "fp8-fp8", split: bool = False, name: str = "4b", share: float = 1.0,
-           **more: dict[str, Any]) -> None:  # fmt: skip
-    """Random weights, a coin for a reward, every sample as long as it may be: for time, memory and bytes, not for learning."""
-    model = write_model(v.work / "Qwen3-4B", "Qwen3-4B", v.tiny())
-    n = v.gpus // 2 if split else v.gpus
+def four_b(v: Visit, precision: str = "fp8-fp8", split: bool = False, name: str = "4b", share: float = 1.0, shape: str = "Qwen3-4B",
+           gpus: int = 0, **more: dict[str, Any]) -> None:  # fmt: skip
+    """Random weights, a coin for a reward, every sample as long as it may be: for time, memory and bytes, not for learning.
+
+    gpus: how many it takes, 0 for all of them."""
+    model = write_model(v.work / shape, shape, v.tiny())
+    total = gpus or v.gpus
+    n = total // 2 if split else total
     settings: dict[str, dict[str, Any]] = {
         "run": {"steps": 4}, "fp8": PRECISIONS[precision], "model": {"rollout_checkpoint": v.fp8(model) if "fp8" in precision else None},
         "data": {"train": v.work / "data" / "train.jsonl", "eval": None, "max_prompt_tokens": 64},
@@ -259,22 +263,28 @@ def four_b(v: Visit, precision: str = "fp8-fp8", split: bool = False, name: str 
         "optim": {"warmup_steps": 0},
         "checkpoint": {"every": 100},
         "engine": {"per_node": n, "context_length": 2048, "mem_fraction": 0.85, "max_running_requests": 64},
-        "slurm": {"gpus_per_node": v.gpus, "ranks_per_node": n},
+        "slurm": {"gpus_per_node": total, "ranks_per_node": n},
         "parallel": {"tensor_parallel_size": min(2, n), "sequence_parallel": n > 1},
         "sync": {"verify": "first"},
     }  # fmt: skip
     if split:
-        settings["engine"] |= {"placement": "split", "gpus": v.gpus - n, "max_running_requests": 128, "mem_fraction": 0.6}
+        settings["engine"] |= {"placement": "split", "gpus": total - n, "max_running_requests": 128, "mem_fraction": 0.6}
         if n == 1:  # 16 bytes a parameter do not fit beside gradients
             settings["optim"]["moments"] = "bfloat16"
     settings = {key: settings.get(key, {}) | more.get(key, {}) for key in (*settings, *more)}
     graphs = [128 if split else 64]  # all samples are equally long: no other batch is seen
-    v.train(name, "qwen3-4b-fp8", graphs, model, 0, share=share, until=None if name == "4b-whole" else 3, **settings)
+    v.train(name, "qwen3-4b-fp8", graphs, model, gpus, share=share, until=None if name == "4b-whole" else 3, **settings)
     if name == "4b-whole":  # its checkpoint, of 56 GB, to what an engine loads; beside the next run
         checkpoint = v.work / "runs" / name / "checkpoints" / "step_000004"
         convert = f"{sys.executable} -m fp8slurm.cli convert torch-dist-to-fp8 --origin-hf-dir {model} {checkpoint} {v.work}/exported"
         wait = f"while [ ! -e {checkpoint}/COMPLETE ]; do sleep 1; done; time {convert}"
         v.jobs.append(Job("4b-export", ["bash", "-c", wait], 1, 0.0))
+
+
+def plan_check(v: Visit) -> None:
+    """A model of which no constant of the plan was made."""
+    for precision in ("fp8-fp8", "bf16-bf16"):
+        four_b(v, precision, name=f"0.6b-{precision}", shape="Qwen3-0.6B", gpus=1)
 
 
 def thirty_b(v: Visit, layers: int = 8) -> None:
@@ -295,7 +305,8 @@ PARTS: dict[str, Callable[[Visit], None]] = {
     "tests": tests, "faults": faults, "models": models, "nccl": nccl, "memory": memory, "measures": measures, "tiny": tiny, "small": small, "small-probe": small_probe, "variants": variants, "experts": experts,
     "4b": four_b, "4b-bf16": lambda v: four_b(v, "bf16-bf16", name="4b-bf16"),
     "4b-sleep": lambda v: four_b(v, name="4b-sleep", optim={"sleep": True}),
-    "4b-split": lambda v: four_b(v, split=True, name="4b-split", share=0.7), "4b-whole": lambda v: four_b(v, name="4b-whole"), "30b": thirty_b,
+    "4b-split": lambda v: four_b(v, split=True, name="4b-split", train={"tokens_per_micro_batch": 8192}), "4b-whole": lambda v: four_b(v, name="4b-whole"), "30b": thirty_b,
+    "0.6b": plan_check,
 }  # fmt: skip
 
 
