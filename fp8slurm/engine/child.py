@@ -19,7 +19,6 @@ import threading
 from typing import Any
 
 PR_SET_PDEATHSIG = 1
-KEEP_ALIVE_S = 365 * 24 * 3600
 
 
 def main() -> None:
@@ -54,14 +53,8 @@ def _serve(handover: dict[str, Any], on_cpu: bool) -> None:
         multiprocessing.set_start_method = lambda *args, **kwargs: None
     listener = socket.socket(fileno=handover["listen_fd"])
     serve = uvicorn.Server.run
-
-    def run(server: uvicorn.Server, sockets: Any = None) -> None:
-        # Connections are the agent's, which uses them again after a training step. A server that closes them meanwhile
-        # (SGLang: after 5 s) may do so just as a request arrives, which is then lost.
-        server.config.timeout_keep_alive = KEEP_ALIVE_S
-        serve(server, sockets=[listener])  # bound by the agent: nobody can take the port between choosing and listening
-
-    uvicorn.Server.run = run
+    # the agent bound the port: nobody can take it between choosing and listening
+    uvicorn.Server.run = lambda server, sockets=None: serve(server, sockets=[listener])
 
     arguments = prepare_server_args([*handover["arguments"], f"--api-key={handover['api_key']}"])
     launch_server(

@@ -150,15 +150,13 @@ def _fuse(
 
     def make(rank: int) -> torch.Tensor:
         first = rank // size * share
-        rows = [
-            torch.cat(
-                [
-                    _shard(f".{part}.", pieces[expert, position], rank % size, size, num_key_value_heads)
-                    for position, part in enumerate(names)
-                ]
-            )
-            for expert in range(first, first + share)
-        ]
-        return torch.stack(rows) if stacked else rows[0]
+        whole = torch.cat(
+            [
+                _shard(f".{part}.", pieces[expert, position], rank % size, size, num_key_value_heads)
+                for expert in range(first, first + share)
+                for position, part in enumerate(names)
+            ]
+        )
+        return whole.unflatten(0, (share, -1)) if stacked else whole
 
     return [partial(make, rank) for rank in range(ranks)]

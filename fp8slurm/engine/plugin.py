@@ -21,6 +21,7 @@ def apply() -> None:
     _add_raw_digest()
     _finish_loads()
     _finish_before_release()
+    _clear_padding_after_waking()
     _record_loads()
 
 
@@ -29,6 +30,7 @@ def _add_raw_digest() -> None:
 
     SGLang's own checksums are of weights dequantized to BF16, which hides a scale that is off by one ulp.
     """
+    import torch
     from sglang.srt.utils.weight_checker import WeightChecker
 
     original = WeightChecker.handle
@@ -38,6 +40,8 @@ def _add_raw_digest() -> None:
     def handle(self: Any, action: str, *args: Any, **kwargs: Any) -> Any:
         if action != DIGEST_ACTION:
             return original(self, action, *args, **kwargs)
+        if torch.cuda.is_available():  # the digests' threads copy on a stream of theirs, which waits for no other
+            torch.cuda.synchronize()
         role = {"role": kwargs["role"]} if "role" in kwargs else {}  # older servers know no roles
         model = self._get_model()
         parameters = dict(model.named_parameters())
@@ -57,24 +61,31 @@ def _add_raw_digest() -> None:
 
 
 def _finish_loads() -> None:
-    """Answer /update_weights_from_tensor when the copies are done, not when they are queued on the GPU.
+    """Answer that a bucket is loaded when it is, not when its broadcast and its copies are queued on the GPU.
 
-    The sender overwrites the memory that it shares as soon as it has the answer.
+    The sender overwrites the memory that it shares as soon as it has the answer. Of a broadcast, the answer would come
+    before the bytes: an engine whose sender gives up would say that it has a whole update, and nobody would restart it.
+    And a load begins when nothing reads the weights any more: after a pause "in_place" the last batch may still do.
     """
     import torch
     from sglang.srt.model_executor.model_runner_components.weight_updater import WeightUpdater
 
-    original = WeightUpdater.update_weights_from_tensor
-    if not torch.cuda.is_available() or getattr(original, "finishes", False):
+    if not torch.cuda.is_available() or getattr(WeightUpdater.update_weights_from_tensor, "finishes", False):
         return
 
-    def update_weights_from_tensor(self: Any, *args: Any, **kwargs: Any) -> Any:
-        result = original(self, *args, **kwargs)
-        torch.cuda.synchronize()
-        return result
+    def finished(original: Any) -> Any:
+        @functools.wraps(original)
+        def load(self: Any, *args: Any, **kwargs: Any) -> Any:
+            torch.cuda.synchronize()
+            result = original(self, *args, **kwargs)
+            torch.cuda.synchronize()
+            return result
 
-    update_weights_from_tensor.finishes = True
-    WeightUpdater.update_weights_from_tensor = update_weights_from_tensor
+        load.finishes = True
+        return load
+
+    for name in ("update_weights_from_tensor", "update_weights_from_distributed"):
+        setattr(WeightUpdater, name, finished(getattr(WeightUpdater, name)))
 
 
 def _finish_before_release() -> None:
@@ -95,6 +106,28 @@ def _finish_before_release() -> None:
 
     pause.finishes = True
     Adapter.pause = pause
+
+
+def _clear_padding_after_waking() -> None:
+    """Zero the table of cache slots when its memory comes back, with whatever is in it then.
+
+    Its row 0 stands for the requests that fill a batch up to the size of a CUDA graph: they read the slot that it names.
+    """
+    from sglang.srt.managers.scheduler_components.weight_updater import SchedulerWeightUpdaterManager as Manager
+
+    original = Manager.resume_memory_occupation
+    if getattr(original, "clears", False):
+        return
+
+    @functools.wraps(original)
+    def resume_memory_occupation(self: Any, recv_req: Any) -> Any:
+        result = original(self, recv_req)
+        if self.memory_saver_adapter.enabled and (not recv_req.tags or "kv_cache" in recv_req.tags):
+            self.scheduler.req_to_token_pool.req_to_token.zero_()
+        return result
+
+    resume_memory_occupation.clears = True
+    Manager.resume_memory_occupation = resume_memory_occupation
 
 
 def _record_loads() -> None:

@@ -85,6 +85,7 @@ class Engine:
         self._process: subprocess.Popen[bytes] | None = None
         self._exited = threading.Event()
         self._first_to_end = ""
+        self._stopped = False
         self._stopping = threading.RLock()
         self._ready_pipe = -1
         self._log_start = 0
@@ -106,7 +107,7 @@ class Engine:
             )
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         self._temporary = _temporary_dir(self.log_path.parent, self.name)
-        self._exited, self._first_to_end = threading.Event(), ""
+        self._exited, self._first_to_end, self._stopped = threading.Event(), "", False
         self._started_at = time.time()
         started: list[BaseException | None] = []
         launched = threading.Event()
@@ -145,15 +146,17 @@ class Engine:
 
     def obituary(self) -> str:
         """Of a server that has ended by itself: which of its processes was the first to end, and the end of its log; else ""."""
-        if self._process is None or not self._exited.is_set():
+        process = self._process  # another thread's stop() takes it away
+        if process is None or self._stopped or not self._exited.is_set():
             return ""
-        first = self._first_to_end or f"the server (status {self._process.returncode})"
+        first = self._first_to_end or f"the server (status {process.returncode})"
         return f"{first} ended; the end of {self.log_path}:\n{self.log_tail()}"
 
     def stop(self) -> None:
         """End the server and all its processes, now; remove what it left in /dev/shm and in its temporary folder."""
         with self._stopping:
             if self._process is not None:
+                self._stopped = self._stopped or not self._exited.is_set()
                 family = self._family()
                 _kill_group(self._process.pid)
                 self._exited.wait()
@@ -196,19 +199,21 @@ class Engine:
 
     def _end_together(self, vital: list[psutil.Process], exited: threading.Event) -> None:
         """Thread that kills the server as soon as one of these processes ends; SGLang itself takes seconds for it."""
+        if not vital:  # it has ended already; select would wait for ever
+            return
         descriptors: dict[int, str] = {}
         try:
             for process in vital:
-                title = f"{' '.join(process.cmdline())[:200]} (pid {process.pid})"
+                title = f"{' '.join(process.cmdline()).strip()[:200]} (pid {process.pid})"  # setproctitle pads it
                 descriptors[os.pidfd_open(process.pid)] = title
             ended, _, _ = select.select(list(descriptors), [], [])
-            if vital and not exited.is_set():
+            if not exited.is_set():
                 self._first_to_end = descriptors[ended[0]]
         except (psutil.NoSuchProcess, ProcessLookupError):
             pass
         for descriptor in descriptors:
             os.close(descriptor)
-        if vital and not exited.is_set():
+        if not exited.is_set():
             _kill_group(vital[0].pid)
 
     def _launch(self) -> None:
@@ -248,6 +253,9 @@ class Engine:
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
             "TMPDIR": str(self._temporary),
+            # The agent uses its connections again after a training step. A server that closes them meanwhile (SGLang:
+            # after 5 s) may do so just as a request arrives, which is then lost.
+            "SGLANG_TIMEOUT_KEEP_ALIVE": str(365 * 24 * 3600),
             "GLOO_SOCKET_IFNAME": self.settings.gloo_interface,
             # a file instead of a TCP port that listens on every interface
             "SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE": f"file://{self._temporary}/rendezvous",

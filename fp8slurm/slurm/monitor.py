@@ -28,6 +28,9 @@ LAUNCHER = "FP8SLURM_LAUNCHER"
 """The process that started tasks on this machine, as `launcher` writes it: they end with it, also if it was killed."""
 FLIGHT_RECORD_S = 5.0
 OTHERS_STACKS_S = FLIGHT_RECORD_S + 3.0
+SILENT_S = 30.0
+"""A task that is ended from outside says where it stands if it has made no progress for so long: somebody lost patience
+before the watchdog did."""
 
 
 class Monitor:
@@ -119,7 +122,7 @@ class Monitor:
         print(f"task {self.index}: {why}", file=sys.stderr, flush=True)
         if code == HUNG:
             self.hung.touch()
-        if code != TERMINATED or self.hung.exists():
+        if code != TERMINATED or self.hung.exists() or time.monotonic() - self._last > SILENT_S:
             self._show_where()
         record_error(self.errors, self.index, why, primary=code not in (NEIGHBOUR_DIED, TERMINATED))
         if code == HUNG:
@@ -133,6 +136,7 @@ class Monitor:
         self._shown = True
         with open(self.stacks / f"task_{self.index}.txt", "w") as f:
             faulthandler.dump_traceback(f, all_threads=True)
+            f.write(_in_the_kernel())
         if self.hung.exists():
             dump = threading.Thread(target=_dump_flight_record, args=(self.stacks, self.index), daemon=True)
             dump.start()
@@ -153,6 +157,22 @@ class Monitor:
             self.on_exit()
         finally:
             os._exit(0 if self.replaced() else code)
+
+
+def _in_the_kernel() -> str:
+    """Each thread's name, state (R: it spins, as one does that waits for a GPU) and what it waits for in the kernel: the
+    stacks end where C++ begins."""
+    lines = ["", "thread: name, state, system call and its arguments, where it waits"]
+    for task in sorted(Path("/proc/self/task").iterdir(), key=lambda path: int(path.name)):
+        said = {}
+        for name in ("comm", "stat", "syscall", "wchan"):
+            try:
+                said[name] = (task / name).read_text().strip()
+            except OSError:  # the thread has ended, or the kernel does not tell
+                said[name] = "?"
+        state = said["stat"].rpartition(")")[2].strip()[:1]
+        lines.append(f"{task.name}: {said['comm']}, {state}, {said['syscall']}, {said['wchan']}")
+    return "\n".join(lines) + "\n"
 
 
 def _dump_flight_record(folder: Path, index: int) -> None:

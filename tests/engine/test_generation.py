@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import select
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Iterator
@@ -15,6 +16,7 @@ import torch
 from w8a8_reference import reference
 
 from fp8slurm.config.schema import EngineSection
+from fp8slurm.engine import server as server_module
 from fp8slurm.engine.client import EngineClient, GenerateRequest
 from fp8slurm.engine.digest import expected_digests, first_difference
 from fp8slurm.engine.server import Engine, EngineError, EngineSettings
@@ -227,3 +229,17 @@ def test_killed_scheduler_takes_the_server_along_and_a_restart_gives_the_same_bi
     assert dense.client.generate(batch, one_batch=True) == before
     with pytest.raises(EngineError):
         EngineClient(old_url, dense.engine.api_key, timeout_s=5).model_info()
+
+
+def test_a_server_that_was_stopped_has_not_ended_by_itself(dense: Served, monkeypatch) -> None:
+    leaving = threading.Event()
+    monkeypatch.setattr(server_module, "_runs", lambda process: not leaving.is_set())  # a GPU takes seconds to be left
+    stopping = threading.Thread(target=dense.engine.stop)
+    stopping.start()
+    assert dense.engine.wait_exit(20) and stopping.is_alive()
+    said = dense.engine.obituary()
+    leaving.set()
+    stopping.join()
+    assert said == "" == dense.engine.obituary()
+    dense.engine.restart()
+    dense.client = EngineClient(dense.engine.url, dense.engine.api_key, timeout_s=60)

@@ -2,38 +2,98 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 
+import pytest
+
 SCRIPT = """
-import torch
+import json, torch
+from types import SimpleNamespace
 if not torch.cuda.is_available():
     from fp8slurm.cpu import sglang_stubs
     sglang_stubs.install()
 from fp8slurm.engine import plugin
+from sglang.srt.managers.scheduler_components.weight_updater import SchedulerWeightUpdaterManager as Manager
+from sglang.srt.model_executor.model_runner_components.weight_updater import WeightUpdater
 from sglang.srt.utils import torch_memory_saver_adapter as adapter
+from sglang.srt.utils.weight_checker import WeightChecker
 
 calls = []
-
-class Saver:
-    def pause(self, tag):
-        calls.append(tag)
-
-adapter._memory_saver = Saver()
+torch.cuda.is_available = lambda: True
 torch.cuda.synchronize = lambda: calls.append("GPU is done")
-plugin._finish_before_release()
-plugin._finish_before_release()  # a second time changes nothing
+adapter._memory_saver = SimpleNamespace(pause=lambda tag: calls.append(tag))
+for way in ("tensor", "distributed"):
+    setattr(WeightUpdater, f"update_weights_from_{way}", lambda self, way=way: calls.append(way) or (True, way))
+Manager.resume_memory_occupation = lambda self, recv_req: "said"
+plugin.apply()
+plugin.apply()  # a second time changes nothing
+
+def said():
+    done, calls[:] = list(calls), []
+    return done
+
 real = adapter._TorchMemorySaverAdapterReal()
 for tag in ("kv_cache", "weights"):
     real.pause(tag)
-print(calls)
+found = {"pauses": said()}
+
+updater = object.__new__(WeightUpdater)
+assert updater.update_weights_from_tensor() == (True, "tensor")
+assert updater.update_weights_from_distributed() == (True, "distributed")
+found["loads"] = said()
+
+class Checker:
+    def _get_model(self):
+        calls.append("model")
+        return torch.nn.Linear(1, 1)
+
+    def _parallelism_info(self):
+        return SimpleNamespace(model_dump=lambda: {})
+
+digest = plugin.raw_digests
+plugin.raw_digests = lambda makes: calls.append("digests") or digest(makes)
+WeightChecker.handle(Checker(), "raw_digest")
+found["digests"] = said()
+
+for enabled, tags in ((True, None), (True, ["kv_cache"]), (True, ["weights"]), (False, None)):
+    table = torch.ones(2, 3, dtype=torch.int32)
+    scheduler = SimpleNamespace(req_to_token_pool=SimpleNamespace(req_to_token=table))
+    manager = SimpleNamespace(scheduler=scheduler, memory_saver_adapter=SimpleNamespace(enabled=enabled))
+    assert Manager.resume_memory_occupation(manager, SimpleNamespace(tags=tags)) == "said"
+    calls.append(int(table.sum()))
+found["wakes"] = said()
+print(json.dumps(found))
 """
+WAIT = "GPU is done"
 
 
-def test_memory_is_unmapped_when_the_gpu_is_done_with_it() -> None:
-    """Each pause waits: SGLang itself queues copies between them."""
+@pytest.fixture(scope="module")
+def found() -> dict[str, list[object]]:
+    """What was called, in a process that has SGLang's classes, patched, but needs no GPU."""
     environment = os.environ | {"SGLANG_USE_CPU_ENGINE": "1"}
     done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "['GPU is done', 'kv_cache', 'GPU is done', 'weights']"
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_memory_is_unmapped_when_the_gpu_is_done_with_it(found) -> None:
+    """Each pause waits: SGLang itself queues copies between them."""
+    assert found["pauses"] == [WAIT, "kv_cache", WAIT, "weights"]
+
+
+def test_a_load_is_answered_when_the_gpu_has_made_it(found) -> None:
+    """From mapped memory and from a broadcast."""
+    assert found["loads"] == [WAIT, "tensor", WAIT, WAIT, "distributed", WAIT]
+
+
+def test_digests_are_of_what_has_been_loaded(found) -> None:
+    """Their threads do not wait for the scheduler's stream."""
+    assert found["digests"].index(WAIT) < found["digests"].index("digests")
+
+
+def test_the_padding_row_is_zero_again_after_waking(found) -> None:
+    """Where the memory had been given back: with all of it, or with the cache's."""
+    assert found["wakes"] == [0, 0, 6, 6]

@@ -139,8 +139,8 @@ if sys.argv[1:] == ["child"]:
     helper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     print(helper.pid, flush=True)
 else:
-    subprocess.Popen([sys.executable, __file__, "child"])
     subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)", "multiprocessing.resource_tracker"])
+    subprocess.Popen([sys.executable, __file__, "child"])  # the last: the test goes on when it prints
 time.sleep(600)
 """
 

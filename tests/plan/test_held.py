@@ -204,7 +204,7 @@ BF16 = ["--fp8.backend=off", "--fp8.engine=bf16"]
 EXPERTS = ["--slurm.nodes=1", *TWO[:2], "--engine.per-node=1", "--engine.tensor-parallel-size=2", "--engine.expert-parallel-size=2",
            "--engine.context-length=1024", "--parallel.tensor-parallel-size=2", "--parallel.expert-parallel-size=2", "--parallel.pipeline-parallel-size=1"]  # fmt: skip
 # GB by nvidia-smi on the fullest GPU, training and with engines awake, in runs on H100s (2026-11-28, docs/plan.md). Of the one that
-# is missing there, Qwen3-0.6B, plan is 12% too high in training.
+# is missing here, Qwen3-0.6B, plan is 12% too high in training.
 SHOWN = {
     "4B, two GPUs": ("qwen3-4b-fp8", TWO, 62.8, 78.4),
     "4B, four GPUs": ("qwen3-4b-fp8", FOUR, 50.3, 76.2),

@@ -78,3 +78,26 @@ def test_a_failed_task_of_a_replaced_attempt_tells_srun_nothing(
     done = run(FAIL.format(path=str(tmp_path), in_slurm=in_slurm), PATH="/nonexistent")
     assert (done.returncode, "ZeroDivisionError" in done.stderr) == (status, True), done.stderr
     assert "ZeroDivisionError" in (tmp_path / "attempts" / "0" / "errors" / "task_0.json").read_text()
+
+
+ENDED = """
+import signal, time
+from pathlib import Path
+from fp8slurm.slurm import monitor
+monitor.SILENT_S = {silent_s}
+monitor.Monitor(Path({folder!r}), 3, 600.0).start()
+time.sleep(0.3)
+os.kill(os.getpid(), signal.SIGTERM)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("silent_s, shown", [(0.1, True), (30.0, False)])
+def test_a_task_that_is_ended_in_a_long_silence_says_where_it_stands(tmp_path: Path, silent_s: float, shown: bool):
+    done = run(ENDED.format(silent_s=silent_s, folder=str(tmp_path)))
+    assert "ended by SIGTERM" in done.stderr
+    stacks = tmp_path / "stacks" / "task_3.txt"
+    assert stacks.exists() == shown
+    if shown:
+        main, kernel = stacks.read_text().split("thread: name, state")
+        assert 'File "<string>"' in main and len(kernel.splitlines()) >= 3
