@@ -57,7 +57,7 @@ OURS  := [ -e "$(VENV)/.made-by-make" ] || [ -e "$(VENV)/.complete" ] || [ ! -e 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo '  variables: RUN=runs/NAME  HF_CHECKPOINT=  PROMPT_DATA=  EVAL_DATA=  FP8_CHECKPOINT=  (paths; left out: what the recipe says)'
-	@echo '             ARGS="--rollout.n-samples 16 --slurm.partition gpu"  passes settings on'
+	@echo '             ARGS="--run.name more --rollout.n-samples 16 --slurm.partition gpu"  passes settings on'
 	@echo '             FP8SLURM=/path/to/fp8slurm  uses an environment of your own, PYTHON=python3.12 chooses the interpreter of .venv'
 
 # An environment that make did not build (tools/install_gpu.sh, a site's) is taken as it is.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 from typing import TYPE_CHECKING, Callable, Sequence
@@ -10,6 +11,10 @@ from typing import TYPE_CHECKING, Callable, Sequence
 if TYPE_CHECKING:
     from fp8slurm.config import RunConfig
     from fp8slurm.observe.console import Display
+
+
+PATH_ERRORS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR)
+"""A path that cannot be used as it was meant: somebody else's, read-only, too long."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,6 +30,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "command", choices=sorted(COMMANDS), help="; ".join(f"{n}: {h}" for n, (_, h) in sorted(COMMANDS.items()))
     )
+    if argv[:1] == ["--version"]:
+        from fp8slurm import __version__
+
+        print(f"fp8slurm {__version__}")
+        return 0
     if not argv or argv[0] in ("-h", "--help"):
         parser.print_help()
         return 0 if argv else 2
@@ -40,6 +50,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of a pipe has seen enough; what is left in the buffer must not be tried again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:
+        if error.filename is None or error.errno not in PATH_ERRORS:
+            raise
+        print(f"fp8slurm {command}: {os.fsdecode(error.filename)}: {error.strerror}", file=sys.stderr)
+        return 2
 
 
 def train(argv: list[str]) -> int:
@@ -93,14 +108,17 @@ def _display(config: RunConfig) -> tuple[Display, Callable[[], None]]:
 def _train_here(config: RunConfig) -> int:
     from contextlib import nullcontext
 
-    from fp8slurm.slurm.attempt import finished
+    from fp8slurm.checkpoint.run import RunDirectory
+    from fp8slurm.slurm.attempt import check_configuration, finished
     from fp8slurm.slurm.launch import RunFailed, open_run, run_here
 
+    run = RunDirectory(config.run.root / config.run.name)
+    check_configuration(config, run)
+    if finished(config, run, verify=True):  # what it was made with stays in its config.json
+        print(_is_finished(config))
+        return 0
     run = open_run(config)
     try:
-        if finished(config, run, verify=True):
-            print(_is_finished(config))
-            return 0
         display, watch = _display(config)
         foreground = config.slurm.executor == "debug"  # the terminal is the tasks'
         with nullcontext() if foreground else display:
@@ -134,8 +152,12 @@ def _train_under_slurm(config: RunConfig) -> int:
 
 
 def _is_finished(config: RunConfig) -> str:
+    from fp8slurm.checkpoint.run import RunDirectory
+    from fp8slurm.slurm.attempt import rl_step
+
     path = config.run.root / config.run.name
-    return f"{path} is finished: {config.run.steps} steps (--run.steps more of them to go on, --run.name for another run)"
+    steps = rl_step(RunDirectory(path).newest_checkpoint())
+    return f"{path} is finished: {steps} steps (--run.steps more of them to go on, --run.name for another run)"
 
 
 def _draw(config: RunConfig) -> int:

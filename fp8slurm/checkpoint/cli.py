@@ -108,6 +108,8 @@ def convert(name: str, args: argparse.Namespace) -> int:
     except (ValueError, FileNotFoundError) as error:
         print(f"fp8slurm convert {name}: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # of --list | head: the caller's to handle
+        raise
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         print(f"fp8slurm convert {name}: {where}{error.strerror or error}", file=sys.stderr)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import tomllib
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Sequence
+from typing import Iterator, Sequence
 
 import tyro
 from pydantic import ValidationError
 
-from fp8slurm.config.schema import RunConfig
+from fp8slurm.config.schema import FROM_FLAGS, OutOfRange, RunConfig
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -46,6 +47,8 @@ def read_recipe(recipe: str | Path) -> RunConfig:
         raise ValueError(f"--recipe {recipe}: there is no such file")
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"--recipe {path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8, as a TOML file must be: byte {error.start}") from None
     except tomllib.TOMLDecodeError as error:
@@ -72,7 +75,7 @@ def _explain(error: ValidationError) -> list[str]:
             known = ", ".join(model.model_fields) if model else ""
             lines.append(f"unknown key {key}; known here: {known}")
         else:
-            lines.append(f"{key} = {e['input']!r}: {e['msg']}")
+            lines.append(f"{key} = {e['input']!r}: {e['msg'].removeprefix('Value error, ')}")
     return lines
 
 
@@ -88,7 +91,7 @@ def parse(recipe: str | None, flags: Sequence[str], prog: str = "fp8slurm train"
     for flag in flags:
         name, eq, value = flag.partition("=")
         args.append(ALIASES.get(name, name) + eq + value)
-    try:
+    with flags_named():
         return tyro.cli(
             RunConfig,
             prog=prog,
@@ -96,8 +99,24 @@ def parse(recipe: str | None, flags: Sequence[str], prog: str = "fp8slurm train"
             default=default,
             description="Settings of a run; a recipe changes the defaults.",
         )
-    except ValidationError as error:
-        raise ValueError("\n".join(_explain(error))) from None
+
+
+@contextmanager
+def flags_named() -> Iterator[None]:
+    """Around tyro.cli: what a section refuses is a ValueError that names the flag, the value and what is allowed."""
+    token = FROM_FLAGS.set(True)
+    try:
+        yield
+    except OutOfRange as refused:
+        sections = {field.annotation: name for name, field in RunConfig.model_fields.items()}
+        lines = []
+        for e in refused.error.errors(include_url=False):
+            flag = ".".join(map(str, (sections.get(refused.section, "?"), *e["loc"]))).replace("_", "-")
+            said = e["msg"].removeprefix("Value error, ").replace("Input should be", "allowed:")
+            lines.append(said if said.startswith(f"--{flag} ") else f"--{flag} {e['input']}: {said}")
+        raise ValueError("\n".join(lines)) from None
+    finally:
+        FROM_FLAGS.reset(token)
 
 
 def to_toml(config: RunConfig) -> str:

@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, ValidationInfo, field_validator, model_validator,
+)  # fmt: skip
+
+FROM_FLAGS: ContextVar[bool] = ContextVar("FROM_FLAGS", default=False)
+"""Whether tyro builds the sections: it would put a ValueError into a box that names no flag."""
+
+
+class OutOfRange(Exception):
+    """Values of flags that a section refuses; no ValueError, so that tyro lets it through."""
+
+    def __init__(self, section: type[BaseModel], error: ValidationError) -> None:
+        self.section, self.error = section, error
 
 
 class Section(BaseModel):
@@ -21,6 +34,16 @@ class Section(BaseModel):
             raise ValueError("a number is needed")
         return value
 
+    @model_validator(mode="wrap")
+    @classmethod
+    def _let_through(cls, values: Any, handler: ModelWrapValidatorHandler) -> Any:
+        try:
+            return handler(values)
+        except ValidationError as error:
+            if FROM_FLAGS.get():
+                raise OutOfRange(cls, error) from None
+            raise
+
 
 class RunSection(Section):
     """The run itself."""
@@ -33,11 +56,17 @@ class RunSection(Section):
     def _names_a_folder(cls, name: str) -> str:
         if name.strip("/ ") in ("", ".", ".."):  # the run directory would be the shared folder of all runs
             raise ValueError(f"--run.name {name!r} names no folder of its own; allowed: a name such as qwen3-4b-fp8")
+        if any(ord(c) < 32 for c in name) or Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ValueError(
+                f"--run.name {name!r} leads out of --run.root, or is no name of a folder; allowed: a name such as qwen3-4b-fp8"
+            )
+        if any(len(part.encode()) > 200 for part in Path(name).parts):
+            raise ValueError(f"--run.name of {len(name)} characters; allowed: at most 200")
         return name
 
     root: Path = Path("runs")
     """Folder that holds the run directories."""
-    seed: int = 0
+    seed: int = Field(0, ge=0, le=2**31 - 1)
     """Seed of the data order, the sampling and the initialisation."""
     steps: int = Field(100, ge=0)
     """Reinforcement-learning steps (0 with a warm start is plain SFT)."""
@@ -158,7 +187,18 @@ class DataSection(Section):
     label_key: str = "label"
     """Key of the reference answer."""
     chat_template_kwargs: dict[str, bool | int | float | str] = Field(default_factory=dict)
-    """Arguments for the chat template, the same in rollout and evaluation (Qwen3: enable_thinking)."""
+    """Arguments for the chat template, the same in rollout and evaluation (Qwen3: enable_thinking False)."""
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _no_spelled_truth(cls, values: dict) -> dict:
+        for key, value in values.items():
+            if isinstance(value, str) and value.lower() in ("true", "false"):  # text counts as true in a template
+                raise ValueError(
+                    f"{key} {value!r} is text; allowed: True and False (in a recipe true and false, without quotes)"
+                )
+        return values
+
     max_prompt_tokens: int = Field(2048, ge=1)
     """Longer prompts are left out and counted."""
     shuffle: bool = True

@@ -97,7 +97,10 @@ def _of_run(path: Path, step: str | None, eval_dir: Path | None) -> Checkpoint:
     saved = path / "config.json"
     if not saved.is_file():
         raise ValueError(f"--run {path}: no config.json there; give the directory of a run (runs/NAME)")
-    config = build(json.loads(saved.read_text()), str(saved))
+    values = json.loads(saved.read_text())
+    if "run" not in values:
+        raise ValueError(f"--run {path}: its config.json is not a run's; give the directory of a run (runs/NAME), or --checkpoint")
+    config = build(values, str(saved))
     folder, state = pick_checkpoint(RunDirectory(path), step)
     made_from = config.model.rollout_checkpoint
     return Checkpoint(

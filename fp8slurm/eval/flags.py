@@ -162,16 +162,15 @@ def check(args: argparse.Namespace) -> None:
 def engine_section(config: RunConfig | None, flags: list[str]) -> EngineSection:
     """[engine] of the run, or its defaults, with the --engine.KEY flags on top. ValueError: any other flag."""
     import tyro
-    from pydantic import ValidationError
+
+    from fp8slurm.config.load import flags_named
 
     unknown = [f for f in flags if f.startswith("-") and not f.startswith("--engine.")]
     if unknown or (flags and not flags[0].startswith("--engine.")):
         raise ValueError(f"{(unknown or flags)[0]}: no such flag (fp8slurm eval --help)")
     default = _Flags(engine=config.engine if config is not None else EngineSection())
-    try:
+    with flags_named():
         return tyro.cli(_Flags, prog="fp8slurm eval", args=flags, default=default).engine
-    except ValidationError as error:
-        raise ValueError("; ".join(f"--{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())) from None
 
 
 def tasks_of(args: argparse.Namespace, config: RunConfig | None) -> list[EvalTask]:

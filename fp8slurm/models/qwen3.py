@@ -216,8 +216,8 @@ def check_layout(spec: ModelSpec, parallel: Any, fp8: bool, world_size: int | No
     ep, etp = parallel.expert_parallel_size, parallel.expert_tensor_parallel_size
     tp_flag, pp_flag = "--parallel.tensor-parallel-size", "--parallel.pipeline-parallel-size"
     ep_flag, etp_flag = "--parallel.expert-parallel-size", "--parallel.expert-tensor-parallel-size"
+    _divides("key-value heads", spec.num_kv_heads, tp, tp_flag)  # first: its sizes divide the attention heads, too
     _divides("attention heads", spec.num_heads, tp, tp_flag)
-    _divides("key-value heads", spec.num_kv_heads, tp, tp_flag)
     _divides("vocabulary", spec.vocab_size, tp, tp_flag)
     _divides("layers", spec.num_layers, pp, pp_flag)
     if spec.is_moe:

@@ -52,14 +52,25 @@ class Run:
         return sorted({k for r in self.records for k in r if k.startswith(prefix)})
 
 
+def is_run(path: Path) -> bool:
+    """Whether a folder has a run's files; the config.json of a model is none of them. A torn one is a run's."""
+    try:
+        config = json.loads((path / "config.json").read_text())
+    except FileNotFoundError:
+        return any((path / mark).exists() for mark in MARKS)
+    except (OSError, ValueError, RecursionError):
+        return True
+    return not isinstance(config, dict) or "run" in config or any((path / mark).exists() for mark in MARKS[1:])
+
+
 def read_run(path: Path) -> Run:
     """A run directory. ValueError: it is none."""
     path = Path(path)
     if not path.is_dir():
         raise ValueError(f"{path} is no folder: give a run directory, such as runs/tiny-fp8")
-    if not any((path / mark).exists() for mark in MARKS):
+    if not is_run(path):
         raise ValueError(
-            f"{path} is no run directory: none of {', '.join(MARKS)} is in it; give one, such as runs/tiny-fp8"
+            f"{path} is no run directory: no metrics.jsonl, attempts or config.json of a run in it; give one, such as runs/tiny-fp8"
         )
     run = Run(path, path.resolve().name)
     run.config = read_config(path / "config.json", run.notes)

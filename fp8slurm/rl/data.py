@@ -41,7 +41,10 @@ def load_tokenizer(folder: Path) -> Any:
 
     if not Path(folder).is_dir():
         raise ValueError(f"model folder {folder} does not exist (model.hf_checkpoint)")
-    return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder}: no tokenizer that can be read (tokenizer.json, tokenizer_config.json): {error}") from None
 
 
 def end_token_ids(folder: Path) -> list[int]:
@@ -156,7 +159,8 @@ def _rows(
 def read_rows(path: Path) -> Iterator[tuple[int, Callable[[], dict]]]:
     """(row index, function that parses the row or raises BadRow), blank lines left out."""
     if not path.is_file():
-        raise ValueError(f"data file {path} does not exist (data.train, data.eval, sft.data)")
+        what = "is a folder; allowed: a .jsonl or .parquet file" if path.is_dir() else "does not exist"
+        raise ValueError(f"data file {path} {what}")
     if path.suffix not in SUFFIXES:
         raise ValueError(f"data file {path}: {path.suffix or 'no suffix'!r} is not one of {', '.join(SUFFIXES)}")
     if path.suffix == ".parquet":
@@ -194,7 +198,9 @@ def _parse(line: bytes) -> dict:
 
 
 def _field(row: dict, key: str, flag: str) -> Any:
-    if row.get(key) is None:
+    if key in row and row[key] is None:
+        raise BadRow(f"{key!r} is null ({flag})")
+    if key not in row:
         raise BadRow(f"no {key!r} among its keys {sorted(row)} ({flag})")
     return row[key]
 

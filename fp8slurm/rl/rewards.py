@@ -37,7 +37,7 @@ OWN = {"exact": exact, "numeric": numeric, "choice": choice}
 MATH_MEMORY_MIB = 2048
 
 
-def check_kind(kind: str, flag: str = "reward.kind") -> None:
+def check_kind(kind: str, flag: str = "--reward.kind") -> None:
     """ValueError: no such kind of reward."""
     if kind not in (*OWN, "digits", "math") and not all(kind.partition(":")):
         raise ValueError(f"{flag} {kind!r} is not one of {', '.join(OWN)}, digits, math, module:function")

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fp8slurm.checkpoint.run import RunDirectory, RunState, damage, process_of, write_atomic
+from fp8slurm.checkpoint.run import RunDirectory, damage, process_of, write_atomic
 from fp8slurm.config import RunConfig
 from fp8slurm.slurm import job as slurm
 from fp8slurm.slurm.job import Job, SlurmError
@@ -33,6 +33,17 @@ def settle_configuration(config: RunConfig, run: RunDirectory) -> list[str]:
     """Write config.json; returns the settings that differ from the attempt before.
 
     Raises:
+        ValueError: as check_configuration.
+    """
+    changes = check_configuration(config, run)
+    write_atomic(run.path / "config.json", config.model_dump_json(indent=1))
+    return changes
+
+
+def check_configuration(config: RunConfig, run: RunDirectory) -> list[str]:
+    """The settings that differ from the attempt before; nothing is written.
+
+    Raises:
         ValueError: the directory belongs to a run of another model, precision or layout of data.
     """
     saved = run.path / "config.json"
@@ -44,7 +55,6 @@ def settle_configuration(config: RunConfig, run: RunDirectory) -> list[str]:
             raise ValueError(
                 f"{run.path} belongs to another run ({'; '.join(foreign)}): choose another name with --run.name"
             )
-    write_atomic(saved, config.model_dump_json(indent=1))
     return changes
 
 
@@ -84,9 +94,16 @@ def package_versions() -> dict[str, str]:
 
 
 def finished(config: RunConfig, run: RunDirectory, verify: bool = False) -> bool:
-    """Whether the newest sealed checkpoint is that of the last step; verify: and undamaged, which means to read it all."""
-    last = RunState("rl", config.run.steps).name
-    return run.newest_checkpoint() == last and not (verify and damage(run.checkpoints / last))
+    """Whether the newest sealed checkpoint is that of the last step, or of a later one; verify: and undamaged, which means
+    to read it all."""
+    newest = run.newest_checkpoint()
+    return rl_step(newest) >= config.run.steps and not (verify and damage(run.checkpoints / newest))
+
+
+def rl_step(checkpoint: str) -> int:
+    """The step of an RL checkpoint's name; -1 for any other name."""
+    phase, _, step = checkpoint.partition("_")
+    return int(step) if phase == "step" and step.isdigit() else -1
 
 
 def holder(held: dict[str, Any]) -> str | None:

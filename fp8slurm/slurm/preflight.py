@@ -6,11 +6,13 @@ import importlib.util
 from pathlib import Path
 from typing import Any, Callable
 
+from fp8slurm.checkpoint.run import RunDirectory
 from fp8slurm.config import RunConfig
 from fp8slurm.config.derived import transport_of
 from fp8slurm.fp8.environment import set_fp32_scales
 from fp8slurm.models.known import find_spec
 from fp8slurm.models.qwen3 import ModelSpec, check_layout
+from fp8slurm.slurm.attempt import check_configuration
 from fp8slurm.slurm.placement import place
 
 ROWS_CHECKED = 20_000
@@ -51,12 +53,14 @@ def preflight(config: RunConfig, dry_run: bool = False) -> list[str]:
         check(_folder, path, flag, what)
     if len(refusals) == paths and (config.model.hf_checkpoint or Path()).is_dir():
         check(_data, config)
+    if dry_run:  # a start looks itself, under the run's lock
+        check(check_configuration, config, RunDirectory(config.run.root / config.run.name))
     return refusals + _warnings(config)
 
 
 def _folder(path: Path | None, flag: str, what: str) -> Path:
     if path is None:
-        raise ValueError(f"{flag} is not set: give the {what}")
+        raise ValueError(f"{flag} is not set: give the {what}, or a --recipe that does")
     if not path.exists():
         raise ValueError(f"{flag} {path}: there is no such path; give the {what}")
     return path

@@ -11,6 +11,7 @@ from typing import Any, Iterable
 
 from fp8slurm.checkpoint.run import RunDirectory, process_start
 from fp8slurm.observe.metrics import Record, order, position
+from fp8slurm.slurm.attempt import rl_step
 from fp8slurm.slurm.queue import SlurmJob, jobs
 from fp8slurm.slurm.submit import FOLDER
 
@@ -85,7 +86,14 @@ def find_runs(root: Path) -> list[Path]:
 
 def _is_run(path: Path) -> bool:
     try:
-        return path.is_dir() and any((path / mark).exists() for mark in MARKS)
+        if not path.is_dir() or not any((path / mark).exists() for mark in MARKS):
+            return False
+        if any((path / mark).exists() for mark in MARKS[1:]):
+            return True
+        config = json.loads((path / "config.json").read_text())  # a model's folder has one, too
+        return not isinstance(config, dict) or "run" in config
+    except ValueError:  # a torn one is a run's
+        return True
     except OSError:  # somebody else's: run directories are 0700
         return False
 
@@ -180,7 +188,7 @@ class Facts:
         held = self.held()
         if held == "running":
             return held
-        if steps is not None and checkpoint == f"step_{steps:06d}":
+        if steps is not None and rl_step(checkpoint or "") >= steps:
             return "finished"
         if silent:  # its job may wait or run
             return "unknown"

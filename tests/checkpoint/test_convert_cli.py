@@ -172,3 +172,15 @@ def test_memory_does_not_follow_the_model(tmp_path: Path) -> None:
     done = subprocess.run(arguments, capture_output=True, text=True, env=environment, timeout=200)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) <= 64
+
+
+def test_a_list_that_is_cut_off_is_no_error(tmp_path):
+    import subprocess
+    import sys
+
+    from fp8slurm.models.tiny import write_model
+
+    write_model(tmp_path)
+    command = f"{sys.executable} -m fp8slurm.cli convert hf-to-fp8 {tmp_path} --list | true"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.returncode == 0 and "Broken pipe" not in done.stderr

@@ -129,7 +129,7 @@ def test_layouts_that_fit() -> None:
 @pytest.mark.parametrize(
     ("config", "parallel", "fp8", "message"),
     [
-        ({"num_attention_heads": 6}, layout(tp=4), False, r"tensor-parallel-size 4 .*heads \(6\); allowed: 1, 2"),
+        ({"num_attention_heads": 6}, layout(tp=4), False, r"tensor-parallel-size 4 .*heads \(2\); allowed: 1, 2"),
         ({}, layout(tp=4), False, r"key-value heads \(2\); allowed: 1, 2"),
         ({"vocab_size": 383}, layout(tp=2), False, r"vocabulary \(383\)"),
         ({"intermediate_size": 511}, layout(tp=2), False, r"FFN width \(511\)"),

@@ -71,7 +71,7 @@ def test_long_prompts_are_left_out_and_counted(tmp_path, tokenizer, caplog):
 GOOD = {"prompt": "1+1=", "label": "2"}
 BAD = {
     "no label": ({"prompt": "1"}, r"no 'label' among its keys \['prompt'\] \(data.label_key\)"),
-    "null label": ({"prompt": "1", "label": None}, "no 'label'"),
+    "null label": ({"prompt": "1", "label": None}, r"'label' is null \(data.label_key\)"),
     "no prompt": ({"label": "1"}, "data.prompt_key"),
     "label is a list": ({"prompt": "1", "label": ["1"]}, "text or a number, not list"),
     "prompt is a number": ({"prompt": 3, "label": "1"}, "text or a list of messages"),

@@ -294,3 +294,18 @@ def test_what_slurm_prints():
     jobs = parse_sacct(f"{header}\n3|TIMEOUT|1:00|1:00|None assigned|Unknown\n4||||\n")
     assert list(jobs) == ["3"] and (jobs["3"].active, jobs["3"].nodes, jobs["3"].start) == (False, "", "")
     assert parse_sacct("") == {}
+
+
+def test_a_models_folder_is_no_run(tmp_path):
+    from fp8slurm.report.read import read_run
+
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"architectures": ["Qwen3ForCausalLM"]}')
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text('{"run": {"name": "run"}}')
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn" / "config.json").write_text('{"run": ')
+    assert [p.name for p in find_runs(tmp_path)] == ["run", "torn"]
+    assert read_run(tmp_path / "run").name == "run"
+    with pytest.raises(ValueError, match="model is no run directory"):
+        read_run(tmp_path / "model")

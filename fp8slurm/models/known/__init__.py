@@ -31,7 +31,7 @@ def find_spec(checkpoint: Path | None) -> tuple[ModelSpec, str]:
     flag = "--model.hf-checkpoint"
     if checkpoint is None:
         raise ValueError(
-            f"{flag} is not set: give a Hugging Face folder, or a known model ({', '.join(known_models())})"
+            f"{flag} is not set: give a Hugging Face folder, or a known model ({', '.join(known_models())}), or a --recipe that names one"
         )
     if (checkpoint / "config.json").is_file():
         return ModelSpec.from_hf_dir(checkpoint), f"{checkpoint}/config.json"
@@ -39,7 +39,8 @@ def find_spec(checkpoint: Path | None) -> tuple[ModelSpec, str]:
         return known_model(checkpoint.name), (
             f"the published shape of {checkpoint.name}, by the folder's name: {checkpoint}/config.json is not there"
         )
+    made = f"; make {checkpoint.name}-data writes the one of the recipes" if checkpoint.name in ("tiny", "tiny-moe") else ""
     raise ValueError(
         f"{flag} {checkpoint}: there is no config.json, and the folder is not named after a known model "
-        f"({', '.join(known_models())})"
+        f"({', '.join(known_models())}){made}"
     )
