@@ -88,6 +88,19 @@ def fsync_folder(path: Path) -> None:
         os.close(fd)
 
 
+def is_run(folder: Path) -> bool:
+    """Whether a folder has a run's files. A model's config.json is none of them; a torn one counts. OSError: no rights."""
+    if any((folder / mark).exists() for mark in ("metrics.jsonl", "attempts", "chain.json")):
+        return True
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except FileNotFoundError:
+        return False
+    except (ValueError, RecursionError):
+        return True
+    return not isinstance(config, dict) or "run" in config
+
+
 class RunDirectory:
     """runs/NAME."""
 

@@ -98,7 +98,7 @@ def _of_run(path: Path, step: str | None, eval_dir: Path | None) -> Checkpoint:
     if not saved.is_file():
         raise ValueError(f"--run {path}: no config.json there; give the directory of a run (runs/NAME)")
     values = json.loads(saved.read_text())
-    if "run" not in values:
+    if "run" not in values:  # a model's folder
         raise ValueError(f"--run {path}: its config.json is not a run's; give the directory of a run (runs/NAME), or --checkpoint")
     config = build(values, str(saved))
     folder, state = pick_checkpoint(RunDirectory(path), step)

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fp8slurm.checkpoint.run import is_run
 from fp8slurm.observe.metrics import Record, order, position
 from fp8slurm.report.attempts import Attempt, read_attempts
 from fp8slurm.report.evaluations import Comparison, Evaluation, read_comparisons, read_evaluations
 from fp8slurm.report.safe import number
 
-MARKS = ("config.json", "metrics.jsonl", "attempts")
 Series = list[tuple[int, float | None]]
 """(step, value); None where the step recorded a NaN or an infinity."""
 
@@ -50,17 +50,6 @@ class Run:
     def keys(self, prefix: str = "") -> list[str]:
         """Keys of the records that begin with `prefix`, sorted."""
         return sorted({k for r in self.records for k in r if k.startswith(prefix)})
-
-
-def is_run(path: Path) -> bool:
-    """Whether a folder has a run's files; the config.json of a model is none of them. A torn one is a run's."""
-    try:
-        config = json.loads((path / "config.json").read_text())
-    except FileNotFoundError:
-        return any((path / mark).exists() for mark in MARKS)
-    except (OSError, ValueError, RecursionError):
-        return True
-    return not isinstance(config, dict) or "run" in config or any((path / mark).exists() for mark in MARKS[1:])
 
 
 def read_run(path: Path) -> Run:

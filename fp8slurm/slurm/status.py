@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Iterable
 
-from fp8slurm.checkpoint.run import RunDirectory, process_start
+from fp8slurm.checkpoint.run import RunDirectory, is_run, process_start
 from fp8slurm.observe.metrics import Record, order, position
 from fp8slurm.slurm.attempt import rl_step
 from fp8slurm.slurm.queue import SlurmJob, jobs
@@ -17,8 +17,6 @@ from fp8slurm.slurm.submit import FOLDER
 
 TAIL_BYTES = 1 << 18
 """As much of metrics.jsonl is read, from its end."""
-MARKS = ("config.json", "attempts", "chain.json", "metrics.jsonl")
-"""One of them makes a folder a run directory."""
 SPEED_WINDOW = 10
 """Steps of the latest phase whose mean time is the speed."""
 
@@ -86,14 +84,7 @@ def find_runs(root: Path) -> list[Path]:
 
 def _is_run(path: Path) -> bool:
     try:
-        if not path.is_dir() or not any((path / mark).exists() for mark in MARKS):
-            return False
-        if any((path / mark).exists() for mark in MARKS[1:]):
-            return True
-        config = json.loads((path / "config.json").read_text())  # a model's folder has one, too
-        return not isinstance(config, dict) or "run" in config
-    except ValueError:  # a torn one is a run's
-        return True
+        return path.is_dir() and is_run(path)
     except OSError:  # somebody else's: run directories are 0700
         return False
 
