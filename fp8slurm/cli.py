@@ -109,10 +109,11 @@ def _train_here(config: RunConfig) -> int:
     from contextlib import nullcontext
 
     from fp8slurm.checkpoint.run import RunDirectory
-    from fp8slurm.slurm.attempt import check_configuration, finished
+    from fp8slurm.slurm.attempt import check_configuration, finished, holder
     from fp8slurm.slurm.launch import RunFailed, open_run, run_here
 
     run = RunDirectory(config.run.root / config.run.name)
+    run.check_free(holder)
     check_configuration(config, run)
     if finished(config, run, verify=True):  # what it was made with stays in its config.json
         print(_is_finished(config))

@@ -130,6 +130,18 @@ class RunDirectory:
         except FileNotFoundError:
             return None
 
+    def check_free(self, holder: Callable[[dict[str, Any]], str | None] | None = None) -> int:
+        """Number of the newest attempt, -1 for none. Raises RunBusyError: its holder (as for acquire) is still alive."""
+        newest = self.newest_attempt()
+        held = self.owner(newest)
+        living = (holder or process_of)(held) if held is not None else None
+        if living:
+            raise RunBusyError(
+                f"{self.path} is held by {living} (attempt {newest}): wait for it, end it, "
+                f"or choose another name with --run.name"
+            )
+        return newest
+
     def acquire(
         self, more: dict[str, Any] | None = None, holder: Callable[[dict[str, Any]], str | None] | None = None
     ) -> None:
@@ -143,14 +155,7 @@ class RunDirectory:
         """
         self.attempts.mkdir(parents=True, exist_ok=True, mode=0o700)
         os.chmod(self.path, 0o700)
-        newest = self.newest_attempt()
-        held = self.owner(newest)
-        living = (holder or process_of)(held) if held is not None else None
-        if living:
-            raise RunBusyError(
-                f"{self.path} is held by {living} (attempt {newest}): wait for it, end it, "
-                f"or choose another name with --run.name"
-            )
+        newest = self.check_free(holder)
         try:
             (self.attempts / str(newest + 1)).mkdir(mode=0o700)
         except FileExistsError:

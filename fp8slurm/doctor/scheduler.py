@@ -140,10 +140,10 @@ class Signal:
         """first: this node asks Slurm to send it, to every task of this job step."""
         job, step = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_STEP_ID")
         said = ""
-        if first:
-            time.sleep(0.5)
+        for wait_s in (0.5, 2.0) if first else ():  # on a busy machine one was seen to reach one of two nodes
+            time.sleep(wait_s)
             done = subprocess.run(["scancel", "--signal=USR2", f"{job}.{step}"], capture_output=True, text=True)
-            said = done.stderr.strip()
+            said = said or done.stderr.strip()
         deadline = time.monotonic() + SIGNAL_WAIT_S
         while not self.arrived and time.monotonic() < deadline:
             time.sleep(0.05)

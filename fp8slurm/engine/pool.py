@@ -244,8 +244,8 @@ class EnginePool:
                     thread.join(0.5)  # so that Ctrl-C is heard
         if deal.error is not None:
             raise deal.error
-        if deal.left and not self._stopped.is_set():
-            raise WeightsLost
+        if deal.left:
+            raise EngineError("the engines were ended with work left") if self._stopped.is_set() else WeightsLost
 
     def _drive(self, member: Member, deal: Deal, request: Callable, answered: Callable) -> None:
         """Thread of one engine: keeps it full until everything is answered."""

@@ -119,7 +119,7 @@ class Runs:
 
     def flags(self, name: str, *more: str) -> list[str]:
         flags = settings(
-            self.folder, name, run__steps=32, sft__max_steps=8, sft__warmup_steps=2, sft__batch_size=32,
+            self.folder, name, run__steps=44, sft__max_steps=8, sft__warmup_steps=2, sft__batch_size=32,
             rollout__prompts_per_step=6, rollout__n_samples=4, rollout__max_replacements=0, checkpoint__every=3,
             eval__every=10, train__updates_per_step=1, slurm__nodes=2, slurm__ranks_per_node=2, slurm__cpu_threads=1,
             slurm__engine_threads=1, slurm__time=30, slurm__signal_delay_s=60, watchdog__timeout_s=120,

@@ -23,7 +23,7 @@ def reference(lab, runs):
     command = runs.command("train", "reference", "--slurm.executor=slurm")
     done = subprocess.run(command, env=lab.environment, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stdout + done.stderr + runs.log("reference")
-    assert "COMPLETED" in done.stderr and "rl 32/32" in done.stdout
+    assert "COMPLETED" in done.stderr and "rl 44/44" in done.stdout
     lab.wait_empty()
     assert runs.attempt("reference") == 0
     return "reference"
@@ -62,7 +62,7 @@ def test_the_reference_run(lab, runs, reference):
 
 def test_a_finished_run_says_so(lab, runs, reference):
     done = subprocess.run(runs.command("submit", reference), env=lab.environment, capture_output=True, text=True)
-    assert done.returncode == 0 and "is finished: 32 steps" in done.stdout
+    assert done.returncode == 0 and "is finished: 44 steps" in done.stdout
     assert runs.attempt(reference) == 0
 
 
