@@ -30,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "command", choices=sorted(COMMANDS), help="; ".join(f"{n}: {h}" for n, (_, h) in sorted(COMMANDS.items()))
     )
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
     if argv[:1] == ["--version"]:
         from fp8slurm import __version__
 
