@@ -11,8 +11,9 @@ from fp8slurm.engine.digest import DIGEST_ACTION, overall, raw_digests
 from fp8slurm.engine.recorded import RECORDED, FlatBucket, load, loads_of
 
 
+@functools.cache
 def apply() -> None:
-    """Patch SGLang in this process. Idempotent."""
+    """Patch SGLang in this process, once: a forked process has its parent's patches."""
     from sglang.srt.managers import load_snapshot
 
     # answers the load statistics' file in /dev/shm, which stays there when a server is killed: the engine's temporary
@@ -34,8 +35,6 @@ def _add_raw_digest() -> None:
     from sglang.srt.utils.weight_checker import WeightChecker
 
     original = WeightChecker.handle
-    if getattr(original, "knows_raw_digest", False):
-        return
 
     def handle(self: Any, action: str, *args: Any, **kwargs: Any) -> Any:
         if action != DIGEST_ACTION:
@@ -56,7 +55,6 @@ def _add_raw_digest() -> None:
             "parallelism_info": self._parallelism_info(**role).model_dump(),
         }
 
-    handle.knows_raw_digest = True
     WeightChecker.handle = handle
 
 
@@ -70,7 +68,7 @@ def _finish_loads() -> None:
     import torch
     from sglang.srt.model_executor.model_runner_components.weight_updater import WeightUpdater
 
-    if not torch.cuda.is_available() or getattr(WeightUpdater.update_weights_from_tensor, "finishes", False):
+    if not torch.cuda.is_available():
         return
 
     def finished(original: Any) -> Any:
@@ -81,7 +79,6 @@ def _finish_loads() -> None:
             torch.cuda.synchronize()
             return result
 
-        load.finishes = True
         return load
 
     for name in ("update_weights_from_tensor", "update_weights_from_distributed"):
@@ -97,14 +94,11 @@ def _finish_before_release() -> None:
     from sglang.srt.utils.torch_memory_saver_adapter import _TorchMemorySaverAdapterReal as Adapter
 
     original = Adapter.pause
-    if getattr(original, "finishes", False):
-        return
 
     def pause(self: Any, tag: str) -> Any:
         torch.cuda.synchronize()
         return original(self, tag)
 
-    pause.finishes = True
     Adapter.pause = pause
 
 
@@ -116,8 +110,6 @@ def _clear_padding_after_waking() -> None:
     from sglang.srt.managers.scheduler_components.weight_updater import SchedulerWeightUpdaterManager as Manager
 
     original = Manager.resume_memory_occupation
-    if getattr(original, "clears", False):
-        return
 
     @functools.wraps(original)
     def resume_memory_occupation(self: Any, recv_req: Any) -> Any:
@@ -126,7 +118,6 @@ def _clear_padding_after_waking() -> None:
             self.scheduler.req_to_token_pool.req_to_token.zero_()
         return result
 
-    resume_memory_occupation.clears = True
     Manager.resume_memory_occupation = resume_memory_occupation
 
 
@@ -135,9 +126,6 @@ def _record_loads() -> None:
     from sglang.srt.models.qwen3 import Qwen3ForCausalLM
     from sglang.srt.models.qwen3_moe import Qwen3MoeForCausalLM
     from sglang.srt.weight_sync.tensor_bucket import FlattenedTensorBucket
-
-    if getattr(FlattenedTensorBucket, "is_recorded", False):
-        return
 
     def reconstruct_tensors(self: Any) -> FlatBucket:
         forms = [(m.name, str(m.dtype).removeprefix("torch."), tuple(m.shape), m.start_idx) for m in self.metadata]
@@ -153,6 +141,5 @@ def _record_loads() -> None:
         return load_weights
 
     FlattenedTensorBucket.reconstruct_tensors = reconstruct_tensors
-    FlattenedTensorBucket.is_recorded = True
     for model in (Qwen3ForCausalLM, Qwen3MoeForCausalLM):
         model.load_weights = recorded(model.load_weights)
