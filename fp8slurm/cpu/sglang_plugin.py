@@ -26,6 +26,7 @@ def apply() -> None:
     _patch_updates()
     _patch_routing()
     _patch_sampling()
+    _part_batches()
     _map_files()
 
 
@@ -182,6 +183,26 @@ def _patch_sampling() -> None:
     SamplingBatchInfo.from_schedule_batch = classmethod(from_schedule_batch)
     # answers multinomial_with_seed, called by name by all samplers of that module
     sampler.multinomial_with_seed = multinomial_with_seed
+
+
+def _part_batches() -> None:
+    """Requests that have finished leave before others join them.
+
+    SGLang drops them at the next decode. Where new requests come before that the batches are merged first, and the finished
+    ones hand on how they were sampled: behind greedy ones (evaluation) all others go through top-k sampling, which draws
+    other tokens from the same seeds. Whether that happens depends on microseconds.
+    """
+    from sglang.srt.managers.scheduler import Scheduler
+
+    original = Scheduler.get_next_batch_to_run
+
+    def get_next_batch_to_run(self: Any, running_batch: Any, last_batch: Any) -> Any:
+        if running_batch.reqs and all(request.finished() for request in running_batch.reqs):
+            running_batch.filter_batch()
+            running_batch.batch_is_full = False
+        return original(self, running_batch, last_batch)
+
+    Scheduler.get_next_batch_to_run = get_next_batch_to_run
 
 
 def _mix(x: torch.Tensor) -> torch.Tensor:

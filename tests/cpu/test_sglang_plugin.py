@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
+import pytest
 import torch
 
 from fp8slurm.cpu.sglang_plugin import fake_quantize_activations, multinomial_with_seed
@@ -51,3 +56,31 @@ def test_draws_depend_on_seed_and_position_only() -> None:
     # fixed for good: a resumed run has to draw what the first attempt would have drawn
     pinned = [421, 851, 150, 947]
     assert draw(torch.zeros(4, 1000), torch.tensor([0, 1, -1, 2**62]), 5).tolist() == pinned
+
+
+LATE = """
+from types import SimpleNamespace
+import torch
+from fp8slurm.cpu import sglang_stubs
+sglang_stubs.install()
+from fp8slurm.cpu import sglang_plugin
+from sglang.srt.managers.schedule_batch import ScheduleBatch
+from sglang.srt.managers.scheduler import Scheduler
+
+seen = []
+Scheduler.get_next_batch_to_run = lambda self, running_batch, last_batch: seen.append((len(running_batch.reqs), running_batch.batch_is_full))
+sglang_plugin.apply()
+for done in ([True, True], [True, False], []):
+    batch = ScheduleBatch(reqs=[SimpleNamespace(finished=lambda d=d: d) for d in done], batch_is_full=True)
+    Scheduler.get_next_batch_to_run(None, running_batch=batch, last_batch=None)
+print(seen)
+"""
+
+
+@pytest.mark.slow
+def test_a_finished_batch_hands_nothing_on_to_the_next() -> None:
+    """Merged with one that has finished, a rollout behind an evaluation drew other tokens: on a busy machine, once in many runs."""
+    environment = os.environ | {"SGLANG_USE_CPU_ENGINE": "1"}
+    done = subprocess.run([sys.executable, "-c", LATE], capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.splitlines()[-1] == "[(0, False), (2, True), (0, True)]"

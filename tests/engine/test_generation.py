@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import select
 import threading
 from dataclasses import replace
@@ -84,6 +85,44 @@ def test_logprobs_are_those_of_w8a8(kind: str, request) -> None:
     assert emulated.median() < 2e-5, emulated
     assert weights_only.median() > 20 * emulated.median()
     assert weights_only.mean() > 5 * emulated.mean()
+
+
+HOLD_REQUESTS = """
+import os, time
+if os.environ.get("HOLD_REQUESTS"):
+    from fp8slurm.cpu import sglang_plugin
+
+    apply = sglang_plugin.apply
+
+    def and_hold():
+        apply()
+        from sglang.srt.managers.scheduler import Scheduler
+
+        ingest = Scheduler.ingest_requests
+
+        def late(self):
+            if self.running_batch.reqs and all(request.finished() for request in self.running_batch.reqs):
+                time.sleep(0.5)  # the answers are out: the next requests come before SGLang has dropped the old ones
+            return ingest(self)
+
+        Scheduler.ingest_requests = late
+
+    sglang_plugin.apply = and_hold
+"""
+
+
+def test_a_batch_draws_the_same_tokens_however_soon_it_follows_a_greedy_one(tmp_path: Path, write_fp8_model, monkeypatch) -> None:
+    """A rollout behind an evaluation, on a machine that is busy at the wrong moment."""
+    (tmp_path / "sitecustomize.py").write_text(HOLD_REQUESTS)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    monkeypatch.setenv("HOLD_REQUESTS", "yes")
+    served = Served(tmp_path / "model", tmp_path / "log", write_fp8_model(tmp_path / "model", seed=1))
+    try:
+        alone = served.client.generate(prompts(24), one_batch=True)
+        served.client.generate(prompts(12, temperature=0.0), one_batch=True)
+        assert served.client.generate(prompts(24), one_batch=True) == alone
+    finally:
+        served.engine.stop()
 
 
 def test_seeded_batches_are_bit_equal(dense: Served) -> None:
