@@ -25,11 +25,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(
-        prog="fp8slurm", description="Reinforcement learning in FP8, with Megatron-core and SGLang."
+        prog="fp8slurm",
+        description="Reinforcement learning in FP8, with Megatron-core and SGLang.",
+        epilog="fp8slurm COMMAND --help lists a command's flags.",
     )
-    parser.add_argument(
-        "command", choices=sorted(COMMANDS), help="; ".join(f"{n}: {h}" for n, (_, h) in sorted(COMMANDS.items()))
-    )
+    commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
+    for name, (_, what) in COMMANDS.items():
+        commands.add_parser(name, help=what, add_help=False)
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     if argv[:1] == ["--version"]:
         from fp8slurm import __version__
@@ -60,15 +62,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train(argv: list[str]) -> int:
     """`fp8slurm train --recipe R [--dry-run] [--section.key VALUE ...]`."""
-    from fp8slurm.config import parse, recipe_names, to_toml
+    from fp8slurm.config import parse_command, recipe_parser, to_toml
 
-    parser = argparse.ArgumentParser(prog="fp8slurm train", add_help=False)
-    parser.add_argument("--recipe", help=f"{', '.join(recipe_names())}, or the path of a .toml file")
+    parser = recipe_parser(
+        "fp8slurm train",
+        "Run a recipe, here or (--slurm.executor slurm) as a Slurm job that is followed. The same command again goes on "
+        "where the run stopped. The settings below change the recipe; with --recipe R before --help their defaults are R's.",
+    )
     parser.add_argument("--dry-run", action="store_true", help="print what would run, start nothing")
-    own, flags = parser.parse_known_args(argv)
-    if "-h" in flags or "--help" in flags:
-        parser.print_help()
-    config = parse(own.recipe, flags)
+    own, config = parse_command(parser, argv)
 
     from fp8slurm.slurm.preflight import preflight
 
@@ -76,8 +78,11 @@ def train(argv: list[str]) -> int:
     for warning in warnings:
         print(f"fp8slurm train: warning: {warning}", file=sys.stderr)
     if own.dry_run:
+        from fp8slurm.slurm.cluster import check_in_passing
         from fp8slurm.slurm.describe import describe
 
+        for warning in check_in_passing(config) if config.slurm.executor == "slurm" else []:
+            print(f"fp8slurm train: warning: {warning}", file=sys.stderr)
         print(to_toml(config))
         print(describe(config))
         return 0
@@ -188,16 +193,27 @@ def _submit(config: RunConfig, command: str) -> str | None:
 
 def submit(argv: list[str]) -> int:
     """`fp8slurm submit --recipe R [--dry-run] [--section.key VALUE ...]`: train as a Slurm job, without waiting for it."""
+    from fp8slurm.config import parse_command, recipe_parser
     from fp8slurm.slurm.preflight import preflight
-    from fp8slurm.slurm.submit import configuration
+    from fp8slurm.slurm.submit import under_slurm
 
-    config, dry_run = configuration(argv, "fp8slurm submit")
-    for warning in preflight(config, dry_run=dry_run):
+    parser = recipe_parser(
+        "fp8slurm submit",
+        "Queue a recipe as a Slurm job, without waiting for it; fp8slurm status shows how far it is. The settings below "
+        "change the recipe; with --recipe R before --help their defaults are R's.",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print what would run, queue nothing")
+    own, config = parse_command(parser, argv)
+    config = under_slurm(config)
+    for warning in preflight(config, dry_run=own.dry_run):
         print(f"fp8slurm submit: warning: {warning}", file=sys.stderr)
-    if dry_run:
+    if own.dry_run:
         from fp8slurm.config import to_toml
+        from fp8slurm.slurm.cluster import check_in_passing
         from fp8slurm.slurm.describe import describe
 
+        for warning in check_in_passing(config):
+            print(f"fp8slurm submit: warning: {warning}", file=sys.stderr)
         print(to_toml(config))
         print(describe(config))
         return 0
@@ -285,18 +301,18 @@ def doctor(argv: list[str]) -> int:
 
 COMMANDS = {
     "train": (train, "run a recipe, here or as a Slurm job that is followed"),
-    "submit": (submit, "run a recipe as a Slurm job"),
-    "worker": (worker, "one task of a job script (srun fp8slurm worker)"),
-    "after": (after, "the last line of a job script: requeue the job if its tasks died"),
-    "convert": (convert, "checkpoints between HF, FP8 HF and torch_dist"),
-    "eval": (evaluate, "accuracy of a checkpoint in FP8, BF16 or both"),
-    "compare": (compare, "two evaluations of the same questions"),
+    "submit": (submit, "run a recipe as a Slurm job, without waiting for it"),
+    "chain": (chain, "convert, train, export and evaluate as one chain of Slurm jobs"),
+    "plan": (plan, "memory and bytes of a recipe, without a GPU"),
+    "doctor": (doctor, "look for what is wrong with this machine or cluster, and say what to do"),
+    "status": (status, "where runs stand, from their directories and from Slurm"),
     "plot": (plot, "draw the curves of one or several runs"),
     "report": (report, "a run as one HTML file, or as Markdown"),
-    "plan": (plan, "memory and bytes of a recipe, without a GPU"),
-    "status": (status, "where runs stand, from their directories and from Slurm"),
-    "doctor": (doctor, "look for what is wrong with this machine or cluster, and say what to do"),
-    "chain": (chain, "convert, train, export and evaluate as one chain of Slurm jobs"),
+    "eval": (evaluate, "accuracy of a checkpoint in FP8, BF16 or both"),
+    "compare": (compare, "two evaluations of the same questions"),
+    "convert": (convert, "checkpoints between Hugging Face, FP8 Hugging Face and torch_dist"),
+    "worker": (worker, "in a job script of your own (sbatch/): one task, started by srun"),
+    "after": (after, "in a job script of your own: its last line, requeues the job if its tasks died"),
 }
 
 if __name__ == "__main__":

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import tomllib
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterator, Sequence
+from textwrap import indent
+from typing import Any, Iterator, Sequence
 
 import tyro
 from pydantic import ValidationError
@@ -79,8 +81,39 @@ def _explain(error: ValidationError) -> list[str]:
     return lines
 
 
-def parse(recipe: str | None, flags: Sequence[str], prog: str = "fp8slurm train") -> RunConfig:
+class _Once(argparse.Action):
+    """A flag that is given once: of two, one would be forgotten without a word."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
+        before = getattr(namespace, self.dest)
+        if before is not None:
+            raise ValueError(f"{option_string} {values}, and before it {option_string} {before}; allowed: one of them")
+        setattr(namespace, self.dest, values)
+
+
+def recipe_parser(prog: str, description: str) -> argparse.ArgumentParser:
+    """For `parse_command`: --recipe; the command adds what else it has beside the settings of a run."""
+    # No usage and no -h: they come from tyro, which lists the settings.
+    parser = argparse.ArgumentParser(
+        prog=prog, description=description, usage=argparse.SUPPRESS, add_help=False, allow_abbrev=False
+    )
+    parser.add_argument("--recipe", action=_Once, help=f"{', '.join(recipe_names())}, or the path of a .toml file")
+    return parser
+
+
+def parse_command(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argparse.Namespace, RunConfig]:
+    """(the command's own flags, the configuration) of a command line. Raises as `parse`; ValueError: two recipes."""
+    own, flags = parser.parse_known_args(argv)
+    # tyro joins lines that begin with a letter
+    return own, parse(own.recipe, flags, parser.prog, indent(parser.format_help(), " "))
+
+
+def parse(
+    recipe: str | None, flags: Sequence[str], prog: str = "fp8slurm train", description: str = "Settings of a run."
+) -> RunConfig:
     """The configuration of a command line. Flags win over the recipe, the recipe over the defaults.
+
+    description: what --help says before it lists the settings.
 
     Raises:
         ValueError: as read_recipe, or a flag's value is out of range.
@@ -92,13 +125,7 @@ def parse(recipe: str | None, flags: Sequence[str], prog: str = "fp8slurm train"
         name, eq, value = flag.partition("=")
         args.append(ALIASES.get(name, name) + eq + value)
     with flags_named():
-        return tyro.cli(
-            RunConfig,
-            prog=prog,
-            args=args,
-            default=default,
-            description="Settings of a run; a recipe changes the defaults.",
-        )
+        return tyro.cli(RunConfig, prog=prog, args=args, default=default, description=description)
 
 
 @contextmanager

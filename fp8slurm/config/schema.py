@@ -10,6 +10,8 @@ from pydantic import (
     BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, ValidationInfo, field_validator, model_validator,
 )  # fmt: skip
 
+from fp8slurm.config.template import TemplateArguments, check_values
+
 FROM_FLAGS: ContextVar[bool] = ContextVar("FROM_FLAGS", default=False)
 """Whether tyro builds the sections: it would put a ValueError into a box that names no flag."""
 
@@ -60,7 +62,10 @@ class RunSection(Section):
             raise ValueError(
                 f"--run.name {name!r} leads out of --run.root, or is no name of a folder; allowed: a name such as qwen3-4b-fp8"
             )
-        if any(len(part.encode()) > 200 for part in Path(name).parts):
+        if "/" in name:  # status looks for runs in run.root, not in folders of it
+            path = Path("ROOT") / name
+            raise ValueError(f"--run.name {name!r} is a path; allowed: --run.root {path.parent} --run.name {path.name}")
+        if len(name.encode()) > 200:
             raise ValueError(f"--run.name of {len(name)} characters; allowed: at most 200")
         return name
 
@@ -103,7 +108,7 @@ class Fp8Section(Section):
     param_gather: bool = False
     """Keep the Linear weights themselves in FP8, with FP32 masters in the optimizer; updates send their codes and scales as they are. Needs TransformerEngine on a GPU."""
     engine: Literal["auto", "fp8", "bf16"] = "auto"
-    """Precision of the engine when its checkpoint is made from hf_checkpoint: auto follows backend. Ignored if rollout_checkpoint is given."""
+    """Precision of the engine when its checkpoint is made from hf_checkpoint: auto follows backend. A rollout_checkpoint has its own."""
 
 
 class ParallelSection(Section):
@@ -156,8 +161,7 @@ class OptimSection(Section):
     cpu_offload: bool = False
     """Keep Adam's state and FP32 master weights in host memory and step there, copies overlapped (Megatron's HybridDeviceOptimizer)."""
     sleep: bool = False
-    """Keep Adam's state and the FP32 master weights in pinned host memory while engines work on the same GPU: more room
-    for their KV cache, for two copies a step. The weights stay. Needs GPUs that trainer and engines share."""
+    """Keep Adam's state and the FP32 master weights in pinned host memory while engines work on the same GPU: more room for their KV cache, for two copies a step. The weights stay. Needs GPUs that trainer and engines share."""
     moments: Literal["float32", "bfloat16"] = "float32"
     """Dtype of Adam's two moments; bfloat16 needs TransformerEngine's FusedAdam, on the GPU."""
 
@@ -186,17 +190,13 @@ class DataSection(Section):
     """Key of the prompt: text, or a list of messages with role and content."""
     label_key: str = "label"
     """Key of the reference answer."""
-    chat_template_kwargs: dict[str, bool | int | float | str] = Field(default_factory=dict)
-    """Arguments for the chat template, the same in rollout and evaluation (Qwen3: enable_thinking False)."""
+    chat_template_kwargs: TemplateArguments = Field(default_factory=dict)
+    """Arguments for the chat template, the same in rollout and evaluation. Qwen3 without thinking: enable_thinking False, or '{"enable_thinking": false}'."""
 
-    @field_validator("chat_template_kwargs")
+    @field_validator("chat_template_kwargs", mode="before")
     @classmethod
-    def _no_spelled_truth(cls, values: dict) -> dict:
-        for key, value in values.items():
-            if isinstance(value, str) and value.lower() in ("true", "false"):  # text counts as true in a template
-                raise ValueError(
-                    f"{key} {value!r} is text; allowed: True and False (in a recipe true and false, without quotes)"
-                )
+    def _are_plain(cls, values: Any) -> Any:
+        check_values(values)
         return values
 
     max_prompt_tokens: int = Field(2048, ge=1)
@@ -220,14 +220,22 @@ class RolloutSection(Section):
     """Sampling temperature."""
     top_p: float = Field(1.0, gt=0, le=1)
     """Nucleus sampling; below 1 the engine's log-probabilities are of the cut distribution only if it says so: keep 1 to train."""
-    top_k: int = -1
-    """Top-k sampling; -1 is off."""
+    top_k: int = Field(-1, ge=-1)
+    """Top-k sampling: 1 or more; -1 is off."""
+
+    @field_validator("top_k")
+    @classmethod
+    def _not_none_of_them(cls, top_k: int) -> int:
+        if top_k == 0:
+            raise ValueError("0 tokens to choose from; allowed: 1 or more, or -1 (off)")
+        return top_k
+
     truncated: Literal["mask", "penalize", "keep"] = "mask"
     """A sample that hits max_tokens: left out of the loss, given reward 0, or treated like any other."""
     drop_no_signal: bool = True
-    """Drop groups whose rewards are all equal and replace them."""
+    """Drop groups whose rewards are all equal; max_replacements says how often others are drawn for them."""
     max_replacements: int = Field(0, ge=0)
-    """Rounds of replacement for dropped groups; after that the step goes on with what it has."""
+    """Rounds of replacement for dropped groups (0: none); after that the step goes on with what it has."""
     stop_token_ids: list[int] = Field(default_factory=list)
     """Further end tokens; those of the checkpoint's generation_config.json and config.json always stop a sample."""
     max_staleness: Literal[0] = 0
@@ -292,7 +300,7 @@ class SftSection(Section):
     warmup_steps: int = Field(0, ge=0)
     """Steps of linear warm-up from 0."""
     stop_accuracy: float = Field(1.0, ge=0, le=1)
-    """Stop once the held-out greedy accuracy reaches this."""
+    """Stop once the held-out accuracy (at eval.temperature) reaches this."""
     eval_every: int = Field(0, ge=0)
     """Steps between those evaluations (0: none)."""
     eval_from: int = Field(0, ge=0)
@@ -312,13 +320,13 @@ class EngineSection(Section):
     """shared: trainer and engines take turns on the same GPUs; split: on every node engine.gpus GPUs serve, the others train."""
     gpus: int = Field(0, ge=0)
     """For split: GPUs of each node that serve (engine.per_node times engine.tensor_parallel_size)."""
-    max_running_requests: int = Field(256, ge=1)
+    max_running_requests: int = Field(256, ge=1, le=4096)
     """Sequences generated at once."""
-    max_total_tokens: int | None = None
+    max_total_tokens: int | None = Field(None, ge=1)
     """Size of the KV cache in tokens; left out: SGLang decides from mem_fraction."""
     mem_fraction: float = Field(0.8, gt=0, lt=1)
     """Share of the GPU's memory for weights and KV cache."""
-    context_length: int | None = None
+    context_length: int | None = Field(None, ge=1)
     """Longest prompt plus response; left out: the model's."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Dtype outside the FP8 layers."""
@@ -331,7 +339,7 @@ class EngineSection(Section):
     max_restarts: int = Field(3, ge=0)
     """Restarts of one engine in a row after which the job ends."""
     extra_args: list[str] = Field(default_factory=list)
-    """Further arguments of SGLang's server."""
+    """Further arguments of SGLang's server; the first after an equals sign: --engine.extra-args=--attention-backend triton."""
 
 
 class SyncSection(Section):
@@ -342,11 +350,9 @@ class SyncSection(Section):
     verify: Literal["off", "first", "always"] = "first"
     """Compare a digest of the raw bytes in the engine with what was sent: never, after the first two updates, after every one."""
     pause_mode: Literal["retract", "abort", "in_place"] = "retract"
-    """What an update does to running requests: back to the queue (go on under the new weights), end now, or go on with the old weights' KV cache."""
+    """What an update does to running requests: back to the queue (go on under the new weights), end now, or go on with the old weights' KV cache. (While rollouts do not run ahead of the trainer, none runs then.)"""
     transport: Literal["auto", "gloo", "cuda-ipc", "nccl", "shared-memory", "gloo-direct"] = "auto"
-    """How weights reach the engines: through the host (gloo), mapped where they lie on the GPU that trainer and engine share
-    (cuda-ipc), or broadcast from GPU to GPU where each have their own (nccl). shared-memory and gloo-direct are the stand-ins
-    of the last two without GPUs. auto: gloo without GPUs, else cuda-ipc or nccl by engine.placement."""
+    """How weights reach the engines: through the host (gloo), mapped where they lie on the GPU that trainer and engine share (cuda-ipc), or broadcast from GPU to GPU where each have their own (nccl). shared-memory and gloo-direct are the stand-ins of the last two without GPUs. auto: gloo without GPUs, else cuda-ipc or nccl by engine.placement."""
     keep_last_update: bool | None = None
     """Keep the last update in the host memory of every node, for an engine that restarts; without it the trainer sends it again. Left out: yes with gloo; the other transports cannot."""
 
@@ -361,8 +367,7 @@ class CheckpointSection(Section):
     keep_every: int = Field(0, ge=0)
     """Checkpoints at multiples of this are kept for good (0: none)."""
     asynchronous: bool = True
-    """Write checkpoints while the next step runs: a step waits only for the plan and a copy of each rank's own share to
-    host memory, which needs the room there (fp8slurm plan says how much)."""
+    """Write checkpoints while the next step runs: a step waits only for the plan and a copy of each rank's own share to host memory, which needs the room there (fp8slurm plan says how much)."""
 
 
 class EvalSection(Section):
@@ -374,7 +379,7 @@ class EvalSection(Section):
     """Further tasks, each NAME=FILE with a shipped definition, FILE.jsonl or FILE.parquet with prompt and label, or MY.toml[=FILE] (docs/eval.md)."""
     n_samples: int = Field(1, ge=1)
     """Samples a question, of data.eval and of every task; above 1 needs a temperature."""
-    max_tokens: int | None = None
+    max_tokens: int | None = Field(None, ge=1)
     """Longest response; left out: rollout.max_tokens."""
     temperature: float = Field(0.0, ge=0)
     """0 is greedy."""
@@ -392,15 +397,14 @@ class ObserveSection(Section):
     wandb_project: str = "fp8slurm"
     """Its project; the run there has the name of run.name."""
     plot: bool = True
-    """Draw plot.png at the end."""
+    """Draw plot.png at the end of `fp8slurm train`; of a run that Slurm starts, `fp8slurm plot` draws it."""
 
 
 class WatchdogSection(Section):
     """Hangs."""
 
     timeout_s: float = Field(1800.0, gt=0)
-    """Longest time without any progress before every task dumps its stacks and the job step ends. Engines that compute are
-    progress, however long a rollout takes; one that has work and computes nothing for half of this is restarted."""
+    """Longest time without any progress before every task dumps its stacks and the job step ends. Engines that compute are progress, however long a rollout takes; one that has work and computes nothing for half of this is restarted."""
 
 
 class SlurmSection(Section):
@@ -446,10 +450,10 @@ class SlurmSection(Section):
     """Mounts of that container, each SOURCE:TARGET (srun --container-mounts)."""
     setup: list[str] = Field(default_factory=list)
     """Shell lines that the job script runs before it starts the tasks, such as module loads."""
-    sbatch: dict[str, str | int | bool] = Field(default_factory=dict)
-    """Any other sbatch parameter by its long name; true is a flag without a value."""
+    sbatch: dict[str, bool | str | int] = Field(default_factory=dict)
+    """Any other sbatch parameter by its long name, such as mail-type END; True is a flag without a value, such as exclusive True."""
     srun: list[str] = Field(default_factory=list)
-    """Further arguments of srun."""
+    """Further arguments of srun; the first after an equals sign: --slurm.srun=--mpi=none."""
     signal_delay_s: int = Field(300, ge=1)
     """Seconds before the time limit at which Slurm sends SIGUSR2: time to finish a step and to save."""
     requeue: bool = True

@@ -19,7 +19,8 @@ from fp8slurm.engine.server import EngineError
 UNVERSIONED = -1
 """Weight version of an engine that still serves the weights of its checkpoint folder."""
 _CONCURRENT_REQUESTS = 128
-_CONNECTIONS = 1024
+_CONNECTIONS = 4096
+"""As many as engine.max_running_requests may be."""
 _PROGRESS_TIMEOUT_S = 5.0
 
 

@@ -262,7 +262,7 @@ class EnginePool:
         """Work until the queue is empty (None), or until the engine fails, with its unanswered pieces given back."""
         running: dict[Future, list] = {}
         client = member.client
-        with ThreadPoolExecutor(min(self.section.max_running_requests, 1024)) as pool:
+        with ThreadPoolExecutor(self.section.max_running_requests) as pool:
             while not deal.error and not self._stopped.is_set():
                 for piece in deal.take(member.busy):
                     member.take(len(piece))

@@ -54,10 +54,6 @@ class EngineSettings:
     gpus: tuple[str, ...] | None = None
     """Devices that the server may use, as CUDA_VISIBLE_DEVICES names them; None leaves that variable as it is."""
 
-    @classmethod
-    def from_config(cls, section: EngineSection) -> EngineSettings:
-        return cls(section)
-
     @property
     def on_cpu(self) -> bool:
         if self.cpu is not None:
@@ -105,6 +101,7 @@ class Engine:
                 f"model directory {self.model_dir} has no config.json; give a Hugging Face checkpoint folder "
                 "(--model.rollout-checkpoint)"
             )
+        self._process = None
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         self._temporary = _temporary_dir(self.log_path.parent, self.name)
         self._exited, self._first_to_end, self._stopped = threading.Event(), "", False
@@ -189,7 +186,9 @@ class Engine:
             started.append(None)
         except BaseException as error:
             started.append(error)
-            return
+            if self._process is None:
+                return
+            _kill_group(self._process.pid)  # begun, and never told what to do
         finally:
             launched.set()
         process = self._process
@@ -250,6 +249,7 @@ class Engine:
             **os.environ,
             "PYTHONPATH": os.pathsep.join(p for p in (package_root, os.environ.get("PYTHONPATH")) if p),
             "PYTHONUNBUFFERED": "1",
+            "PYTHONSAFEPATH": "1",  # a folder triton/ or a queue.py in the working folder is none of the server's modules
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
             "TMPDIR": str(self._temporary),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from fp8slurm.checkpoint.run import RunDirectory, RunState, damage, write_atomic
+from fp8slurm.checkpoint.run import RunDirectory, RunState, damage, is_run, write_atomic
 from fp8slurm.config import RunConfig
 from fp8slurm.config.load import build
 
@@ -59,10 +59,10 @@ def recognize(
             f"--checkpoint {path}: no such folder; give a run, a step of a run, a torch_dist folder, or a Hugging Face "
             f"folder (a step by its name alone needs --run)"
         )
-    if _is_run(path):
+    if is_run(path):
         return _of_run(path, None, eval_dir)
     resolved = path.resolve()
-    if (path / "state.json").is_file() and _is_run(resolved.parent.parent):
+    if (path / "state.json").is_file() and is_run(resolved.parent.parent):
         return _of_run(
             path.parent.parent if path.parent.name == "checkpoints" else resolved.parent.parent, resolved.name, eval_dir
         )
@@ -86,18 +86,14 @@ def recognize(
     )
 
 
-def _is_run(path: Path) -> bool:
-    try:
-        return "run" in json.loads((path / "config.json").read_text())
-    except (OSError, ValueError):
-        return False
-
-
 def _of_run(path: Path, step: str | None, eval_dir: Path | None) -> Checkpoint:
     saved = path / "config.json"
     if not saved.is_file():
         raise ValueError(f"--run {path}: no config.json there; give the directory of a run (runs/NAME)")
-    values = json.loads(saved.read_text())
+    try:
+        values = json.loads(saved.read_text())
+    except ValueError as error:
+        raise ValueError(f"{saved}: not JSON ({error}); give a run (runs/NAME), or a Hugging Face folder that is whole") from None
     if "run" not in values:  # a model's folder
         raise ValueError(f"--run {path}: its config.json is not a run's; give the directory of a run (runs/NAME), or --checkpoint")
     config = build(values, str(saved))

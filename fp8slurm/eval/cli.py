@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Sequence
 
-from fp8slurm.config.schema import DataSection, EngineSection
+from fp8slurm.config.schema import DataSection, EngineSection, RewardSection
+from fp8slurm.config.template import from_words
 from fp8slurm.eval.checkpoints import Checkpoint, Precision, prepare, recognize
 from fp8slurm.eval.records import Records, choose_folder
 from fp8slurm.eval.flags import WORSE, check, engine_section, parser, tasks_of
@@ -74,7 +75,7 @@ def step_command(nodes: int, flags: Sequence[str], argv: Sequence[str]) -> list[
     own = argparse.ArgumentParser(add_help=False)
     own.add_argument("--nodes")
     own.add_argument("--srun")
-    return [*command, *flags, sys.executable, "-m", "fp8slurm.cli", "eval", *own.parse_known_args(argv)[1]]
+    return [*command, *flags, sys.executable, "-P", "-m", "fp8slurm.cli", "eval", *own.parse_known_args(argv)[1]]
 
 
 def _run_on_nodes(plan: _Plan, place: Any) -> int:
@@ -124,7 +125,9 @@ class _Plan:
 
         config = checkpoint.config
         data = config.data if config is not None else DataSection(max_prompt_tokens=10**9)
-        wanted = {k: getattr(args, k) for k in ("chat_template_kwargs", "max_prompt_tokens", "on_bad_line")}
+        wanted = {k: getattr(args, k) for k in ("max_prompt_tokens", "on_bad_line")}
+        if args.chat_template_kwargs is not None:
+            wanted["chat_template_kwargs"] = from_words(args.chat_template_kwargs)
         data = data.model_copy(update={k: v for k, v in wanted.items() if v is not None})
         folder = checkpoint.tokenizer_folder
         tokenizer = load_tokenizer(folder)
@@ -152,7 +155,10 @@ class _Plan:
             tokenizer,
             dict(data.chat_template_kwargs),
         )
-        return cls(args, checkpoint, asked, Serving(settings, engines, size, args.grader_timeout))
+        limits = config.reward if config is not None else RewardSection()
+        if args.grader_timeout is not None:
+            limits = limits.model_copy(update={"timeout_s": args.grader_timeout})
+        return cls(args, checkpoint, asked, Serving(settings, engines, size, limits))
 
     @property
     def precisions(self) -> tuple[Precision, ...]:
@@ -163,22 +169,24 @@ class _Plan:
         """Say what would be asked and started; of several tasks task 0 does."""
         if place is not None and place.number:
             return
+        from fp8slurm.eval.display import count
+
         for task in self.asked.tasks:
             print(
-                f"{task.name}: {len(self.asked.questions[task.name])} questions of {task.data}, "
-                f"{task.n_samples} sample(s) each, temperature {task.temperature:g}, top-p {task.top_p:g}, at most "
+                f"{task.name}: {count(len(self.asked.questions[task.name]), 'question')} of {task.data}, "
+                f"{count(task.n_samples, 'sample')} each, temperature {task.temperature:g}, top-p {task.top_p:g}, at most "
                 f"{task.max_tokens} tokens, grader {task.grader}"
             )
             print(f"  the first: {self.asked.questions[task.name][0].text!r}")
-        count = place.count if place is not None else self.args.nodes
-        nodes = f" on each of {count} nodes" if count else ""
+        of = place.count if place is not None else self.args.nodes or 1
+        nodes = f" on each of {of} nodes" if of > 1 else ""
+        engines = count(self.serving.engines, "engine") if self.serving.engines else "as many engines as the GPUs carry"
         print(
-            f"{self.args.precision}, {self.serving.engines or 'as many as fit'} engine(s){nodes}, "
-            f"{self.asked.samples} samples; "
-            f"results in {self.checkpoint.eval_dir}"
+            f"{count(self.asked.samples, 'sample')} in {' and in '.join(p.upper() for p in self.precisions)}, by "
+            f"{engines}{nodes}; results in {self.checkpoint.eval_dir}"
         )
         if command is not None:
-            print(shlex.join([word for word in command if word != "--dry-run"]))
+            print(f"as this step: {shlex.join([word for word in command if word != '--dry-run'])}")
 
     def run(self, meeting: Any = None) -> int:
         """Evaluate; the exit status. meeting: of the step's task 0."""

@@ -62,6 +62,11 @@ class Meter:
         return "  ".join(parts)
 
 
+def count(number: int, what: str) -> str:
+    """1 engine, 2 engines."""
+    return f"{number} {what}{'s' if number != 1 else ''}"
+
+
 def waiting(text: str) -> AbstractContextManager[Any]:
     """A spinner on a terminal, nothing anywhere else."""
     return Console(stderr=True).status(text) if sys.stderr.isatty() else nullcontext()
@@ -96,7 +101,7 @@ def show_summary(summary: dict[str, Any], console: Console) -> None:
     if summary.get("tokens_per_second") is not None:
         console.print(
             f"{summary['response_tokens']:,} tokens in {summary['seconds']:.1f} s, "
-            f"{summary['tokens_per_second']:,.0f} tokens/s, {summary['engines']} engine(s)"
+            f"{summary['tokens_per_second']:,.0f} tokens/s, {count(summary['engines'], 'engine')}"
         )
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 from fp8slurm.config import RunConfig
 from fp8slurm.config.schema import EngineSection, Section
+from fp8slurm.config.template import check_values, from_words
 from fp8slurm.eval.tasks import EvalTask, held_out, parse_task, run_tasks, shipped, unique
 
 WORSE = 3
@@ -45,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
     sampling = p.add_argument_group("sampling (default: the task's)")
     sampling.add_argument("--n-samples", type=int, metavar="N", help="samples a question")
     sampling.add_argument("--temperature", type=float, metavar="T", help="0 is greedy")
-    sampling.add_argument("--top-p", type=float, metavar="P")
+    sampling.add_argument("--top-p", type=float, metavar="P", help="nucleus sampling; 1 is off")
     sampling.add_argument("--max-tokens", type=int, metavar="N", help="longest response")
     sampling.add_argument("--seed", type=int, help="default: the run's, or 0")
     p.add_argument("--limit", type=int, metavar="N", help="only the first N questions of each task")
@@ -54,7 +54,10 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--on-bad-line", choices=("error", "skip"), help="a line that cannot be used: stop, or leave it out")
     p.add_argument(
-        "--chat-template-kwargs", type=json.loads, metavar="JSON", help="""such as '{"enable_thinking": false}'"""
+        "--chat-template-kwargs",
+        nargs="+",
+        metavar="NAME VALUE",
+        help="""such as enable_thinking False, or as JSON '{"enable_thinking": false}' (default: the run's, or none)""",
     )
     both = p.add_argument_group("with --precision both")
     both.add_argument(
@@ -109,7 +112,7 @@ def parser() -> argparse.ArgumentParser:
         help="on GPUs: engines for which --seed counts, slower (a run's run.deterministic is the default)",
     )
     model.add_argument(
-        "--grader-timeout", type=float, default=5.0, metavar="S", help="seconds for one answer (default: 5)"
+        "--grader-timeout", type=float, metavar="S", help="seconds for one answer (default: the run's reward.timeout_s, or 5)"
     )
     model.add_argument(
         "--eval-dir", type=Path, metavar="DIR", help="where evaluations go (default: RUN/eval, or runs/eval)"
@@ -145,7 +148,7 @@ def check(args: argparse.Namespace) -> None:
     wrong = [flag for flag in args.srun if not flag.startswith("--")]
     if wrong:
         raise ValueError(f'--srun {wrong[0]}: flags of srun are written --name=value, as in --srun="--partition=gpu"')
-    if args.grader_timeout <= 0:
+    if args.grader_timeout is not None and not 0 < args.grader_timeout < float("inf"):
         raise ValueError(f"--grader-timeout {args.grader_timeout}; allowed: above 0 seconds")
     if args.fail_if_worse is not None and (args.precision != "both" or not args.fail_if_worse >= 0):
         raise ValueError(
@@ -155,8 +158,11 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError("--out names one evaluation; with --precision both give --eval-dir")
     if args.fp8_checkpoint is not None and args.precision == "bf16":
         raise ValueError("--fp8-checkpoint is not used with --precision bf16")
-    if args.chat_template_kwargs is not None and not isinstance(args.chat_template_kwargs, dict):
-        raise ValueError("--chat-template-kwargs is a JSON object")
+    if args.chat_template_kwargs is not None:
+        try:
+            check_values(from_words(args.chat_template_kwargs))
+        except ValueError as error:
+            raise ValueError(f"--chat-template-kwargs {error}") from None
 
 
 def engine_section(config: RunConfig | None, flags: list[str]) -> EngineSection:

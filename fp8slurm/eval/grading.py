@@ -6,6 +6,7 @@ import queue
 import threading
 from typing import Any, Callable, Sequence
 
+from fp8slurm.config.schema import RewardSection
 from fp8slurm.eval.records import Key, key_of
 from fp8slurm.eval.tasks import EvalTask, grader_section
 from fp8slurm.rl.rewards import RewardPool
@@ -15,9 +16,13 @@ Rows = Sequence[dict[str, Any]]
 
 
 class Graders:
-    """A grader for every task; a context manager. ValueError: a user's function cannot be loaded."""
+    """A grader for every task: `grade` at once, or, as a context manager, `submit` and `finish` beside the generation.
 
-    def __init__(self, tasks: Sequence[EvalTask], timeout_s: float) -> None:
+    ValueError: a user's function cannot be loaded.
+    """
+
+    def __init__(self, tasks: Sequence[EvalTask], limits: RewardSection) -> None:
+        """limits: timeout_s and memory_mib of each grader."""
         self.scores: dict[Key, float] = {}
         """Of every row that was graded."""
         self._pools: dict[str, RewardPool] = {}
@@ -29,14 +34,14 @@ class Graders:
         try:
             for task in tasks:
                 if task.grader not in self._pools:
-                    self._pools[task.grader] = RewardPool(grader_section(task, timeout_s))
+                    self._pools[task.grader] = RewardPool(grader_section(task, limits))
         except BaseException:
             self.close()
             raise
         self._thread = threading.Thread(target=self._work, name="graders", daemon=True)
-        self._thread.start()
 
     def __enter__(self) -> Graders:
+        self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -66,7 +66,7 @@ class TrainingEval:
         answered = generate([[w.request(c.run.seed, self.sampler.stop_ids) for w in batch] for batch in asked])
         for batch, answers in zip(asked, answered, strict=True):
             rows += rows_of(batch, answers, self.sampler.tokenizer, self.sampler.stop_ids)
-        self.graders = self.graders or Graders(self.tasks, c.reward.timeout_s)
+        self.graders = self.graders or Graders(self.tasks, c.reward)
         before = dict(self.graders.failures)
         self.graders.grade(rows, beat)
         for row in rows:

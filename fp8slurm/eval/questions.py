@@ -55,7 +55,7 @@ def load_questions(
         except BadRow as error:
             where = f"{task.data}:{index + 1}"
             if data.on_bad_line == "error":
-                raise ValueError(f"{where}: {error}. --on-bad-line skip leaves such lines out") from None
+                raise ValueError(f"{where}: {error}. --on-bad-line skip (a run's: --data.on-bad-line) leaves such lines out") from None
             log.warning("%s left out: %s", where, error)
             bad += 1
             continue

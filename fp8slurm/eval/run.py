@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable
 
+from fp8slurm.config.schema import RewardSection
 from fp8slurm.engine.server import EngineSettings
 from fp8slurm.eval import compare
 from fp8slurm.eval.asking import Wanted, batches, rows_of
 from fp8slurm.eval.checkpoints import Checkpoint, files_stamp
-from fp8slurm.eval.display import Meter, waiting
+from fp8slurm.eval.display import Meter, count, waiting
 from fp8slurm.eval.engines import Engines
 from fp8slurm.eval.grading import Graders
 from fp8slurm.eval.nodes import Gatherer, Meeting
@@ -82,7 +83,8 @@ class Serving:
     engines: int
     batch_size: int
     """Samples in one request."""
-    grader_timeout_s: float
+    limits: RewardSection
+    """Of each grader."""
 
 
 Work = list[list[Wanted]]
@@ -126,14 +128,14 @@ def evaluate(
         sequences = compare.fixed_sequences(list(records.rows.values()), asked.questions, score_questions)
     if summary is not None and (score_of is None or compare.is_scored(records.folder, sequences or [])):
         return summary
-    with Graders(asked.tasks, serving.grader_timeout_s) as graders:
+    with Graders(asked.tasks, serving.limits) as graders:
         restarts, engines, nodes = 0, serving.engines, 1
         if summary is None:
             graders.submit(list(records.rows.values()))
         if work or score_of is not None:
             with Engines(model, records.folder, serving.engine, serving.engines) as pool:
                 engines = len(pool.engines)
-                with waiting(f"{precision.upper()}: starting {engines} engine(s)"):
+                with waiting(f"{precision.upper()}: starting {count(engines, 'engine')}"):
                     pool.wait_ready()
                     if work:
                         pool.warm_up(work[0][0].request(asked.seed, asked.stop_ids))

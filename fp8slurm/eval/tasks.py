@@ -18,6 +18,8 @@ from fp8slurm.rl.rewards import check_kind
 DEFINITIONS = Path(__file__).parent / "definitions"
 HELD_OUT = "held_out"
 """Name of the task that a run's data.eval is."""
+TASKS, OF_A_RUN = "--tasks", "--eval.tasks"
+"""Where tasks are named: a flag of fp8slurm eval, and a setting of a run."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -65,12 +67,12 @@ def shipped() -> list[str]:
     return sorted(p.stem for p in DEFINITIONS.glob("*.toml"))
 
 
-def read_definition(path: Path) -> EvalTask:
-    """A definition from a TOML file; `data` in it is relative to the file. ValueError names what is wrong."""
+def read_definition(path: Path, flag: str = TASKS) -> EvalTask:
+    """A definition from a TOML file; `data` in it is relative to the file. ValueError names what is wrong, and `flag`."""
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ValueError(f"--tasks {path}: {error.strerror}") from None
+        raise ValueError(f"{flag} {path}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not a TOML file: {error}") from None
     if isinstance(values.get("data"), str):
@@ -100,27 +102,31 @@ def _checked(values: Mapping[str, Any], origin: str) -> EvalTask:
     return task
 
 
-def parse_task(text: str, data: Path | None = None, grader: str | None = None) -> EvalTask:
+def parse_task(text: str, data: Path | None = None, grader: str | None = None, flag: str = TASKS) -> EvalTask:
     """A task from the command line: NAME, NAME=FILE, FILE.jsonl, FILE.parquet, MY.toml or MY.toml=FILE.
 
     data: file of the questions, or folder with NAME.jsonl or NAME.parquet, where `text` names no file. grader: used
-    instead of the definition's; needed for a bare file. ValueError says what is allowed.
+    instead of the definition's; needed for a bare file. flag: where `text` was given, TASKS or OF_A_RUN. ValueError says
+    what is allowed.
     """
+    or_data = " or --data" if flag == TASKS else ""
     name, equals, file = text.partition("=")
     if not equals and Path(name).suffix in SUFFIXES:
         if grader is None:
             raise ValueError(
-                f"--tasks {text}: say how its answers are graded: --grader exact, numeric, choice, math or "
+                f"{flag} {text}: say how its answers are graded: --grader exact, numeric, choice, math or "
                 f"module:function"
             )
-        return _checked({"name": Path(name).stem, "grader": grader, "data": Path(name)}, f"--tasks {text}")
+        if not Path(name).is_file():
+            raise ValueError(f"{flag} {text}: there is no such file")
+        return _checked({"name": Path(name).stem, "grader": grader, "data": Path(name)}, f"{flag} {text}")
     path = Path(name) if name.endswith(".toml") else DEFINITIONS / f"{name}.toml"
     if not path.is_file():
         raise ValueError(
-            f"--tasks {text}: no such task; allowed: {', '.join(shipped())} (with =FILE or --data), a file ending in "
+            f"{flag} {text}: no such task; allowed: {', '.join(shipped())} (with =FILE{or_data}), a file ending in "
             f"{' or '.join(SUFFIXES)}, or a definition ending in .toml"
         )
-    task = read_definition(path)
+    task = read_definition(path, flag)
     where = Path(file) if equals else data or task.data
     if where is not None and where.is_dir():
         found = [where / f"{task.name}{suffix}" for suffix in SUFFIXES if (where / f"{task.name}{suffix}").is_file()]
@@ -128,9 +134,11 @@ def parse_task(text: str, data: Path | None = None, grader: str | None = None) -
             raise ValueError(f"--data {where}: no {task.name}.jsonl or {task.name}.parquet in that folder")
         where = found[0]
     if where is None:
-        raise ValueError(f"--tasks {text}: give its questions: {name}=FILE, or --data (nothing is downloaded)")
+        raise ValueError(f"{flag} {text}: give its questions: {name}=FILE{or_data} (nothing is downloaded)")
+    if not where.is_file():
+        raise ValueError(f"{flag} {text}: there is no file {where}")
     changes: dict[str, Any] = {"data": where} | ({"grader": grader} if grader is not None else {})
-    return _checked(task.model_dump() | changes, f"--tasks {text}")
+    return _checked(task.model_dump() | changes, f"{flag} {text}")
 
 
 def held_out(config: RunConfig, data: Path | None = None) -> EvalTask | None:
@@ -167,25 +175,27 @@ def run_tasks(config: RunConfig) -> list[EvalTask]:
     kind = config.reward.kind
     own = "exact" if kind == "digits" else kind
     tasks = [
-        in_training(parse_task(text, grader=own if Path(text).suffix in SUFFIXES and "=" not in text else None), config)
+        in_training(
+            parse_task(text, None, own if Path(text).suffix in SUFFIXES and "=" not in text else None, OF_A_RUN), config
+        )
         for text in config.eval.tasks
     ]
     first = held_out(config)
-    return unique([first, *tasks] if first is not None else tasks)
+    return unique([first, *tasks] if first is not None else tasks, OF_A_RUN)
 
 
-def unique(tasks: list[EvalTask]) -> list[EvalTask]:
+def unique(tasks: list[EvalTask], flag: str = TASKS) -> list[EvalTask]:
     """The tasks. ValueError: two of them have the same name."""
     names = [t.name for t in tasks]
     for name in names:
         if names.count(name) > 1:
-            raise ValueError(f"--tasks: {name} is there twice; give each file or definition a name of its own")
+            raise ValueError(f"{flag}: {name} is there twice; give each file or definition a name of its own")
     return tasks
 
 
-def grader_section(task: EvalTask, timeout_s: float) -> RewardSection:
-    """The task's grader as a reward; what fails counts as wrong."""
-    return RewardSection(kind=task.grader, timeout_s=timeout_s, on_error="zero")
+def grader_section(task: EvalTask, limits: RewardSection) -> RewardSection:
+    """The task's grader as a reward, with the limits of a run's; what fails counts as wrong."""
+    return limits.model_copy(update={"kind": task.grader, "on_error": "zero"})
 
 
 def file_digest(path: Path) -> str:

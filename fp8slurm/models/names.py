@@ -63,11 +63,6 @@ class SliceSpec:
         end = self.start + self.length
         return self.start % block == 0 and (end % block == 0 or end == self.tensor.shape[self.dim])
 
-    def in_blocks(self, block: int = 128) -> tuple[int, int]:
-        """(start, length) along `dim` of the matching slice of the scales; needs on_block_border()."""
-        assert self.dim is not None and self.on_block_border(block), self
-        return self.start // block, -(-self.length // block)
-
 
 @dataclass(frozen=True)
 class Slice:

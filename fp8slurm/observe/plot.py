@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Mapping
 
 from fp8slurm.observe.metrics import Record, column, read_metrics
+from fp8slurm.observe.output import check_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,21 +36,21 @@ SMOOTHING = 10
 def main(argv: list[str]) -> int:
     """`fp8slurm plot RUN [RUN ...] [--out PNG]`: one run to its plot.png, several into one picture."""
     parser = argparse.ArgumentParser(prog="fp8slurm plot", description="Draw the curves of one or several runs.")
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directory")
-    parser.add_argument("--out", type=Path, help="picture to write (one run: plot.png in it; several: needed)")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directory, such as runs/tiny-fp8")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="picture to write, such as all.png (default: plot.png in RUN; several runs need it)"
+    )
     args = parser.parse_args(argv)
-    if len(args.runs) > 1 and args.out is None:
-        parser.error("several runs need --out PNG")
-    try:
-        if len(args.runs) == 1:
-            out = plot(args.runs[0], args.out)
-        else:
-            names = [run.name for run in args.runs]
-            labels = names if len(set(names)) == len(names) else [str(run) for run in args.runs]
-            out = plot_runs(dict(zip(labels, args.runs)), args.out)
-    except ValueError as error:
-        print(f"fp8slurm plot: {error}", file=sys.stderr)
-        return 2
+    if args.out is not None:
+        check_file(args.out, "--out")
+    if len(args.runs) == 1:
+        out = plot(args.runs[0], args.out)
+    elif args.out is None:
+        raise ValueError(f"{len(args.runs)} runs in one picture: say where it goes with --out FILE, such as --out all.png")
+    else:
+        names = [run.name for run in args.runs]
+        labels = names if len(set(names)) == len(names) else [str(run) for run in args.runs]
+        out = plot_runs(dict(zip(labels, args.runs)), args.out)
     print(out)
     return 0
 
@@ -215,7 +215,6 @@ def _legend(axes: Axes) -> None:
 def _save(figure: Figure, out: Path) -> Path:
     from matplotlib import pyplot
 
-    out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.stem}.tmp{out.suffix}")
     figure.savefig(temporary, dpi=120)
     pyplot.close(figure)

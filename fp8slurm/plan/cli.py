@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 
 
@@ -11,16 +10,14 @@ def main(argv: list[str]) -> int:
 
     0: printed; 2 (by ValueError, in cli.main): the layout does not fit the model, or its shape is not known.
     """
-    from fp8slurm.config import parse, recipe_names
+    from fp8slurm.config import parse_command, recipe_parser
 
-    parser = argparse.ArgumentParser(
-        prog="fp8slurm plan",
-        add_help=False,
-        allow_abbrev=False,
-        description="Memory of every rank, host memory, bytes of a weight update and block alignment; needs "
-        "no GPU and, for Qwen3-0.6B, Qwen3-4B and Qwen3-30B-A3B, no checkpoint.",
+    parser = recipe_parser(
+        "fp8slurm plan",
+        "Memory of every rank, host memory, bytes of a weight update and block alignment; needs no GPU and, for "
+        "Qwen3-0.6B, Qwen3-4B and Qwen3-30B-A3B, no checkpoint. The settings below change the recipe; with --recipe R "
+        "before --help their defaults are R's.",
     )
-    parser.add_argument("--recipe", help=f"{', '.join(recipe_names())}, or the path of a .toml file")
     parser.add_argument(
         "--gpu-memory", type=float, action="append", metavar="GB",
         help="memory of a GPU in 10^9 bytes; may be given several times (default: 80 for an H100 and 141 for an H200)",
@@ -29,12 +26,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--row", metavar="LABEL", help="print one row of a Markdown table with that label, for comparing layouts"
     )
-    own, flags = parser.parse_known_args(argv)
-    if "-h" in flags or "--help" in flags:
-        parser.print_help()
+    own, config = parse_command(parser, argv)
     if any(size <= 0 for size in own.gpu_memory or ()):
         raise ValueError("--gpu-memory must be above 0, in 10^9 bytes")
-    config = parse(own.recipe, flags, prog="fp8slurm plan")
 
     from fp8slurm.plan.plan import make_plan
 

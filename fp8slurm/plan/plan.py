@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fp8slurm.config import RunConfig
-from fp8slurm.config.derived import transport_of
+from fp8slurm.config.derived import engines_sleep, transport_of
 from fp8slurm.fp8.policy import decide
 from fp8slurm.models.known import find_spec
 from fp8slurm.models.names import NameTable
@@ -181,10 +181,15 @@ def make_plan(config: RunConfig, gpu_memory: dict[str, int] | None = None) -> Pl
         matrices=len(matrices),
         alignment=tuple(_alignment(table, layout)),
         longest_sequence=longest_sequence(config),
-        checkpoint_bytes=parameters * (memory.weight_bytes(config) + 12),
+        checkpoint_bytes=checkpoint_bytes(config, table),
         gpus_per_node=config.slurm.gpus_per_node,
         samples_per_engine=-(-config.rollout.prompts_per_step * config.rollout.n_samples // len(placement.engines)),
     )
+
+
+def checkpoint_bytes(config: RunConfig, table: NameTable) -> int:
+    """Bytes of one checkpoint of a run: the weights, and FP32 masters and two moments."""
+    return sum(math.prod(t.shape) for t in table.hf_tensors().values()) * (memory.weight_bytes(config) + 12)
 
 
 def longest_sequence(config: RunConfig) -> int:
@@ -217,6 +222,7 @@ def _fit(
     trainer = {"trainer resident": memory.trainer_resident(ranks)}
     serving = {"engine resident": memory.engine_resident(config.engine.tensor_parallel_size)}
     there = sum(serving.values())
+    sleeps = engines_sleep(config)
     if shared:  # the engine starts when the trainer's state is there
         there += sum(trainer.values()) + sum(_while_engines_work(config, largest).values())
     engine = engine_memory(config, table, quantization, size, there)
@@ -228,7 +234,7 @@ def _fit(
 
     if shared:
         phases = {
-            "train": trainer | serving | buckets | state(fullest, True),
+            "train": trainer | serving | buckets | state(fullest, True) | ({} if sleeps else weights | cache),
             "sync and rollout": trainer | serving | buckets | _while_engines_work(config, largest) | weights | cache,
         }
     else:
@@ -251,8 +257,8 @@ def _update_buffers(config: RunConfig, spec: ModelSpec, layout: Layout, largest:
 
 
 def _while_engines_work(config: RunConfig, m: RankMemory) -> dict[str, int]:
-    """What a trainer's rank keeps on a GPU that it shares (Trainer.make_room)."""
-    gone = {*memory.PASSING, *(["optimizer"] if config.optim.sleep else [])}
+    """What a trainer's rank keeps on a GPU that it shares (Trainer.make_room), all of it where engines do not sleep."""
+    gone = {*(memory.PASSING if engines_sleep(config) else ()), *(["optimizer"] if config.optim.sleep else [])}
     return {i.name: i.bytes for i in m.state if i.name not in gone}
 
 

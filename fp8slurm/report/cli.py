@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from fp8slurm.checkpoint.run import write_atomic
+from fp8slurm.observe.output import check_file
 from fp8slurm.report.read import read_run
 from fp8slurm.report.samples import LIMIT, read_samples
 
@@ -35,10 +36,8 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if args.samples < 0:
         raise ValueError(f"--samples {args.samples} is below 0")
-    if args.out is not None and args.out.is_dir():
-        raise ValueError(f"--out {args.out} is a folder: give the name of a file")
-    if args.out is not None and not args.out.resolve().parent.is_dir():
-        raise ValueError(f"--out {args.out}: there is no folder {args.out.parent}")
+    if args.out is not None:
+        check_file(args.out, "--out")
     paths = [args.run, *args.compare]
     runs = [read_run(p) for p in paths]
     names = [r.name for r in runs]

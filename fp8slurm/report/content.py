@@ -14,6 +14,8 @@ from fp8slurm.report.safe import figure, number, seconds, size
 
 EDGE = 5
 """Steps at each end that "first" and "last" are means of."""
+OVER = "mean of all RL records"
+"""What the gaps are means of: record 0, measured before anything was trained, counts."""
 PHASES = (*TIMES[:-1], ("", "other"), TIMES[-1])
 """(key, name) in the order in which they are stacked; "" is what no phase claims."""
 
@@ -100,9 +102,9 @@ def finals(run: Run) -> dict[str, float | None]:
         "held-out accuracy, last": accuracy[-1] if accuracy else None,
         "held-out accuracy, best": max(accuracy) if accuracy else None,
         f"reward, mean of the last {EDGE} steps": reward[1] if reward else None,
-        "gap, mean |d|, mean of all steps (nats)": mean("gap/mean_abs"),
-        "gap, 99th percentile, mean of all steps (nats)": mean("gap/p99"),
-        "gap, KL k3, mean of all steps (nats)": mean("gap/k3"),
+        f"gap, mean |d|, {OVER} (nats)": mean("gap/mean_abs"),
+        f"gap, 99th percentile, {OVER} (nats)": mean("gap/p99"),
+        f"gap, KL k3, {OVER} (nats)": mean("gap/k3"),
         "gap, mean |d| after the last update (nats)": (run.values("final_gap/mean_abs") or [None])[-1],
         "tokens clipped, mean of all steps": _clipped(run),
         "response length, last steps (tokens)": (ends(run.values("rollout/response_length")) or (None, None))[1],
@@ -129,13 +131,13 @@ def headlines(run: Run) -> list[Headline]:
     reward = ends(run.values("reward/mean"))
     if reward:
         out.append(Headline("Mean reward", figure(reward[1]), f"last {EDGE} steps; from {figure(reward[0])}"))
-    gap = f["gap, mean |d|, mean of all steps (nats)"]
+    gap = f[f"gap, mean |d|, {OVER} (nats)"]
     if gap is not None:
-        p99 = f["gap, 99th percentile, mean of all steps (nats)"]
-        k3 = f["gap, KL k3, mean of all steps (nats)"]
-        out.append(
-            Headline("Trainer\u2013engine gap", f"{figure(gap)} nats", f"mean |d|; 99% {figure(p99)}; k3 {figure(k3)}")
-        )
+        p99, k3 = f[f"gap, 99th percentile, {OVER} (nats)"], f[f"gap, KL k3, {OVER} (nats)"]
+        steps = [step for step, value in run.series("gap/mean_abs") if value is not None]
+        over = f"mean of RL records {steps[0]} to {steps[-1]}" if len(steps) > 1 else f"RL record {steps[0]}"
+        detail = f"mean |d|; 99% {figure(p99)}; k3 {figure(k3)}; {over}"
+        out.append(Headline("Trainer\u2013engine gap", f"{figure(gap)} nats", detail))
     final = [c for c in run.comparisons]
     if final:
         c = final[-1]

@@ -1,4 +1,4 @@
-"""Saved rollouts (fp8slurm/rl/saved.py) as samples that a report shows: pieces of text with each token's gap."""
+"""Saved rollouts (fp8slurm/rl/rollout_files.py) as samples that a report shows: pieces of text with each token's gap."""
 
 from __future__ import annotations
 

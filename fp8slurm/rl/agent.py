@@ -1,7 +1,8 @@
 """The agent of a node: owns its engines (rl/engines.py), runs its share of the rollouts and rewards, keeps the newest weights.
 
-It answers rank 0's commands one after the other (rl/channel.py). It holds the last whole update in host memory, so that
-an engine that died is back with the current weights without any rank taking notice.
+It answers rank 0's commands one after the other (rl/channel.py). Where weights come through the host (gloo) it holds the last
+whole update, so that an engine that died is back with the current weights without any rank taking notice; from GPU to GPU
+they do not pass here, and an engine that died waits for the next update, or the ranks send again.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ from __future__ import annotations
 import logging
 import time
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any, Callable, Hashable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -20,6 +22,7 @@ from fp8slurm.config import RunConfig
 from fp8slurm.config.derived import engines_start_after_trainer, is_direct, is_mapped
 from fp8slurm.engine.pool import WeightsLost
 from fp8slurm.eval.in_training import TrainingEval
+from fp8slurm.models.qwen3 import ModelSpec
 from fp8slurm.rl.advantages import has_signal, settle_truncated
 from fp8slurm.rl.channel import AgentChannel
 from fp8slurm.rl.data import PromptOrder
@@ -27,8 +30,8 @@ from fp8slurm.rl.engines import EngineSet
 from fp8slurm.rl.precision import engine_in_fp8
 from fp8slurm.rl.rewards import RewardPool
 from fp8slurm.rl.rollout import Sampler
-from fp8slurm.rl.saved import is_saved, rollout_file, trainer_file, write_rollout
-from fp8slurm.rl.types import SampleGroup
+from fp8slurm.rl.rollout_files import is_saved, rollout_file, trainer_file, write_rollout
+from fp8slurm.rl.types import Prompt, SampleGroup
 from fp8slurm.rl.wire import encode_groups
 from fp8slurm.sync.check import check_engine_checkpoint
 from fp8slurm.sync.direct import DirectReceiver, Generation
@@ -52,6 +55,10 @@ class Agent:
         self.gpus = gpus
         self.model_dir: Path | None = None
         self.engines: EngineSet | None = None
+        self.asked: tuple[Any, ...] = ()
+        self.computed: dict[Hashable, Any] = {}
+        """Parts of the answer to what was `asked` last. Where a node lost its weights they are sent again and the command is
+        given again, to all nodes: the others have done their part."""
         monitor.on_exit = self.stop
 
     # -- life ----------------------------------------------------------------------------------------------------
@@ -107,12 +114,16 @@ class Agent:
             here = range(self.number * per_node, (self.number + 1) * per_node)
             self.receiver = MappedReceiver(store, here, [plans[n] for n in names], host)
         self._bring_up()
+        commands: dict[str, Callable[..., tuple[dict, torch.Tensor | None]]] = {
+            "rollout": self.do_rollout, "evaluate": self.do_evaluate, "update": self.do_update, "linked": self.do_linked,
+            "link": self.do_link, "sleep": self.do_sleep, "stop": self.do_stop,
+        }  # fmt: skip
         while True:
             command = channel.next()
             kind = command.pop("kind")
             log.debug("command %s %s", kind, command)
             try:
-                values, payload = getattr(self, f"do_{kind}")(**command)
+                values, payload = commands[kind](**command)
             except WeightsLost:
                 values, payload = {"weights_lost": True}, None
             channel.answer(values, payload)
@@ -169,6 +180,7 @@ class Agent:
         """
         assert self.order is not None and self.engines is not None
         r = self.config.rollout
+        self._begin("rollout", step, cursor, prompts, keep_all)
         kept: list[SampleGroup] = []
         dropped = generated = 0
         missing, rounds = prompts, r.max_replacements + 1
@@ -178,16 +190,13 @@ class Agent:
             indices, cursor = self.order.take(cursor, missing)
             share = [(p, self.train_prompts[i]) for p, i in list(zip(positions, indices))[self.number :: self.agents]]
             try:
-                groups = self.sampler.sample(
-                    self.engines.generate, share, r.n_samples, r.max_tokens, r.temperature, routing=r.routing_replay
-                )
+                groups, scores = self._once(tuple(p for p, _ in share), lambda: self._sample_and_score(share))
             except WeightsLost:
                 for left in range(round_, rounds):  # the other agents wait for these
                     self.store.set(f"kept/{self.channel.count}/{left}/{self.number}", "0")
                 raise
-            self.rewarder.score(groups, self._progress)
             generated += sum(len(s.response_ids) for g in groups for s in g.samples)
-            rewards += [s.reward for g in groups for s in g.samples]
+            rewards += scores
             settle_truncated(groups, r.truncated)
             good = groups if keep_all or not r.drop_no_signal else [g for g in groups if has_signal(g)]
             dropped += len(groups) - len(good)
@@ -207,9 +216,34 @@ class Agent:
     def do_evaluate(self, checkpoint: str | None = None) -> tuple[dict, None]:
         """This node's share of the held-out prompts and, with the weights' name, of eval.tasks (eval/in_training.py)."""
         assert self.engines is not None
-        return self.evaluation.evaluate(self.engines.generate_batches, checkpoint, self._progress), None
+        self._begin("evaluate", checkpoint)
+        generate = self.engines.generate_batches
+        return self._once("answer", lambda: self.evaluation.evaluate(generate, checkpoint, self._progress)), None
 
     # -- parts ---------------------------------------------------------------------------------------------------
+
+    def _begin(self, *asked: Any) -> None:
+        """Forget what was computed, unless the same is asked again of the same weights."""
+        assert self.engines is not None
+        asked = (*asked, self.engines.version)
+        if asked != self.asked:
+            self.asked, self.computed = asked, {}
+
+    def _once(self, part: Hashable, compute: Callable[[], Any]) -> Any:
+        """What `compute` returns, or has returned for this part of what was asked."""
+        if part not in self.computed:
+            self.computed[part] = compute()
+        return self.computed[part]
+
+    def _sample_and_score(self, share: list[tuple[int, Prompt]]) -> tuple[list[SampleGroup], list[float]]:
+        """The groups of (position, prompt), and the rewards of all their samples as they were scored."""
+        assert self.engines is not None
+        r = self.config.rollout
+        groups = self.sampler.sample(
+            self.engines.generate, share, r.n_samples, r.max_tokens, r.temperature, routing=r.routing_replay
+        )
+        self.rewarder.score(groups, self._progress)
+        return groups, [s.reward for g in groups for s in g.samples]
 
     def _save(self, step: int, groups: list[SampleGroup]) -> None:
         trainer_file(self.run.path, step).unlink(missing_ok=True)  # an earlier attempt's belongs to other samples
@@ -226,10 +260,23 @@ def engine_checkpoint(config: RunConfig, run: RunDirectory, number: int) -> Path
         return config.model.hf_checkpoint
     from fp8slurm.checkpoint import hf_to_fp8
 
-    target = run.path / "engine_model"
-    if number == 0:
-        if not target.exists():
-            hf_to_fp8(config.model.hf_checkpoint, target)
-    while not target.exists():
+    source, target = config.model.hf_checkpoint, run.path / "engine_model"
+    if number == 0 and not same_model(source, target):
+        hf_to_fp8(source, target, overwrite=True)  # of a start with another model, before the first checkpoint
+    while not same_model(source, target):
         time.sleep(0.2)
     return target
+
+
+def same_model(source: Path, target: Path) -> bool:
+    """Whether `target` is there and its settings are those of `source`, in another precision. Weights come with updates."""
+
+    def settings(folder: Path) -> tuple[ModelSpec, bytes]:
+        generation = folder / "generation_config.json"
+        return replace(ModelSpec.from_hf_dir(folder), quantization=None), generation.read_bytes() if generation.is_file() else b""
+
+    ours = settings(source)
+    try:
+        return settings(target) == ours
+    except (OSError, ValueError):  # not there, or being replaced
+        return False

@@ -19,7 +19,7 @@ from fp8slurm.engine.pool import EnginePool, Member, WeightsLost, engine_errors,
 from fp8slurm.engine.server import Engine, EngineError, EngineSettings, visible_gpus
 from fp8slurm.sync import direct
 from fp8slurm.sync.bucket import WeightBucket
-from fp8slurm.sync.engine_link import EngineLink
+from fp8slurm.sync.engine_link import EngineLink, Expected
 from fp8slurm.sync.fan_out import FanOut
 from fp8slurm.sync.transport import MappedTransport, Transport
 
@@ -163,25 +163,28 @@ class EngineSet(EnginePool):
         then; what `incoming` raises; EngineError: one failed engine.max_restarts + 1 times in a row.
         """
         self.version = version
-        fan = FanOut(len(self.members))
+        fan, expected = FanOut(len(self.members)), Expected()
         with ThreadPoolExecutor(len(self.members)) as pool:
             loading = {
-                m: pool.submit(self._load_shared, m, fan, number, verify) for number, m in enumerate(self.members)
+                m: pool.submit(self._load_shared, m, fan, number, verify, expected)
+                for number, m in enumerate(self.members)
             }
             fan.produce(incoming)
         self.mend(engine_errors(loading))
         if all(m.behind for m in self.members):
             raise WeightsLost
 
-    def _load_shared(self, member: RunEngine, fan: FanOut, number: int, verify: bool) -> None:
+    def _load_shared(self, member: RunEngine, fan: FanOut, number: int, verify: bool, expected: Expected) -> None:
         try:
-            self._load(member, fan.buckets(number), verify)
+            self._load(member, fan.buckets(number), verify, expected)
         finally:
             fan.leave(number)
 
-    def _load(self, member: RunEngine, buckets: Iterator[WeightBucket], verify: bool) -> None:
+    def _load(
+        self, member: RunEngine, buckets: Iterator[WeightBucket], verify: bool, expected: Expected | None = None
+    ) -> None:
         try:
-            digests = member.link.update(self.version, buckets, verify=verify)
+            digests = member.link.update(self.version, buckets, verify=verify, expected=expected)
         except EngineError as error:
             if isinstance(member.link.transport, direct.DirectTransport) and member.link.transport.generation is not None:
                 member.link.transport.generation.fail(f"{member.title}: {error}")
@@ -255,7 +258,7 @@ def settings_of_engines(config: RunConfig, gpus: Sequence[tuple[int, ...]]) -> l
 def engine_settings(config: RunConfig) -> EngineSettings:
     """What every engine needs to know of a run."""
     return replace(
-        EngineSettings.from_config(config.engine), deterministic=config.run.deterministic, seed=config.run.seed,
+        EngineSettings(config.engine), deterministic=config.run.deterministic, seed=config.run.seed,
         cpu_threads=config.slurm.engine_threads, return_routing=config.rollout.routing_replay,
         sleeps=engines_sleep(config),
         gloo_interface=os.environ.get("GLOO_SOCKET_IFNAME", "lo") if transport_of(config) == "gloo-direct" else "lo",

@@ -6,21 +6,21 @@ policy-gradient updates -> weights to the engines, under one new version.
 
 from __future__ import annotations
 
+import json
 import logging
+import shutil
 import time
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any, Callable
 
 import torch
 import torch.distributed as dist
 
 from fp8slurm.checkpoint.run import RunDirectory, RunState
 from fp8slurm.config import RunConfig
-from fp8slurm.config.derived import engines_sleep, engines_start_after_trainer, is_direct, is_mapped
+from fp8slurm.config.derived import engines_start_after_trainer
 from fp8slurm.eval.in_training import merge
-from fp8slurm.models.names import NameTable
 from fp8slurm.observe.metrics import MetricsWriter
 from fp8slurm.rl import controls
 from fp8slurm.rl.advantages import advantages
@@ -29,24 +29,18 @@ from fp8slurm.rl.data import PromptOrder, SftExample, load_sft, load_tokenizer
 from fp8slurm.rl.loss import gap_metrics, make_policy_loss, sft_loss
 from fp8slurm.rl.packing import pack, pack_sft
 from fp8slurm.rl.pace import Pace
-from fp8slurm.rl.precision import engine_quantization
-from fp8slurm.rl.saved import is_saved, logprob_rows, trainer_file, write_trainer_logprobs
-from fp8slurm.rl.saver import Saver
+from fp8slurm.rl.rollout_files import is_saved, logprob_rows, trainer_file, write_trainer_logprobs
+from fp8slurm.rl.checkpoint_writer import CheckpointWriter
 from fp8slurm.rl.stopping import Abandoned, Never, Stopped, Stopping
+from fp8slurm.rl.stopwatch import Stopwatch
 from fp8slurm.rl.types import PackedBatch, SampleGroup
+from fp8slurm.rl.weights import EngineWeights
 from fp8slurm.rl.wire import decode_groups
-from fp8slurm.sync.bucket import WeightBucket
-from fp8slurm.sync.direct import DirectSender
-from fp8slurm.sync.groups import Group
-from fp8slurm.sync.mapped import MappedSender
-from fp8slurm.sync.plan import source_names
-from fp8slurm.sync.receiver import checksum, publish_checksums
-from fp8slurm.sync.stream import Cut, WeightStream, parse_description
 from fp8slurm.trainer.schedule import learning_rate
 
 log = logging.getLogger(__name__)
-VERIFIED_AT_FIRST = 2
-"""Updates that sync.verify = "first" compares: SGLang's own load, and the first that is made again as copies (engine/recorded.py)."""
+MAX_FAILED_SAVES = 3
+"""Checkpoints in a row that may fail to be written. A run that goes on for longer works for nothing."""
 
 
 class TooManyBadSteps(RuntimeError):
@@ -73,16 +67,13 @@ def run(
         return
     loop.settle()
     if loop.saves and loop.on_disk != loop.state:  # another attempt may find room for it
-        raise OSError(f"the run is over, but its last checkpoint, {loop.state.name}, could not be written")
+        raise OSError(f"the run is over, but its last checkpoint, {loop.state.name}, could not be written: {loop.save_error}")
     channel.call("stop")
     loop.close()
 
 
 class Loop:
     """State and parts of the loop; the order of things is in `run`, `warm_start`, `reinforce` and `step`."""
-
-    within_s = 0.0
-    """Seconds of the phases within the one that is being timed."""
 
     def __init__(
         self, config: RunConfig, run_dir: RunDirectory, trainer: Any, channel: RankChannel, store: dist.Store, address: str,
@@ -92,19 +83,14 @@ class Loop:
         self.address, self.beat, self.stopping = address, beat, stopping
         self.first = trainer.rank == 0
         self.state = RunState("sft" if config.sft.data is not None else "rl", 0)
-        self.seconds: dict[str, float] = {}
         self.policy_loss = make_policy_loss(config.algorithm)
-        self.sent_version: int | None = None
-        self.sleeps = engines_sleep(config) and not config.control.freeze_engine
-        self.asleep = False
-        self.mapped: MappedSender | None = None
-        self.direct: DirectSender | None = None
-        self.sends = 0
-        self.verified = 0
+        self.watch = Stopwatch(beat)
+        self.weights = EngineWeights(config, trainer, channel, store, address, run_dir.attempt_dir, self.watch)
         self.sinks: list[Any] = []
         self.saved = False
-        self.saves = 0
-        self.saver = Saver(run_dir, store, trainer.rank, dist.get_world_size(), config.checkpoint)
+        self.saves = self.failed_saves = 0
+        self.save_error = ""
+        self.writer = CheckpointWriter(run_dir, store, trainer.rank, dist.get_world_size(), config.checkpoint)
         self.write_s: float | None = None
         self.on_disk: RunState | None = None
         self.borders = 0
@@ -132,6 +118,11 @@ class Loop:
             folder = self.run_dir.checkpoints / name
             has_reference = self.trainer.load(folder)
             self.state = self.on_disk = RunState.read(folder)
+            if self.config.control.freeze_engine and self.state.phase == "rl" and self.state.step:
+                raise ValueError(
+                    f"--control.freeze-engine: {folder} has other weights than those that the engines kept; such a run cannot go on; "
+                    f"allowed: another --run.name"
+                )
             if self.config.algorithm.kl_coef and not has_reference and self.state.phase == "rl" and self.state.sft_steps:
                 raise ValueError(
                     f"--algorithm.kl-coef {self.config.algorithm.kl_coef:g}: {folder} was saved without a reference model, which "
@@ -167,10 +158,7 @@ class Loop:
     def close(self) -> None:
         for sink in self.sinks:
             sink.close()
-        if self.mapped is not None:
-            self.mapped.close()
-        if self.direct is not None:
-            self.direct.close()
+        self.weights.close()
 
     # -- stop ----------------------------------------------------------------------------------------------------
 
@@ -183,7 +171,7 @@ class Loop:
             if self.borders > 1:
                 self.pace = replace(self.pace, step_s=max(now - self.border_at, 0.8 * self.pace.step_s))
             noticed = self.stopping.noticed() or self.store.check(["noticed"])
-            busy = max(self.pace.step_s, self.saver.left(self.pace.save_s))  # the next save waits for this one
+            busy = max(self.pace.step_s, self.writer.left(self.pace.save_s))  # the next save waits for this one
             self.store.set(key, self.stopping.at_border(noticed, busy, self.pace.save_s))
         elif self.stopping.noticed():
             self.store.set("noticed", "")
@@ -210,39 +198,15 @@ class Loop:
         self.close()
 
     def connect(self) -> None:
-        """Plan the weight updates, tell the agents, and bring the engines to the trainer's weights."""
-        c, t = self.config, self.trainer
-        self.stream = WeightStream(
-            NameTable(t.spec), t.named_shards, engine_quantization(c), c.sync.bucket_bytes, getattr(torch, c.engine.dtype),
-            Cut(t.tensor_parallel_rank, t.tensor_parallel_size, t.tensor_parallel_group, t.data_parallel_rank == 0),
-            t.pipeline_parallel_rank,
-            Cut(*t.expert_tensor_parallel, t.expert_data_parallel_rank == 0),
-            t.expert_parallel_rank,
-        )  # fmt: skip
-        if self.first:
-            p = c.parallel
-            names = source_names(p.pipeline_parallel_size, p.expert_parallel_size if t.spec.is_moe else 0)
-            self.store.set("sync/sources", " ".join(names))
-        for name in self.stream.sources:  # all plans before the first group: an agent wants all of them first
-            self.store.set(f"sync/plan/{name}", self.stream.describe(name))
-            self.store.set(f"sync/root/{name}", str(t.rank))
-        size = 1 + self.channel.agents
-        self.groups = {n: Group(self.store, f"sync/{n}", 0, size, self.address) for n in self.stream.sources}
-        if is_direct(c):
-            engine_ranks = c.slurm.nodes * c.engine.per_node * c.engine.tensor_parallel_size
-            self.direct = DirectSender(self.store, list(self.stream.sources), engine_ranks, self.address)
-        if is_mapped(c):
-            names = self.store.get("sync/sources").decode().split()
-            roots = {n: int(self.store.get(f"sync/root/{n}")) for n in names}
-            plans = {n: parse_description(self.store.get(f"sync/plan/{n}").decode()) for n in names}
-            sources = [(n, roots[n], plans[n]) for n in names]
-            self.mapped = MappedSender(self.store, sources, self.run_dir.attempt_dir)
-        if engines_start_after_trainer(c):
+        """Plan the weight updates, let the engines start where they come after the trainer, and bring them to its weights."""
+        t = self.trainer
+        self.weights.connect()
+        if engines_start_after_trainer(self.config):
             examples = [SftExample((0,), (0,) * 7)] * t.data_parallel_size
             t.warm_up(pack_sft(examples, **self._packing())[t.data_parallel_rank])
-            t.settle_memory()
+            t.settle_memory(room=self.weights.sleeps)
             self.store.set(f"resident/{t.rank}", "true")
-        self.sync()
+        self.weights.sync(self.state.version)
 
     # -- phases --------------------------------------------------------------------------------------------------
 
@@ -255,8 +219,8 @@ class Loop:
             self.border()
             started, step = self._begin(), self.state.step + 1
             indices, cursor = order.take(self.state.sft_cursor, s.batch_size)
-            self.sleep()
-            with self.timed("train"):
+            self.weights.sleep()
+            with self.watch.timed("train"):
                 batch = pack_sft([examples[i] for i in indices], **self._packing())
                 lr = learning_rate(step - 1, s.max_steps, s.lr, warmup_steps=s.warmup_steps)
                 result = self.trainer.train_step(batch[self.trainer.data_parallel_rank], sft_loss, lr)
@@ -271,7 +235,7 @@ class Loop:
             }
             done = step == s.max_steps
             if s.eval_every and (done or (step >= s.eval_from and step % s.eval_every == 0)):
-                self.sync()
+                self.weights.sync(self.state.version)
                 record |= self.evaluate()
                 done = done or record["eval/accuracy"] >= s.stop_accuracy
             self._record(record, started)
@@ -282,7 +246,7 @@ class Loop:
                 self.save()
         log.info("supervised phase: %d steps", self.state.step)
         self.state = replace(self.state, phase="rl", step=0, sft_steps=self.state.step)
-        self.sleep()  # a new optimizer takes memory
+        self.weights.sleep()  # a new optimizer takes memory
         if c.algorithm.kl_coef:  # the reference is the model that RL starts from
             self.trainer.snapshot_reference()
         self.trainer.new_optimizer()
@@ -293,7 +257,7 @@ class Loop:
         steps = self.config.run.steps
         if not steps:
             return
-        self.sync()
+        self.weights.sync(self.state.version)
         if self.state.step == 0:
             started = self._begin()
             self._record(self.probe_gap() | self.evaluate(), started)
@@ -302,8 +266,13 @@ class Loop:
             started = self._begin()
             record = self.step(self.state.step + 1)
             step = self.state.step
-            if step == steps or (self.config.eval.every and step % self.config.eval.every == 0):
-                record |= self.evaluate()
+            try:
+                if step == steps or (self.config.eval.every and step % self.config.eval.every == 0):
+                    record |= self.evaluate()
+            except Abandoned:  # the step is whole, and is saved; its record must not be missing then
+                log.warning("RL step %d is recorded without its evaluation", step)
+                self._record(record, started)
+                raise
             if step == steps:
                 record |= {f"final_{key}": value for key, value in self.probe_gap().items()}
             # The record first: a checkpoint without its record would leave a hole after a crash between the two.
@@ -315,7 +284,7 @@ class Loop:
     def step(self, step: int) -> dict[str, float]:
         """One RL step; returns its metrics."""
         c = self.config
-        with self.timed("rollout"):
+        with self.watch.timed("rollout"):
             groups, record = self.rollout(step, c.rollout.prompts_per_step)
         self.state = replace(self.state, step=step, cursor=int(record.pop("cursor")))
         if not groups:
@@ -332,14 +301,14 @@ class Loop:
             log.warning("step %d: no sample to train on; no update", step)
             return record | {"skipped": 1.0}
         mine = [ranks[t.data_parallel_rank] for ranks in updates]
-        self.sleep()
-        with self.timed("logprobs"):
+        self.weights.sleep()
+        with self.watch.timed("logprobs"):
             record |= self.recompute([b for update in mine for b in update])
             if is_saved(step, c.rollout.save_every):
                 self.save_logprobs(step, groups, [b for update in mine for b in update])
         o = c.optim
         lr = learning_rate(step - 1, c.run.steps, o.lr, o.min_lr, o.warmup_steps, o.schedule)
-        with self.timed("train"):
+        with self.watch.timed("train"):
             results = []
             for update in mine * c.train.epochs_per_step:
                 results.append(t.train_step(update, self.policy_loss, lr, with_entropy=True))
@@ -356,7 +325,7 @@ class Loop:
         }
         self._count_bad(bool(ok))
         if not c.control.freeze_engine:
-            self.sync()
+            self.weights.sync(self.state.version)
         return record
 
     # -- parts ---------------------------------------------------------------------------------------------------
@@ -365,21 +334,16 @@ class Loop:
         """Samples of all agents, in the order of the agents, and what they say about them."""
         # Only before a step has changed anything: the weights are then those of the border before it.
         training = step > self.state.step and self.state.phase == "rl"
-
-        def abandon() -> str:
-            save_s = self.pace.save_s + self.saver.left(self.pace.save_s)
-            return self.stopping.in_rollout(save_s) if training else ""
-
         asked = {"step": step, "cursor": self.state.cursor, "prompts": prompts, "keep_all": keep_all}
-        answers = self._ask("rollout", abandon, **asked)
+        answers = self.weights.ask("rollout", self.state.version, self._too_late if training else None, **asked)
         groups = [g for _, payload in answers for g in decode_groups(payload)]
         said = [a for a, _ in answers]
         total, count = (sum(a["rewards"][i] for a in said) for i in (0, 1))
         samples = [s for g in groups for s in g.samples]
-        stale = {v for s in samples for v in s.weight_versions} - {self.sent_version}
+        stale = {v for s in samples for v in s.weight_versions} - {self.weights.sent_version}
         if stale:
             raise RuntimeError(
-                f"tokens were generated under weight versions {sorted(stale)}; the engines were sent {self.sent_version}"
+                f"tokens were generated under weight versions {sorted(stale)}; the engines were sent {self.weights.sent_version}"
             )
         record = {
             "cursor": said[0]["cursor"],
@@ -430,7 +394,7 @@ class Loop:
         if not updates:
             return {}
         batches = updates[0][self.trainer.data_parallel_rank]
-        self.sleep()
+        self.weights.sleep()
         record = self.recompute(batches)
         if self.config.rollout.routing_replay:
             for batch in batches:
@@ -443,121 +407,64 @@ class Loop:
         c, checkpoint = self.config, self.state.name if self.state.phase == "rl" else None
         if c.data.eval is None and not c.eval.tasks:
             return {}
-        with self.timed("eval"):
-            said = [a for a, _ in self._ask("evaluate", checkpoint=checkpoint)]
+        # The last step's figures would never be made up for, and a supervised phase ends by them.
+        given_up = self.state.phase == "rl" and self.state.step < c.run.steps
+        with self.watch.timed("eval"):
+            said = [a for a, _ in self.weights.ask("evaluate", self.state.version, self._too_late if given_up else None, checkpoint=checkpoint)]
             return merge(c, self.run_dir, said, checkpoint, self.state.step, writes=self.first)
 
-    def sync(self) -> None:
-        """Send the trainer's weights to every engine, under a version that is the number of steps taken; once a version."""
-        version = self.state.version
-        while version != self.sent_version:
-            if self._send(version):
-                self.sent_version = version
-
-    def _send(self, version: int) -> bool:
-        """One update; False if an engine lost the weights again meanwhile, and no copy was kept (sync.keep_last_update)."""
-        self.sends += 1
-        verify = self.config.sync.verify == "always" or self.config.sync.verify == "first" and self.verified < VERIFIED_AT_FIRST
-        checksums: dict[str, list[int]] = {name: [] for name in self.groups}
-
-        def start(source: str, bucket: WeightBucket) -> dist.Work:
-            payload = bucket.payload.cpu()
-            if verify:
-                checksums[source].append(checksum(payload))
-            return self.groups[source].start_broadcast(payload, 0)
-
-        with self.timed("sync"):
-            if self.sleeps:
-                self.trainer.make_room()
-            if self.direct is not None:
-                self._link(self.direct)
-            self.channel.post("update", version=version, verify=verify, number=self.sends)
-            if self.mapped is not None:
-                self.mapped.send(self.sends, version, self.stream, start if verify else None)
-            elif self.direct is not None:
-                self.direct.send(version, self.stream, start if verify else None)
-            else:
-                self.stream.send(version, start)
-            for source in self.groups if verify else ():
-                publish_checksums(self.store, self.sends, source, checksums[source])
-            said = [a for a, _ in self.channel.collect()]
-        self.asleep = False
-        lost = any(a.get("weights_lost") for a in said)
-        self.verified += verify and not lost
-        for part, seconds in self.stream.seconds.items():
-            self._spent(f"sync_{part}", seconds)
-        for part in said[0].get("seconds", ()):
-            self._spent(f"sync_{part}", max(a["seconds"][part] for a in said if "seconds" in a))
-        return not lost
-
-    def _link(self, direct: DirectSender) -> None:
-        """Have all engines in the sources' groups; where one is missing (the start, a restart), all make new ones."""
-        number = direct.generation.number
-        while not all(a["linked"] for a, _ in self.channel.call("linked", generation=number)):
-            number += 1
-            self.channel.post("link", generation=number)
-            direct.link(number)
-            self.channel.collect()
-
-    def sleep(self) -> None:
-        """Before the trainer works: the engines give their memory back, and with it the weights that they were sent."""
-        if self.sleeps and not self.asleep:
-            with self.timed("sleep"):
-                self.channel.call("sleep")
-            self.asleep, self.sent_version = True, None
-
-    def _ask(self, kind: str, abandon: Callable[[], str] = lambda: "", **arguments: Any) -> list[tuple[dict, torch.Tensor]]:
-        """A command that needs the engines' weights; where an engine lost them they are sent again, then the command."""
-        if self.asleep:
-            self.sync()
-        while True:
-            self.channel.post(kind, **arguments)
-            answers = self.channel.collect(abandon)
-            if not any(a.get("weights_lost") for a, _ in answers):
-                return answers
-            self.sent_version = None
-            self.sync()
-
-    def _spent(self, phase: str, seconds: float) -> None:
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
+    def _too_late(self) -> str:
+        """Why what the engines generate is not waited for any longer, or ""."""
+        return self.stopping.in_rollout(self.pace.save_s + self.writer.left(self.pace.save_s))
 
     def save(self) -> None:
         """Begin a checkpoint of the present state; a full disk is reported, and the run goes on with the older one."""
         tag, self.saves = f"save/{self.saves}", self.saves + 1
-        with self.timed("checkpoint"):
+        with self.watch.timed("checkpoint"):
             self.settle()
             begun = time.monotonic()
             if self.first:
                 try:
-                    self.store.set(tag, str(self.run_dir.begin_checkpoint(self.state)))
+                    said = {"folder": str(self.run_dir.begin_checkpoint(self.state))}
                 except OSError as error:
-                    log.error("checkpoint %s cannot be begun: %s", self.state.name, error)
-                    self.store.set(tag, "")
+                    said = {"error": str(error)}
+                self.store.set(tag, json.dumps(said))
             self.store.wait([tag])
-            folder = self.store.get(tag).decode()
-            if folder:
-                snapshot = self.trainer.snapshot(folder, copy=self.config.checkpoint.asynchronous)
-                self.saver.start(self.state, Path(folder), snapshot, begun)
+            said = json.loads(self.store.get(tag))
+            if "error" in said:
+                self._save_failed(self.state, said["error"])
+            else:
+                snapshot = self.trainer.snapshot(said["folder"], copy=self.config.checkpoint.asynchronous)
+                self.writer.start(self.state, Path(said["folder"]), snapshot, begun)
                 if not self.config.checkpoint.asynchronous:
                     self.settle()
         self.saved = True
 
     def settle(self, wait: bool = True) -> None:
         """Take note of a save that has ended; wait: for the one under way."""
-        saved = self.saver.take(wait)
+        saved = self.writer.take(wait)
         if saved is None:
             return
         self.write_s = saved.seconds
         if saved.error:
-            log.error("checkpoint %s was not written, the one before is kept: %s", saved.state.name, saved.error)
+            self._save_failed(saved.state, saved.error)
             return
-        self.on_disk = saved.state
+        self.on_disk, self.failed_saves = saved.state, 0
         if self.first:
             self.pace = replace(self.pace, save_s=saved.seconds)
             try:
                 self.pace.write(self.run_dir)
             except OSError as error:
                 log.error("%s", error)
+
+    def _save_failed(self, state: RunState, error: str) -> None:
+        """On all ranks. Raises OSError after too many in a row: another attempt may find room."""
+        free = shutil.disk_usage(self.run_dir.path).free
+        self.failed_saves, self.save_error = self.failed_saves + 1, f"{error} ({free / 1e9:.2f} GB are free in {self.run_dir.path})"
+        log.error("checkpoint %s was not written, the one before is kept: %s", state.name, self.save_error)
+        if self.failed_saves >= MAX_FAILED_SAVES:
+            kept = self.on_disk.name if self.on_disk is not None else "none"
+            raise OSError(f"{self.failed_saves} checkpoints in a row could not be written; the newest is {kept}: {self.save_error}")
 
     def _packing(self) -> dict[str, int]:
         return {
@@ -568,26 +475,18 @@ class Loop:
 
     def _begin(self) -> float:
         # The save after a step is counted with the step after it, whose record is still open.
-        self.seconds = {k: v for k, v in self.seconds.items() if k == "checkpoint"} if self.saved else {}
+        self.watch.clear(keep=("checkpoint",) if self.saved else ())
         self.saved = False
         return time.perf_counter()
 
-    @contextmanager
-    def timed(self, phase: str) -> Iterator[None]:
-        """Counts what happens inside to `phase`, but for phases within it: a rollout that has to send the weights first."""
-        start, outside, self.within_s = time.perf_counter(), self.within_s, 0.0
-        yield
-        whole = time.perf_counter() - start
-        self._spent(phase, whole - self.within_s)
-        self.within_s = outside + whole
-        self.beat()
-
     def _record(self, record: dict[str, float], started: float) -> None:
-        times = {f"time/{k}": v for k, v in self.seconds.items()}
+        times = {f"time/{k}": v for k, v in self.watch.seconds.items()}
         if self.write_s is not None:
             times["time/checkpoint_write"], self.write_s = self.write_s, None
         whole = time.perf_counter() - started
         line = {"phase": self.state.phase, "step": self.state.step, **record, **self.trainer.memory, **times, "time/step": whole}
+        if self.failed_saves:
+            line["checkpoint/failed"] = float(self.failed_saves)
         if "tokens" in record:
             line["throughput/tokens_per_s"] = record["tokens"] / whole
         if self.first:

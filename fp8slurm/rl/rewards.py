@@ -153,7 +153,7 @@ class _Worker:
         self._buffer = b""
         self._set_limit(START_LIMIT_S, "to start")
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "fp8slurm.rl.reward_worker", self.kind, str(self.memory_mib)],
+            [sys.executable, "-P", "-m", "fp8slurm.rl.reward_worker", self.kind, str(self.memory_mib)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=os.environ | {"PYTHONPATH": os.pathsep.join(path)},

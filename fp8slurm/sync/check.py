@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Iterable
 
@@ -19,11 +20,18 @@ FIX = "give another --model.rollout-checkpoint, or none: it is then made from --
 
 
 def check_rollout_checkpoint(folder: Path, trainer: ModelSpec) -> None:
-    """`check_engine_checkpoint` without a run: for what a trainer of this model will send to an engine of that folder."""
+    """`check_engine_checkpoint` without a run: for what a trainer of this model will send to an engine of that folder; and
+    the settings beside the weights, which no update changes. Raises ValueError."""
+    engine = ModelSpec.from_hf_dir(folder)
     table = NameTable(trainer)
-    planned = plan(table, [e.name for e in table], 1, ModelSpec.from_hf_dir(folder).quantization)
+    planned = plan(table, [e.name for e in table], 1, engine.quantization)
     forms = (form for p in planned for form in p.forms(torch.bfloat16))
     check_engine_checkpoint(folder, (WeightSpec(name, dtype, tuple(shape), 0) for name, dtype, shape in forms))
+    others = ["quantization", "max_position_embeddings", *(["ffn_hidden_size"] if trainer.is_moe else [])]
+    for name in (f.name for f in fields(ModelSpec) if f.name not in others):
+        theirs, ours = getattr(engine, name), getattr(trainer, name)
+        if theirs != ours:
+            raise ValueError(f"the engine's checkpoint {folder}: {name} is {theirs}, the trainer's model has {ours}; {FIX}")
 
 
 def check_engine_checkpoint(folder: Path, sent: Iterable[WeightSpec]) -> None:

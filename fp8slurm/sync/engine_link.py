@@ -15,11 +15,12 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterable, Iterator, Literal
+from typing import Callable, Iterable, Iterator, Literal
 
 import torch
 
@@ -32,6 +33,27 @@ from fp8slurm.sync.transport import BroadcastTransport, Transport
 log = logging.getLogger(__name__)
 
 PauseMode = Literal["abort", "retract", "in_place"]
+
+
+Digests = list[dict[str, str]]
+"""Of every parameter, a dict for every tensor-parallel rank (engine/digest.py)."""
+
+
+class Expected:
+    """What the engines of a node should hold after one update: computed by the first that asks, for all of them.
+
+    They are alike (one folder, dtype and parallel layout), and their links have the same buckets.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._digests: Digests | None = None
+
+    def get(self, compute: Callable[[], Digests]) -> Digests:
+        with self._lock:
+            if self._digests is None:
+                self._digests = compute()
+            return self._digests
 
 
 class EngineLink:
@@ -77,13 +99,14 @@ class EngineLink:
         self.open()
 
     def update(
-        self, version: int, buckets: Iterable[WeightBucket], verify: bool = False
-    ) -> list[dict[str, str]] | None:
+        self, version: int, buckets: Iterable[WeightBucket], verify: bool = False, expected: Expected | None = None
+    ) -> Digests | None:
         """Load `buckets` (a whole model, in Hugging Face names) into the engine under `version`.
 
         While a bucket is loaded the next is asked for, and no further one. verify: compare the raw bytes in the engine
         with what was sent, before anything is generated (the buckets' payloads must last until then), and return the
-        engine's digests. Raises EngineError on any failure; the engine then has to be restarted and the link reopened.
+        engine's digests. expected: this update's, where several links share it. Raises EngineError on any failure; the
+        engine then has to be restarted and the link reopened.
         """
         if self.broken is not None:
             raise EngineError(f"{self.client.url} needs a restart: {self.broken}")
@@ -115,7 +138,7 @@ class EngineLink:
                 if session:
                     self.client.end_update()
             with self._timed("verify"):
-                digests = self.verify(sent) if verify else None
+                digests = self.verify(sent, expected) if verify else None
             with self._timed("session"):
                 self._flush(session)
                 self.client.set_weight_version(version)
@@ -125,26 +148,28 @@ class EngineLink:
             self._break(f"the update to version {version} failed: {error}")
             raise
 
-    def verify(self, buckets: Iterable[WeightBucket]) -> list[dict[str, str]]:
+    def verify(self, buckets: Iterable[WeightBucket], expected: Expected | None = None) -> Digests:
         """Compare codes, scales and all other parameters in the engine, byte by byte, with these buckets.
 
-        Returns the engine's digests, a dict for every tensor-parallel rank. Raises EngineError naming the first
-        parameter that differs, and breaks the link.
+        expected: as in update. Returns the engine's digests. Raises EngineError naming the first parameter that differs,
+        and breaks the link.
         """
         config = json.loads((Path(self.client.model_info()["model_path"]) / "config.json").read_text())
         dtype = getattr(torch, self.client.server_info()["dtype"])
         with ThreadPoolExecutor(1) as pool:  # the engine computes its digests meanwhile
             answer = pool.submit(self.client.digest)
-            expected = expected_digests(
-                (pair for bucket in buckets for pair in bucket.views()),
-                num_key_value_heads=config["num_key_value_heads"],
-                tensor_parallel_size=self.tensor_parallel_size,
-                expert_parallel_size=self.expert_parallel_size,
-                tie_word_embeddings=config.get("tie_word_embeddings", False),
-                dtype=dtype,
+            wanted = (expected or Expected()).get(
+                lambda: expected_digests(
+                    (pair for bucket in buckets for pair in bucket.views()),
+                    num_key_value_heads=config["num_key_value_heads"],
+                    tensor_parallel_size=self.tensor_parallel_size,
+                    expert_parallel_size=self.expert_parallel_size,
+                    tie_word_embeddings=config.get("tie_word_embeddings", False),
+                    dtype=dtype,
+                )
             )
             held = answer.result()
-        difference = first_difference(held, expected)
+        difference = first_difference(held, wanted)
         if difference is not None:
             self._break(difference)
             raise EngineError(f"the weights in {self.client.url} are not those that were sent: {difference}")

@@ -54,6 +54,9 @@ def memory_handle(payload: torch.Tensor | Path) -> str:
         return json.dumps({"file": str(payload)})
     from torch.multiprocessing.reductions import reduce_tensor
 
+    # Every call puts another wrapper around the storage's pointer (torch's CudaIPCSentData: some 200 bytes of host memory)
+    # until the storage is freed. One handle for all updates would save that, but every opening counts its counter down, and
+    # below zero torch takes the memory for one that is used, and keeps it when parameters move and get new buffers.
     _, arguments = reduce_tensor(payload)
     plain = [a if i not in CONSTANT else None for i, a in enumerate(arguments)]
     # numbers of GPUs differ by process: it is named by its UUID, and SGLang looks for it there

@@ -182,18 +182,19 @@ def load(trainer: Trainer, path: Path) -> bool:
             f"{path} was saved with {_shown(saved)}, this run has {_shown(now)}: without --optim.distributed only the "
             f"same layout can be resumed"
         )
-    if saved["reference"] and trainer.reference is None:
+    with_reference = saved["reference"] and trainer.config.algorithm.kl_coef > 0  # else nobody asks it
+    if with_reference and trainer.reference is None:
         trainer.snapshot_reference()  # of whatever is there: the saved one is loaded into it
-    state = dist_checkpointing.load(_state(trainer, True, same, saved["reference"]), str(path))
+    state = dist_checkpointing.load(_state(trainer, True, same, with_reference), str(path))
     trainer.module.load_state_dict(state["model"])
     for parameter in filter(primary_fp8.is_primary, trainer.module.parameters()):
         primary_fp8.refresh(parameter)
     trainer.optimizer.load_state_dict(_regrouped(trainer, state["optimizer"]))
-    if saved["reference"]:
+    if with_reference:
         _inner(trainer.reference).load_state_dict(state["reference"])
     if same:
         _set_random_state(state["random"])
-    return saved["reference"]
+    return with_reference
 
 
 def _regrouped(trainer: Trainer, loaded: dict[Any, Any]) -> Any:

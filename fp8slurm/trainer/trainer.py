@@ -182,10 +182,12 @@ class Trainer:
         if kept is not None:  # Megatron would start from the codes
             primary_fp8.Masters(self.optimizer).restore(kept)
 
-    def settle_memory(self) -> None:
-        """Allocate what is there between steps (the optimizer's state too), and nothing more; all ranks together."""
+    def settle_memory(self, room: bool = True) -> None:
+        """Allocate what is there between steps (the optimizer's state too), and nothing more; all ranks together. room: what
+        is there while engines work, which is less where they sleep between."""
         build.allocate_fused_state(self.optimizer)
-        self.make_room()
+        if room:
+            self.make_room()
 
     def make_room(self) -> None:
         """Before engines work on this GPU: give back what the next step can take or make again, on all ranks. The gradients'

@@ -16,10 +16,15 @@ import tiny_folders
 import torch
 from safetensors.torch import load_file, save_file
 
-from fp8slurm.checkpoint import BadCheckpoint, fp8_to_hf, hf_to_fp8, hf_to_torch_dist, stream, torch_dist_to_fp8
+from fp8slurm.checkpoint import (
+    BadCheckpoint, fp8_to_hf, hf_to_fp8, hf_to_torch_dist, stream, torch_dist_to_fp8, torch_dist_to_hf,
+)  # fmt: skip
+from fp8slurm.checkpoint.conversion import pack
 from fp8slurm.checkpoint.hf_folder import open_hf
 from fp8slurm.checkpoint.output import OURS, OWNER, OutputFolder
 from fp8slurm.checkpoint.run import process_start
+from fp8slurm.checkpoint.safetensors_file import TensorInfo
+from fp8slurm.checkpoint.works import Copy
 from fp8slurm.fp8.block import BlockFP8
 from fp8slurm.fp8.policy import decide, engine_matrix
 from fp8slurm.fp8.reference import dequantize_reference, quantize_reference
@@ -251,6 +256,22 @@ def test_a_leftover_of_another_input_is_not_continued(tmp_path: Path, monkeypatc
     assert hf_to_fp8(src, tmp_path / "fp8", max_shard_bytes=1 << 20).resumed_shards == 0
 
 
+def test_a_leftover_with_other_scales_is_not_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its files have the same names, headers and sizes; half of them would hold the other scales."""
+    src = tiny_folders.make(tmp_path / "src")
+    leftover(tmp_path, src, monkeypatch)
+    assert hf_to_fp8(src, tmp_path / "fp8", max_shard_bytes=1 << 20, power_of_two=True).resumed_shards == 0
+    for name, tensor in load(tmp_path / "fp8").items():
+        assert not name.endswith("_scale_inv") or torch.equal(tensor.log2(), tensor.log2().round()), name
+
+
+def test_shards_are_as_full_as_the_limit_permits_and_no_fuller() -> None:
+    works = [Copy(None, TensorInfo(f"t{i}", torch.uint8, (n,))) for i, n in enumerate((6, 4, 1, 9, 1, 25, 2))]
+    shards = pack(works, 10)
+    assert [list(s.layout.tensors) for s in shards] == [["t0", "t1"], ["t2", "t3"], ["t4"], ["t5"], ["t6"]]
+    assert [s.layout.file_name for s in shards][::4] == ["model-00001-of-00005.safetensors", "model-00005-of-00005.safetensors"]
+
+
 def leftover(tmp_path: Path, src: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An fp8.tmp with finished shards."""
     with monkeypatch.context() as m:
@@ -451,10 +472,25 @@ def test_verification_finds_a_flipped_bit(tmp_path: Path, monkeypatch: pytest.Mo
         return digests
 
     monkeypatch.setattr(stream, "write_shard", write_and_damage)
-    with pytest.raises(BadCheckpoint, match="does not read back"):
-        hf_to_fp8(src, tmp_path / "fp8")
+    # not the sample that is compared with the input, which a bit elsewhere would escape: every byte's check sum
+    with pytest.raises(BadCheckpoint, match=r"does not read back as it was written \(at byte"):
+        hf_to_fp8(src, tmp_path / "fp8", jobs=1)
     assert not list((tmp_path / "fp8.tmp").glob("*.safetensors*"))
     hf_to_fp8(src, tmp_path / "fp8", verify=False)  # so it was the verification that found it
+
+
+def test_verification_misses_what_was_never_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file is made at its full length: a piece that is left out reads back as zeros, which are as they were."""
+    src = tiny_folders.make(tmp_path / "src")
+    monkeypatch.setattr(stream, "PIECE_BYTES", 1 << 10)
+    original = Copy.produce
+
+    def forgetful(self: Copy, start: int, stop: int) -> Iterator[object]:
+        return iter(()) if (self.info.name, start) == ("model.embed_tokens.weight", 2) else original(self, start, stop)
+
+    monkeypatch.setattr(Copy, "produce", forgetful)
+    with pytest.raises(BadCheckpoint, match=r"97280 of 98304 bytes of model.embed_tokens.weight were written"):
+        hf_to_fp8(src, tmp_path / "fp8")
 
 
 def test_verification_compares_with_the_definition(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -473,7 +509,8 @@ def test_verification_compares_with_the_definition(tmp_path: Path, monkeypatch: 
         hf_to_fp8(tiny_folders.make(tmp_path / "src"), tmp_path / "fp8")
 
 
-def test_not_finite_weights_are_named_by_their_place(tmp_path: Path) -> None:
+def test_not_finite_weights_are_named_by_their_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream, "PIECE_BYTES", 1)  # row 300 is in the third piece
     config = tiny_folders.config()
     weights = tiny_folders.tensors(config)
     weights["model.layers.1.mlp.up_proj.weight"][300, 7] = float("nan")
@@ -500,6 +537,12 @@ def test_contradictions_between_config_and_weights(tmp_path: Path) -> None:
     with pytest.raises(BadCheckpoint, match="quantization_config.*no weight is FP8"):
         hf_to_fp8(says_fp8, tmp_path / "out")
     hf_to_fp8(tiny_folders.make(tmp_path / "src"), tmp_path / "fp8")
+    made = json.loads((tmp_path / "fp8/config.json").read_text())
+    for key, value in {"fmt": "e5m2", "quant_method": "awq", "weight_block_size": [128]}.items():
+        changed = made | {"quantization_config": made["quantization_config"] | {key: value}}
+        (tmp_path / "fp8/config.json").write_text(json.dumps(changed))
+        with pytest.raises(BadCheckpoint, match=re.escape(repr(value)) + ".*cannot be read"):
+            fp8_to_hf(tmp_path / "fp8", tmp_path / "out")
     (tmp_path / "fp8/config.json").write_text(json.dumps(tiny_folders.config()))
     with pytest.raises(BadCheckpoint, match="no quantization_config"):
         fp8_to_hf(tmp_path / "fp8", tmp_path / "out")
@@ -522,6 +565,15 @@ def test_scales_that_do_not_fit(tmp_path: Path) -> None:
             fp8_to_hf(tmp_path / "fp8", tmp_path / "out")
 
 
+def test_e5m2_is_not_passed_on_as_if_it_were_bf16(tmp_path: Path) -> None:
+    hf_to_fp8(tiny_folders.make(tmp_path / "src"), tmp_path / "fp8")
+    weights = load(tmp_path / "fp8")
+    weights["model.norm.weight"] = weights["model.norm.weight"].to(torch.float8_e5m2)
+    save_file(weights, tmp_path / "fp8/model.safetensors")
+    with pytest.raises(BadCheckpoint, match="model.norm.weight is e5m2; only e4m3 can be read"):
+        fp8_to_hf(tmp_path / "fp8", tmp_path / "back")
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_scales_as_in_qwens_own_fp8_folders(tmp_path: Path, dtype: torch.dtype) -> None:
     hf_to_fp8(tiny_folders.make(tmp_path / "src"), tmp_path / "fp8")
@@ -533,6 +585,41 @@ def test_scales_as_in_qwens_own_fp8_folders(tmp_path: Path, dtype: torch.dtype) 
         if name + "_scale_inv" in rounded:
             scale = rounded[name + "_scale_inv"].float()
             assert same(w, dequantize_reference(BlockFP8(weights[name], scale)).bfloat16())
+
+
+def test_blocks_that_are_not_square(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """[rows, columns], in pieces that begin and end inside blocks."""
+    monkeypatch.setattr(stream, "PIECE_BYTES", 100 * 256)
+    config, block = tiny_folders.config(layers=1), (64, 128)
+    weights, expected = tiny_folders.tensors(config), {}
+    for name, w in list(weights.items()):
+        expected[name] = w
+        if decide(name, w.shape).quantize:
+            q = quantize_reference(w, block)
+            weights[name], weights[name + "_scale_inv"] = q.data, q.scale_inv
+            expected[name] = dequantize_reference(q).bfloat16()
+    said = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": list(block)}
+    src = tiny_folders.write(tmp_path / "src", config | {"quantization_config": said}, weights)
+    fp8_to_hf(src, tmp_path / "back")
+    back = load(tmp_path / "back")
+    assert sorted(back) == sorted(expected) and [n for n, w in expected.items() if not same(back[n], w)] == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_torch_dist_gives_back_the_dtype_it_was_saved_in(tmp_path: Path, dtype: torch.dtype) -> None:
+    config = tiny_folders.config(layers=1)
+    weights = tiny_folders.tensors(config, dtype=dtype)
+    src = tiny_folders.write(tmp_path / "src", config, weights)
+    hf_to_torch_dist(src, tmp_path / "dist")
+    torch_dist_to_hf(tmp_path / "dist", tmp_path / "back", origin_hf_dir=src)
+    back = load(tmp_path / "back")
+    assert sorted(back) == sorted(weights) and [n for n, w in weights.items() if not same(back[n], w)] == []
+    assert json.loads((tmp_path / "back/config.json").read_text())["torch_dtype"] == str(dtype).removeprefix("torch.")
+    # and what is made FP8 in one pass is made from all its bits
+    torch_dist_to_fp8(tmp_path / "dist", tmp_path / "fp8", origin_hf_dir=src)
+    name = "model.layers.0.mlp.up_proj.weight"
+    q, made = quantize_reference(weights[name]), load(tmp_path / "fp8")
+    assert same(made[name], q.data) and same(made[name + "_scale_inv"], q.scale_inv)
 
 
 def test_one_layer_in_another_dtype_is_refused_by_torch_dist(tmp_path: Path) -> None:

@@ -16,7 +16,15 @@ from fp8slurm.config import parse
         (["--run.name", "/x"], "--run.name '/x' leads out of"),
         (["--run.name", "a\n#SBATCH --x"], "--run.name 'a.n#SBATCH --x' leads out of"),
         (["--run.name", "x" * 300], "--run.name of 300 characters"),
+        (["--rollout.top-k", "0"], "--rollout.top-k 0: 0 tokens to choose from; allowed: 1 or more, or -1"),
+        (["--eval.max-tokens", "0"], "--eval.max-tokens 0: allowed: greater than or equal to 1"),
+        (["--engine.max-total-tokens=-7"], "--engine.max-total-tokens -7: allowed"),
+        (["--engine.context-length", "0"], "--engine.context-length 0: allowed"),
+        (["--run.name", "a/b/c"], "--run.name 'a/b/c' is a path; allowed: --run.root ROOT/a/b --run.name c"),
+        (["--run.name", "a/"], "--run.name 'a/' is a path; allowed: --run.root ROOT --run.name a"),
         (["--data.chat-template-kwargs", "enable_thinking", "false"], "enable_thinking 'false' is text; allowed: True and False"),
+        (["--data.chat-template-kwargs", '{"enable_thinking": "False"}'], "enable_thinking 'False' is text; allowed: True and False"),
+        (["--data.chat-template-kwargs", '{"tools": [1]}'], "tools .1. is neither .* allowed: enable_thinking False, or as JSON"),
     ],
 )
 def test_a_value_out_of_range_names_its_flag(flags, said):
@@ -25,9 +33,34 @@ def test_a_value_out_of_range_names_its_flag(flags, said):
     assert "pydantic" not in str(refused.value) and "\n" not in str(refused.value)
 
 
-def test_truth_values_for_the_template():
-    flags = ["--data.chat-template-kwargs", "enable_thinking", "False"]
-    assert parse("tiny-fp8", flags).data.chat_template_kwargs == {"enable_thinking": False}
+@pytest.mark.parametrize(
+    "words, values",
+    [
+        (["enable_thinking", "False"], {"enable_thinking": False}),
+        (['{"enable_thinking": false, "effort": "1", "budget": 0.5}'], {"enable_thinking": False, "effort": "1", "budget": 0.5}),
+        (["budget", "512", "effort", "high"], {"budget": 512, "effort": "high"}),
+        (["{}"], {}),
+        ([], {}),
+    ],
+)
+def test_arguments_of_the_template_are_pairs_or_json(words, values):
+    got = parse("tiny-fp8", ["--data.chat-template-kwargs", *words, "--run.steps", "3"])
+    assert got.data.chat_template_kwargs == values and got.run.steps == 3
+    kinds = [type(v) for v in got.data.chat_template_kwargs.values()]
+    assert kinds == [type(v) for v in values.values()]
+
+
+def test_flags_of_sbatch_without_a_value():
+    flags = ["--slurm.sbatch", "exclusive", "True", "mail-type", "END", "begin", "0800"]
+    assert parse("tiny-fp8", flags).slurm.sbatch == {"exclusive": True, "mail-type": "END", "begin": "0800"}
+
+
+@pytest.mark.parametrize("words", [["enable_thinking"], ["enable_thinking=False"], ['{"enable_thinking": }']])
+def test_other_forms_are_refused_with_those_that_are_allowed(words, capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse("tiny-fp8", ["--data.chat-template-kwargs", *words])
+    said = " ".join(line.strip("\u2502 ") for line in capsys.readouterr().err.splitlines())
+    assert ended.value.code == 2 and "allowed: enable_thinking False, or as JSON" in " ".join(said.split())
 
 
 def test_a_recipe_that_cannot_be_read(tmp_path, monkeypatch, capsys):

@@ -64,6 +64,27 @@ def test_broken_model_ends_with_its_reason(tmp_path: Path, write_fp8_model) -> N
     assert not engine.alive() and gone([process], 1)
 
 
+def test_a_child_that_ends_before_it_was_told_anything(tmp_path: Path, write_fp8_model, monkeypatch) -> None:
+    """stop() of it comes to its end, as of any other."""
+    real = subprocess.Popen
+
+    class Ended(real):
+        def __init__(self, command, **more):
+            super().__init__([sys.executable, "-c", ""], **more)
+            self.wait()
+
+    write_fp8_model(tmp_path / "model", seed=0)
+    engine = Engine(tmp_path / "model", tmp_path / "log", CPU)
+    monkeypatch.setattr(subprocess, "Popen", Ended)
+    with pytest.raises(BrokenPipeError):
+        engine.start()
+    monkeypatch.undo()
+    stopping = threading.Thread(target=engine.stop, daemon=True)
+    stopping.start()
+    stopping.join(30)
+    assert not stopping.is_alive() and not engine.alive()
+
+
 def test_deadline(tmp_path: Path, write_fp8_model) -> None:
     write_fp8_model(tmp_path / "model", seed=0)
     engine = Engine(tmp_path / "model", tmp_path / "log", CPU)

@@ -32,6 +32,10 @@ def test_a_checkpoint_is_recognized_by_its_contents(models, tmp_path):
         seen(models / "dist")
     with pytest.raises(ValueError, match="not recognized; allowed: a run"):
         seen(tmp_path)
+    (tmp_path / "config.json").write_text('{"run": {"na')
+    with pytest.raises(ValueError, match="config.json: not JSON"):
+        seen(tmp_path)
+    (tmp_path / "config.json").unlink()
     with pytest.raises(ValueError, match="no such folder"):
         seen(tmp_path / "none")
     with pytest.raises(ValueError, match="no config.json there"):
@@ -69,7 +73,10 @@ BAD = {
     "": "say what to evaluate",
     "--checkpoint {m}/hf": "say what to ask",
     "--checkpoint {m}/hf --tasks {m}/q.jsonl": "say how its answers are graded",
-    "--checkpoint {m}/hf --tasks gsm8k": "nothing is downloaded",
+    "--checkpoint {m}/hf --tasks gsm8k": "--tasks gsm8k: give its questions: gsm8k=FILE or --data (nothing is downloaded)",
+    "--checkpoint {m}/hf --tasks gsm8k=none.jsonl": "--tasks gsm8k=none.jsonl: there is no file none.jsonl",
+    "--checkpoint {m}/hf --tasks {m}/q.jsonl --grader exact --chat-template-kwargs {{": "--chat-template-kwargs { is not JSON",
+    "--checkpoint {m}/hf --tasks {m}/q.jsonl --grader exact --chat-template-kwargs x false": "--chat-template-kwargs x 'false' is text",
     "--checkpoint {m}/hf --tasks gsm8k math500 --data {m}/q.jsonl": "give each its own",
     "--checkpoint {m}/hf --tasks {m}/q.jsonl --grader maths": "not one of exact",
     "--checkpoint {m}/hf --tasks {m}/q.jsonl --grader exact --n-samples 4": "at temperature 0 are all the same",
@@ -106,4 +113,9 @@ def test_dry_run_says_what_would_be_asked(models, tmp_path, capsys):
     arguments = f"--checkpoint {models}/hf --tasks {models}/q.jsonl --grader numeric --dry-run --eval-dir {tmp_path}/e"
     assert main(["eval", *arguments.split()]) == 0
     out = capsys.readouterr().out
-    assert "q: 1 questions of" in out and "grader numeric" in out and "'1|2='" in out and not (tmp_path / "e").exists()
+    assert "q: 1 question of" in out and "grader numeric" in out and "'1|2='" in out and not (tmp_path / "e").exists()
+    assert "\n1 sample in FP8, by 1 engine; results in " in out
+    assert main(["eval", *arguments.split(), "--nodes", "2", "--precision", "both"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[-2].startswith("1 sample in BF16 and in FP8, by as many engines as the GPUs carry on each of 2 nodes; results in ")
+    assert said[-1].startswith("as this step: srun --nodes=2 ") and "--dry-run" not in said[-1]

@@ -1,8 +1,11 @@
 import json
+from types import SimpleNamespace
 
 import pytest
 from fp8slurm.cli import main
-from fp8slurm.eval.compare import compare
+from fp8slurm.eval import compare as compare_module
+from fp8slurm.eval.compare import compare, fixed_sequences, is_scored, score
+from fp8slurm.eval.questions import Question
 from fp8slurm.eval.summary import speed, summarize
 from fp8slurm.eval.tasks import EvalTask
 
@@ -88,12 +91,20 @@ def test_differences_flips_gap_and_speed_by_hand(tmp_path):
     assert compare(a, other)["logprob_gap"] is None, "other tokens were scored"
 
 
+def test_questions_are_paired_by_their_names_whatever_their_order(tmp_path):
+    """Rows come as engines answer: in another order in every evaluation."""
+    a, b = evaluation(tmp_path / "a", [1, 1, 0], "fp8"), evaluation(tmp_path / "b", [1, 0, 0], "bf16")
+    rows = (b / "samples.jsonl").read_text().splitlines(keepends=True)
+    (b / "samples.jsonl").write_text("".join(rows[::-1]))
+    task = compare(a, b)["tasks"]["t"]
+    assert (task["won"], task["lost"]) == (["1"], []) and task["difference"]["low"] >= 0
+    assert task["difference"]["value"] == pytest.approx(1 / 3)
+
+
 def test_exit_status_three_only_where_the_whole_interval_is_worse(tmp_path, capsys):
-    n = 200
     base = evaluation(tmp_path / "base", [1] * 160 + [0] * 40, "bf16")
     same = evaluation(tmp_path / "same", [0] * 4 + [1] * 156 + [1] * 4 + [0] * 36, "fp8")
     bad = evaluation(tmp_path / "bad", [0] * 40 + [1] * 120 + [0] * 40, "fp8")  # 20 points worse, interval about +-5.5
-    assert n == 200
     for folder, limit, status in [
         (same, "0", 0),
         (bad, "0.02", 3),
@@ -116,7 +127,10 @@ def test_what_cannot_be_compared_is_refused(tmp_path, capsys):
         assert main(["compare", str(a), str(other)]) == 2
         assert complaint in capsys.readouterr().err
     c = evaluation(tmp_path / "c", [1, 0], "bf16")
-    for key, mine, other in [("temperature", 0.0, 0.6), ("max_tokens", 8, 16), ("grader", "exact", "math"), ("sha256", "1", "2")]:
+    for key, mine, other in [
+        ("temperature", 0.0, 0.6), ("top_p", 1.0, 0.9), ("top_k", -1, 20), ("max_tokens", 8, 16), ("grader", "exact", "math"),
+        ("template", "{prompt}", "Q: {prompt}"), ("chat", True, False), ("sha256", "1", "2"),
+    ]:  # fmt: skip
         for folder, value in ((a, mine), (c, other)):
             (folder / "settings.json").write_text(json.dumps({"tasks": [{"name": "t", key: value}]}))
         assert main(["compare", str(a), str(c)]) == 2
@@ -136,3 +150,40 @@ def test_another_chat_template_is_refused(tmp_path):
         (folder / "settings.json").write_text(json.dumps({"tasks": [], "chat_template_kwargs": {"enable_thinking": thinking}}))
     with pytest.raises(ValueError, match="chat_template_kwargs .*True.*False"):
         compare(*folders)
+
+
+def test_other_end_tokens_are_refused(tmp_path):
+    folders = [evaluation(tmp_path / n, [1, 0], "fp8") for n in "ab"]
+    for folder, ids in zip(folders, ([258], [256, 258])):
+        (folder / "settings.json").write_text(json.dumps({"tasks": [], "stop_token_ids": ids}))
+    with pytest.raises(ValueError, match="another stop_token_ids"):
+        compare(*folders)
+
+
+def test_what_is_scored_is_the_first_answer_to_the_first_questions(monkeypatch):
+    monkeypatch.setattr(compare_module, "SCORED_TOKENS", 3)
+    questions = {name: [Question(f"q{i}", "", (i + 1,) * (i + 1), "") for i in range(3)] for name in ("t", "u")}
+    rows = [
+        {"task": name, "id": f"q{i}", "sample": k, "response_ids": [100 * k + 10 * i + j for j in range(0 if (name, i) == ("u", 0) else 5)]}
+        for name in questions for i in (2, 0, 1) for k in (0, 1)
+    ]  # fmt: skip
+    found = fixed_sequences(rows, questions, 2)
+    assert found == [([1], [0, 1, 2]), ([2, 2], [10, 11, 12]), ([2, 2], [10, 11, 12])]  # of u the first answer is empty
+
+
+def test_every_response_token_gets_its_own_score(tmp_path):
+    """The engine scores all tokens after a sequence's first; here each one's score is its number."""
+    sequences = [(list(range(1, 2 + i)), list(range(50 + i, 53 + i))) for i in range(10)]  # more than one request's
+    asked = []
+
+    def answer(lists):
+        asked.append(len(lists))
+        return [[-float(token) for token in ids[1:]] for ids in lists]
+
+    score(SimpleNamespace(score=answer), sequences, tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "scored.jsonl").read_text().splitlines()]
+    assert [r["logprobs"] for r in rows] == [[-float(token) for token in response] for _, response in sequences]
+    assert asked == [8, 2] and len({r["tokens"] for r in rows}) == 10
+    assert is_scored(tmp_path, sequences) and not is_scored(tmp_path, sequences[1:])
+    other = [*sequences[:-1], (sequences[-1][0][:-1], [sequences[-1][0][-1], *sequences[-1][1]])]
+    assert not is_scored(tmp_path, other), "the same tokens, cut elsewhere into prompt and response"

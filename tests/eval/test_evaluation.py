@@ -312,7 +312,7 @@ def test_two_engines_share_a_torch_dist_checkpoint(compared, runs, tmp_path):
     out = fp8slurm(
         "eval", "--checkpoint", tmp_path / "dist", "--origin-hf-dir", runs.parent / "model", "--engines", 2, *common
     )
-    assert "torch_dist (config and tokenizer:" in out and "2 engine(s)" in out
+    assert "torch_dist (config and tokenizer:" in out and "2 engines" in out
     fp8slurm("eval", "--checkpoint", folder / "models" / "step_000002-fp8", *common)
     dist, hf = (rows_in(tmp_path / f"{name}-fp8") for name in ("dist", "step_000002-fp8"))
     assert [(r["id"], r["response_ids"]) for r in dist] == [(r["id"], r["response_ids"]) for r in hf] and len(hf) == 32

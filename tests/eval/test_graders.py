@@ -4,6 +4,8 @@ import time
 
 import pytest
 from fp8slurm.config.schema import RewardSection
+from fp8slurm.eval.grading import Graders
+from fp8slurm.eval.tasks import EvalTask
 from fp8slurm.rl.graders import boxed_answers, chosen_letter, last_boxed, last_number, numeric
 from fp8slurm.rl.rewards import RewardPool
 from fp8slurm.rl.types import Prompt, Sample, SampleGroup
@@ -55,7 +57,11 @@ NUMERIC = [
     ("18 \\text{ apples}", "18", 1),
     ("0033", "33", 1),
     ("0.333333333333", "1/3", 1),
+    ("0.3333333", "1/3", 0),
+    ("1e-12", "2e-12", 0),
+    ("100000000000.5", "100000000000", 1),
     ("Year 2024: 12", "12", 1),
+    ("The answer is 42." + " So it is said." * 1000, "42", 1),
     ("twelve", "12", 0),
     ("", "12", 0),
     ("13", "12", 0),
@@ -91,6 +97,7 @@ NUMERIC = [
 ]
 
 CHOICE = [
+    ("The answer is C." + " So it is said." * 1000, "C", 1),
     ("B", "B", 1),
     ("b", "B", 1),
     ("(B)", "B", 1),
@@ -160,6 +167,23 @@ def score(kind, pairs, **settings):
 def test_the_tables(kind, table):
     got, failures = score(kind, table)
     assert [(t, label, g) for (t, label, want), g in zip(table, got) if g != want] == [] and failures == 0
+
+
+def test_every_task_is_graded_by_its_own_grader():
+    kinds = {"a": "exact", "b": "numeric", "c": "choice", "d": "numeric"}
+    tasks = [EvalTask(name=name, grader=kind) for name, kind in kinds.items()]
+    rows = [
+        {"task": name, "id": i, "sample": 0, "response": response, "label": label}
+        for i, (response, label) in enumerate([("42", "42"), ("It is 42.0", "42"), ("The answer is B.", "B")])
+        for name in ("d", "c", "b", "a")
+    ]
+    with Graders(tasks, RewardSection()) as graders:
+        graders.submit(rows[:5])
+        graders.submit(rows[5:])
+        scores = graders.finish()
+    assert {name: [scores[name, i, 0] for i in range(3)] for name in kinds} == {
+        "a": [1, 0, 0], "b": [1, 1, 0], "c": [0, 0, 1], "d": [1, 1, 0]
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -117,6 +117,7 @@ def test_pairing_takes_out_what_both_sides_find_hard():
     alone = bootstrap(ours.tolist())
     assert paired.value == pytest.approx(ours.mean() - base.mean())
     assert paired.high - paired.low < 0.5 * (alone.high - alone.low)
+    assert paired_difference([1.0, 1.0], [0.0, 0.0]).value == 1, "a minus b"
     same = paired_difference(base.tolist(), base.tolist())
     assert (same.value, same.low, same.high) == (0, 0, 0)
 

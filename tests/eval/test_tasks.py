@@ -2,12 +2,14 @@ import json
 
 import pytest
 from fp8slurm.config import RunConfig
-from fp8slurm.config.schema import DataSection
-from fp8slurm.eval.asking import batches
+from fp8slurm.config.schema import DataSection, RewardSection
+from fp8slurm.engine.client import GenerateRequest
+from fp8slurm.eval.asking import Wanted, batches
 from fp8slurm.eval.questions import Question, load_questions
-from fp8slurm.eval.tasks import HELD_OUT, held_out, parse_task, read_definition, run_tasks, shipped, unique
+from fp8slurm.eval.tasks import HELD_OUT, EvalTask, grader_section, held_out, parse_task, read_definition, run_tasks, shipped, unique
 from fp8slurm.models import tiny
 from fp8slurm.rl.data import load_prompts, load_tokenizer
+from fp8slurm.rl.rollout import sample_seed
 from fp8slurm.slurm.preflight import _eval_tasks
 
 DATA = DataSection(max_prompt_tokens=10**6)
@@ -147,8 +149,37 @@ def test_no_question_is_refused(tmp_path, tokenizer):
     for file in (write(tmp_path / "empty.jsonl"), write(tmp_path / "long.jsonl", {"prompt": "x" * 100, "label": "1"})):
         with pytest.raises(ValueError, match="has no question"):
             load_questions(parse_task(str(file), grader="exact"), tokenizer, DataSection(max_prompt_tokens=8))
-    with pytest.raises(ValueError, match="does not exist"):
-        load_questions(parse_task(str(tmp_path / "none.jsonl"), grader="exact"), tokenizer, DATA)
+    with pytest.raises(ValueError, match="--tasks .*none.jsonl: there is no such file"):
+        parse_task(str(tmp_path / "none.jsonl"), grader="exact")
+
+
+def test_the_letter_of_shuffled_choices_is_the_right_answers(tmp_path, tokenizer):
+    """Each question has an order of its own, the same every time; no letter is the right one more often than chance."""
+    keys = ["Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3"]
+    rows = [{"Question": f"Which of {i}?", **{k: f"{k} to {i}" for k in keys}} for i in range(24)]
+    task = parse_task(f"gpqa-diamond={write(tmp_path / 'g.jsonl', *rows)}")
+    questions, _ = load_questions(task, tokenizer, DATA)
+    for i, q in enumerate(questions):
+        lines = [line for line in q.text.splitlines() if f"Answer to {i}" in line or " Answer " in line]
+        assert sorted(line[3:].split(" to ")[0] for line in lines) == sorted(keys)
+        assert [line[:2] for line in lines] == ["A.", "B.", "C.", "D."]
+        assert f"{q.label}. Correct Answer to {i}" in lines
+    orders = {tuple("Correct" in line for line in q.text.splitlines() if " Answer " in line) for q in questions}
+    assert {q.label for q in questions} == set("ABCD") and len(orders) == 4
+    assert load_questions(task, tokenizer, DATA)[0] == questions
+
+
+def test_the_last_of_several_answers_is_the_label(tmp_path, tokenizer):
+    row = {"question": "How many?", "answer": "At first 3.\n#### 3\nNo:\n#### 1,018"}
+    ((question,), _) = load_questions(parse_task(f"gsm8k={write(tmp_path / 'g.jsonl', row)}"), tokenizer, DATA)
+    assert question.label == "1,018"
+
+
+def test_a_question_as_long_as_is_allowed_is_asked(tmp_path, tokenizer):
+    file = write(tmp_path / "t.jsonl", *({"prompt": "1" * n, "label": "2"} for n in (8, 9)))
+    task = parse_task(str(file), grader="exact").model_copy(update={"chat": False})
+    questions, left_out = load_questions(task, tokenizer, DataSection(max_prompt_tokens=8))
+    assert [len(q.token_ids) for q in questions] == [8] and left_out == 1
 
 
 def test_parquet_and_limit(tmp_path, tokenizer):
@@ -189,7 +220,7 @@ def test_a_runs_held_out_prompts_are_what_the_loop_tokenizes(tmp_path, tokenizer
 
 
 def test_the_borders_of_batches_do_not_depend_on_what_is_done():
-    task = parse_task("x.jsonl", grader="exact").model_copy(update={"n_samples": 3})
+    task = EvalTask(name="x", grader="exact", n_samples=3)
     questions = [Question(str(i), "", (1,), "") for i in range(5)]
     whole = batches(task, questions, 4)
     assert [len(b) for b in whole] == [4, 4, 4, 3]
@@ -202,16 +233,36 @@ def test_the_borders_of_batches_do_not_depend_on_what_is_done():
     assert [r.seed for r in requests] == [w.request(7, [2]).seed for b in whole for w in b]
 
 
+def test_a_sample_is_asked_for_as_its_task_says():
+    task = EvalTask(name="x", grader="exact").model_copy(
+        update={"temperature": 0.6, "top_p": 0.95, "top_k": 20, "max_tokens": 64}
+    )
+    wanted = Wanted(task, Question("q7", "", (5, 6, 7), ""), 3)
+    assert wanted.request(7, [2], context=1000) == GenerateRequest(
+        [5, 6, 7], 64, 0.6, 0.95, 20, [2], sample_seed(7, "x/q7", 3)
+    )
+    other = Wanted(task.model_copy(update={"name": "y"}), wanted.question, 3)
+    assert other.request(7, [2]).seed != wanted.request(7, [2]).seed, "two tasks may number their questions alike"
+    # SGLang takes one token less than its context holds; a prompt that fills it still gets a token, to be refused by name
+    assert [wanted.request(7, [2], context=c).max_tokens for c in (68, 67, 5, 3)] == [64, 63, 1, 1]
+
+
 def test_a_runs_tasks_are_checked_before_it_starts(tmp_path, tokenizer):
     file = write(tmp_path / "t.jsonl", {"prompt": "1+1=", "label": "2"})
     _eval_tasks(RunConfig(eval={"tasks": [str(file)]}), tokenizer)
     for section, complaint in [
         ({"tasks": ["gsm9"]}, "no such task"),
-        ({"tasks": [str(tmp_path / "none.jsonl")]}, "does not exist"),
-        ({"tasks": [str(file), str(file)]}, "t is there twice"),
+        ({"tasks": [str(tmp_path / "none.jsonl")]}, "--eval.tasks .*none.jsonl: there is no such file"),
+        ({"tasks": [str(file), str(file)]}, "--eval.tasks: t is there twice"),
         ({"n_samples": 2}, "--eval.n-samples 2 with --eval.temperature 0"),
     ]:
         with pytest.raises(ValueError, match=complaint):
             _eval_tasks(RunConfig(eval=section), tokenizer)
     with pytest.raises(ValueError, match="cannot be loaded"):
         _eval_tasks(RunConfig(eval={"tasks": [str(file)]}, reward={"kind": "no_such_module:f"}), tokenizer)
+
+
+def test_a_runs_limits_of_graders_are_its_evaluations():
+    limits = RewardSection(kind="mine:f", timeout_s=60, memory_mib=8192, on_error="error")
+    section = grader_section(EvalTask(name="x", grader="math"), limits)
+    assert section == RewardSection(kind="math", timeout_s=60, memory_mib=8192, on_error="zero")

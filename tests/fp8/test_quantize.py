@@ -71,6 +71,20 @@ def test_every_path_gives_the_bytes_of_the_reference(w: torch.Tensor, power_of_t
     assert same_bytes(fake_quantize_128x1(w, power_of_two), dequantize_reference(columns))
 
 
+def test_matrices_wider_than_a_panel() -> None:
+    """As down_proj of the 4B: work is cut along the rows too, at 4096 columns and at others' ends."""
+    g = torch.Generator().manual_seed(2)
+    w = torch.randn(260, 8192 + 300, generator=g) * torch.logspace(-3, 3, 8492)
+    expected = quantize_reference(w)
+    got = quantize(w)
+    assert same_bytes(got.data, expected.data) and same_bytes(got.scale_inv, expected.scale_inv)
+    values = dequantize_reference(expected)
+    assert same_bytes(dequantize(got), values) and same_bytes(dequantize(got, torch.bfloat16), values.bfloat16())
+    assert same_bytes(fake_quantize_block(w), values)
+    with pytest.raises(ValueError, match=r"holds nan at \[1003, 8300\]"):
+        quantize(w.index_put((torch.tensor(3), torch.tensor(8300)), torch.tensor(math.nan)), first_row=1000)
+
+
 def test_columnwise_is_rowwise_of_the_transpose() -> None:
     x = torch.randn(300, 70, generator=torch.Generator().manual_seed(1))
     assert same_bytes(fake_quantize_128x1(x), fake_quantize_1x128(x.t().contiguous()).t().contiguous())
@@ -145,15 +159,23 @@ def test_not_finite_weight_is_named(bad: float, dtype: torch.dtype) -> None:
         fake_quantize_block(w)
 
 
+@pytest.mark.parametrize("power_of_two", [False, True])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_not_finite_activation_stays_visible(bad: float) -> None:
+def test_not_finite_activation_stays_visible(bad: float, power_of_two: bool) -> None:
     x = torch.ones(4, 256)
     x[2, 5] = bad
-    codes, scale_inv = quantize_1x128(x)
-    expected = quantize_rowwise_reference(x)
+    codes, scale_inv = quantize_1x128(x, power_of_two)
+    expected = quantize_rowwise_reference(x, power_of_two=power_of_two)
     assert same_bytes(codes, expected[0]) and same_bytes(scale_inv, expected[1])
-    fake = fake_quantize_1x128(x)
+    fake = fake_quantize_1x128(x, power_of_two)
     assert torch.equal(fake[[0, 1, 3]], x[[0, 1, 3]])
+    assert math.isnan(fake[2, 5]) if math.isnan(bad) else fake[2, 5] == 448
+    # the weight gradient's copy: one column has to bear it, and the others keep scales of their own
+    x = torch.randn(200, 256, generator=torch.Generator().manual_seed(3))
+    x[2, 5] = bad
+    columns = BlockFP8(*quantize_columnwise_reference(x, power_of_two=power_of_two), (128, 1))
+    fake, wanted = fake_quantize_128x1(x, power_of_two), dequantize_reference(columns)
+    assert torch.equal(fake.isnan(), wanted.isnan()) and torch.equal(fake.nan_to_num(0), wanted.nan_to_num(0))
     assert math.isnan(fake[2, 5]) if math.isnan(bad) else fake[2, 5] == 448
 
 
@@ -173,6 +195,14 @@ def test_decode_knows_all_256_codes() -> None:
     assert torch.equal(decode(codes).isnan(), expected.isnan())
     finite = ~expected.isnan()
     assert same_bytes(decode(codes[finite]), expected[finite])
+
+
+@pytest.mark.parametrize("code", [0x7F, 0xFF])
+def test_a_lone_nan_of_either_sign_is_one(code: int) -> None:
+    codes = torch.full((4, 4), 0x38, dtype=torch.uint8)
+    codes[1, 2] = code
+    for values in (decode(codes.view(torch.float8_e4m3fn)), dequantize(BlockFP8(codes.view(torch.float8_e4m3fn), torch.ones(1, 1)))):
+        assert values.isnan().nonzero().tolist() == [[1, 2]] and values.nan_to_num(1.0).eq(1).all()
 
 
 @pytest.mark.parametrize("block", [(128, 128), (64, 32), (1, 128)])

@@ -97,8 +97,9 @@ def test_columns_and_what_two_deterministic_runs_share(tmp_path):
         {"phase": "rl", "step": 2, "loss": None},
         {"phase": "rl", "step": 3},
         {"phase": "rl", "step": 4, "loss": 4.0},
+        {"phase": "rl", "step": 5, "loss": 0.0},
     ]
-    assert column(records, "loss") == ([1, 4], [1.0, 4.0])
+    assert column(records, "loss") == ([1, 4, 5], [1.0, 4.0, 0.0])
     assert column(records, "loss", "sft") == ([1], [9.0])
     assert without_times(records[1]) == {"phase": "rl", "step": 1, "loss": 1.0}
 

@@ -64,7 +64,7 @@ def test_one_run(tmp_path, figures):
 
 def test_several_runs(tmp_path, figures):
     runs = {name: make_run(tmp_path / name, slope) for name, slope in (("a", 0.01), ("b", 0.02))}
-    out = plots.plot_runs(runs, tmp_path / "new" / "all.png")
+    out = plots.plot_runs(runs, tmp_path / "all.png")
     assert out.read_bytes().startswith(b"\x89PNG")
     assert all(labels(axes) == ["a", "b"] for axes in figures[0].axes)
     assert figures[0].axes[0].lines[2].get_ydata()[-1] == pytest.approx(0.4)
@@ -103,7 +103,17 @@ def test_the_command(tmp_path, capsys):
     assert capsys.readouterr().out.strip() == str(tmp_path / "a" / "plot.png")
     assert plots.main([*runs, "--out", str(tmp_path / "c.png")]) == 0
     assert (tmp_path / "c.png").exists()
-    assert plots.main([str(tmp_path / "no")]) == 2
-    assert "does not exist" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
+    with pytest.raises(ValueError, match="does not exist"):
+        plots.main([str(tmp_path / "no")])
+    with pytest.raises(ValueError, match="2 runs in one picture.*--out all.png"):
         plots.main(runs)
+
+
+def test_a_picture_goes_into_a_folder_that_is_there(tmp_path):
+    """As a report does: a mistyped path makes no folders."""
+    run = str(make_run(tmp_path / "a"))
+    with pytest.raises(ValueError, match="--out .*/new/all.png: there is no folder .*/new$"):
+        plots.main([run, "--out", str(tmp_path / "new" / "all.png")])
+    with pytest.raises(ValueError, match=f"--out {tmp_path} is a folder"):
+        plots.main([run, "--out", str(tmp_path)])
+    assert not (tmp_path / "new").exists()

@@ -22,7 +22,7 @@ from fp8slurm.models.known import known_model
 from fp8slurm.models.names import NameTable
 from fp8slurm.models.qwen3 import ModelSpec, QuantizationSpec
 from fp8slurm.plan import make_plan, memory, saving
-from fp8slurm.plan.engine import engine_memory, weights_on_gpu
+from fp8slurm.plan.engine import engine_memory, tensor_bytes, weights_on_gpu
 from fp8slurm.plan.parameters import Layout, stages
 from fp8slurm.sync.traffic import traffic
 from fp8slurm.trainer.logprobs import vocab_parallel_logprobs
@@ -141,6 +141,12 @@ def test_engine_weights_and_payload_are_the_converters_bytes(name, models, tmp_p
     assert weights_on_gpu(table, None, 2, tensor=1) == unquantized
 
 
+def test_a_block_at_the_edge_has_a_whole_scale():
+    linear, norm = "model.layers.0.mlp.down_proj.weight", "model.norm.weight"
+    assert tensor_bytes(linear, (200, 300), QuantizationSpec(), 2) == 200 * 300 + 4 * 2 * 3
+    assert tensor_bytes(linear, (200, 300), None, 2) == tensor_bytes(norm, (200, 300), QuantizationSpec(), 2) == 120_000
+
+
 @pytest.mark.slow
 def test_kv_cache_as_sglang_counts_it(models, tmp_path):
     folders = dict(models)
@@ -203,6 +209,9 @@ TWO, FOUR = ([f"--slurm.{name}={n}" for name in ("gpus-per-node", "ranks-per-nod
 BF16 = ["--fp8.backend=off", "--fp8.engine=bf16"]
 EXPERTS = ["--slurm.nodes=1", *TWO[:2], "--engine.per-node=1", "--engine.tensor-parallel-size=2", "--engine.expert-parallel-size=2",
            "--engine.context-length=1024", "--parallel.tensor-parallel-size=2", "--parallel.expert-parallel-size=2", "--parallel.pipeline-parallel-size=1"]  # fmt: skip
+SPLIT = ["--slurm.gpus-per-node=2", "--slurm.ranks-per-node=1", "--engine.per-node=1", "--engine.gpus=1", "--engine.placement=split",
+         "--engine.context-length=2048", "--parallel.tensor-parallel-size=1", "--parallel.no-sequence-parallel", "--optim.moments=bfloat16",
+         "--train.tokens-per-micro-batch=8192", "--engine.mem-fraction=0.6"]  # fmt: skip
 # GB by nvidia-smi on the fullest GPU, training and with engines awake, in runs on H100s (2026-11-28, docs/plan.md). Of the one that
 # is missing here, Qwen3-0.6B, plan is 12% too high in training.
 SHOWN = {
@@ -211,6 +220,7 @@ SHOWN = {
     "4B in BF16": ("qwen3-4b-fp8", [*TWO, *BF16], 52.6, 78.2),
     "4B, optimizer asleep": ("qwen3-4b-fp8", [*TWO, "--optim.sleep"], 61.5, 74.5),
     "eight layers of 30B-A3B": ("qwen3-30b-a3b-fp8", EXPERTS, 43.0, 74.2),
+    "4B split": ("qwen3-4b-fp8", SPLIT, 68.3, 54.5),
 }
 
 
@@ -222,10 +232,10 @@ def test_memory_is_within_a_tenth_of_what_gpus_showed(run: str, tmp_path: Path):
         (tmp_path / "config.json").write_text(json.dumps(shape))
         flags = [*flags, f"--model.hf-checkpoint={tmp_path}"]
     else:
-        flags = [*flags, "--engine.mem-fraction=0.85"]
+        flags = ["--engine.mem-fraction=0.85", *flags]
     flags = [*flags, "--data.max-prompt-tokens=64", "--rollout.max-tokens=512"]
-    train, rollout = make_plan(parse(recipe, flags)).fits[0].phases
-    assert (train.name, rollout.name) == ("train", "sync and rollout")
+    train, *_, rollout = make_plan(parse(recipe, flags)).fits[0].phases
+    assert train.name.startswith("train") and rollout.name.startswith("sync and rollout")
     assert train.bytes / 1e9 == pytest.approx(training, rel=0.1)
     assert rollout.bytes / 1e9 == pytest.approx(awake, rel=0.1)
 

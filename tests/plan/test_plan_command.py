@@ -8,10 +8,14 @@ import pytest
 from rich.console import Console
 
 from fp8slurm.cli import main
-from fp8slurm.config import parse, recipe_names
+from fp8slurm.config import RunConfig, parse, recipe_names
 from fp8slurm.models.known import find_spec, known_models
-from fp8slurm.plan import make_plan
-from fp8slurm.plan.parameters import Layout
+from fp8slurm.models.names import NameTable
+from fp8slurm.models.qwen3 import ModelSpec
+from fp8slurm.models.tiny import model_config
+from fp8slurm.plan import make_plan, memory
+from fp8slurm.plan.engine import engine_memory, weights_on_gpu
+from fp8slurm.plan.parameters import Layout, stages
 from fp8slurm.plan.report import row, show, summary
 
 
@@ -127,6 +131,13 @@ def test_more_tensor_parallelism_than_blocks_is_listed_as_gathered():
     assert inside == {"gate_proj", "up_proj", "down_proj"}
 
 
+def test_engines_that_do_not_sleep_keep_their_memory_while_the_trainer_works():
+    asleep, awake = (plan_of("qwen3-4b-fp8", "--engine.sleep", value).fits[0] for value in ("True", "False"))
+    assert "KV cache" not in asleep.phases[0].parts and awake.phases[0].parts["KV cache"] == awake.engine.kv_bytes
+    assert "gradients" not in asleep.phases[1].parts and awake.phases[1].parts["gradients"]
+    assert awake.phases[0].bytes > asleep.phases[0].bytes + awake.engine.weights + awake.engine.kv_bytes - 1
+
+
 def test_split_placement_lists_two_kinds_of_gpus():
     flags = [
         "--engine.placement",
@@ -162,3 +173,80 @@ def test_recomputation_offload_and_stages_move_what_they_should():
     )  # 4 micro-batches in flight, then 1
     assert on_gpu(staged, "output layer")[:3] == [0, 0, 0] < on_gpu(staged, "output layer")[3:]
     assert 0 < staged.pipeline[0].bubble < staged.pipeline[1].bubble < 1
+
+
+ONE = ["--parallel.tensor-parallel-size=1", "--parallel.no-sequence-parallel"]
+
+
+def parts_of(plan, phase):
+    """Of the first GPU's phase whose name begins so."""
+    (found,) = (p.parts for p in plan.fits[0].phases if p.name.startswith(phase))
+    return found
+
+
+def test_micro_batches_and_the_bubble_by_hand():
+    flags = [
+        *ONE, "--parallel.pipeline-parallel-size=4", "--slurm.gpus-per-node=4", "--slurm.ranks-per-node=4", "--engine.per-node=4",
+        "--rollout.prompts-per-step=6", "--rollout.n-samples=4", "--train.updates-per-step=4", "--train.tokens-per-micro-batch=4096",
+        "--rollout.max-tokens=1000", "--data.max-prompt-tokens=1048",
+    ]  # fmt: skip
+    longest, quarter = plan_of("qwen3-4b-fp8", *flags).pipeline
+    # the largest update has two of the six groups: 8 samples, two of 2048 tokens in a micro-batch, or eight of 512
+    assert (longest.response_tokens, longest.micro_batches, longest.bubble) == (1000, 4, 3 / 7)
+    assert (quarter.response_tokens, quarter.micro_batches, quarter.bubble) == (250, 1, 3 / 4)
+
+
+def test_what_is_kept_follows_the_settings():
+    def state(*flags):
+        return {i.name: i.bytes for i in plan_of("qwen3-4b-fp8", *flags).stages[0].memory.state}
+
+    whole = plan_of("qwen3-4b-fp8", *ONE)
+    n = whole.traffic.quantized_bf16 // 2
+    plain = state(*ONE)
+    assert plain["FP8 copies"] == 2 * n + 8 * (n // 128**2), "codes and scales, along rows and along columns"
+    assert state(*ONE, "--optim.moments=bfloat16")["optimizer"] * 2 == plain["optimizer"]  # 6 and 12 bytes
+    assert state(*ONE, "--algorithm.kl-coef=0.1")["reference model"] == 2 * whole.parameters
+    experts = plan_of("qwen3-30b-a3b-fp8", "--algorithm.kl-coef=0.1")
+    for stage in experts.stages:
+        assert [i.bytes for i in stage.memory.state if i.name == "reference model"] == [2 * stage.parameters]
+    assert memory.trainer_resident(1) == memory.TRAINER_ALONE < memory.trainer_resident(2) == memory.TRAINER_RESIDENT
+
+
+def test_what_is_there_while_engines_work():
+    awake, asleep, cut = plan_of("qwen3-4b-fp8", *ONE), plan_of("qwen3-4b-fp8", *ONE, "--optim.sleep"), plan_of("qwen3-4b-fp8")
+    assert "optimizer" in parts_of(awake, "sync") and "optimizer" in parts_of(asleep, "train")
+    assert "optimizer" not in parts_of(asleep, "sync")
+    (held,) = (i.bytes for i in asleep.host if i.name == "sleeping optimizer")
+    assert held == 8 * parts_of(asleep, "train")["optimizer"], "of all ranks of the node"
+    # two buckets, and where matrices are cut a third for the other ranks' slices
+    assert parts_of(awake, "sync")["update buffers"] == 2 * awake.traffic.largest_bucket
+    assert parts_of(cut, "sync")["update buffers"] == 3 * cut.traffic.largest_bucket
+    assert awake.checkpoint_bytes == 14 * awake.parameters, "BF16 weights, FP32 masters and two moments"
+
+
+def test_an_optimizers_buffer_is_shared_out_evenly():
+    """megatron-core pads to a multiple of 128 and of the number of ranks, whatever that is."""
+    table = NameTable(ModelSpec.from_hf_config(model_config()))
+    for ranks in (3, 5, 7):
+        (stage,) = stages(table, Layout(ranks, 1, 1, 1, 1, False))
+        (buffer,) = stage.buffers
+        assert buffer.data == ranks and buffer.padded % (ranks * 128) == 0
+        assert 0 <= buffer.padded - buffer.elements < ranks * 128 + 64 * len(table.entries)
+
+
+def test_an_engine_of_more_gpus_than_key_value_heads_by_hand():
+    c = model_config()
+    h, d, f, vocabulary, layers = 256, c["head_dim"], c["intermediate_size"], c["vocab_size"], c["num_hidden_layers"]
+    assert (c["hidden_size"], c["num_attention_heads"], c["num_key_value_heads"]) == (h, 4, 2)
+    table = NameTable(ModelSpec.from_hf_config(c))
+    # on each of four GPUs one head of q, and one of k and of v, which two GPUs hold alike; norms are everywhere
+    layer = 3 * d * h + h * d + 2 * (f // 4) * h + h * (f // 4) + 2 * h + 2 * d
+    weights = 2 * (layers * layer + -(-vocabulary // 4) * h + h)
+    assert weights_on_gpu(table, None, 2, tensor=4) == weights
+    config = RunConfig.model_validate({"engine": {"tensor_parallel_size": 4, "mem_fraction": 0.5}})
+    found = engine_memory(config, table, None, 10**9, 10**8)
+    cell = 2 * d * layers * 2  # key and value of one head
+    assert (found.weights, found.kv_bytes_per_token) == (weights, cell)
+    assert found.kv_tokens == (450_000_000 - weights) // cell
+    config = RunConfig.model_validate({"engine": {"tensor_parallel_size": 4, "max_total_tokens": 100}})
+    assert engine_memory(config, table, None, 10**9, 10**8).kv_tokens == 100

@@ -61,6 +61,7 @@ def test_it_says_what_the_run_recorded(make_run, capsys):
         "checkpoint step_000010 was skipped: a.bin was altered (SHA-256)",
         "engine 0 failed (it died); restart 1", "no significant difference", "0.820 to 0.880",
         "every task ended by itself",
+        "mean of RL records 0 to 20",
         "Memory: not recorded", "12 of the 12 samples of 2 saved steps",
     ):  # fmt: skip
         assert said in words, said
@@ -312,6 +313,7 @@ def test_comparing_runs(make_run, capsys):
     write_lines(b / "metrics.jsonl", [record(s, **{"gap/mean_abs": 1e-3}) for s in range(21)])
     document = html(a, "--compare", str(b))
     assert [line["name"] for line in data_of(document)["charts"]["all-gap"]["lines"]] == ["a", "b"]
+    assert "gap, mean |d|, mean of all RL records (nats)" in document
     assert "fp8.backend" in document.split("Settings that differ")[1].split("</section>")[0]
     same = text(a, capsys, "--compare", str(b))
     rows = [line for line in same.splitlines() if line.startswith("| fp8.backend")]

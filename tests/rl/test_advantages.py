@@ -62,3 +62,4 @@ def test_controls():
     flat = [[s.reward for g in groups for s in g.samples] for groups in (first, again, other)]
     assert sorted(flat[0]) == list(range(16)) and flat[0] != list(range(16))
     assert flat[0] == flat[1] != flat[2]
+    assert any(r >= 8 for r in flat[0][:8]), "rewards stayed in their groups, whose means they would still move"

@@ -6,8 +6,12 @@ from types import SimpleNamespace
 import pytest
 import torch.distributed as dist
 from fp8slurm.config import RunConfig
+from fp8slurm.engine.client import GenerateRequest, Generation
+from fp8slurm.engine.pool import WeightsLost
+from fp8slurm.models import tiny
 from fp8slurm.rl.agent import Agent
 from fp8slurm.rl.data import PromptOrder
+from fp8slurm.rl.rollout import Sampler as RealSampler
 from fp8slurm.rl.rollout import sample_seed
 from fp8slurm.rl.types import Prompt, Sample, SampleGroup
 from fp8slurm.rl.wire import decode_groups
@@ -40,7 +44,7 @@ def agent_with(store, number=0, agents=1, **rollout):
     config = RunConfig(rollout={"n_samples": 2, **rollout}, data={"shuffle": False})
     agent = Agent(config, None, number, agents, SimpleNamespace())
     agent.sampler, agent.rewarder, agent.store = Sampler(), Rewards(), store
-    agent.engines = SimpleNamespace(generate=None)
+    agent.engines = SimpleNamespace(generate=None, generate_batches=None, version=3)
     agent.train_prompts = [Prompt(i, (1, 2), "l") for i in range(20)]
     agent.order = PromptOrder(20, 0, False)
     agent.channel = SimpleNamespace(count=4, get=lambda key: int(store.get(key)))
@@ -80,6 +84,29 @@ def test_all_groups_stay_where_asked(store):
     assert indices(agent_with(store).do_rollout(1, 0, 4, keep_all=True)[1]) == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize("truncated", ["penalize", "mask"])
+def test_the_reward_that_is_shown_is_what_the_function_said(store, truncated):
+    """Before samples that were cut off lose theirs; whether a group has a signal is decided after it."""
+    agent = agent_with(store, truncated=truncated)
+    first = agent.sampler.sample
+
+    def cut(*a, **k):
+        groups = first(*a, **k)
+        for group in groups:
+            group.samples[1].finish_reason = "length"
+        return groups
+
+    agent.sampler.sample = cut
+    answer, payload = agent.do_rollout(1, 3, 2)  # rewards 0 and 1, the second cut off
+    assert answer["rewards"] == [2.0, 4] and indices(payload) == [] and answer["dropped"] == 2
+    agent = agent_with(store, truncated=truncated, drop_no_signal=False)
+    agent.sampler.sample = cut
+    (group, _) = decode_groups(agent.do_rollout(1, 3, 2)[1])
+    assert [(s.reward, s.train) for s in group.samples] == [
+        (0.0, True), (0.0, True) if truncated == "penalize" else (1.0, False)
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("gpus", [0, 2])
 def test_engines_on_the_trainers_gpus_start_when_its_state_is_there(store, gpus):
     agent, seen = agent_with(store, number=1, agents=2), []
@@ -104,7 +131,107 @@ def test_two_agents_share_the_prompts_and_agree_on_the_cursor(store):
     assert sorted(p for a in agents for p in a.sampler.positions) == list(range(8))
 
 
+class LosesWeights(Sampler):
+    """Its engine dies in one of its calls."""
+
+    def __init__(self, call: int) -> None:
+        super().__init__()
+        self.left = call
+
+    def sample(self, *arguments, **more):
+        self.left -= 1
+        if self.left == 0:
+            raise WeightsLost
+        return super().sample(*arguments, **more)
+
+
+@pytest.mark.parametrize("call", [1, 2])
+def test_a_node_that_lost_its_weights_does_not_cost_the_others_their_rollout(store, call):
+    """The command is given again: the samples are those of an undisturbed rollout, and shares that are done stay done."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    def rollout(agent):
+        try:
+            return agent.do_rollout(1, 0, 4)
+        except WeightsLost:
+            return None
+
+    whole = agent_with(store, max_replacements=3).do_rollout(1, 0, 4)
+    agents = [agent_with(store, number, 2, max_replacements=3) for number in range(2)]
+    agents[1].sampler = LosesWeights(call)
+    with ThreadPoolExecutor(2) as pool:
+        first = list(pool.map(rollout, agents))
+        assert first[0] is not None and first[1] is None
+        for agent in agents:
+            agent.channel.count += 1
+        done = [set(a.sampler.positions) for a in agents]
+        again = list(pool.map(rollout, agents))
+    assert sorted(i for _, payload in again for i in indices(payload)) == sorted(indices(whole[1]))
+    assert {a["cursor"] for a, _ in again} == {whole[0]["cursor"]}
+    assert sum(a["rewards"][0] for a, _ in again) == whole[0]["rewards"][0]
+    assert [set(a.sampler.positions) >= d for a, d in zip(agents, done)] == [True, True]
+    first_round = [[0, 2], [1, 3]]
+    for agent, positions in zip(agents, first_round):
+        assert all(agent.sampler.positions.count(p) == 1 for p in positions), "a share was generated twice"
+
+
+def test_what_was_computed_is_used_only_for_the_same_command_and_weights(store):
+    agent, asked = agent_with(store), []
+    agent.evaluation = SimpleNamespace(evaluate=lambda generate, checkpoint, beat: asked.append(checkpoint) or {"n": len(asked)})
+    assert [agent.do_evaluate(name)[0]["n"] for name in ("a", "a", "b", "a")] == [1, 1, 2, 3]
+    agent.engines.version += 1
+    assert agent.do_evaluate("a")[0]["n"] == 4
+    agent.do_rollout(1, 0, 4)
+    assert agent.do_evaluate("a")[0]["n"] == 5
+
+
 def test_seeds_differ_by_run_position_and_sample():
     seeds = {sample_seed(run, position, k) for run in range(3) for position in range(50) for k in range(8)}
     assert len(seeds) == 3 * 50 * 8 and max(seeds) < 2**31
     assert sample_seed(0, 1, 2) == sample_seed(0, 1, 2)
+    # no two places run together: run 1 at 23 is not run 12 at 3
+    assert len({sample_seed(1, 23, 4), sample_seed(12, 3, 4), sample_seed(1, 2, 34)}) == 3
+
+
+def real_sampler(**sections):
+    tokenizer = SimpleNamespace(batch_decode=lambda rows: ["".join(map(chr, ids)) for ids in rows])
+    return RealSampler(RunConfig.model_validate(sections), tokenizer, [256, 258])
+
+
+def test_every_sample_is_asked_for_with_the_runs_settings_and_a_seed_of_its_own():
+    sampler, asked = real_sampler(run={"seed": 5}, rollout={"top_p": 0.9, "top_k": 40, "temperature": 0.3}), []
+
+    def generate(requests):
+        asked.extend(requests)
+        return [Generation([97 + i, 258], [-1.0 - i, -0.5], "stop", [4, 4]) for i, _ in enumerate(requests)]
+
+    prompts = [(11, Prompt(3, (1, 2), "l")), (12, Prompt(0, (7,), "m"))]
+    groups = sampler.sample(generate, prompts, 3, 16, 0.7)
+    assert asked == [
+        GenerateRequest(list(prompt.token_ids), 16, 0.7, 0.9, 40, [256, 258], sample_seed(5, position, k))
+        for position, prompt in prompts
+        for k in range(3)
+    ]
+    assert len({r.seed for r in asked}) == 6
+    # each group has the answers to its own prompt, in order; the end token is trained on, and is no text to be graded
+    assert [g.prompt for g in groups] == [prompt for _, prompt in prompts]
+    assert [s.text for g in groups for s in g.samples] == list("abcdef")
+    last = groups[1].samples[2]
+    assert (last.response_ids, last.logprobs, last.weight_versions) == ([102, 258], [-6.0, -0.5], [4, 4])
+    assert sampler.sample(generate, [], 3, 16, 0.7) == []
+
+
+def test_only_an_end_token_at_the_end_is_no_text():
+    answers = [[97, 258], [97, 98], [258, 97], []]
+    sampler = real_sampler()
+    sampler.tokenizer = SimpleNamespace(batch_decode=lambda rows: [str(ids) for ids in rows])
+    (group,) = sampler.sample(
+        lambda _: [Generation(ids, [0.0] * len(ids), "length", [0] * len(ids)) for ids in answers], [(0, Prompt(0, (1,), ""))], 4, 2, 1.0
+    )  # fmt: skip
+    assert [s.text for s in group.samples] == ["[97]", "[97, 98]", "[258, 97]", "[]"]
+
+
+def test_a_runs_own_end_tokens_come_on_top_of_the_models(tmp_path):
+    tiny.write_model(tmp_path)
+    config = RunConfig(model={"hf_checkpoint": tmp_path}, rollout={"stop_token_ids": [7, 258]})
+    assert RealSampler.load(config).stop_ids == [7, 256, 258]

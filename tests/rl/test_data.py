@@ -6,7 +6,8 @@ import pytest
 
 from fp8slurm.config.schema import DataSection, SftSection
 from fp8slurm.models import tiny
-from fp8slurm.rl.data import PromptOrder, end_token_ids, load_prompts, load_sft, load_tokenizer
+from fp8slurm.rl import data as data_module
+from fp8slurm.rl.data import PromptOrder, encode, end_token_ids, load_prompts, load_sft, load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +59,28 @@ def test_parquet_equals_jsonl(tmp_path, tokenizer):
     expected = load_prompts(data, tokenizer, write(tmp_path / "a.jsonl", *rows))
     assert load_prompts(data, tokenizer, tmp_path / "a.parquet") == expected
     assert len(expected) == 5
+
+
+def test_an_empty_prompt_is_left_out(tmp_path, tokenizer):
+    """No token would predict its response's first."""
+    path = write(tmp_path / "a.jsonl", {"prompt": "", "label": "x"}, {"prompt": "1", "label": "y"})
+    assert [p.label for p in load_prompts(DataSection(), tokenizer, path)] == ["y"]
+
+
+def test_no_text_is_lost_between_calls_of_the_tokenizer_and_none_gets_another_beginning(monkeypatch):
+    """The chat template is applied already: a tokenizer that puts a token of its own in front must not."""
+    monkeypatch.setattr(data_module, "TEXTS_PER_CALL", 2)
+
+    def tokenizer(texts, add_special_tokens=True):
+        return {"input_ids": [[1] * add_special_tokens + [ord(c) for c in text] for text in texts]}
+
+    assert encode(tokenizer, ["a", "bc", "d", "e", "f"]) == [[97], [98, 99], [100], [101], [102]]
+
+
+def test_only_the_first_rows_are_read_where_so_many_are_asked_for(tmp_path, tokenizer):
+    path = write(tmp_path / "a.jsonl", *({"prompt": str(i), "label": "", "response": ""} for i in range(3)), "torn")
+    assert [p.index for p in load_prompts(DataSection(), tokenizer, path, limit=2)] == [0, 1]
+    assert len(load_sft(DataSection(), SftSection(data=tmp_path / "other"), tokenizer, path, limit=3)) == 3
 
 
 def test_long_prompts_are_left_out_and_counted(tmp_path, tokenizer, caplog):
@@ -163,6 +186,9 @@ def test_the_order_is_a_function_of_the_cursor():
     assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
     assert len({tuple(e) for e in epochs}) > 1
     assert PromptOrder(n=7, seed=4).take(0, 40)[0] != whole
+    # seeds have no order in common: not one seed's second epoch as the next one's first
+    orders = {tuple(PromptOrder(n=7, seed=s).take(7 * e, 7)[0]) for s in range(4) for e in range(4)}
+    assert len(orders) == 16
     assert PromptOrder(n=3, seed=0, shuffle=False).take(2, 5) == ([2, 0, 1, 2, 0], 7)
     with pytest.raises(ValueError, match="empty"):
         PromptOrder(n=0, seed=0)

@@ -10,6 +10,7 @@ import time
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Iterator
+from unittest.mock import MagicMock
 
 import psutil
 import pytest
@@ -20,6 +21,7 @@ from fp8slurm.engine.digest import expected_digests, first_difference
 from fp8slurm.engine.server import EngineError
 from fp8slurm.rl.engines import EngineSet, settings_of_engines
 from fp8slurm.sync.bucket import WeightBucket, layout, payload_bytes
+from fp8slurm.sync.engine_link import EngineLink
 
 PATIENCE = 240
 LONG = [GenerateRequest([7 * i % 300, 3, i], 100, seed=i) for i in range(24)]
@@ -90,7 +92,7 @@ def two_stand_ins(tmp_path, monkeypatch) -> EngineSet:
 def test_an_engine_that_only_comes_back_and_takes_its_weights_is_given_up(tmp_path, monkeypatch):
     engines = two_stand_ins(tmp_path, monkeypatch)
     member = engines.members[0]
-    member.link = SimpleNamespace(update=lambda version, buckets, verify: None)
+    member.link = SimpleNamespace(update=lambda version, buckets, **_: None)
     engines.loads = lambda m: engines._load(m, iter(()), False)  # what a restart ends with
     for _ in range(3):
         engines.repair(member, EngineError("it died of this prompt"))
@@ -98,6 +100,41 @@ def test_an_engine_that_only_comes_back_and_takes_its_weights_is_given_up(tmp_pa
         engines.repair(member, EngineError("it died of this prompt"))
     member.done()  # an answer
     engines.repair(member, EngineError("it died of another one"))
+
+
+def test_what_the_engines_of_a_node_should_hold_is_computed_once(tmp_path, monkeypatch):
+    """Stand-ins for the servers; each is compared all the same."""
+    (tmp_path / "config.json").write_text('{"num_key_value_heads": 1}')
+    specs = layout([[("model.norm.weight", torch.bfloat16, (8,))]], 1 << 16)[0]
+    sent = WeightBucket(3, specs, torch.arange(16, dtype=torch.uint8))
+    right = expected_digests(sent.views(), num_key_value_heads=1)
+    computed = []
+
+    def count(*arguments, **more):
+        computed.append(threading.current_thread())
+        return expected_digests(*arguments, **more)
+
+    monkeypatch.setattr("fp8slurm.sync.engine_link.expected_digests", count)
+    engines = EngineSet(RunConfig(engine={"per_node": 3}), tmp_path, tmp_path, 0, [(), (), ()], nullcontext, lambda: None)
+    failed = {}
+    monkeypatch.setattr(engines, "mend", failed.update)
+    for number, member in enumerate(engines.members):
+        held = right if number < 2 else [{"model.norm.weight": "0" * 64}]
+        client = MagicMock(url=member.title)
+        client.model_info.return_value, client.server_info.return_value = {"model_path": str(tmp_path)}, {"dtype": "bfloat16"}
+        client.digest.return_value = held
+        transport = MagicMock(seconds={})
+        member.link = EngineLink(client, transport=transport)
+        member.link.open()
+        assert member.link.transport is transport
+    for version in (3, 4):
+        sent.version = version
+        computed.clear()
+        engines.update(version, iter([sent]), verify=version == 3)
+        assert len(computed) == (version == 3)
+        if version == 3:
+            (bad,) = failed
+            assert bad is engines.members[2] and "model.norm.weight" in str(failed.pop(bad))
 
 
 def test_an_engine_that_is_restarted_when_it_should_sleep_sleeps(tmp_path, monkeypatch):

@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import json
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
+import torch
 import torch.distributed as dist
 from fp8slurm.checkpoint.run import RunDirectory, RunState
 from fp8slurm.config import RunConfig
 from fp8slurm.rl import loop as loop_module
+from fp8slurm.rl.data import SftExample
 from fp8slurm.rl.loop import Loop
+from fp8slurm.rl.pace import Pace
+from fp8slurm.rl.checkpoint_writer import Saved
+from fp8slurm.rl.stopping import Abandoned
+from fp8slurm.rl.stopwatch import Stopwatch
 from fp8slurm.rl.types import Prompt, Sample, SampleGroup
+from fp8slurm.rl.wire import encode_groups
 from fp8slurm.trainer.trainer import StepResult
 
 NAN = math.nan
@@ -21,9 +30,9 @@ NAN = math.nan
 def loop_with(config: RunConfig, **attributes) -> Loop:
     """A loop on one rank, of which only what a test needs is there."""
     loop = object.__new__(Loop)
-    loop.config, loop.state, loop.seconds, loop.policy_loss = config, RunState("rl", 0), {}, None
-    loop.sleeps = loop.asleep = False
-    loop.beat = loop.sync = lambda: None
+    loop.config, loop.state, loop.policy_loss, loop.failed_saves = config, RunState("rl", 0), None, 0
+    loop.watch, loop.beat = Stopwatch(), lambda: None
+    loop.weights = SimpleNamespace(sync=lambda version: None, sleep=lambda: None, sent_version=None)
     for name, value in attributes.items():
         setattr(loop, name, value)
     return loop
@@ -61,22 +70,10 @@ def test_a_step_that_was_not_made_records_no_invented_zeros_and_every_update_bea
 def test_of_several_updates_those_that_were_made_are_averaged():
     bad, good = StepResult(NAN, NAN, False, {"entropy": NAN}), StepResult(2.0, 1.0, True, {"entropy": 3.0})
     loop = stepping([good, bad, good, bad], [])
+    loop.state = RunState("rl", 0, bad_steps=2)
     record = loop.step(1)
     assert (record["loss"], record["grad_norm"], record["entropy"], record["skipped"]) == (2.0, 1.0, 3.0, 1.0)
-    assert loop.state.bad_steps == 0
-
-
-def test_weights_that_a_rollout_has_to_send_first_are_not_counted_twice(monkeypatch):
-    now = iter((0.0, 1.0, 1.5, 4.5, 5.0, 7.0, 10.0, 10.5))  # of rollout, sync within it, sleep within sync; then of sync alone
-    monkeypatch.setattr(loop_module.time, "perf_counter", lambda: next(now))
-    loop = loop_with(RunConfig())
-    with loop.timed("rollout"):
-        with loop.timed("sync"):
-            with loop.timed("sleep"):
-                pass
-    with loop.timed("sync"):
-        pass
-    assert loop.seconds == {"sleep": 3.0, "sync": 4.0 - 3.0 + 0.5, "rollout": 7.0 - 4.0}
+    assert loop.state.bad_steps == 0, "bad steps count while they are in a row"
 
 
 def resumed(tmp_path, state: RunState, has_reference: bool = True, damaged: bool = False, **sections) -> Loop:
@@ -117,3 +114,384 @@ def test_a_damaged_checkpoint_is_set_aside(tmp_path):
     loop = resumed(tmp_path, RunState("rl", 7), damaged=True)
     assert loop.state.step == 0 and loop.run_dir.checkpoint_names() == []
     assert [p.name for p in loop.run_dir.checkpoints.iterdir()] == ["step_000007.damaged.1"]
+
+
+def test_engines_that_were_to_keep_their_weights_cannot_do_so_over_a_resume(tmp_path):
+    frozen = {"control": {"freeze_engine": True}}
+    with pytest.raises(ValueError, match=r"--control.freeze-engine: .*step_000007 has other weights"):
+        resumed(tmp_path / "a", RunState("rl", 7), **frozen)
+    assert resumed(tmp_path / "b", RunState("sft", 7), **frozen).state.step == 7
+    assert resumed(tmp_path / "c", RunState("rl", 0), **frozen).state.step == 0
+
+
+def test_a_run_that_cannot_save_ends_and_says_why(tmp_path, caplog):
+    """A full disk: the state of a run that goes on for hundreds of steps would be lost."""
+    run = RunDirectory(tmp_path)
+    errors = iter(["no space", "", "no space", "no space", "no space"])
+    loop = loop_with(RunConfig(), run_dir=run, first=False, on_disk=None, pace=Pace(), trainer=SimpleNamespace(memory={}))
+    loop.writer = SimpleNamespace(take=lambda wait: Saved(RunState("rl", 4), next(errors), 1.0))
+    lines: list[dict] = []
+    loop.sinks = [SimpleNamespace(write=lines.append)]
+    for failed in (1, 0, 1, 2):
+        loop.settle()
+        loop._record({}, 0.0)
+        assert lines[-1].get("checkpoint/failed", 0) == failed
+    with pytest.raises(OSError, match=r"3 checkpoints in a row could not be written; the newest is step_000004: no space .* are free in"):
+        loop.settle()
+
+
+@pytest.mark.parametrize("step, steps, given_up", [(4, 9, True), (9, 9, False)])
+def test_an_evaluation_that_leaves_no_time_to_save_is_given_up(step: int, steps: int, given_up: bool):
+    """The step before it is whole: its record is written, without figures. The last step's would never be made up for."""
+    config = RunConfig.model_validate({"run": {"steps": steps}, "data": {"eval": "there"}, "eval": {"every": 1}})
+    loop = loop_with(config, state=RunState("rl", step), pace=Pace(save_s=3.0), writer=SimpleNamespace(left=lambda usual: usual))
+    loop.stopping = SimpleNamespace(in_rollout=lambda save_s: f"{save_s:g} s for a save")
+    asked: list[str] = []
+
+    def ask(kind, version, abandon, checkpoint):
+        assert (kind, version, checkpoint) == ("evaluate", loop.state.version, loop.state.name)
+        asked.append(abandon() if abandon else "")
+        raise Abandoned("too late")
+
+    loop.weights.ask = ask
+    with pytest.raises(Abandoned):
+        loop.evaluate()
+    assert asked == ["6 s for a save" if given_up else ""]
+    loop.state, recorded = RunState("rl", step - 1), []
+
+    def make(number: int) -> dict[str, float]:
+        loop.state = RunState("rl", number)
+        return {"loss": 1.0}
+
+    loop.border, loop._begin, loop.step = lambda: None, lambda: 0.0, make
+    loop._record = lambda record, _: recorded.append(record)
+    with pytest.raises(Abandoned):
+        loop.reinforce()
+    assert recorded == [{"loss": 1.0}]
+
+
+# -- what a step hands on ---------------------------------------------------------------------------------------
+
+
+def trained(step: int = 1, rank: int = 0, ranks: int = 1, **sections) -> tuple[list[SimpleNamespace], Loop]:
+    """The updates of a step, as the trainer of a data-parallel rank got them: (batches, learning rate, with_entropy).
+
+    Two groups: responses of 1 and 3 tokens, of rewards 1 and 0, to prompts 10 and 20."""
+    groups = [
+        SampleGroup(
+            Prompt(i, (10 * (i + 1), 2), "x"),
+            [Sample([3] * n, [-0.5] * n, [0] * n, "stop", reward=r) for n, r in ((1, 1.0), (3, 0.0))],
+        )
+        for i in range(2)
+    ]
+    seen: list[SimpleNamespace] = []
+
+    def train_step(batches, loss, lr, with_entropy) -> StepResult:
+        seen.append(SimpleNamespace(batches=batches, loss=loss, lr=lr, with_entropy=with_entropy))
+        return StepResult(1.0, 1.0, True, {})
+
+    loop = loop_with(
+        RunConfig.model_validate({"rollout": {"n_samples": 2}} | sections), recompute=lambda batches: {}, policy_loss="policy",
+        trainer=SimpleNamespace(data_parallel_rank=rank, data_parallel_size=ranks, pad_multiple=1, train_step=train_step),
+        rollout=lambda *_: (groups, {"cursor": 2}), synced=[],
+    )  # fmt: skip
+    loop.weights.sync = loop.synced.append
+    loop.step(step)
+    return seen, loop
+
+
+def test_the_learning_rate_of_a_step_is_the_schedules() -> None:
+    optim = {"lr": 1.0, "min_lr": 0.1, "warmup_steps": 1, "schedule": "linear"}
+    rates = [trained(step, run={"steps": 4}, optim=optim)[0][0].lr for step in (1, 2, 3, 4)]
+    assert rates == pytest.approx([0.5, 1.0, 0.55, 0.1])  # the first step is number 0 of the schedule
+
+
+def test_updates_of_a_step_are_cut_and_repeated_in_order() -> None:
+    seen, loop = trained(train={"updates_per_step": 2, "epochs_per_step": 2})
+    prompts = [[b.tokens[0].item() for b in s.batches] for s in seen]
+    assert prompts == [[10], [20], [10], [20]]
+    assert all(s.loss == "policy" and s.with_entropy for s in seen)
+    assert (loop.state.step, loop.state.cursor, loop.synced) == (1, 2, [1])
+    assert trained(control={"freeze_engine": True})[1].synced == []
+
+
+def test_batches_are_for_the_policy_that_was_sampled_from_and_the_mean_that_is_asked_for() -> None:
+    for mean, weights in (("token", [1 / 8] * 8), ("sequence", [1 / 12] * 6 + [1 / 4] * 2)):
+        ((update,), _) = trained(rollout={"temperature": 0.7}, algorithm={"loss_mean": mean})
+        assert [b.temperature for b in update.batches] == [0.7]
+        used = [w for b in update.batches for w in b.loss_weights[b.loss_mask].tolist()]
+        assert sorted(used) == pytest.approx(weights)
+
+
+def test_every_data_parallel_rank_trains_on_its_own_share() -> None:
+    shares = [trained(rank=rank, ranks=2)[0][0].batches for rank in (0, 1)]
+    samples = [number for batches in shares for b in batches for number in b.samples]
+    assert all(shares) and sorted(samples) == [0, 1, 2, 3]
+
+
+def advantages_of(**sections) -> list[float]:
+    """Of the four samples, in order."""
+    ((update,), _) = trained(**sections)
+    (batch,) = update.batches
+    found = {n: batch.advantages[end - 2].item() for n, end in zip(batch.samples, batch.cu_seqlens.tolist()[1:])}
+    return [found[n] for n in range(4)]
+
+
+def test_advantages_follow_the_settings_and_the_controls(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert advantages_of() == pytest.approx([0.5**0.5, -(0.5**0.5)] * 2, abs=1e-5)
+    plain = {"algorithm": {"divide_by_std": False}}
+    assert advantages_of(**plain) == [0.5, -0.5] * 2
+    assert advantages_of(control={"negate_advantage": True}, **plain) == [-0.5, 0.5] * 2
+    seeds = []
+
+    def turned(groups: list[SampleGroup], seed: str) -> None:
+        seeds.append(seed)
+        for group in groups:
+            group.samples[0].reward, group.samples[1].reward = 0.0, 1.0
+
+    monkeypatch.setattr(loop_module.controls, "shuffle_rewards", turned)
+    for step in (1, 2):
+        assert advantages_of(step=step, run={"seed": 7}, control={"shuffle_rewards": True}, **plain) == [-0.5, 0.5] * 2
+    assert seeds == ["7/1", "7/2"], "every step has a permutation of its own"
+
+
+# -- what a rollout says ----------------------------------------------------------------------------------------
+
+
+def said(groups: list[SampleGroup], **values) -> tuple[dict, torch.Tensor]:
+    """An agent's answer."""
+    plain = {"cursor": 9, "dropped": 0, "generated": 0, "rewards": [0.0, 0], "reward_failures": 0}
+    return plain | values, encode_groups(groups)
+
+
+def group_of(index: int, *samples: Sample) -> SampleGroup:
+    return SampleGroup(Prompt(index, (1, 2, 3), "x"), list(samples))
+
+
+def test_a_rollouts_figures_are_those_of_all_agents() -> None:
+    stopped = Sample([5, 6], [-0.1] * 2, [4] * 2, "stop", reward=1.0)
+    cut, aborted = Sample([5] * 4, [-0.1] * 4, [4] * 4, "length"), Sample([], [], [], "abort")
+    answers = [
+        said([group_of(3, stopped, cut)], dropped=1, generated=20, rewards=[4.0, 4], reward_failures=1),
+        said([group_of(8, aborted, stopped)], dropped=2, generated=5, rewards=[0.0, 2], reward_failures=2),
+    ]
+    loop = loop_with(RunConfig(), weights=SimpleNamespace(sent_version=4, ask=lambda *_, **__: answers))
+    groups, record = loop.rollout(1, 4)
+    assert [g.prompt.index for g in groups] == [3, 8]
+    assert record == {
+        "cursor": 9, "reward/mean": 4 / 6, "reward/failures": 3, "rollout/groups": 2, "rollout/dropped": 3,
+        "rollout/tokens": 25, "rollout/response_length": 8 / 4, "rollout/truncated": 1 / 4, "tokens": 4 * 3 + 8,
+    }  # fmt: skip  # the mean counts groups that were dropped; an aborted sample was not cut off at max_tokens
+    loop.weights.ask = lambda *_, **__: [said([])]
+    assert loop.rollout(1, 4)[1]["reward/mean"] == 0
+
+
+def test_a_token_of_other_weights_than_were_sent_ends_the_run() -> None:
+    mixed = Sample([5, 6, 7], [-0.1] * 3, [4, 4, 3], "stop")  # only the last token is stale
+    loop = loop_with(RunConfig(), weights=SimpleNamespace(sent_version=4, ask=lambda *_, **__: [said([group_of(0, mixed)])]))
+    with pytest.raises(RuntimeError, match=r"under weight versions \[3\]; the engines were sent 4"):
+        loop.rollout(1, 1)
+
+
+# -- the gap ----------------------------------------------------------------------------------------------------
+
+
+def gap_loop(monkeypatch: pytest.MonkeyPatch, leader: bool = True, **sections) -> tuple[Loop, list, list]:
+    """A loop whose trainer's log-probabilities are 0.5 above the engine's, and the reference's 2; what ranks gather."""
+    config = RunConfig.model_validate({"algorithm": {"kl_coef": 0.1}, "rollout": {"n_samples": 1}} | sections)
+    trainer = SimpleNamespace(
+        logprobs=lambda batches, reference=False: [b.rollout_logprobs + (2.0 if reference else 0.5) for b in batches],
+        is_data_parallel_leader=leader, data_parallel_rank=0, data_parallel_size=1, pad_multiple=1,
+    )  # fmt: skip
+    loop = loop_with(config, trainer=trainer)
+    groups = [group_of(i, Sample([5, 6, 258], [-1.0, -2.0, -0.25], [0] * 3, "stop")) for i in range(2)]
+    gathered: list[torch.Tensor] = []
+    # another rank's row: a gap of 2.5
+    monkeypatch.setattr(loop_module, "gather_rows", lambda rows: gathered.append(rows) or torch.cat([rows, torch.tensor([[-1.0, -3.5]])]))
+    return loop, groups, gathered
+
+
+def test_the_gap_counts_trained_tokens_of_all_ranks_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    loop, groups, gathered = gap_loop(monkeypatch)
+    ((batches,),) = loop.pack(groups, [[0.0], [0.0]], 1)
+    record = loop.recompute(batches)
+    assert [rows.shape for rows in gathered] == [(6, 2)]
+    assert record["gap/mean_abs"] == pytest.approx((6 * 0.5 + 2.5) / 7) and record["gap/max"] == 2.5
+    assert record["gap/k1"] == pytest.approx(-(6 * 0.5 + 2.5) / 7)  # of KL(engine || trainer): the trainer's are higher
+    for b in batches:
+        assert torch.equal(b.trainer_logprobs, b.rollout_logprobs + 0.5)
+        assert torch.equal(b.reference_logprobs, b.rollout_logprobs + 2)
+    loop, groups, gathered = gap_loop(monkeypatch, leader=False)  # its tokens are the leader's: nothing to add
+    ((batches,),) = loop.pack(groups, [[0.0], [0.0]], 1)
+    assert loop.recompute(batches)["gap/mean_abs"] == 2.5 and gathered[0].shape == (0, 2)
+
+
+def test_saved_log_probabilities_are_written_once_a_sample(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    for leader, rows in ((True, 6), (False, 0)):
+        loop, groups, gathered = gap_loop(monkeypatch, leader)
+        loop.first, loop.run_dir = False, SimpleNamespace(path=tmp_path)
+        ((batches,),) = loop.pack(groups, [[0.0], [0.0]], 1)
+        loop.recompute(batches)
+        loop.save_logprobs(3, groups, batches)
+        assert gathered[-1].shape == (rows, 2)
+    assert list(tmp_path.iterdir()) == [], "rank 0 writes"
+
+
+def test_rows_of_all_ranks_however_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two ranks in threads: the longer one comes second, and what one has less than the other is no row of zeros."""
+    slots: dict[tuple[int, int], torch.Tensor] = {}
+    barrier, mine, calls = threading.Barrier(2, timeout=60), threading.local(), threading.local()
+
+    def all_gather(out: list[torch.Tensor], tensor: torch.Tensor) -> None:
+        calls.n = getattr(calls, "n", 0) + 1
+        slots[calls.n, mine.rank] = tensor
+        barrier.wait()
+        for rank, into in enumerate(out):
+            assert into.shape == slots[calls.n, rank].shape, "every rank has to bring as much as the longest"
+            into.copy_(slots[calls.n, rank].view_as(into))
+
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "get_backend", lambda: "gloo")
+    monkeypatch.setattr(dist, "all_gather", all_gather)
+
+    def rank(number: int) -> torch.Tensor:
+        mine.rank = number
+        return loop_module.gather_rows(torch.full((1 + 2 * number, 2), float(number + 1)))
+
+    with ThreadPoolExecutor(2) as pool:
+        for found in pool.map(rank, range(2)):
+            assert found.tolist() == [[1.0, 1.0]] + [[2.0, 2.0]] * 3
+
+
+def test_a_probe_keeps_every_group_and_is_made_without_replay_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    loop, groups, _ = gap_loop(monkeypatch, rollout={"n_samples": 1, "prompts_per_step": 2, "routing_replay": True})
+    for group in groups:
+        group.samples[0].routing = torch.zeros(5, 1, 1, dtype=torch.uint8)
+    asked, replayed = [], []
+    loop.rollout = lambda *a, **k: (asked.append((a, k)), (groups, {}))[1]
+    loop.recompute = lambda batches: replayed.append([b.routing is not None for b in batches]) or {"gap/k3": float(len(replayed))}
+    assert loop.probe_gap() == {"gap/k3": 1.0, "gap_no_replay/k3": 2.0}
+    assert asked == [((0, 2), {"keep_all": True})] and replayed == [[True], [False]]
+
+
+# -- the supervised phase ---------------------------------------------------------------------------------------
+
+
+def warming_up(monkeypatch: pytest.MonkeyPatch, state: RunState, accuracy: float = 0.0, **sft) -> tuple[Loop, list]:
+    """A supervised phase on five examples, whose prompts are 1 to 5; what happened in it."""
+    examples = [SftExample((i,), (9, 258)) for i in range(1, 6)]
+    monkeypatch.setattr(loop_module, "load_sft", lambda *_: examples)
+    monkeypatch.setattr(loop_module, "load_tokenizer", lambda _: None)
+    events: list = []
+
+    def train_step(batches, loss, lr) -> StepResult:
+        assert loss is loop_module.sft_loss
+        events.append((sorted(b.tokens[s].item() for b in batches for s in b.cu_seqlens[:-1]), round(lr, 6)))
+        return StepResult(1.0, 1.0, True, {})
+
+    trainer = SimpleNamespace(
+        data_parallel_rank=0, data_parallel_size=1, pad_multiple=1, train_step=train_step,
+        new_optimizer=lambda: events.append("optimizer"), snapshot_reference=lambda: events.append("reference"),
+    )  # fmt: skip
+    settings = {"max_steps": 3, "batch_size": 2, "lr": 1.0, "warmup_steps": 1} | sft
+    sections = {"sft": settings, "data": {"shuffle": False}, "algorithm": {"kl_coef": 0.1}, "checkpoint": {"every": 2}}
+    loop = loop_with(
+        RunConfig.model_validate(sections), trainer=trainer, state=state, border=lambda: None, _record=lambda *_: None,
+        evaluate=lambda: {"eval/accuracy": accuracy}, saved=False,
+    )  # fmt: skip
+    loop.save = lambda: events.append(loop.state.name)
+    loop.warm_start()
+    return loop, events
+
+
+END = ["reference", "optimizer", "step_000000"]
+"""The reference is what was trained, and RL starts with an optimizer of its own, in the checkpoint between the phases."""
+
+
+def test_the_supervised_phase_takes_every_example_in_order_and_hands_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    loop, events = warming_up(monkeypatch, RunState("sft", 0))
+    assert events == [([1, 2], 0.5), ([3, 4], 1.0), "sft_000002", ([1, 5], 1.0), *END]
+    assert loop.state == RunState("rl", 0, sft_cursor=6, sft_steps=3)
+
+
+def test_the_supervised_phase_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, events = warming_up(monkeypatch, RunState("sft", 2, sft_cursor=4))
+    assert events == [([1, 5], 1.0), *END]
+
+
+def test_the_supervised_phase_ends_at_the_accuracy_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    for accuracy, steps in ((0.5, 2), (0.49, 3)):
+        loop, _ = warming_up(monkeypatch, RunState("sft", 0), accuracy, stop_accuracy=0.5, eval_every=1, eval_from=2)
+        assert loop.state.sft_steps == steps
+
+
+# -- from step to step ------------------------------------------------------------------------------------------
+
+
+def test_the_last_step_is_saved_and_evaluated_whatever_the_intervals_are() -> None:
+    events: list = []
+    loop = loop_with(
+        RunConfig.model_validate({"run": {"steps": 5}, "checkpoint": {"every": 3}, "eval": {"every": 2}}), saved=False,
+        border=lambda: None, probe_gap=lambda: {"gap/k3": 1.0}, _record=lambda record, _: events.append((loop.state.step, record)),
+        evaluate=lambda: {"eval/accuracy": 0.5}, save=lambda: events.append(loop.state.name),
+    )  # fmt: skip
+
+    def step(number: int) -> dict[str, float]:
+        loop.state = RunState("rl", number)
+        return {}
+
+    loop.step = step
+    loop.reinforce()
+    accuracy = {"eval/accuracy": 0.5}
+    assert events == [
+        (0, {"gap/k3": 1.0} | accuracy), (1, {}), (2, accuracy), (3, {}), "step_000003", (4, accuracy),
+        (5, accuracy | {"final_gap/k3": 1.0}), "step_000005",
+    ]  # fmt: skip  # each record before its checkpoint
+
+
+def test_a_stop_is_planned_with_the_longest_of_late_steps_and_with_the_save_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter((0.0, 10.0, 11.0, 12.0))  # steps of 10 s, 1 s, 1 s
+    monkeypatch.setattr(loop_module.time, "monotonic", lambda: next(now))
+    told, left = [], [0.0, 0.0, 0.0, 50.0]
+    stopping = SimpleNamespace(noticed=lambda: False, at_border=lambda noticed, step_s, save_s: told.append((step_s, save_s)) or "")
+    loop = loop_with(
+        RunConfig(), stopping=stopping, first=True, store=dist.HashStore(), borders=0, pace=loop_module.Pace(0.0, 7.0), border_at=0.0,
+        writer=SimpleNamespace(take=lambda wait: None, left=lambda usual: left[len(told)]),
+    )  # fmt: skip
+    for _ in range(4):
+        loop.border()
+    # a long step is forgotten slowly; where a save will take longer than a step, the next save waits for that
+    assert told == [(0.0, 7.0), (10.0, 7.0), (8.0, 7.0), (50.0, 7.0)] and loop.pace.step_s == 6.4
+
+
+def test_a_record_has_what_passed_through_the_trainer_in_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop_module.time, "perf_counter", lambda: 14.0)
+    written: list = []
+    loop = loop_with(
+        RunConfig(), state=RunState("rl", 3), first=False, trainer=SimpleNamespace(memory={"memory/peak": 2.0}), write_s=5.0,
+        sinks=[SimpleNamespace(write=written.append)],
+    )  # fmt: skip
+    loop.watch.spent("train", 1.5)
+    loop._record({"tokens": 100, "rollout/tokens": 9}, started=10.0)
+    loop._record({}, started=12.0)
+    first = {"tokens": 100, "rollout/tokens": 9, "time/checkpoint_write": 5.0, "throughput/tokens_per_s": 25.0, "time/step": 4.0}
+    both = {"phase": "rl", "step": 3, "memory/peak": 2.0, "time/train": 1.5}
+    assert written == [first | both, {"time/step": 2.0} | both], "a save's time stands in one record"
+
+
+# -- records, and updates that are compared ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("state", "at"),
+    [(RunState("rl", 0, sft_steps=6), ("sft", 6)), (RunState("rl", 4, sft_steps=6), ("rl", 4)), (RunState("sft", 3), ("sft", 3))],
+)  # fmt: skip
+def test_records_go_on_behind_the_checkpoints(monkeypatch: pytest.MonkeyPatch, state: RunState, at: tuple[str, int]) -> None:
+    """The checkpoint between the phases is older than the record of RL step 0, which is made again."""
+    opened = []
+    monkeypatch.setattr(loop_module, "MetricsWriter", lambda path, at: opened.append(at))
+    run = SimpleNamespace(own_copy=lambda name: name, publish=lambda name: None, path=None)
+    loop = loop_with(RunConfig.model_validate({"observe": {"tensorboard": False}}), state=state, run_dir=run)
+    loop._open_metrics(resumed=True)
+    loop._open_metrics(resumed=False)
+    assert opened == [at, None]

@@ -97,6 +97,29 @@ def test_policy_loss_by_hand():
     close(grad, [0, 0, -0.25, 0, 0])  # clipped tokens give none; the other -A * ratio * weight
 
 
+def test_only_tokens_whose_gradient_is_cut_are_counted_as_clipped():
+    # ratios 0.4, 1.5, 0.4: outside the bounds, but on the side where the advantage's sign lets the gradient through, or 0
+    outside = {"trainer_logprobs": t(0, log(0.75 / 0.4), log(0.5 / 1.5), log(0.2 / 0.4), 0)}
+    for advantages in (t(0, 1, -1, 1, 0), t(0, 0, 0, 0, 0)):
+        _, metrics, _ = run(AlgorithmSection(tis_cap=0), advantages=advantages, **outside)
+        assert metrics["ratio/mean"] == pytest.approx(0.25 * 0.4 + 0.25 * 1.5 + 0.5 * 0.4)
+        assert metrics["ratio/clipped_low"] == metrics["ratio/clipped_high"] == 0
+
+
+def test_micro_batches_of_one_update_add_up():
+    """The weights sum to 1 over an update: a micro-batch, which has only some of them, must not be made a mean of its own."""
+    algorithm = AlgorithmSection(kl_coef=0.1, entropy_coef=0.1)
+    entropy = t(0, 1, 2, 3, 0)
+    whole, metrics, grad = run(algorithm, entropy=entropy)
+    parts = [run(algorithm, entropy=entropy, loss_weights=w) for w in (t(0, 0.25, 0, 0, 0), t(0, 0, 0.25, 0.5, 0))]
+    assert sum(loss for loss, _, _ in parts) == pytest.approx(whole)
+    assert {k: sum(m[k] for _, m, _ in parts) for k in metrics} == pytest.approx(metrics)
+    torch.testing.assert_close(parts[0][2] + parts[1][2], grad)
+    weights = (t(0, 0.25, 0, 0, 0), t(0, 0, 0.25, 0.5, 0))
+    parts = [sft_loss(t(0, -1, -2, -3, 0), None, batch(loss_weights=w)) for w in weights]
+    assert [loss.item() for loss, _ in parts] == [m["loss/sft"].item() for _, m in parts] == [0.25, 2.0]
+
+
 def test_importance_weights_by_hand():
     loss, metrics, grad = run(AlgorithmSection(tis_cap=1.5))
     # trainer / rollout: 0.5 / 0.25 cut to 1.5, 1, 1
@@ -114,6 +137,14 @@ def test_dual_clip_in_the_loss():
     close(grad, [0, -0.25, -0.25, 0, 0])
     with pytest.raises(ValueError, match="dual_clip 0.5 must be above 1"):
         make_policy_loss(AlgorithmSection(dual_clip=0.5))
+
+
+def test_importance_weights_scale_what_the_dual_clip_left():
+    # the last token: ratio 4, A = -2, so 8, cut to 6; only then times trainer / rollout = 0.05 / 0.1
+    logprobs = {"trainer_logprobs": t(0, log(0.75), log(0.5), log(0.05), 0)}
+    rollout = {"rollout_logprobs": t(0, log(0.75), log(0.5), log(0.1), 0)}
+    loss, metrics, _ = run(AlgorithmSection(tis_cap=2, dual_clip=3.0), **logprobs, **rollout)
+    assert loss == pytest.approx(0.25 * -1 + 0.25 * -1 + 0.5 * 6 * 0.5) == pytest.approx(metrics["loss/policy"])
 
 
 @pytest.mark.parametrize(
@@ -191,3 +222,11 @@ def test_gap_by_hand():
     assert gap_metrics(torch.zeros(0), torch.zeros(0)) == {}
     one = gap_metrics(t(0), t(-1))
     assert one["gap/p99"] == one["gap/max"] == pytest.approx(1) and one["gap/k3"] == pytest.approx(exp(1) - 2)
+    few = gap_metrics(t(*(i / 150 for i in range(150, 0, -1))), torch.zeros(150))
+    assert few["gap/p99"] == pytest.approx(149 / 150)  # the nearest rank of 148.5 is 149
+
+
+def test_a_small_gap_is_not_lost_in_rounding():
+    # exp(d) - d - 1 is d^2 / 2: of terms near 1, whose last bit in fp32 is 6e-8, nothing would be left
+    gap = gap_metrics(torch.full((8,), -1.0) + 2**-14, torch.full((8,), -1.0))
+    assert gap["gap/k3"] == pytest.approx(2**-29, rel=1e-3)

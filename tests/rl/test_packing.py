@@ -158,6 +158,16 @@ def test_ranks_are_balanced_by_tokens():
     assert len(update[0]) <= -(-sum(n + 8 for n in lengths) // 1024) // 4 + 1
 
 
+def test_micro_batches_are_dealt_to_and_fro():
+    groups, advantages = make_groups([(1, [(n - 1, True)]) for n in (8, 7, 6, 5)])
+    (update,) = pack(groups, advantages, updates=1, data_parallel_size=2, tokens_per_micro_batch=8)
+    assert [[len(b.tokens) for b in rank] for rank in update] == [[8, 5], [7, 6]]
+
+
+def test_a_sequence_above_the_budget_does_not_stop_the_others_from_being_spread():
+    assert balanced_bins([20, 3, 3, 3], 10, 3) == [[0], [1, 3], [2]]
+
+
 def test_sft():
     examples = [SftExample((1, 2), (3, 4)), SftExample((5,), (6,))]
     ((first,), (second,)) = pack_sft(examples, data_parallel_size=2, tokens_per_micro_batch=8)

@@ -2,6 +2,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 
 import pytest
 
@@ -148,6 +149,15 @@ def test_or_each_failure_counts_as_zero(caplog):
     assert f"failed {len(FAILURES)} times" in caplog.text
 
 
+def test_maths_failures_are_the_responses_and_end_no_run():
+    for kind, on_error, counted in (("math", "error", True), ("my_rewards:by_text", "zero", True), ("my_rewards:by_text", "error", False)):
+        pool = object.__new__(RewardPool)  # without its processes
+        pool.reward, pool.failures = RewardSection(kind=kind, on_error=on_error), 0
+        with nullcontext() if counted else pytest.raises(RewardError, match="sample 0: no answer"):
+            pool._fail(group("x"), 0, "no answer", 1)
+        assert pool.failures == int(counted)
+
+
 def test_a_killed_call_takes_its_children_with_it(tmp_path):
     groups = [group("a", label=str(tmp_path / "pids"))]
     with RewardPool(RewardSection(kind="my_rewards:hang_with_child", timeout_s=3), workers=1) as pool:
@@ -197,3 +207,15 @@ def test_an_unknown_kind_is_refused(kind):
 def test_a_function_that_cannot_be_loaded_is_refused(kind):
     with pytest.raises(ValueError, match=f"'{kind}' cannot be loaded: "):
         RewardPool(RewardSection(kind=kind), workers=1)
+
+
+@pytest.mark.parametrize("kind", ["math", "mine:f"])
+def test_files_of_the_working_folder_are_nobodys_modules_but_the_users(tmp_path, monkeypatch, kind: str) -> None:
+    """`python -m` would look there first for everything that the worker imports."""
+    (tmp_path / "queue.py").write_text("raise RuntimeError('not meant for you')")
+    (tmp_path / "mine.py").write_text("def f(response, label): return 1.0")
+    monkeypatch.chdir(tmp_path)
+    with RewardPool(RewardSection(kind=kind), workers=1) as pool:
+        group = SampleGroup(Prompt(0, (), "4"), [Sample([], [], [], "stop", text="\\boxed{4}")])
+        pool.score([group])
+        assert group.samples[0].reward == 1

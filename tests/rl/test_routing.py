@@ -83,6 +83,17 @@ def test_every_token_keeps_its_experts_when_packed(shapes, ranks, multiple):
     assert sorted(seen) == list(range(len(samples)))
 
 
+def test_padding_is_shared_out_among_all_experts():
+    """All of it at one expert would be that expert's load, and the load-balancing loss would answer to it."""
+    sent = groups([(2, [3])])
+    sent[0].samples[0].routing[0, 0, 0] = 7
+    ((((batch,),),)) = pack(
+        sent, [[0.0]], updates=1, data_parallel_size=1, tokens_per_micro_batch=64, pad_multiple=12
+    )  # fmt: skip
+    padding = batch.routing[5:, 0].flatten().tolist()
+    assert len(padding) == 14 and set(padding) == set(range(8)) and max(padding.count(e) for e in range(8)) == 2
+
+
 def test_a_sample_without_routing_among_others_is_refused():
     sent = groups([(2, [3, 4])])
     sent[0].samples[1].routing = None

@@ -64,7 +64,7 @@ def test_all_ranks_stop_at_the_same_border(stores, noticed_at):
         loop = Loop.__new__(Loop)
         loop.first, loop.store, loop.stopping = i == 0, stores[i], Told(noticed_at[i])
         loop.borders, loop.pace, loop.border_at = 0, Pace(), 0.0
-        loop.saver = SimpleNamespace(take=lambda wait: None, left=lambda usual: 0.0)
+        loop.writer = SimpleNamespace(take=lambda wait: None, left=lambda usual: 0.0)
 
         def work() -> int:
             for step in range(50):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from queue import Queue
 
@@ -10,9 +11,12 @@ import pytest
 import torch
 
 from fp8slurm.checkpoint import hf_to_fp8
+from fp8slurm.checkpoint.run import RunDirectory
+from fp8slurm.config import RunConfig
 from fp8slurm.models import tiny
 from fp8slurm.models.names import NameTable
 from fp8slurm.models.qwen3 import ModelSpec, QuantizationSpec
+from fp8slurm.rl.agent import engine_checkpoint
 from fp8slurm.sync.bucket import WeightBucket, WeightSpec, layout, payload_bytes
 from fp8slurm.sync.check import check_engine_checkpoint, check_rollout_checkpoint
 from fp8slurm.sync.groups import host_store
@@ -44,6 +48,37 @@ def test_an_engine_that_takes_what_is_sent_passes(folders) -> None:
     other = ModelSpec.from_hf_config({**config, "num_key_value_heads": 4})
     with pytest.raises(ValueError, match="model.layers.0.self_attn.k_proj.weight is"):
         check_rollout_checkpoint(fp8, other)
+
+
+@pytest.mark.parametrize("key, name, value", [
+    ("rope_theta", "rope_theta", 5e6), ("rms_norm_eps", "rms_norm_eps", 1e-5), ("num_experts_per_tok", "experts_per_token", 1),
+    ("norm_topk_prob", "norm_topk_prob", False),
+])  # fmt: skip
+def test_settings_that_no_update_changes_are_compared(folders, key: str, name: str, value: float) -> None:
+    """An engine that rotates or routes otherwise would show only as a gap."""
+    config, _, fp8 = folders
+    if key not in config:
+        pytest.skip("a model without experts")
+    with pytest.raises(ValueError, match=f"{name} is .*, the trainer's model has {value}; give another --model.rollout-ch"):
+        check_rollout_checkpoint(fp8, ModelSpec.from_hf_config({**config, key: value}))
+    check_rollout_checkpoint(fp8, ModelSpec.from_hf_config({**config, "max_position_embeddings": 64}))
+
+
+def test_an_engine_model_that_another_model_left_is_made_anew(folders, tmp_path: Path) -> None:
+    """Until its first checkpoint a run may be started again with another model; updates bring its weights, no settings."""
+    _, bf16, _ = folders
+    run = RunDirectory(tmp_path / "run")
+
+    def start(model: Path) -> tuple[ModelSpec, int]:
+        made = engine_checkpoint(RunConfig(model={"hf_checkpoint": model}, fp8={"engine": "fp8"}), run, 0)
+        return ModelSpec.from_hf_dir(made), (made / "config.json").stat().st_mtime_ns
+
+    first = start(bf16)
+    assert start(bf16) == first, "made once"
+    other = shutil.copytree(bf16, tmp_path / "other")
+    text = (other / "config.json").read_text()
+    (other / "config.json").write_text(text.replace('"rope_theta": 10000.0', '"rope_theta": 5000000.0'))
+    assert start(other)[0].rope_theta == 5e6 and start(other)[0].quantization is not None
 
 
 def test_the_first_tensor_that_differs_is_named(folders) -> None:
@@ -114,6 +149,7 @@ def test_buckets_arrive_in_order_and_last_as_long_as_promised(keep: bool) -> Non
             if before is not None:
                 assert set(before.payload.tolist()) == {10 * number + i - 1}
             assert set(bucket.payload.tolist()) == {10 * number + i} and bucket.version == number
+            assert not sender.receiver.held, "an engine that restarts now must not get the update before, half overwritten"
             before = bucket
             seen.append(bucket)
         assert len(seen) == 5 and len(sender.receiver.held) == (5 if keep else 0)

@@ -10,7 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from fp8slurm.sync.mapped import flat_bucket, memory_handle
+from fp8slurm.engine.recorded import KNOWN
+from fp8slurm.sync.bucket import WeightSpec
+from fp8slurm.sync.mapped import MappedBucket, flat_bucket, memory_handle
+from fp8slurm.sync.transport import MappedTransport
 from torch.multiprocessing import reductions
 
 FORMS = [("a.weight", "float8_e4m3fn", (4, 8), 0), ("a.weight_scale_inv", "float32", (1, 1), 32)]
@@ -30,6 +33,28 @@ def test_a_file_is_named_by_its_path(tmp_path: Path) -> None:
     got = opened(flat_bucket(memory_handle(tmp_path / "weights"), FORMS))
     assert got["flattened_tensor"] == str(tmp_path / "weights")
     check_forms(got["metadata"])
+
+
+def test_each_rank_of_an_engine_maps_its_own_gpus_copy_and_a_new_engine_is_told_everything(tmp_path: Path) -> None:
+    """A bucket is named in full once; an engine that was started anew has forgotten that, and would not know its number."""
+    specs = tuple(WeightSpec(name, getattr(torch, dtype), shape, at) for name, dtype, shape, at in FORMS)
+    handles = tuple(memory_handle(tmp_path / f"rank{r}") for r in range(4))
+    bucket = MappedBucket(1, specs, torch.empty(0, dtype=torch.uint8), handles)
+    asked: list[list[str]] = []
+    transport = MappedTransport(ranks=(1, 3))
+    for _ in range(2):  # the engine's first start, and another
+        transport.open(SimpleNamespace(receive_handles=asked.append), 2)
+        for _ in range(2):
+            transport.start(bucket)
+            transport.finish()
+        transport.close(True)
+    got = [[opened(text) for text in one] for one in asked]
+    assert [[g["flattened_tensor"] for g in one] for one in got] == [[str(tmp_path / "rank1"), str(tmp_path / "rank3")]] * 4
+    for one in got[::2]:
+        check_forms(one[0]["metadata"])
+    for one in got[1::2]:
+        (known,) = one[0]["metadata"]
+        assert known.name.startswith(KNOWN) and (known.start_idx, known.end_idx) == (0, 36)
 
 
 def test_the_memory_of_a_gpu_is_rebuilt_from_what_its_owner_said(monkeypatch: pytest.MonkeyPatch) -> None:

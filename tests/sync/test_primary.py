@@ -123,6 +123,18 @@ def test_an_engine_that_wants_bf16_is_refused() -> None:
         WeightStream(table, lambda: iter(held.items()), None, 2**20, torch.bfloat16)
 
 
+@pytest.mark.parametrize(
+    ("changes", "parameter"),
+    [({"head_dim": 64}, "decoder.layers.0.self_attention.linear_qkv.weight"), ({"intermediate_size": 192}, "decoder.layers.0.mlp.linear_fc1.weight")],
+)  # fmt: skip
+def test_blocks_that_lie_across_two_tensors_are_refused(changes: dict[str, int], parameter: str) -> None:
+    """A scale of the fused weight would be that of rows of both: sent as they are they would be other numbers."""
+    table = NameTable(ModelSpec.from_hf_config(model_config() | changes))
+    held = as_sent(held_by(table))
+    with pytest.raises(ValueError, match=rf"blocks of the trainer's {re.escape(parameter)} are not those of .*--fp8.no-param-gather"):
+        WeightStream(table, lambda: iter(held.items()), QuantizationSpec(), 2**20, torch.bfloat16)
+
+
 def test_the_expected_weights_are_fp8() -> None:
     table = NameTable(spec_of())
     held = held_by(table)

@@ -6,23 +6,27 @@ import json
 import math
 import os
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
 from trainer_reference import run_config, write_model
 
 from fp8slurm.checkpoint.errors import BadCheckpoint
 from fp8slurm.models.names import NameTable
 from fp8slurm.models.qwen3 import ModelSpec
+from fp8slurm.trainer import optimizer_state
 from fp8slurm.trainer.build import allocate_fused_state
 from fp8slurm.trainer.logprobs import vocab_parallel_logprobs
 from fp8slurm.trainer.schedule import learning_rate
 from fp8slurm.trainer.start import check_machine
-from fp8slurm.trainer.weights import HfReader
+from fp8slurm.trainer.weights import HfReader, Shards
 
 
 @pytest.mark.parametrize(
@@ -160,6 +164,35 @@ def test_reader_and_table_agree(tmp_path: Path) -> None:
     assert set(HfReader(folder)) == set(NameTable(ModelSpec.from_hf_dir(folder)).hf_tensors())
 
 
+def test_a_ranks_shards_are_filled_with_nothing_else(tmp_path: Path) -> None:
+    """On the second of two tensor-parallel ranks; what would be another model than config.json says is refused."""
+    spec = ModelSpec.from_hf_dir(write_model(tmp_path / "m"))
+    hf, table = dict(HfReader(tmp_path / "m")), NameTable(spec)
+    shards = object.__new__(Shards)  # Shards() wants a Megatron module
+    shards.table, shards.tensor_parallel = table, (1, 2)
+    parameters = {e.name: torch.nn.Parameter(torch.full(e.shard_shape(2), torch.nan)) for e in table}
+    shards.parameters = [(table[n], p, False) for n, p in parameters.items()]
+    filled = []
+    shards.load(hf, loaded=lambda parameter, shard: filled.append(parameter))
+    for entry in table:
+        assert torch.equal(parameters[entry.name].detach(), entry.shard(hf, 1, 2).float()), entry.name
+    assert [id(p) for p in filled] == [id(p) for p in parameters.values()]
+
+    assert spec.tie_word_embeddings
+    head, embedding = "lm_head.weight", hf["model.embed_tokens.weight"]
+    shards.load(hf | {head: embedding.clone()})
+    norm = hf["model.norm.weight"]
+    for changed, message in [
+        ({head: embedding + 1}, "m: lm_head.weight is not model.embed_tokens.weight"),
+        ({head: embedding.half()}, "m: lm_head.weight is not model.embed_tokens.weight"),
+        ({"model.norm.weight": norm.to(torch.float8_e4m3fn)}, "m: model.norm.weight is torch.float8_e4m3fn"),
+        ({"model.norm.weight": norm.to(torch.int32)}, "m: model.norm.weight is torch.int32"),
+        ({"model.norm.weight": norm[1:]}, "m: model.norm.weight: shape"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            shards.load(hf | changed, "m")
+
+
 @pytest.mark.parametrize("rows", [2, 100])
 def test_logprobs_entropy_and_gradients(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fp8slurm.trainer.logprobs.CHUNK_LOGITS", 11 * rows)
@@ -179,6 +212,68 @@ def test_logprobs_entropy_and_gradients(rows: int, monkeypatch: pytest.MonkeyPat
     torch.testing.assert_close(entropy, wanted[1])
     torch.testing.assert_close(mine, logits.grad)
     assert vocab_parallel_logprobs(logits, labels)[1] is None
+
+
+def test_logprobs_of_a_vocabulary_on_two_ranks_are_those_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ranks are threads. Their parts' peaks lie far apart, and labels on both sides of the cut."""
+    barrier, slots, here = threading.Barrier(2, timeout=60), {}, threading.local()
+
+    def all_reduce(tensor: torch.Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None) -> None:
+        slots[here.rank] = tensor.clone()
+        barrier.wait()
+        both = torch.stack([slots[0], slots[1]])
+        barrier.wait()
+        tensor.copy_(both.sum(0) if op == dist.ReduceOp.SUM else both.amax(0))
+
+    monkeypatch.setattr("fp8slurm.trainer.logprobs.dist.all_reduce", all_reduce)
+    monkeypatch.setattr("fp8slurm.trainer.logprobs.dist.get_rank", lambda group: here.rank)
+    monkeypatch.setattr("fp8slurm.trainer.logprobs.CHUNK_LOGITS", 6 * 3)
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(8, 12, generator=g) * 3
+    logits[:4, :6] += 120  # exp of it would overflow, and of what is left of the other part underflow
+    logits = logits.requires_grad_()
+    labels, weights = torch.tensor([0, 5, 6, 11, 0, 5, 6, 11]), torch.randn(2, 8, generator=g)
+    parts = [logits.detach()[:, 6 * r : 6 * r + 6].clone().requires_grad_() for r in range(2)]
+
+    def rank(r: int) -> tuple[torch.Tensor, torch.Tensor]:
+        here.rank = r
+        group = SimpleNamespace(size=lambda: 2)
+        logprobs, entropy = vocab_parallel_logprobs(parts[r], labels, group, with_entropy=True, temperature=0.5)
+        (logprobs * weights[0] + entropy * weights[1]).sum().backward()
+        return logprobs, entropy
+
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(rank, range(2)))
+    log_p = (logits / 0.5).log_softmax(-1)
+    wanted = log_p.gather(1, labels[:, None]).squeeze(1), -(log_p.exp() * log_p).sum(-1)
+    (wanted[0] * weights[0] + wanted[1] * weights[1]).sum().backward()
+    for one in found:
+        torch.testing.assert_close(one[0], wanted[0])
+        torch.testing.assert_close(one[1], wanted[1])
+    torch.testing.assert_close(torch.cat([p.grad for p in parts], 1), logits.grad)
+
+
+def test_shares_of_the_optimizers_state_are_put_together_in_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two buckets of 7 and 5 elements on two ranks, each padded to an even number; what is wanted lies across all borders."""
+    shares = [[torch.tensor(x) for x in bucket] for bucket in (([0.0, 1, 2, 3], [4.0, 5, 6, -1]), ([7.0, 8, 9], [10.0, 11, -1]))]
+    monkeypatch.setattr(optimizer_state, "PIECE", 3)
+    sent: list[torch.Tensor] = []
+    monkeypatch.setattr(dist, "get_global_rank", lambda group, rank: 10 + rank)
+    monkeypatch.setattr(dist, "send", lambda piece, to, group: sent.append(piece.clone()))
+    wanted = [(0, 2), (3, 6), (9, 3)]
+    optimizer_state._gather(SimpleNamespace(rank=lambda: 1, size=lambda: 2), [(s[1], n) for s, n in zip(shares, (7, 5))], [])
+    assert [piece.tolist() for piece in sent] == [[4, 5, 6], [-1], [10, 11, -1]]
+    arriving = iter(list(sent))
+
+    def recv(buffer: torch.Tensor, source: int, group: Any) -> None:
+        assert source == 11
+        buffer.copy_(next(arriving))
+
+    monkeypatch.setattr(dist, "recv", recv)
+    to = [(offset, torch.full((n,), -7.0)) for offset, n in wanted]
+    optimizer_state._gather(SimpleNamespace(rank=lambda: 0, size=lambda: 2), [(s[0], n) for s, n in zip(shares, (7, 5))], to)
+    assert [t.tolist() for _, t in to] == [list(range(offset, offset + n)) for offset, n in wanted]
+    assert next(arriving, None) is None
 
 
 def test_logprobs_of_impossible_tokens_stay_finite_in_the_entropy() -> None:

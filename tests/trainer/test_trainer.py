@@ -123,10 +123,10 @@ def test_entropy_and_its_gradient(one: Any, models: dict[str, Path]) -> None:
 
 def test_reference_keeps_the_weights_it_was_taken_from(one: Any) -> None:
     got = one.result("reference_model")
-    columns = (got[k] for k in ("before", "reference", "after", "same", "loaded"))
-    for before, reference, after, same, loaded in zip(*columns, strict=True):
+    columns = (got[k] for k in ("before", "reference", "after", "same", "loaded", "alone"))
+    for before, reference, after, same, loaded, alone in zip(*columns, strict=True):
         assert torch.equal(before, reference) and torch.equal(before, same) and torch.equal(before, loaded)
-        assert not torch.equal(before, after)
+        assert not torch.equal(before, after) and torch.equal(alone, after)
 
 
 @pytest.mark.parametrize(("size", "scenario"), [(1, "bad_loss"), (2, "dp2_bad_loss")])

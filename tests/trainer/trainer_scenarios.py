@@ -142,10 +142,13 @@ def reference_model(ranks: Ranks) -> dict[str, Any]:
         folder = ranks.make("with_reference")
         trainer.save(folder)
         with_reference = trainer.logprobs(batches(trainer), reference=True)
-    with ranks.trainer(load=False, **FP8) as trainer:
-        trainer.load(folder)
+    with ranks.trainer(load=False, **FP8, algorithm={"kl_coef": 0.1}) as trainer:
+        assert trainer.load(folder)
         loaded = trainer.logprobs(batches(trainer), reference=True)
-    return {"before": before, "reference": kept, "after": moved, "same": with_reference, "loaded": loaded}
+    with ranks.trainer(load=False, **FP8) as trainer:
+        assert not trainer.load(folder) and trainer.reference is None, "at kl_coef 0 no reference is loaded"
+        alone = trainer.logprobs(batches(trainer))
+    return {"before": before, "reference": kept, "after": moved, "same": with_reference, "loaded": loaded, "alone": alone}
 
 
 def bad_loss(ranks: Ranks) -> dict[str, Any]:

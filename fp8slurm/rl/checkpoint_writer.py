@@ -34,7 +34,7 @@ class Saved:
     """From `begun` to here."""
 
 
-class Saver:
+class CheckpointWriter:
     """One for each rank; all ranks make the same calls of `start`, in the same order."""
 
     def __init__(

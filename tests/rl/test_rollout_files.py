@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 from fp8slurm.rl.packing import pack
-from fp8slurm.rl.saved import is_saved, logprob_rows, rollout_file, trainer_file, write_rollout, write_trainer_logprobs
+from fp8slurm.rl.rollout_files import is_saved, logprob_rows, rollout_file, trainer_file, write_rollout, write_trainer_logprobs
 from fp8slurm.rl.types import Prompt, Sample, SampleGroup
 
 

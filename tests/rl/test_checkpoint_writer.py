@@ -13,8 +13,9 @@ from fp8slurm.checkpoint.run import FencedError, RunDirectory, RunState
 from fp8slurm.config import RunConfig
 from fp8slurm.rl.loop import Loop
 from fp8slurm.rl.pace import Pace
-from fp8slurm.rl.saver import Saver
+from fp8slurm.rl.checkpoint_writer import CheckpointWriter
 from fp8slurm.rl.stopping import Never, Stopped
+from fp8slurm.rl.stopwatch import Stopwatch
 from fp8slurm.sync.groups import host_store
 from fp8slurm.sync.sealed import SealedStore, new_key
 
@@ -51,7 +52,7 @@ def savers(run):
     store, port = host_store("127.0.0.1")
     stores = [store, dist.TCPStore("127.0.0.1", port, None, is_master=False, wait_for_workers=False)]
     key, settings = new_key(), RunConfig().checkpoint
-    yield [Saver(run, SealedStore(s, key), rank, 2, settings) for rank, s in enumerate(stores)]
+    yield [CheckpointWriter(run, SealedStore(s, key), rank, 2, settings) for rank, s in enumerate(stores)]
     del stores, store  # the host's process serves the others until here
 
 
@@ -127,10 +128,10 @@ def test_a_stop_waits_for_the_save_under_way_and_saves_what_is_new(run, same_sta
     store, _ = host_store("127.0.0.1")
     loop = Loop.__new__(Loop)
     loop.config, loop.run_dir, loop.store, loop.stopping = RunConfig(), run, store, Noticed()
-    loop.first, loop.sinks, loop.seconds, loop.saves, loop.beat = True, [], {}, 0, lambda: None
+    loop.first, loop.sinks, loop.watch, loop.saves, loop.failed_saves = True, [], Stopwatch(), 0, 0
     loop.on_disk, loop.pace, loop.channel = None, Pace(), SimpleNamespace(call=lambda kind: None)
     loop.close = lambda: None
-    loop.saver = Saver(run, store, 0, 1, loop.config.checkpoint)
+    loop.writer = CheckpointWriter(run, store, 0, 1, loop.config.checkpoint)
     parts = []
 
     def snapshot(folder: str, copy: bool):

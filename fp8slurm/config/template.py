@@ -1,0 +1,57 @@
+"""Arguments for the chat template on a command line: names and values, or a JSON object."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Sequence
+
+from tyro.constructors import PrimitiveConstructorSpec
+
+FORMS = """allowed: enable_thinking False, or as JSON '{"enable_thinking": false}'"""
+
+
+def check_values(values: Any) -> None:
+    """ValueError: a value that a recipe cannot hold, or text that looks like a truth value and counts as true in a template."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{values!r} is not an object of names and values; {FORMS}")
+    for key, value in values.items():
+        if not isinstance(value, bool | int | float | str):
+            raise ValueError(f"{key} {value!r} is neither true, false, a number nor text; {FORMS}")
+        if isinstance(value, str) and value.lower() in ("true", "false"):
+            raise ValueError(f"{key} {value!r} is text; allowed: True and False (in a recipe and as JSON true and false, without quotes)")
+
+
+def from_words(words: Sequence[str]) -> dict[str, Any]:
+    """['enable_thinking', 'False'] or ['{"enable_thinking": false}']. ValueError: neither; values are not checked."""
+    text = " ".join(words)
+    if text.lstrip().startswith("{"):
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{text} is not JSON ({error}); {FORMS}") from None
+    if len(words) % 2:
+        raise ValueError(f"{text} is no pair of a name and a value; {FORMS}")
+    return {name: _value(word) for name, word in zip(words[::2], words[1::2])}
+
+
+def _value(word: str) -> bool | int | float | str:
+    if word in ("True", "False"):
+        return word == "True"
+    for kind in (int, float):
+        try:
+            return kind(word)
+        except ValueError:
+            pass
+    return word
+
+
+TemplateArguments = Annotated[
+    dict[str, bool | int | float | str],
+    PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="[NAME VALUE ...]|JSON",
+        instance_from_str=from_words,
+        is_instance=lambda value: isinstance(value, dict),
+        str_from_instance=lambda values: [json.dumps(values)] if values else [],
+    ),
+]

@@ -1,0 +1,35 @@
+"""Where the seconds of a step go."""
+
+from __future__ import annotations
+
+import time
+from contextlib import contextmanager
+from typing import Callable, Iterator, Sequence
+
+
+class Stopwatch:
+    """Seconds by phase; after every phase `beat` says that something has moved."""
+
+    def __init__(self, beat: Callable[[], None] = lambda: None) -> None:
+        self.beat = beat
+        self.seconds: dict[str, float] = {}
+        self._within_s = 0.0
+        """Seconds of the phases within the one that is being timed."""
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Counts what happens inside to `phase`, but for phases within it: a rollout that has to send the weights first."""
+        start, outside, self._within_s = time.perf_counter(), self._within_s, 0.0
+        yield
+        whole = time.perf_counter() - start
+        self.spent(phase, whole - self._within_s)
+        self._within_s = outside + whole
+        self.beat()
+
+    def spent(self, phase: str, seconds: float) -> None:
+        """Count what somebody else has measured."""
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
+
+    def clear(self, keep: Sequence[str] = ()) -> None:
+        """Begin anew, with all phases but these at 0."""
+        self.seconds = {phase: seconds for phase, seconds in self.seconds.items() if phase in keep}

@@ -1,0 +1,166 @@
+"""Which weights the engines have, as every training rank sees it.
+
+    connect   what travels how is planned, and the agents are told
+    sync      the trainer's weights go to every engine, under a version: the number of steps taken
+    sleep     engines give their memory back, and with it the weights
+    ask       a command that needs weights: they are sent first where engines slept, and again where one lost them
+
+Three ways (sync/): through the hosts, mapped where trainer and engine share a GPU, straight from GPU to GPU.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Callable
+
+import torch
+import torch.distributed as dist
+
+from fp8slurm.config import RunConfig
+from fp8slurm.config.derived import engines_sleep, is_direct, is_mapped
+from fp8slurm.models.names import NameTable
+from fp8slurm.rl.channel import RankChannel
+from fp8slurm.rl.precision import engine_quantization
+from fp8slurm.rl.stopwatch import Stopwatch
+from fp8slurm.sync.bucket import WeightBucket
+from fp8slurm.sync.direct import DirectSender
+from fp8slurm.sync.groups import Group
+from fp8slurm.sync.mapped import MappedSender
+from fp8slurm.sync.plan import source_names
+from fp8slurm.sync.receiver import checksum, publish_checksums
+from fp8slurm.sync.stream import Cut, WeightStream, parse_description
+
+VERIFIED_AT_FIRST = 2
+"""Updates that sync.verify = "first" compares: SGLang's own load, and the first that is made again as copies (engine/recorded.py)."""
+Answers = list[tuple[dict[str, Any], torch.Tensor]]
+
+
+class EngineWeights:
+    """A training rank's end; all ranks make the same calls in the same order."""
+
+    def __init__(
+        self, config: RunConfig, trainer: Any, channel: RankChannel, store: dist.Store, address: str, attempt_dir: Path, watch: Stopwatch
+    ) -> None:
+        self.config, self.trainer, self.channel, self.store = config, trainer, channel, store
+        self.address, self.attempt_dir, self.watch = address, attempt_dir, watch
+        self.sleeps = engines_sleep(config) and not config.control.freeze_engine
+        self.sent_version: int | None = None
+        """What all engines have; None: nothing, or not all of them."""
+        self._asleep = False
+        self._mapped: MappedSender | None = None
+        self._direct: DirectSender | None = None
+        self._sends = self._verified = 0
+
+    def connect(self) -> None:
+        """Plan the updates, and tell the agents."""
+        c, t = self.config, self.trainer
+        self._stream = WeightStream(
+            NameTable(t.spec), t.named_shards, engine_quantization(c), c.sync.bucket_bytes, getattr(torch, c.engine.dtype),
+            Cut(t.tensor_parallel_rank, t.tensor_parallel_size, t.tensor_parallel_group, t.data_parallel_rank == 0),
+            t.pipeline_parallel_rank,
+            Cut(*t.expert_tensor_parallel, t.expert_data_parallel_rank == 0),
+            t.expert_parallel_rank,
+        )  # fmt: skip
+        if t.rank == 0:
+            p = c.parallel
+            names = source_names(p.pipeline_parallel_size, p.expert_parallel_size if t.spec.is_moe else 0)
+            self.store.set("sync/sources", " ".join(names))
+        for name in self._stream.sources:  # all plans before the first group: an agent wants all of them first
+            self.store.set(f"sync/plan/{name}", self._stream.describe(name))
+            self.store.set(f"sync/root/{name}", str(t.rank))
+        size = 1 + self.channel.agents
+        self._groups = {n: Group(self.store, f"sync/{n}", 0, size, self.address) for n in self._stream.sources}
+        if is_direct(c):
+            engine_ranks = c.slurm.nodes * c.engine.per_node * c.engine.tensor_parallel_size
+            self._direct = DirectSender(self.store, list(self._stream.sources), engine_ranks, self.address)
+        if is_mapped(c):
+            names = self.store.get("sync/sources").decode().split()
+            roots = {n: int(self.store.get(f"sync/root/{n}")) for n in names}
+            plans = {n: parse_description(self.store.get(f"sync/plan/{n}").decode()) for n in names}
+            sources = [(n, roots[n], plans[n]) for n in names]
+            self._mapped = MappedSender(self.store, sources, self.attempt_dir)
+
+    def sync(self, version: int) -> None:
+        """Send the trainer's weights to every engine; once a version."""
+        while version != self.sent_version:
+            if self._send(version):
+                self.sent_version = version
+
+    def sleep(self) -> None:
+        """Before the trainer works: the engines give their memory back, and with it the weights that they were sent."""
+        if self.sleeps and not self._asleep:
+            with self.watch.timed("sleep"):
+                self.channel.call("sleep")
+            self._asleep, self.sent_version = True, None
+
+    def ask(self, kind: str, version: int, abandon: Callable[[], str] | None = None, **arguments: Any) -> Answers:
+        """The agents' answers to a command that needs the weights of `version`, or those that engines have been sent; where
+        one lost them they are sent again, then the command.
+
+        Raises:
+            Abandoned: as RankChannel.collect.
+            RuntimeError: weights are gone that the engines were to keep (control.freeze_engine).
+        """
+        if self._asleep:
+            self.sync(version)
+        while True:
+            self.channel.post(kind, **arguments)
+            answers = self.channel.collect(abandon or (lambda: ""))
+            if not any(a.get("weights_lost") for a, _ in answers):
+                return answers
+            if self.config.control.freeze_engine and version != self.sent_version:
+                raise RuntimeError("--control.freeze-engine: an engine lost the weights that it was to keep; start the run anew")
+            self.sent_version = None
+            self.sync(version)
+
+    def close(self) -> None:
+        """Give groups and files up."""
+        for sender in (self._mapped, self._direct):
+            if sender is not None:
+                sender.close()
+
+    def _send(self, version: int) -> bool:
+        """One update; False if an engine lost the weights again meanwhile, and no copy was kept (sync.keep_last_update)."""
+        self._sends += 1
+        wanted = self.config.sync.verify
+        verify = wanted == "always" or wanted == "first" and self._verified < VERIFIED_AT_FIRST
+        checksums: dict[str, list[int]] = {name: [] for name in self._groups}
+
+        def start(source: str, bucket: WeightBucket) -> dist.Work:
+            payload = bucket.payload.cpu()
+            if verify:
+                checksums[source].append(checksum(payload))
+            return self._groups[source].start_broadcast(payload, 0)
+
+        with self.watch.timed("sync"):
+            if self.sleeps:
+                self.trainer.make_room()
+            if self._direct is not None:
+                self._link(self._direct)
+            self.channel.post("update", version=version, verify=verify, number=self._sends)
+            if self._mapped is not None:
+                self._mapped.send(self._sends, version, self._stream, start if verify else None)
+            elif self._direct is not None:
+                self._direct.send(version, self._stream, start if verify else None)
+            else:
+                self._stream.send(version, start)
+            for source in self._groups if verify else ():
+                publish_checksums(self.store, self._sends, source, checksums[source])
+            said = [a for a, _ in self.channel.collect()]
+        self._asleep = False
+        lost = any(a.get("weights_lost") for a in said)
+        self._verified += verify and not lost
+        for part, seconds in self._stream.seconds.items():
+            self.watch.spent(f"sync_{part}", seconds)
+        for part in said[0].get("seconds", ()):
+            self.watch.spent(f"sync_{part}", max(a["seconds"][part] for a in said if "seconds" in a))
+        return not lost
+
+    def _link(self, direct: DirectSender) -> None:
+        """Have all engines in the sources' groups; where one is missing (the start, a restart), all make new ones."""
+        number = direct.generation.number
+        while not all(a["linked"] for a, _ in self.channel.call("linked", generation=number)):
+            number += 1
+            self.channel.post("link", generation=number)
+            direct.link(number)
+            self.channel.collect()
