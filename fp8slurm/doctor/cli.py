@@ -7,9 +7,11 @@ import json
 import os
 import re
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fp8slurm.doctor.finding import LEVELS, Finding, worst
+from fp8slurm.observe.output import check_file
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -50,6 +52,8 @@ def main(argv: list[str]) -> int:
             f"{flags[0]}: settings change a recipe, and there is no --recipe; --help lists the doctor's own"
         )
     configs = [parse(recipe, flags, "fp8slurm doctor") for recipe in own.recipe]
+    if own.svg:
+        check_file(Path(own.svg), "--svg")
     if own.slurm:
         configs = [c.model_copy(update={"slurm": c.slurm.model_copy(update={"executor": "slurm"})}) for c in configs]
 
@@ -73,6 +77,9 @@ def _look(configs: list, over_slurm: bool, quick: bool) -> list[Finding]:
                 "--slurm: there is no Slurm on this machine (sbatch, srun, scontrol, squeue); run this on a login node"
             )
         asked = list(check_slurm(configs))
+        if "SLURM_JOB_ID" not in os.environ and worst(asked) == "error":
+            mend = "mend what is above; a job that Slurm would refuse, or never start, was not queued"
+            return [*asked, Finding("slurm", "error", "the nodes were not looked at", mend)]
         return over_nodes(configs, quick, lambda text: print(text, file=sys.stderr)) + asked
     from fp8slurm.doctor.files import check_paths
     from fp8slurm.doctor.network import check_ports
@@ -89,7 +96,6 @@ def _look(configs: list, over_slurm: bool, quick: bool) -> list[Finding]:
 
 def _bandwidth_here() -> list[Finding]:
     import tempfile
-    from pathlib import Path
 
     from fp8slurm.doctor.bandwidth import check_bandwidth
     from fp8slurm.doctor.gpu import visible

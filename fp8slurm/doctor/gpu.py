@@ -181,7 +181,7 @@ def _used(gpus: list[Gpu], allowed: bool) -> Iterator[Finding]:
         "gpu",
         level,
         f"memory in use by others: {shown}",
-        "nvidia-smi shows by whom; end what is left of your own jobs, ask for whole nodes (--slurm.sbatch exclusive), or start "
+        "nvidia-smi shows by whom; end what is left of your own jobs, ask for whole nodes (--slurm.sbatch exclusive true), or start "
         "beside them (--slurm.share-gpus)",
     )
 

@@ -16,10 +16,13 @@ from fp8slurm.config import RunConfig
 from fp8slurm.doctor.finding import Finding, merge
 from fp8slurm.doctor.node import MARK, compare_paths
 from fp8slurm.slurm import job as slurm
+from fp8slurm.slurm.signals import ended_is_interrupted
 from fp8slurm.slurm.submit import gpus_per_node
 
 MINUTES = 10
 POLL_S = 1.0
+HOPELESS = ("PartitionNodeLimit", "PartitionTimeLimit", "PartitionConfig", "BadConstraints")
+"""Why a job waits that never starts as it is."""
 LOG = "job.log"
 
 
@@ -110,7 +113,7 @@ def _srun(config: RunConfig, folder: Path, nodes: int) -> list[str]:
 def _environment() -> dict[str, str]:
     package = str(Path(__file__).parents[2])
     path = os.pathsep.join(p for p in (package, os.environ.get("PYTHONPATH")) if p)
-    return {**os.environ, "PYTHONPATH": path}
+    return {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
 
 
 def _step(config: RunConfig, folder: Path, nodes: list[str]) -> None:
@@ -130,7 +133,7 @@ def script(config: RunConfig, folder: Path) -> str:
         "nodes": s.nodes,
         "ntasks-per-node": 1,
         "time": MINUTES,
-        "output": folder / LOG,
+        "output": str(folder / LOG).replace("%", "%%"),  # Slurm replaces %j and the like
         "gpus-per-node": gpus_per_node(config),
         "partition": s.partition,
         "account": s.account,
@@ -151,7 +154,11 @@ def script(config: RunConfig, folder: Path) -> str:
 
 
 def _job(config: RunConfig, folder: Path, say: Callable[[str], None]) -> list[str]:
-    """Queue the job, wait for its end; the names of its nodes."""
+    """Queue the job, wait for its end; the names of its nodes. Interrupted or ended, the job is ended too.
+
+    Raises:
+        ValueError: Slurm refuses it, never starts it, or gave it no nodes.
+    """
     path = folder / "job.sh"
     text = script(config, folder)
     path.write_text(text)
@@ -165,19 +172,25 @@ def _job(config: RunConfig, folder: Path, say: Callable[[str], None]) -> list[st
         raise ValueError(f"Slurm refuses the doctor's job: {error}") from None
     state, job = "", {}
     try:
-        while True:
-            job = slurm.show_job(job_id) or job
-            now = (
-                f"{job.get('JobState')} ({job.get('Reason')})"
-                if job.get("Reason", "None") != "None"
-                else f"{job.get('JobState')}"
-            )
-            if now != state:
-                say(f"job {job_id} on {config.slurm.nodes} nodes: {now}")
-                state = now
-            if job.get("JobState") not in (*slurm.ACTIVE, "COMPLETING"):
-                break
-            time.sleep(POLL_S)
+        with ended_is_interrupted():
+            while True:
+                job = slurm.show_job(job_id) or job
+                now = (
+                    f"{job.get('JobState')} ({job.get('Reason')})"
+                    if job.get("Reason", "None") != "None"
+                    else f"{job.get('JobState')}"
+                )
+                if now != state:
+                    say(f"job {job_id} on {config.slurm.nodes} nodes: {now}")
+                    state = now
+                if job.get("JobState") == "PENDING" and job.get("Reason") in HOPELESS:
+                    raise ValueError(
+                        f"job {job_id} would never start: {now}; {config.slurm.nodes} node(s) for {MINUTES} minutes "
+                        f"(--slurm.nodes, --slurm.partition, --slurm.constraint); it was cancelled"
+                    )
+                if job.get("JobState") not in (*slurm.ACTIVE, "COMPLETING"):
+                    break
+                time.sleep(POLL_S)
     except BaseException:
         subprocess.run(["scancel", job_id])
         raise

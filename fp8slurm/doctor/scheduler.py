@@ -70,7 +70,7 @@ def check_slurm(configs: list[RunConfig]) -> Iterator[Finding]:
 
 
 def _recipes(configs: list[RunConfig]) -> Iterator[Finding]:
-    from fp8slurm.slurm.cluster import check_cluster
+    from fp8slurm.slurm.cluster import check_cluster, wanted_partition
 
     for config in configs:
         if config.slurm.executor != "slurm":
@@ -79,7 +79,7 @@ def _recipes(configs: list[RunConfig]) -> Iterator[Finding]:
         try:
             for warning in check_cluster(config):
                 yield Finding("slurm", "warning", f"{name}: {warning}", "")
-            partition = s.partition or "the default partition"
+            partition = wanted_partition(config)[0] or "the default partition"
             yield Finding(
                 "slurm", "ok", f"{name}: {s.nodes} node(s) of {partition} for {s.time}: sbatch would take the job"
             )

@@ -23,6 +23,11 @@ from fp8slurm.slurm.monitor import VERDICT, first_error
 
 LINGER_S = 60.0
 """Slurm ends the script of a job that was requeued; until then it must not look as if the job had ended by itself."""
+FAILED = re.compile(r"srun: error: (\S+): tasks? ([\d,-]+): (.*)")
+LOST = re.compile(r"srun: error: (Aborting, io error.*|Node failure on .*)")
+"""srun has lost a node, and ends the tasks of the others for it."""
+OTHERS = re.compile(r"srun: |slurmstepd\S*: |submitit ")
+"""Begins a line that is not the task's own."""
 
 
 def after(status: int, path: Path) -> int:
@@ -62,7 +67,7 @@ def _again(config: RunConfig, run: RunDirectory, job: Job) -> bool:
         return False
     count = attempt.without_progress(run, Job(job.id, job.restart, None))
     if count >= config.slurm.max_attempts_without_progress:
-        _say(attempt.no_progress(run, count))
+        _say(attempt.no_progress(config, run, count))
         return False
     said = {"why": "a task died", "at": "", "saved": False, "time": time.time(), "why_not": ""}
     # Slurm ends this script as soon as it has taken the requeue.
@@ -81,20 +86,33 @@ def _verdict(run: RunDirectory, job: dict[str, str]) -> str:
     lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
     begun = f"attempt {run.attempt}, logs in"
     start = max((i for i, line in enumerate(lines) if begun in line), default=0)
-    found = (re.search(r"srun: error: (\S+): tasks? ([\d,-]+): (.*)", line) for line in lines[start:])
-    first = next((m for m in found if m), None)
+    first = next((m for line in lines[start:] if (m := LOST.search(line) or FAILED.search(line))), None)
     text = first_error(run.attempt_dir) or "the tasks ended without a word"
-    if first is not None:
+    if first is not None and first.re is LOST:
+        nodes = f" (nodes {job['NodeList']}, counted from 0)" if "on node " in first[1] and job.get("NodeList") else ""
+        text = f"{first[1]}{nodes}"
+    elif first is not None:
         task = re.match(r"\d+", first[2])[0]
         own = run.attempt_dir / "errors" / f"task_{task}.json"
         said = json.loads(own.read_text()) if own.is_file() else None
         if said is None:
-            text = f"task {first[2]} on {first[1]}: {first[3]}"
+            text = f"task {first[2]} on {first[1]}: {first[3]}{_last_words(run, task)}"
         elif said["primary"]:
             text = f"task {task}: {said['text']}"
     (run.attempt_dir / "errors").mkdir(exist_ok=True)
     write_atomic(run.attempt_dir / "errors" / VERDICT, json.dumps({"time": time.time(), "text": text}))
     return text
+
+
+def _last_words(run: RunDirectory, task: str) -> str:
+    """The last line that a task wrote before it had a log in its attempt, and where it stands; "" where it had one."""
+    from fp8slurm.slurm.submit import FOLDER
+
+    job = (run.owner(run.attempt) or {}).get("job")
+    file = run.path / FOLDER / f"{job}_{task}_log.err"
+    lines = file.read_text(errors="replace").splitlines() if file.is_file() else []
+    own = [line.strip() for line in lines if line.strip() and not OTHERS.match(line)]
+    return f"; {file}: {own[-1]}" if own and "logs in" not in own[-1] else ""
 
 
 def _say(text: str) -> None:
@@ -103,11 +121,19 @@ def _say(text: str) -> None:
 
 def main(argv: list[str]) -> int:
     """`fp8slurm after STATUS --recipe R [--section.key VALUE ...]`: for hand-written job scripts."""
-    from fp8slurm.slurm.submit import configuration
+    from fp8slurm.config import parse_command, recipe_parser
 
-    if not argv or not argv[0].isdigit():
+    asks = argv[:1] in (["-h"], ["--help"])
+    if not asks and (not argv or not argv[0].isdigit()):
         raise ValueError('the first argument must be the exit status of srun: exec fp8slurm after $? "${ARGS[@]}"')
-    config, _ = configuration(argv[1:], "fp8slurm after")
+    if "--dry-run" in argv:
+        raise ValueError("--dry-run: use fp8slurm submit --dry-run")
+    parser = recipe_parser(
+        "fp8slurm after STATUS",
+        "The last line of a job script of your own, with srun's exit status and the settings of its workers: exec fp8slurm "
+        'after $? "${ARGS[@]}". Requeues the job where a task died, as long as the run makes progress.',
+    )
+    _, config = parse_command(parser, argv if asks else argv[1:])
     return after(int(argv[0]), (config.run.root / config.run.name).resolve())
 
 

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fp8slurm.checkpoint.run import RunDirectory, damage, process_of, write_atomic
+from fp8slurm.checkpoint.run import RunDirectory, RunState, damage, process_of, write_atomic
 from fp8slurm.config import RunConfig
 from fp8slurm.slurm import job as slurm
 from fp8slurm.slurm.job import Job, SlurmError
@@ -23,6 +23,8 @@ GUARDED = (
 """Settings that a run keeps: the weights it started from, its precision, and what its data cursors count."""
 PATHS = ("model.hf_checkpoint", "data.train", "sft.data")
 """Those of them that are paths: another spelling of the same one is no change."""
+WAITING = ("dependency", "kill-on-invalid-dep")
+"""Parameters of sbatch that say what one job waits for; they are no setting of the run."""
 
 
 class NoProgressError(ValueError):
@@ -36,8 +38,14 @@ def settle_configuration(config: RunConfig, run: RunDirectory) -> list[str]:
         ValueError: as check_configuration.
     """
     changes = check_configuration(config, run)
-    write_atomic(run.path / "config.json", config.model_dump_json(indent=1))
+    write_atomic(run.path / "config.json", json.dumps(_without_waiting(config.model_dump(mode="json")), indent=1))
     return changes
+
+
+def _without_waiting(settings: dict[str, Any]) -> dict[str, Any]:
+    section = settings.get("slurm", {})
+    sbatch = {k: v for k, v in section.get("sbatch", {}).items() if k.replace("_", "-") not in WAITING}
+    return settings | {"slurm": section | {"sbatch": sbatch}}
 
 
 def check_configuration(config: RunConfig, run: RunDirectory) -> list[str]:
@@ -49,13 +57,36 @@ def check_configuration(config: RunConfig, run: RunDirectory) -> list[str]:
     saved = run.path / "config.json"
     changes: list[str] = []
     if saved.is_file():
-        changes = changed_keys(json.loads(saved.read_text()), config.model_dump(mode="json"))
-        foreign = [c for c in changes if c.split(":")[0] in GUARDED]
+        old = json.loads(saved.read_text())
+        changes = changed_keys(_without_waiting(old), _without_waiting(config.model_dump(mode="json")))
+        guarded = set(GUARDED)
+        if not _same_precision(old.get("model", {}).get("rollout_checkpoint"), config):
+            guarded.add("model.rollout_checkpoint")
+        foreign = [c for c in changes if c.split(":")[0] in guarded]
         if foreign and run.newest_checkpoint():
             raise ValueError(
                 f"{run.path} belongs to another run ({'; '.join(foreign)}): choose another name with --run.name"
             )
     return changes
+
+
+def _same_precision(before: str | None, config: RunConfig) -> bool:
+    """Whether engines that loaded the folder `before` (None: made from the model) had the precision that they get now.
+
+    What rl.precision.engine_in_fp8 says, but read here: that one imports torch, and a task of a job begins the attempt before
+    its environment is set.
+    """
+    made = config.fp8.engine == "fp8" or (config.fp8.engine == "auto" and config.fp8.backend != "off")
+
+    def in_fp8(folder: str | Path | None) -> bool:
+        if folder is None:
+            return made
+        return bool(json.loads((Path(folder) / "config.json").read_text()).get("quantization_config"))
+
+    try:
+        return in_fp8(before) == in_fp8(config.model.rollout_checkpoint)
+    except (OSError, ValueError):  # the folder is gone
+        return True
 
 
 def changed_keys(old: dict, new: dict) -> list[str]:
@@ -98,6 +129,12 @@ def finished(config: RunConfig, run: RunDirectory, verify: bool = False) -> bool
     to read it all."""
     newest = run.newest_checkpoint()
     return rl_step(newest) >= config.run.steps and not (verify and damage(run.checkpoints / newest))
+
+
+def last_checkpoint(config: RunConfig, run: RunDirectory) -> str:
+    """Name of the checkpoint that a run ends with: the newest, if it is of run.steps or later, else the one to come."""
+    newest = run.newest_checkpoint()
+    return newest if rl_step(newest) >= config.run.steps else RunState("rl", config.run.steps).name
 
 
 def rl_step(checkpoint: str) -> int:
@@ -152,26 +189,75 @@ def begin(config: RunConfig, path: Path, job: Job) -> RunDirectory:
     run.path.mkdir(parents=True, exist_ok=True, mode=0o700)
     count = without_progress(run, job)
     if count >= config.slurm.max_attempts_without_progress:
-        raise NoProgressError(no_progress(run, count))
+        text = no_progress(config, run, count)
+        _say_the_end(run, text)
+        raise NoProgressError(text)
     owner = {"job": job.id, "restart": job.restart, "step": job.step, "checkpoint": run.newest_checkpoint()}
     owner["arguments"] = slurm.script_arguments(job.id)
     run.acquire(owner, holder)
-    write_versions(run, settle_configuration(config, run))
+    try:
+        changes = settle_configuration(config, run)
+    except ValueError as error:  # an attempt that has not begun is found by nobody else
+        _record(run, error)
+        raise
+    write_versions(run, changes)
     (run.attempt_dir / "logs").mkdir()
     (run.attempt_dir / "begun").touch()
     return run
 
 
-def no_progress(run: RunDirectory, count: int) -> str:
+def no_progress(config: RunConfig, run: RunDirectory, count: int) -> str:
     """Why the run is not started again."""
     from fp8slurm.slurm.monitor import first_error
 
     last = run.newest_attempt()
-    error = first_error(run.attempts / str(last)) or "it ended without a word"
+    folder = run.attempts / str(last)
+    error = _planned_stop(config, folder) or first_error(folder) or "it ended without a word"
+    head = f"{run.path}: {count} attempts in a row without a new checkpoint"
+    if error.startswith(head):  # said before, to an earlier start of the job
+        return error
+    return f"{head} (slurm.max_attempts_without_progress); the run ends. Attempt {last}: {error}"
+
+
+def _planned_stop(config: RunConfig, folder: Path) -> str:
+    """How the attempt stopped, and what would leave it more time; "" where it did not stop as planned."""
+    said = _stopped(folder)
+    if not said or said.get("why") == "a task died":
+        return ""
+    why = said.get("why") or "as planned"
+    how = why.removeprefix("stopped ") if why.startswith("stopped ") else f"({why})"
+    s, where = config.slurm, f" at {said['at']}" if said.get("at") else ""
+    after = ""
+    if said.get("time") and (folder / "owner.json").is_file():
+        after = f" {said['time'] - (folder / 'owner.json').stat().st_mtime:.0f} s after its start"
     return (
-        f"{run.path}: {count} attempts in a row without a new checkpoint (slurm.max_attempts_without_progress); the run "
-        f"ends. Attempt {last}: {error}"
+        f"it stopped {how}{where}{after}; --slurm.time {s.time} with --slurm.signal-delay-s {s.signal_delay_s} leaves no "
+        f"time for a step (or preemptions came sooner)"
     )
+
+
+def _stopped(folder: Path) -> dict[str, Any]:
+    path = folder / "stopped.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def _say_the_end(run: RunDirectory, text: str) -> None:
+    """The run ends before there is another attempt: the newest one's folder says so, for `fp8slurm status`."""
+    from fp8slurm.slurm.monitor import VERDICT
+
+    folder = run.attempts / str(run.newest_attempt())
+    if said := _stopped(folder):
+        write_atomic(folder / "stopped.json", json.dumps(said | {"next": "", "why_not": "too many attempts without a new checkpoint"}))
+    if not (folder / "errors" / VERDICT).is_file():
+        (folder / "errors").mkdir(exist_ok=True)
+        write_atomic(folder / "errors" / VERDICT, json.dumps({"time": time.time(), "text": text}))
+
+
+def _record(run: RunDirectory, error: ValueError) -> None:
+    from fp8slurm.slurm.monitor import record_error
+
+    (run.attempt_dir / "errors").mkdir(exist_ok=True)
+    record_error(run.attempt_dir / "errors", 0, str(error), permanent=True)
 
 
 def find(path: Path, job: Job) -> RunDirectory | None:

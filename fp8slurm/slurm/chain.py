@@ -19,9 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Mapping, Sequence
 
-from fp8slurm.checkpoint.run import RunState
+from fp8slurm.checkpoint.run import RunDirectory
 from fp8slurm.config import RunConfig
-from fp8slurm.slurm.submit import gpus_per_node, task_python
+from fp8slurm.slurm.attempt import WAITING, last_checkpoint
+from fp8slurm.slurm.submit import SAFE_PATH, gpus_per_node, task_python
 
 TRAIN = "train"
 CONVERT_CPUS = 4
@@ -32,10 +33,6 @@ EVAL_CPUS_PER_GPU = 4
 """Where slurm.cpus_per_task does not say: an engine is four processes (server, scheduler, detokenizer, grading)."""
 SITE = ("partition", "account", "qos", "reservation", "constraint", "exclude")
 """Keys of [slurm] that every job of the chain gets."""
-
-
-WAITING = ("dependency", "kill-on-invalid-dep")
-"""Parameters of sbatch that make the chain."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +65,7 @@ def links(
             )
     assert config.model.hf_checkpoint is not None
     hf, rollout = config.model.hf_checkpoint, config.model.rollout_checkpoint
-    last = RunState("rl", config.run.steps).name
+    last = last_checkpoint(config, RunDirectory(run))
     checkpoint, exported = run / "checkpoints" / last, run / "export"
     on_cpu = _site(config) | {
         "nodes": "1",
@@ -131,6 +128,7 @@ def script(link: Link, number: int, config: RunConfig, run: Path) -> str:
             "",
             "unset SLURM_EXPORT_ENV",  # as in the training job's script
             *config.slurm.setup,
+            SAFE_PATH,
             f"export PYTHONPATH={shlex.quote(str(source))}${{PYTHONPATH:+:$PYTHONPATH}}",
             f"if [ -e {done} ]; then",
             f"    echo {done} is there already",

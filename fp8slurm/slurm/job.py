@@ -65,6 +65,8 @@ OTHER_NAMES = {
 """Options of sbatch, as its environment variables SBATCH_... or as flags name them, that say again (or contradict) another."""
 NEVER = {"array", "export", "wait"}
 """Options that no variable may set: a run is one job, its environment is the one that submits it, and nobody waits for sbatch."""
+OURS = {"gpus-per-node"}
+"""Options that a script of ours says by leaving them out, too: a job without GPUs, a conversion."""
 
 
 def environment_for_a_job(environment: dict[str, str], script: str = "") -> dict[str, str]:
@@ -75,7 +77,7 @@ def environment_for_a_job(environment: dict[str, str], script: str = "") -> dict
         name = name.lower().replace("_", "-")
         return OTHER_NAMES.get(name, name)
 
-    asked = NEVER | {option(name) for name in re.findall(r"^#SBATCH --([\w-]+)", script, re.M)}
+    asked = NEVER | (OURS if script else set()) | {option(name) for name in re.findall(r"^#SBATCH --([\w-]+)", script, re.M)}
     foreign = ("SLURM_", "SLURMD_", "SRUN_", "SUBMITIT_")
     kept = {k: v for k, v in environment.items() if k == "SLURM_CONF" or not k.startswith(foreign)}
     return {k: v for k, v in kept.items() if not (k.startswith("SBATCH_") and option(k.removeprefix("SBATCH_")) in asked)}
@@ -103,11 +105,13 @@ def number_of(job_id: str) -> str:
 def show_job(job_id: str) -> dict[str, str] | None:
     """What the controller knows about a job, None if it knows none of that number (any more). Raises SlurmError."""
     try:
-        return fields(ask("scontrol", "-o", "show", "job", number_of(job_id)))
+        lines = ask("scontrol", "-o", "show", "job", number_of(job_id)).splitlines()
     except SlurmError as error:
         if "Invalid job id" in str(error):
             return None
         raise
+    # An array's number is also that of one of its tasks, and is answered with all of them.
+    return fields(next((line for line in lines if line.startswith(f"JobId={job_id} ")), lines[0] if lines else ""))
 
 
 ACTIVE = ("PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "RESIZING", "STOPPED")

@@ -66,6 +66,7 @@ class LocalTasks:
         executor.update_parameters(tasks_per_node=place(config).tasks_per_node, timeout_min=60 * 24 * 365)
         environment = dict(os.environ)
         os.environ["PYTHONPATH"] = _python_path()
+        os.environ["PYTHONSAFEPATH"] = "1"  # as in a job's script
         os.environ[GPUS] = environment.get("CUDA_VISIBLE_DEVICES", "all")
         os.environ[LAUNCHER] = launcher()
         job = executor.submit(run_task, config.model_dump_json(), str(run.path.resolve()), run.attempt)
@@ -90,7 +91,7 @@ class ForegroundTasks:
         path = run.attempt_dir / "config.json"
         path.write_text(config.model_dump_json())
         command = [sys.executable, "-u", "-m", "fp8slurm.slurm.foreground", str(path), str(run.path.resolve())]
-        environment = os.environ | {"PYTHONPATH": _python_path(), LAUNCHER: launcher()}
+        environment = os.environ | {"PYTHONPATH": _python_path(), "PYTHONSAFEPATH": "1", LAUNCHER: launcher()}
         self._processes = [
             subprocess.Popen([*command, str(run.attempt), str(task.index)], env=environment) for task in place(config).tasks
         ]

@@ -15,6 +15,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from pathlib import Path
 from typing import Callable
 
@@ -93,33 +94,53 @@ class Monitor:
         return None
 
     def _watch(self) -> None:
+        """Without this thread a task has no watchdog, no notice and no ear for SIGTERM: a shared file system that stumbles
+        once must not end it."""
+        stumbled = False
         while not self._closing.is_set():
-            if select.select([self._signals], [], [], 0.5)[0]:
-                number = signal.Signals(os.read(self._signals, 1)[0])
-                if number in (signal.SIGTERM, signal.SIGINT):
-                    self._end(TERMINATED, f"ended by {number.name}")
-                if number == signal.SIGUSR2:
-                    self.on_notice()
-            # Blocked since the task began, so that no child of it is killed by it: fetched from here.
-            while signal.sigtimedwait([signal.SIGUSR2], 0) is not None:
+            try:
+                self._look()
+            except OSError:
+                if not stumbled:
+                    print(f"task {self.index}: watching goes on after\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+                stumbled = True
+            except Exception:  # noqa: BLE001 - a task that nobody watches ends
+                self._end(1, f"watching it failed\n{traceback.format_exc()}")
+
+    def _look(self) -> None:
+        if select.select([self._signals], [], [], 0.5)[0]:
+            number = signal.Signals(os.read(self._signals, 1)[0])
+            if number in (signal.SIGTERM, signal.SIGINT):
+                self._end(TERMINATED, f"ended by {number.name}")
+            if number == signal.SIGUSR2:
                 self.on_notice()
-            self.on_tick()
-            dead = self._dead_neighbour()
-            if dead:
-                time.sleep(0.2)  # its last words first
-                self._end(NEIGHBOUR_DIED, f"{dead} ended; this task ends with it")
-            if self._launcher is not None and self._launcher != launcher(int(self._launcher.split()[0])):
-                self._end(TERMINATED, f"the process that started it ({self._launcher.split()[0]}) is gone")
-            if time.monotonic() - self._last > self.timeout_s:
-                self._end(HUNG, f"no progress for watchdog.timeout_s = {self.timeout_s:g} s; stacks in {self.stacks}")
-            if self.hung.exists():
-                self._show_where()
+        # Blocked since the task began, so that no child of it is killed by it: fetched from here.
+        while signal.sigtimedwait([signal.SIGUSR2], 0) is not None:
+            self.on_notice()
+        # what needs no file system comes first
+        if self._launcher is not None and self._launcher != launcher(int(self._launcher.split()[0])):
+            self._end(TERMINATED, f"the process that started it ({self._launcher.split()[0]}) is gone")
+        if time.monotonic() - self._last > self.timeout_s:
+            self._end(HUNG, f"no progress for watchdog.timeout_s = {self.timeout_s:g} s; stacks in {self.stacks}")
+        self.on_tick()
+        dead = self._dead_neighbour()
+        if dead:
+            time.sleep(0.2)  # its last words first
+            self._end(NEIGHBOUR_DIED, f"{dead} ended; this task ends with it")
+        if self.hung.exists():
+            self._show_where()
 
     def _end(self, code: int, why: str) -> None:
-        if self.stop_marker.exists():  # the attempt is over as planned, and Slurm or its neighbours end what is left
-            print(f"task {self.index}: {why}, after the run had stopped", file=sys.stderr, flush=True)
-            self._leave(0)
-        print(f"task {self.index}: {why}", file=sys.stderr, flush=True)
+        try:
+            if self.stop_marker.exists():  # the attempt is over as planned, and Slurm or its neighbours end what is left
+                code, why = 0, f"{why}, after the run had stopped"
+            print(f"task {self.index}: {why}", file=sys.stderr, flush=True)
+            if code:
+                self._last_words(code, why)
+        finally:  # also where the folder cannot be written
+            self._leave(code)
+
+    def _last_words(self, code: int, why: str) -> None:
         if code == HUNG:
             self.hung.touch()
         if code != TERMINATED or self.hung.exists() or time.monotonic() - self._last > SILENT_S:
@@ -127,7 +148,6 @@ class Monitor:
         record_error(self.errors, self.index, why, primary=code not in (NEIGHBOUR_DIED, TERMINATED))
         if code == HUNG:
             self._wait_for_stacks()
-        self._leave(code)
 
     def _show_where(self) -> None:
         """Write where every thread of this task stands, once; in a hang also what NCCL did last."""

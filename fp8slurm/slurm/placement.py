@@ -34,24 +34,14 @@ class EnginePlace:
 
 
 @dataclass(frozen=True)
-class GroupPlace:
-    """A process group outside Megatron's: its members as task indices, in the order of their ranks in the group."""
-
-    name: str
-    tasks: tuple[int, ...]
-
-
-@dataclass(frozen=True)
 class Placement:
-    """All tasks of a job: on every node `ranks_per_node` Megatron ranks, then the node's agent; engines and groups."""
+    """All tasks of a job: on every node `ranks_per_node` Megatron ranks, then the node's agent; and the engines."""
 
     nodes: int
     ranks_per_node: int
     gpus_per_node: int
     tasks: tuple[Task, ...]
     engines: tuple[EnginePlace, ...]
-    groups: tuple[GroupPlace, ...]
-    """`transport`: every rank and every agent."""
 
     @property
     def world_size(self) -> int:
@@ -86,9 +76,7 @@ def place(config: RunConfig) -> Placement:
             start = first_engine_gpu + number * e.tensor_parallel_size
             gpus = tuple(range(start, start + e.tensor_parallel_size)) if s.gpus_per_node else ()
             engines.append(EnginePlace(node, number, gpus))
-    ordered = sorted(tasks, key=lambda t: (t.role == "agent", t.number))
-    transport = GroupPlace("transport", tuple(t.index for t in ordered))
-    return Placement(s.nodes, s.ranks_per_node, s.gpus_per_node, tuple(tasks), tuple(engines), (transport,))
+    return Placement(s.nodes, s.ranks_per_node, s.gpus_per_node, tuple(tasks), tuple(engines))
 
 
 def _check_gpus(config: RunConfig) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import math
+import shutil
 from pathlib import Path
 from typing import Any, Callable
 
@@ -15,6 +17,10 @@ from fp8slurm.models.qwen3 import ModelSpec, check_layout
 from fp8slurm.slurm.attempt import check_configuration
 from fp8slurm.slurm.placement import place
 
+SLURM_COUNTS_MIN = (2**31 - 1) // 60
+"""Slurm keeps a time limit in seconds of 31 bits, and takes a longer one for another."""
+START_S = 180
+"""Start, a step and a save should have so long before the notice, which Slurm may send 60 s early."""
 ROWS_CHECKED = 20_000
 """Rows of each data file that are read before a job is queued; the job itself reads all of them."""
 
@@ -45,6 +51,7 @@ def preflight(config: RunConfig, dry_run: bool = False) -> list[str]:
     _sync(config)
     _parallel(config, spec)
     _lengths(config, spec)
+    _stop_tokens(config, spec)
     _algorithm(config)
     check(_experts, config, spec)
     check(_gpus, config)
@@ -55,7 +62,7 @@ def preflight(config: RunConfig, dry_run: bool = False) -> list[str]:
         check(_data, config)
     if dry_run:  # a start looks itself, under the run's lock
         check(check_configuration, config, RunDirectory(config.run.root / config.run.name))
-    return refusals + _warnings(config)
+    return refusals + _warnings(config) + _room(config, spec)
 
 
 def _folder(path: Path | None, flag: str, what: str) -> Path:
@@ -83,10 +90,18 @@ def _model(config: RunConfig) -> None:
         )
     if config.model.rollout_checkpoint is not None:
         rollout = _folder(config.model.rollout_checkpoint, "--model.rollout-checkpoint", "folder that the engine loads")
+        from fp8slurm.rl.precision import engine_in_fp8
+
         _spec(rollout, "--model.rollout-checkpoint")  # refuses block sizes and scale formats that we cannot make
         from fp8slurm.sync.check import check_rollout_checkpoint
 
         check_rollout_checkpoint(rollout, spec)
+        there, asked = engine_in_fp8(config), config.fp8.engine
+        if asked != "auto" and there != (asked == "fp8"):
+            raise ValueError(
+                f"--fp8.engine {asked} with --model.rollout-checkpoint {rollout}, which is in {'FP8' if there else 'BF16'}; allowed: "
+                f"leave --fp8.engine out, or give another folder"
+            )
 
 
 def _fp8(config: RunConfig) -> None:
@@ -155,6 +170,14 @@ def _limits(config: RunConfig) -> None:
         limit = minutes(s.time)
     except ValueError as error:
         raise ValueError(f"--slurm.time {error}") from None
+    if limit > SLURM_COUNTS_MIN:
+        raise ValueError(f"--slurm.time {s.time}: Slurm counts up to {SLURM_COUNTS_MIN} minutes; give the time that the run may take")
+    run = str((config.run.root / config.run.name).resolve())
+    if s.executor == "slurm" and "%" in run:
+        raise ValueError(
+            f"--run.root {config.run.root} with --run.name {config.run.name}: {run} has a % in it, which Slurm replaces in the paths "
+            f"of logs; choose others"
+        )
     if s.executor == "slurm" and s.signal_delay_s >= 60 * limit:
         raise ValueError(
             f"--slurm.signal-delay-s {s.signal_delay_s}: the notice would come before the job starts; it must be less than "
@@ -162,11 +185,16 @@ def _limits(config: RunConfig) -> None:
         )
     if s.gpu_type and not s.gpus_per_node:
         raise ValueError(f"--slurm.gpu-type {s.gpu_type} without GPUs: set --slurm.gpus-per-node, or leave it out")
-    own = {"partition", "account", "qos", "reservation", "constraint", "exclude", "time", "nodes", "signal", "requeue"}
+    own = {"partition", "account", "qos", "reservation", "constraint", "exclude", "time", "nodes", "signal", "requeue", "no-requeue"}
     for key in s.sbatch:
         if key == "array":
             raise ValueError(f"--slurm.sbatch array {s.sbatch[key]}: a run is one job; leave it out here, and submit every run by itself")
-        if key.replace("_", "-") in own | {"ntasks-per-node", "cpus-per-task", "gpus-per-node", "mem", "output", "error"}:
+        if key == "chdir":
+            raise ValueError(
+                f"--slurm.sbatch chdir {s.sbatch[key]}: relative paths of the settings would not be those that were checked; leave it "
+                f"out, and submit from the folder that they count from"
+            )
+        if key.replace("_", "-") in own | {"ntasks-per-node", "cpus-per-task", "gpus-per-node", "mem", "output", "error", "job-name"}:
             raise ValueError(f"--slurm.sbatch {key}: it has a setting of its own, or follows from others; leave it out here")
 
 
@@ -219,6 +247,16 @@ def _lengths(config: RunConfig, spec: ModelSpec) -> None:
                 f"--data.max-prompt-tokens {prompt} + --{key}.max-tokens {response} = {prompt + response} do not fit "
                 f"{whose}; lower one of the two{' or raise the context' if e.context_length else ''}"
             )
+
+
+def _stop_tokens(config: RunConfig, spec: ModelSpec) -> None:
+    """A number that the model has no token for would never stop a sample."""
+    wrong = [i for i in config.rollout.stop_token_ids if not 0 <= i < spec.vocab_size]
+    if wrong:
+        raise ValueError(
+            f"--rollout.stop-token-ids {' '.join(map(str, wrong))}: the model has {spec.vocab_size} tokens; allowed: 0 to "
+            f"{spec.vocab_size - 1}"
+        )
 
 
 def _gpus(config: RunConfig) -> None:
@@ -277,6 +315,14 @@ def _algorithm(config: RunConfig) -> None:
         raise ValueError(
             "--rollout.temperature 0: greedy samples of a prompt are all the same; allowed: above 0 (evaluation has its own)"
         )
+    o, groups = config.optim, config.rollout.prompts_per_step
+    if o.schedule != "constant" and o.min_lr > o.lr:
+        raise ValueError(f"--optim.min-lr {o.min_lr:g} with --optim.lr {o.lr:g}: the rate would rise; allowed: at most --optim.lr")
+    if config.run.steps and config.train.updates_per_step > groups:
+        raise ValueError(
+            f"--train.updates-per-step {config.train.updates_per_step} with --rollout.prompts-per-step {groups}: an update takes whole "
+            f"groups; allowed: at most one update a group"
+        )
     if config.sft.data is not None and not config.sft.max_steps:
         raise ValueError(
             "--sft.data without --sft.max-steps: the supervised phase would have 0 steps; set both or neither"
@@ -331,11 +377,62 @@ def _eval_tasks(config: RunConfig, tokenizer: Any) -> None:
         )
     for task in run_tasks(config) if config.eval.tasks else []:
         load_questions(task, tokenizer, config.data, rows=ROWS_CHECKED)
-        RewardPool(grader_section(task, config.reward.timeout_s), workers=1).close()
+        RewardPool(grader_section(task, config.reward), workers=1).close()
+
+
+def _room(config: RunConfig, spec: ModelSpec) -> list[str]:
+    """Whether run.root has room for the checkpoints that are kept, and for the one that is being written."""
+    from fp8slurm.models.names import NameTable
+    from fp8slurm.plan.plan import checkpoint_bytes
+
+    root = config.run.root.absolute()
+    there = next((p for p in (root, *root.parents) if p.exists()), None)
+    one, n = checkpoint_bytes(config, NameTable(spec)), config.checkpoint.keep_last + 1
+    free = shutil.disk_usage(there).free if there is not None else math.inf
+    if free >= n * one:
+        return []
+    return [
+        f"run.root {config.run.root} has {free / 1e9:.1f} GB free; checkpoint.keep_last + 1 checkpoints of {one / 1e9:.1f} GB need "
+        f"{n * one / 1e9:.1f} GB"
+    ]
+
+
+def _idle_settings(config: RunConfig) -> list[str]:
+    """Settings that do nothing beside the others."""
+    o, r, c, steps = config.optim, config.rollout, config.checkpoint, config.run.steps
+    said = {
+        f"sft.max_steps {config.sft.max_steps} without sft.data: there is no supervised phase": (
+            config.sft.data is None and config.sft.max_steps
+        ),
+        f"optim.min_lr {o.min_lr:g} with optim.schedule constant: nothing decays": o.schedule == "constant" and o.min_lr,
+        f"optim.warmup_steps {o.warmup_steps} of run.steps {steps}: the warm-up does not end, optim.lr is never reached": (
+            steps and o.warmup_steps >= steps
+        ),
+        f"rollout.max_replacements {r.max_replacements} without rollout.drop_no_signal: nothing is dropped, so nothing is replaced": (
+            r.max_replacements and not r.drop_no_signal
+        ),
+        f"checkpoint.keep_every {c.keep_every} with checkpoint.every {c.every}: only checkpoints at multiples of "
+        f"{math.lcm(c.every, c.keep_every or 1)} are kept for good": c.keep_every % c.every,
+    }  # fmt: skip
+    return [text for text, applies in said.items() if applies]
+
+
+def _time_to_work(config: RunConfig) -> list[str]:
+    """What is left of a job before its notice."""
+    from fp8slurm.slurm.job import minutes
+
+    s = config.slurm
+    left = 60 * minutes(s.time) - s.signal_delay_s
+    if s.executor != "slurm" or left >= START_S:
+        return []
+    return [
+        f"slurm.time {s.time} with slurm.signal_delay_s {s.signal_delay_s}: the notice comes {left} s after the start, or up to 60 s "
+        f"earlier; a start, a step and a save must fit in before"
+    ]
 
 
 def _warnings(config: RunConfig) -> list[str]:
-    warnings = []
+    warnings = _idle_settings(config) + _time_to_work(config)
     s = config.sft
     node_samples = -(-config.rollout.prompts_per_step // config.slurm.nodes) * config.rollout.n_samples
     samples = -(-node_samples // config.engine.per_node)

@@ -12,7 +12,8 @@ from fp8slurm.slurm.job import ACTIVE, ENDING, SlurmError, ask
 TIMEOUT_S = 15.0
 """A controller that is down makes Slurm's commands wait; a status must not wait as long."""
 FIELDS = ("state", "reason", "elapsed", "limit", "nodes", "start")
-FORMAT = "%i|%T|%r|%M|%l|%N|%S"
+FORMAT = "%A|%T|%r|%M|%l|%N|%S"
+"""%A: a task of an array has a number of its own, as in its SLURM_JOB_ID; %i would be ARRAY_TASK."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def jobs(ids: Iterable[str]) -> tuple[dict[str, SlurmJob], str]:
         problem = ""
     missing = [i for i in wanted if i not in found]
     if missing and "no answer" not in problem:  # sacct would wait as long
-        columns = "JobID,State,Elapsed,Timelimit,NodeList,Start"
+        columns = "JobIDRaw,State,Elapsed,Timelimit,NodeList,Start"
         out, why = query("sacct", "--allocations", "--parsable2", f"--format={columns}", f"--jobs={','.join(missing)}")
         if out is not None:
             found = parse_sacct(out) | found
@@ -74,7 +75,7 @@ def jobs(ids: Iterable[str]) -> tuple[dict[str, SlurmJob], str]:
 
 def jobs_of_scripts(folders: Iterable[Path]) -> tuple[list[str], str]:
     """This user's jobs that wait or run and whose script lies in one of the folders, and why nothing is known ("": Slurm answered)."""
-    out, problem = query("squeue", "--noheader", f"--user={os.getuid()}", "--format=%i|%T|%o")
+    out, problem = query("squeue", "--noheader", f"--user={os.getuid()}", "--format=%A|%T|%o")
     rows = [line.strip().split("|", 2) for line in (out or "").splitlines()]
     starts = tuple(f"{folder}/" for folder in folders)
     return [r[0] for r in rows if len(r) == 3 and r[1] in ACTIVE and r[2].startswith(starts)], problem
@@ -101,9 +102,9 @@ def parse_sacct(text: str) -> dict[str, SlurmJob]:
     for line in lines[1:]:
         row = dict(zip(header, line.split("|")))
         state, _, rest = row.get("State", "").partition(" ")  # "CANCELLED by 1000"
-        if row.get("JobID") and state:
+        if (id := row.get("JobIDRaw") or row.get("JobID")) and state:
             values = {field: _known(row.get(column, "")) for column, field in columns.items()}
-            found[row["JobID"]] = SlurmJob(row["JobID"], **(values | {"state": state, "reason": rest}))
+            found[id] = SlurmJob(id, **(values | {"state": state, "reason": rest}))
     return found
 
 

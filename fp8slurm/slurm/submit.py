@@ -19,33 +19,30 @@ from fp8slurm.slurm.placement import place
 FOLDER = "slurm"
 """Of a run directory: what submitit writes (job script, pickled call), and the output of the job scripts."""
 
+SAFE_PATH = "export PYTHONSAFEPATH=1"
+"""Of a job script, after slurm.setup: `python -m` would look for modules in the folder that the job was submitted from first, and
+a folder triton/ or a file queue.py there would end every task."""
+
 
 class RefusedError(ValueError):
     """sbatch did not take a job; the message has its reason."""
 
 
-def configuration(argv: list[str], prog: str) -> tuple[RunConfig, bool]:
-    """(configuration, whether --dry-run was given) of a command line, for jobs under Slurm. Raises ValueError, SystemExit."""
-    import argparse
-
-    from fp8slurm.config import parse, recipe_names
-
-    parser = argparse.ArgumentParser(prog=prog, add_help=False)
-    parser.add_argument("--recipe", help=f"{', '.join(recipe_names())}, or the path of a .toml file")
-    parser.add_argument("--dry-run", action="store_true", help="print what would run, start nothing")
-    own, flags = parser.parse_known_args(argv)
-    if "-h" in flags or "--help" in flags:
-        parser.print_help()
-    config = parse(own.recipe, flags, prog)
-    return config.model_copy(update={"slurm": config.slurm.model_copy(update={"executor": "slurm"})}), own.dry_run
+def under_slurm(config: RunConfig) -> RunConfig:
+    """The configuration with slurm.executor = "slurm", whatever it was."""
+    return config.model_copy(update={"slurm": config.slurm.model_copy(update={"executor": "slurm"})})
 
 
 def parameters(config: RunConfig, run_dir: Path, python: str = sys.executable) -> dict[str, Any]:
     """submitit's parameters of the job; `python` is the interpreter of the job script's last line."""
     s, placement = config.slurm, place(config)
-    more: dict[str, Any] = {"requeue": True, "reservation": s.reservation, "mem": s.memory, **s.sbatch}
+    # Said either way: what Slurm does without a word after a dead node or a preemption is the site's JobRequeue.
+    more: dict[str, Any] = {
+        "requeue" if s.requeue else "no-requeue": True, "reservation": s.reservation, "mem": s.memory, **s.sbatch,
+    }  # fmt: skip
+    # In blocks, as the placement deals tasks to nodes, also where SBATCH_DISTRIBUTION or the site says otherwise.
     srun = {
-        "kill-on-bad-exit": 1, "cpus-per-task": s.cpus_per_task, "container-image": s.container_image,
+        "kill-on-bad-exit": 1, "distribution": "block", "cpus-per-task": s.cpus_per_task, "container-image": s.container_image,
         "container-mounts": ",".join(s.container_mounts) or None,
     }  # fmt: skip
     chosen = {
@@ -63,7 +60,7 @@ def parameters(config: RunConfig, run_dir: Path, python: str = sys.executable) -
         "signal_delay_s": s.signal_delay_s,
         # Without the trap bash would die of the SIGTERM before the tasks, and its last line would never run. The variable, which
         # sbatch sets where it was told what to export, would keep what the lines of slurm.setup export from the tasks.
-        "setup": ["trap : TERM USR2", "unset SLURM_EXPORT_ENV", *s.setup],
+        "setup": ["trap : TERM USR2", "unset SLURM_EXPORT_ENV", *s.setup, SAFE_PATH],
         "srun_args": [f"--{k}={v}" for k, v in srun.items() if v is not None] + s.srun,
         "teardown": [f"exec {shlex.quote(python)} -m fp8slurm.slurm.after $? {shlex.quote(str(run_dir))}"],
         "additional_parameters": {k: v for k, v in more.items() if v is not None and v is not False},

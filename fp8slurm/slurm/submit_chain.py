@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -11,13 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Sequence
 
-from fp8slurm.checkpoint.run import write_atomic
+from fp8slurm.checkpoint.run import RunDirectory, write_atomic
 from fp8slurm.config import RunConfig
-from fp8slurm.slurm.attempt import same_path
+from fp8slurm.slurm.attempt import finished, same_path
 from fp8slurm.slurm.chain import TRAIN, Link, dependency, links, log_file, parse_sbatch, script, script_file
 from fp8slurm.slurm.job import SlurmError, ask, environment_for_a_job
 from fp8slurm.slurm.queue import jobs, jobs_of_scripts
 from fp8slurm.slurm.status import Facts, size_damage
+from fp8slurm.slurm.submit import one_line
 
 CHAIN = "chain.json"
 LATE_S = 5.0
@@ -36,13 +36,17 @@ class Planned:
 
 def main(argv: list[str]) -> int:
     """Exit status 0: queued, or nothing left to do; 1: Slurm failed; bad input is a ValueError."""
-    parser = argparse.ArgumentParser(
-        prog="fp8slurm chain",
-        add_help=False,
-        description="Hugging Face -> torch_dist and FP8 -> train -> Hugging Face -> FP8 -> evaluation, as Slurm jobs "
-        "that wait for each other. Settings are those of fp8slurm train. The same command again leaves out what is "
-        "done. --dry-run prints the scripts.",
+    from fp8slurm.config import parse_command, recipe_parser
+    from fp8slurm.slurm.preflight import preflight
+    from fp8slurm.slurm.submit import under_slurm
+
+    parser = recipe_parser(
+        "fp8slurm chain",
+        "Hugging Face -> torch_dist and FP8 -> train -> Hugging Face -> FP8 -> evaluation, as Slurm jobs that wait for each "
+        "other. The same command again leaves out what is done. The settings below change the recipe; with --recipe R "
+        "before --help their defaults are R's.",
     )
+    parser.add_argument("--dry-run", action="store_true", help="print the scripts, queue nothing")
     parser.add_argument(
         "--convert-sbatch", action="append", default=[], metavar="--NAME=VALUE",
         help='a flag of sbatch for the conversion jobs, such as --convert-sbatch="--partition=cpu"; may be repeated',
@@ -51,18 +55,17 @@ def main(argv: list[str]) -> int:
         "--eval-sbatch", action="append", default=[], metavar="--NAME=VALUE",
         help="the same for the evaluation job",
     )  # fmt: skip
-    own, rest = parser.parse_known_args(argv)
-    if not argv or "-h" in argv or "--help" in argv:
-        parser.print_help()
-    from fp8slurm.slurm.preflight import preflight
-    from fp8slurm.slurm.submit import configuration
-
-    config, dry_run = configuration(rest, "fp8slurm chain")
-    for warning in preflight(config, dry_run=dry_run):
+    own, config = parse_command(parser, argv)
+    config = under_slurm(config)
+    for warning in preflight(config, dry_run=own.dry_run):
         print(f"fp8slurm chain: warning: {warning}", file=sys.stderr)
     run = (config.run.root / config.run.name).resolve()
     found = plan(config, run, own.convert_sbatch, own.eval_sbatch)
-    if dry_run:
+    if own.dry_run:
+        from fp8slurm.slurm.cluster import check_in_passing
+
+        for warning in check_in_passing(config):
+            print(f"fp8slurm chain: warning: {warning}", file=sys.stderr)
         print(describe(found, config, run), end="")
         return 0
     if all(p.done for p in found):
@@ -71,7 +74,7 @@ def main(argv: list[str]) -> int:
     from fp8slurm.doctor.quick import quick
     from fp8slurm.slurm.cluster import check_cluster
 
-    for warning in [*quick(config), *check_cluster(config)]:
+    for warning in [*quick(config), *check_cluster(config), *check_scripts(found, config, run)]:
         print(f"fp8slurm chain: warning: {warning}", file=sys.stderr)
     refuse_second(run)
     try:
@@ -99,7 +102,10 @@ def plan(config: RunConfig, run: Path, convert_sbatch: list[str], eval_sbatch: l
     trained = False
     for number, link in enumerate(links(config, run, convert_sbatch, eval_sbatch), 1):
         if link.name == TRAIN:
-            trained = size_damage(link.output) is None
+            damage = size_damage(link.output)
+            trained = damage is None
+            if not trained and finished(config, RunDirectory(run)):
+                raise ValueError(f"{link.output}, the run's last checkpoint, is damaged ({damage}): move it away, and the run makes it again")
             done = f"{link.output} is there" if trained else ""
         else:
             done = f"{link.output} is there" if link.output.exists() else ""
@@ -150,6 +156,36 @@ def refuse_second(run: Path) -> None:
         )
     if facts.held() == "running":
         raise ValueError(f"{run} is held by a process of this machine: wait for it, or choose another --run.name")
+
+
+FLAGS = {"eval": "--eval-sbatch"}
+"""Where what a job asks for comes from, besides [slurm]."""
+
+
+def check_scripts(found: list[Planned], config: RunConfig, run: Path) -> list[str]:
+    """Ask sbatch about every other script than the training job's before the first is queued; returns warnings.
+
+    Raises:
+        ValueError: sbatch would refuse one.
+    """
+    from fp8slurm.slurm.cluster import NO_SUCH_NODE, away_of, nodes_of, test_only
+
+    warnings, asked = [], []
+    for p in found:
+        # The conversions all ask for the same.
+        if p.done or p.link.name == TRAIN or p.link.directives in asked:
+            continue
+        asked.append(p.link.directives)
+        refusal = test_only(script(p.link, p.number, config, run))
+        partition = p.link.directives.get("partition") or os.environ.get("SBATCH_PARTITION", "")
+        away = away_of(nodes_of(set(filter(None, partition.split(","))))) if NO_SUCH_NODE in refusal else ""
+        if away:
+            warnings.append(f"job {p.link.name} will wait: Slurm could not start it on the nodes that are there now; away: {away}")
+        elif refusal:
+            flag = FLAGS.get(p.link.name, "--convert-sbatch")
+            wanted = " ".join(f"--{k}={v}" if v else f"--{k}" for k, v in p.link.directives.items())
+            raise ValueError(f"Slurm would refuse the job {p.link.name}: {refusal}; it asks for {wanted} ({flag} changes that)")
+    return warnings
 
 
 def submit(found: list[Planned], config: RunConfig, run: Path, arguments: list[str]) -> dict[str, Any]:
@@ -204,7 +240,7 @@ def queue(planned: Planned, after: list[str], config: RunConfig, run: Path) -> t
     try:
         said = ask("sbatch", "--parsable", *flags, str(file), environment=environment_for_a_job(dict(os.environ), text))
     except SlurmError as error:
-        raise SlurmError(f"sbatch refused {file}: {error}") from None
+        raise SlurmError(f"sbatch refused {file}: {one_line(str(error))}") from None
     return said.strip().split(";")[0], str(log_file(run, planned.number, link.name))
 
 

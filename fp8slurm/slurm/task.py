@@ -91,7 +91,7 @@ def set_environment(config: RunConfig, placement: Placement, task: Task) -> None
     set_fp32_scales()
     if config.slurm.cpu_threads:
         os.environ["OMP_NUM_THREADS"] = str(config.slurm.cpu_threads)
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // placement.ranks_per_node)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads_of_a_rank(config, len(os.sched_getaffinity(0)))))
     # Trainer and engine take turns on the same cores: a thread that spins while it waits would take the other's.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # oneDNN and torch's layer over it keep 0.5 MB for every shape of a BF16 product, 1024 shapes each, and hardly two
@@ -115,6 +115,14 @@ def set_environment(config: RunConfig, placement: Placement, task: Task) -> None
         # NCCL's flight recorder: the last collectives of every rank, for the monitor to write out when nothing moves.
         for name in ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"):  # its name since torch 2.10, and before
             os.environ.setdefault(name, "2000")
+    else:  # a node may have GPUs that this run has not asked for: ranks and engines take what they see
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def threads_of_a_rank(config: RunConfig, cores: int) -> int:
+    """Of the cores that a task may run on: its own, if Slurm has dealt them out, else a share of them."""
+    dealt = os.environ.get("SLURM_CPUS_PER_TASK", "") if config.slurm.executor == "slurm" else ""
+    return min(cores, int(dealt)) if dealt.isdigit() else max(1, cores // config.slurm.ranks_per_node)
 
 
 def see_gpus() -> None:

@@ -15,17 +15,47 @@ from fp8slurm.checkpoint.run import RunDirectory
 from fp8slurm.config import RunConfig
 from fp8slurm.slurm import attempt
 from fp8slurm.slurm.job import Job
+from fp8slurm.slurm.monitor import record_error
 from fp8slurm.slurm.placement import Placement, Task, place
 from fp8slurm.slurm.task import be_task
+
+
+RECORD_TIMEOUT_S = 60.0
+"""A task that refuses its job waits so long for task 0 to begin the attempt in which it says why."""
 
 
 def work(config_json: str, run_dir: str) -> None:
     """Be task SLURM_PROCID of the run. Does not return, except where the run is finished.
 
     Raises:
-        ValueError: not started by srun, or not with the tasks of this configuration; the run directory is held; too many
-            attempts without progress.
+        SystemExit: not started by srun, or not with the tasks of this configuration; the run directory is held; too many
+            attempts without progress. The reason is said in a line, and recorded as one that another attempt would only meet again.
     """
+    try:
+        _work(config_json, run_dir)
+    except ValueError as error:
+        print(f"fp8slurm: {error}", file=sys.stderr, flush=True)
+        _record(Path(run_dir), str(error))
+        raise SystemExit(2) from None
+
+
+def _record(path: Path, text: str) -> None:
+    """Leave the reason in the attempt of this start of the job: without it the job script would take the task's end for one
+    that another attempt may mend."""
+    job, index = Job.here(), os.environ.get("SLURM_PROCID", "")
+    if job is None or not index.isdigit():
+        return
+    try:
+        # Task 0 itself has not begun one, or has it already.
+        run = attempt.find(path, job) if index == "0" else attempt.join(path, job, RECORD_TIMEOUT_S)
+        if run is not None:
+            (run.attempt_dir / "errors").mkdir(exist_ok=True)
+            record_error(run.attempt_dir / "errors", int(index), text, permanent=True)
+    except (OSError, ValueError) as error:  # TimeoutError among them: task 0 refuses the job too
+        print(f"fp8slurm: the reason is only here ({error})", file=sys.stderr)
+
+
+def _work(config_json: str, run_dir: str) -> None:
     # First of all: no process that is started from here on is ended by Slurm's notice.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
     config = RunConfig.model_validate_json(config_json)
@@ -74,8 +104,16 @@ def redirect_output(run: RunDirectory, task: Task) -> None:
 def main(argv: list[str]) -> int:
     """`fp8slurm worker --recipe R [--section.key VALUE ...]`: one task of a hand-written job script."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
-    from fp8slurm.slurm.submit import configuration
+    from fp8slurm.config import parse_command, recipe_parser
+    from fp8slurm.slurm.submit import under_slurm
 
-    config, _ = configuration(argv, "fp8slurm worker")
+    if "--dry-run" in argv:
+        raise ValueError("--dry-run: a worker is a task of a job that runs; allowed: fp8slurm submit --dry-run, before the job")
+    parser = recipe_parser(
+        "fp8slurm worker",
+        "One task of the run, in a job script of your own: srun starts one a training GPU and one more a node (sbatch/ has "
+        "such scripts; fp8slurm submit makes them). The settings below change the recipe.",
+    )
+    config = under_slurm(parse_command(parser, argv)[1])
     work(config.model_dump_json(), str((config.run.root / config.run.name).resolve()))
     return 0

@@ -291,6 +291,8 @@ def test_exit_status_and_json(capsys, tmp_path, monkeypatch):
         main(["--slurm.nodes", "2"])
     with pytest.raises(ValueError, match="no such recipe"):
         main(["--recipe", "nonsense"])
+    with pytest.raises(ValueError, match="--svg .*/no/x.svg: there is no folder .*/no$"):
+        main(["--svg", str(tmp_path / "no" / "x.svg")])
 
 
 def test_the_quick_part_refuses_what_cannot_run_and_only_warns_of_another_version(

@@ -12,11 +12,13 @@ import sys
 import time
 
 import pytest
+from fp8slurm.checkpoint.run import RunDirectory
 from fp8slurm.config import RunConfig
 from fp8slurm.slurm import submit_chain
+from fp8slurm.slurm.attempt import settle_configuration
 from fp8slurm.slurm.chain import Link, links, parse_sbatch, script
 from fp8slurm.slurm.job import SlurmError
-from fp8slurm.slurm.submit_chain import describe, follow, plan, queue, refuse_second, submit
+from fp8slurm.slurm.submit_chain import check_scripts, describe, follow, plan, queue, refuse_second, submit, with_sbatch
 
 ORDER = ["hf-to-torch-dist", "hf-to-fp8", "train", "torch-dist-to-hf", "export-to-fp8", "eval"]
 TIMEOUT_S = 600.0
@@ -126,8 +128,22 @@ def test_what_is_done_is_left_out(tmp_path):
     text = describe(found, config(), run)
     assert "# ---- 3 train: nothing to do" in text and "# ---- 5 export-to-fp8: sbatch\n" in text
     (checkpoint / "data").write_text("12")
+    with pytest.raises(ValueError, match="step_000007, the run's last checkpoint, is damaged .data has 2 bytes instead of 3"):
+        plan(config(), run, [], [])
+    checkpoint.rename(tmp_path / "away")
     with pytest.raises(ValueError, match="step_000007-hf is there, but the checkpoint that it comes from is not"):
         plan(config(), run, [], [])
+
+
+def test_a_run_that_has_gone_further_is_exported_from_where_it_is(tmp_path):
+    checkpoint = tmp_path / "checkpoints" / "step_000009"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "COMPLETE").write_text(json.dumps({"files": {}}))
+    found = plan(config(), tmp_path, [], [])
+    assert [p.link.output.name for p in found[2:]] == ["step_000009", "step_000009-hf", "step_000009-fp8", "summary.json"]
+    assert found[2].done and "--checkpoint=step_000009" in found[-1].link.command
+    further = plan(config(run={"steps": 10}), tmp_path, [], [])
+    assert not further[2].done and further[2].link.output.name == "step_000010"
 
 
 def test_another_model_in_the_same_run_is_refused(tmp_path):
@@ -186,6 +202,34 @@ def test_a_job_that_sbatch_queued_without_an_answer_is_cancelled_too(tmp_path, s
     slurm.command("squeue", "echo 'Unable to contact slurm controller' >&2; exit 1")
     with pytest.raises(SlurmError, match="Slurm cannot say what is left of the chain in the queue .Unable to contact"):
         submit(plan(config(), run, [], []), config(run={"root": str(tmp_path)}), run, [])
+
+
+def test_every_script_is_checked_before_the_first_is_queued(tmp_path, slurm):
+    """One question for the conversions, one for the evaluation; the refusal names the flag."""
+    slurm.command("sbatch", 'if grep -q "partition=cpu" "$2"; then echo "sbatch: error: invalid partition specified: cpu" >&2; exit 1; fi')
+    assert check_scripts(plan(config(), tmp_path, [], []), config(), tmp_path) == []
+    assert len([x for x in slurm.calls() if x.startswith("sbatch --test-only ")]) == len(slurm.calls()) == 2
+    for flags, says in (
+        ([["--partition=cpu"], []], "hf-to-torch-dist: invalid partition specified: cpu; it asks for .*--partition=cpu .--convert-sbatch changes"),
+        ([[], ["--partition=cpu"]], "eval: invalid partition .*--eval-sbatch changes"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            check_scripts(plan(config(), tmp_path, *flags), config(), tmp_path)
+    slurm.command("sbatch", "echo 'allocation failure: Requested node configuration is not available' >&2; exit 1")
+    slurm.command("scontrol", "echo 'NodeName=n1 State=DOWN Partitions=x'")
+    warnings = check_scripts(plan(config(), tmp_path, [], []), config(), tmp_path)
+    assert len(warnings) == 2 and warnings[1] == (
+        "job eval will wait: Slurm could not start it on the nodes that are there now; away: n1 (DOWN)"
+    )
+
+
+def test_what_a_job_waits_for_is_no_setting_of_its_run(tmp_path):
+    run = RunDirectory(tmp_path)
+    waits = with_sbatch(config(slurm={"sbatch": {"comment": "c"}}), ["--dependency=afterok:5", "--kill-on-invalid-dep=yes"])
+    assert settle_configuration(waits, run) == []
+    assert json.loads((tmp_path / "config.json").read_text())["slurm"]["sbatch"] == {"comment": "c"}
+    (tmp_path / "config.json").write_text(waits.model_dump_json())  # as it was written before
+    assert settle_configuration(config(slurm={"sbatch": {"comment": "c"}}), run) == []
 
 
 def test_dependencies_reach_sbatch(tmp_path, slurm):

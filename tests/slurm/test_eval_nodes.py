@@ -69,7 +69,7 @@ def test_two_nodes_give_the_answers_of_one(one_node, runs, tmp_path):
     counts = [[s[k] for k in ("nodes", "engines", "engine_restarts")] for s in (two.summary(), one_node.summary())]
     assert counts == [[2, 2, 0], [1, 1, 0]]
     assert {r.get("node", 0) for r in two.rows()} == {0, 1}, "both nodes have answered"
-    assert out.count("Hugging Face") == 1 and "2 engine(s)" in out, out
+    assert out.count("Hugging Face") == 1 and "2 engines" in out, out
     left = {p.name for p in two.results.iterdir()}
     assert left == {"engine-0.log", "node-1", "samples.jsonl", "settings.json", "summary.json"}
     assert {p.name for p in tmp_path.iterdir()} == {"model-fp8", "models"}

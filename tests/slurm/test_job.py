@@ -100,6 +100,7 @@ def test_variables_of_sbatch_do_not_win_over_what_a_script_asks_for():
     free = {"SBATCH_ACCOUNT": "mine", "SBATCH_QOS": "q", "PATH": "p"}
     assert job.environment_for_a_job(never | covered | free, script) == free
     assert job.environment_for_a_job(never | covered | free) == covered | free
+    assert job.environment_for_a_job({"SBATCH_GPUS_PER_NODE": "8", "SBATCH_QOS": "q"}, "#SBATCH --nodes=1\n") == {"SBATCH_QOS": "q"}, "none is asked for"
     assert job.environment_for_a_job({"SBATCH_REQUEUE": "1"}, "#SBATCH --no-requeue\n") == {}
 
 
@@ -129,6 +130,12 @@ def test_a_task_of_an_array_requeues_itself_alone(monkeypatch):
     job.show_job("5")
     job.requeue("4")  # somebody else's
     assert calls == [("requeue", "5_2"), ("-o", "show", "job", "5_2"), ("requeue", "4")]
+
+
+def test_of_an_arrays_number_the_task_that_has_it_is_meant(monkeypatch):
+    said = "JobId=6 ArrayJobId=5 JobState=COMPLETED\nJobId=5 ArrayJobId=5 JobState=RUNNING\n"
+    monkeypatch.setattr(job, "ask", lambda *command, **_: said)
+    assert job.show_job("5")["JobState"] == "RUNNING"
 
 
 def test_a_job_is_asked_for_again_as_it_was():

@@ -1,16 +1,20 @@
 """Attempts inside a job, notices and deadlines, and what follows the end of the tasks; Slurm's commands are faked here."""
 
 import json
+import shutil
 import time
 from pathlib import Path
 
 import pytest
+from fp8slurm.checkpoint import hf_to_fp8
 from fp8slurm.checkpoint.run import FencedError, RunBusyError, RunDirectory
 from fp8slurm.config import RunConfig
-from fp8slurm.slurm import after, attempt, job, life, submit_chain
+from fp8slurm.models.tiny import write_model
+from fp8slurm.slurm import after, attempt, job, life, submit_chain, worker
 from fp8slurm.slurm.job import Job, SlurmError
 from fp8slurm.slurm.life import REQUEUE_S, Life, StoppedForGood
 from fp8slurm.slurm.monitor import first_error, record_error
+from fp8slurm.slurm.status import statuses
 
 
 @pytest.fixture
@@ -86,6 +90,28 @@ def test_another_spelling_of_a_path_is_the_same_model(config, tmp_path, monkeypa
         settle(Path("m"))
 
 
+def test_a_rollout_checkpoint_of_another_precision_is_another_run(config, tmp_path):
+    run = RunDirectory(tmp_path / "r")
+    run.path.mkdir()
+    (bf16 := tmp_path / "bf16").mkdir()
+    write_model(bf16)
+    hf_to_fp8(bf16, tmp_path / "fp8")
+    shutil.copytree(tmp_path / "fp8", tmp_path / "moved")
+
+    def settle(path: Path | None) -> list[str]:
+        model = config.model.model_copy(update={"hf_checkpoint": Path("m"), "rollout_checkpoint": path})
+        fp8 = config.fp8.model_copy(update={"backend": "emulated"})
+        return attempt.settle_configuration(config.model_copy(update={"model": model, "fp8": fp8}), run)
+
+    settle(tmp_path / "bf16")
+    assert len(settle(tmp_path / "fp8")) == 1, "without a checkpoint nothing binds"
+    checkpoint(run, 1)
+    assert len(settle(tmp_path / "moved")) == 1
+    assert len(settle(None)) == 1, "made from the model it is in FP8, too"
+    with pytest.raises(ValueError, match="belongs to another run .model.rollout_checkpoint"):
+        settle(tmp_path / "bf16")
+
+
 def test_another_job_is_refused_while_the_first_is_active(config, slurm):
     begin(config)
     with pytest.raises(RunBusyError, match="job 7"):
@@ -114,6 +140,54 @@ def test_attempts_without_a_new_checkpoint_are_counted_and_limited(config, slurm
     assert begin(config, 3).attempt == 3
     assert attempt.without_progress(run, Job("7", 3, None)) == 1
     assert attempt.without_progress(run, Job("9", 0, None)) == 0, "a new job begins to count anew"
+
+
+def _shown(run: RunDirectory):
+    """What `fp8slurm status` says of the run."""
+    return statuses([run.path])[0][0]
+
+
+def test_a_run_that_ends_before_its_next_attempt_says_why_in_its_folder(config, slurm, monkeypatch):
+    monkeypatch.setenv("PATH", "/nonexistent")
+    for restart in range(3):
+        run = begin(config, restart)
+        said = {"why": "stopped as planned", "at": "sft_000000", "saved": False, "time": time.time() + 50, "next": "requeued", "why_not": ""}
+        (run.attempt_dir / "stopped.json").write_text(json.dumps(said))
+    texts = []
+    for _ in range(2):  # a job that somebody requeues once more
+        with pytest.raises(attempt.NoProgressError) as error:
+            begin(config, 3)
+        texts.append(str(error.value))
+    assert "Attempt 2: it stopped as planned at sft_000000 50 s after its start; --slurm.time" in texts[0] and "killed" not in texts[0]
+    assert texts[0] == texts[1] == _shown(run).error
+    assert _shown(run).error_attempt == 2 and _shown(run).stop.endswith("too many attempts without a new checkpoint")
+
+
+def test_an_attempt_that_is_refused_before_it_begins_says_why(config, slurm, monkeypatch):
+    monkeypatch.setenv("PATH", "/nonexistent")
+    run = begin(config)
+    checkpoint(run, 1)
+    with pytest.raises(ValueError, match="belongs to another run"):
+        begin(config.model_copy(update={"data": config.data.model_copy(update={"shuffle": False})}), 1)
+    assert _shown(run).error_attempt == 1 and "belongs to another run" in _shown(run).error
+
+
+@pytest.mark.parametrize("began", [True, False])
+def test_a_task_that_refuses_its_job_ends_the_run_with_its_reason(config, slurm, monkeypatch, capsys, began):
+    """As where srun deals the tasks in another order: nothing that another attempt would mend."""
+    two = config.model_copy(update={"slurm": config.slurm.model_copy(update={"nodes": 2})})
+    for name, value in {"PROCID": "1", "NTASKS": "4", "NODEID": "1", "STEP_ID": "0"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.setattr(worker, "RECORD_TIMEOUT_S", 0.0)
+    run = begin(two) if began else RunDirectory(config.run.root / "r")
+    with pytest.raises(SystemExit) as end:
+        worker.work(two.model_dump_json(), str(run.path))
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and "task 1 is on node 1 instead of 0" in said.splitlines()[0] and "Traceback" not in said
+    monkeypatch.delenv("SLURM_STEP_ID")
+    assert after.after(2, run.path) == 2 and slurm.requeued == []
+    if began:
+        assert "task 1: task 1 is on node 1 instead of 0" in (said := capsys.readouterr().err) and "the run ends" in said
 
 
 def test_a_resubmitted_job_goes_on_counting(config, slurm):
@@ -250,6 +324,34 @@ def test_the_traceback_of_the_task_that_failed_is_the_last_thing_said(config, sl
     (run.path / "config.json").write_text(off.model_dump_json())
     assert after.after(1, run.path) == 1 and slurm.requeued == []
     assert "task 3: Traceback\nKeyError: 'x'" in capsys.readouterr().err
+
+
+def test_the_last_words_of_a_task_before_it_had_a_log(config, slurm, tmp_path, capsys):
+    run = begin(config)
+    slurm.log = tmp_path / "log"
+    slurm.log.write_text("srun: error: node2: task 1: Exited with exit code 1\n")
+    (run.path / "slurm").mkdir()
+    own = run.path / "slurm" / "7_1_log.err"
+    own.write_text("Traceback\nModuleNotFoundError: No module named 'x'\nsrun: Job step aborted\n\n")
+    after.after(1, run.path)
+    text = f"task 1 on node2: Exited with exit code 1; {own}: ModuleNotFoundError: No module named 'x'"
+    assert text in capsys.readouterr().err and first_error(run.attempt_dir) == text
+    run = begin(config, 1)
+    own.write_text("task 1 (rank 1): attempt 1, logs in x\n")
+    after._verdict(run, {"StdErr": str(slurm.log)})
+    assert first_error(run.attempt_dir) == "task 1 on node2: Exited with exit code 1"
+
+
+def test_a_node_that_srun_lost_goes_before_the_tasks_that_it_ends_for_it(config, slurm, tmp_path):
+    run = begin(config)
+    log = tmp_path / "log"
+    lost = "srun: error: Aborting, io error and missing step on node 1\n"
+    ended = "srun: error: node1: tasks 0-2: Killed\n"
+    log.write_text(lost + ended)
+    shown = {"StdErr": str(log), "NodeList": "node[1-2]"}
+    assert after._verdict(run, shown) == "Aborting, io error and missing step on node 1 (nodes node[1-2], counted from 0)"
+    log.write_text(ended + lost)
+    assert after._verdict(run, shown) == "task 0-2 on node1: Killed"
 
 
 @pytest.mark.parametrize("state", ["CANCELLED", "TIMEOUT", "PENDING", "COMPLETING"])

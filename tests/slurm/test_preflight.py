@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from fp8slurm.checkpoint import hf_to_fp8
 from fp8slurm.cli import main
 from fp8slurm.config import parse
 from fp8slurm.rl.tiny_task import write_data
@@ -60,6 +61,10 @@ def test_the_recipe_passes(tiny):
         (["--engine.tensor-parallel-size", "8"], ["--engine.tensor-parallel-size 8", "128"]),
         (["--engine.expert-parallel-size", "2"], ["--engine.expert-parallel-size 2", "without experts"]),
         (["--rollout.max-tokens", "65"], ["--data.max-prompt-tokens 64", "--rollout.max-tokens 65", "129", "--engine.context-length 128"]),
+        (["--rollout.stop-token-ids", "0", "151645", "-1"], ["--rollout.stop-token-ids 151645 -1", "tokens; allowed: 0 to"]),
+        (["--eval.tasks", "gsm8k"], ["--eval.tasks gsm8k: give its questions: gsm8k=FILE (nothing"]),
+        (["--eval.tasks", "nope"], ["--eval.tasks nope: no such task; allowed: aime-2024", "(with =FILE), a file"]),
+        (["--eval.tasks", "gsm8k=no.jsonl"], ["--eval.tasks gsm8k=no.jsonl: there is no file no.jsonl"]),
         (["--eval.max-tokens", "100"], ["--eval.max-tokens 100", "164"]),
         (["--engine.context-length", "2048"], ["--engine.context-length 2048", "1024 positions"]),
         (["--data.max-prompt-tokens", "1020", "--engine.context-length", "None"], ["the model's 1024 positions"]),
@@ -81,6 +86,13 @@ def test_the_recipe_passes(tiny):
         (["--rollout.n-samples", "1"], ["--rollout.n-samples 1", "2 or more"]),
         (["--sft.max-steps", "0"], ["--sft.max-steps"]),
         (["--algorithm.dual-clip", "0.5"], ["dual_clip 0.5", "above 1"]),
+        (["--optim.schedule", "cosine", "--optim.min-lr", "1"], ["--optim.min-lr 1", "would rise"]),
+        (["--train.updates-per-step", "65"], ["--train.updates-per-step 65", "--rollout.prompts-per-step 64", "whole groups"]),
+        (["--slurm.sbatch", "job-name", "mine"], ["--slurm.sbatch job-name"]),
+        (["--slurm.sbatch", "no_requeue", "True"], ["--slurm.sbatch no_requeue"]),
+        (["--slurm.sbatch", "chdir", "/scratch"], ["--slurm.sbatch chdir /scratch", "relative paths"]),
+        (["--slurm.time", "99999999999"], ["--slurm.time 99999999999", "35791394 minutes"]),
+        (["--slurm.executor", "slurm", "--run.name", "a%j"], ["--run.name a%j", "paths of logs"]),
     ],
 )
 def test_refusals(tiny, more, says):
@@ -95,11 +107,33 @@ def test_refusals(tiny, more, says):
         (["--rollout.top-p", "0.9"], "rollout.top_p"),
         (["--engine.max-running-requests", "100"], "engine.max_running_requests 100"),
         (["--sft.eval-every", "0"], "sft.stop_accuracy"),
+        (["--sft.data", "None"], "sft.max_steps 200 without sft.data"),
+        (["--slurm.executor", "slurm", "--slurm.time", "5", "--slurm.signal-delay-s", "200"], "slurm.signal_delay_s 200: the notice comes 100 s"),
+        (["--optim.min-lr", "1e-7"], "optim.min_lr 1e-07 with optim.schedule constant"),
+        (["--run.steps", "3"], "optim.warmup_steps 3 of run.steps 3"),
+        (["--rollout.max-replacements", "2", "--rollout.no-drop-no-signal"], "rollout.max_replacements 2 without"),
+        (["--checkpoint.every", "20", "--checkpoint.keep-every", "50"], "multiples of 100"),
     ],
 )
 def test_warnings(tiny, more, says):
     (warning,) = preflight(parse("tiny-fp8", flags(tiny, *more)))
     assert says in warning
+
+
+def test_a_rollout_checkpoint_has_a_precision_of_its_own(tiny, tmp_path):
+    hf_to_fp8(tiny / "model", tmp_path / "fp8")
+    given = ["--model.rollout-checkpoint", str(tmp_path / "fp8")]
+    assert preflight(parse("tiny-fp8", flags(tiny, *given, "--fp8.engine", "fp8"))) == []
+    assert "--fp8.engine bf16" in refused(tiny, *given, "--fp8.engine", "bf16")
+
+
+def test_a_full_disk_is_said_before_anything_starts(tiny, monkeypatch):
+    usage = shutil.disk_usage(tiny)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=60_000_000))
+    (warning,) = preflight(parse("tiny-fp8", flags(tiny)))
+    assert "run.root runs has 0.1 GB free; checkpoint.keep_last + 1 checkpoints" in warning
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=80_000_000))
+    assert preflight(parse("tiny-fp8", flags(tiny))) == []
 
 
 def test_experts(tiny, tmp_path, monkeypatch):

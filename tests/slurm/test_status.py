@@ -156,6 +156,17 @@ def test_a_resubmitted_job_is_followed(run, slurm):
     assert (s.state, s.job_id, s.stop) == ("pending", "9", "stopped as planned; saved at step 4; resubmitted as job 9")
 
 
+def test_a_task_of_an_array_is_known_by_its_own_number(run, slurm):
+    """squeue's %i and sacct's JobID say 25_2, the job's environment and with it the owner 27."""
+    run.config().attempt(0, job="27", host="n", pid=1, start="1")
+    said = "|RUNNING|None|0:10|30:00|n|N/A"
+    slurm("squeue", f'case "$*" in *%i*) echo "25_2{said}";; *) echo "27{said}"; echo "25|PENDING|x|0:00|30:00||N/A";; esac')
+    assert (one(run).state, one(run).job_id) == ("running", "27")
+    slurm("squeue", "echo 'slurm_load_jobs error: Invalid job id specified' >&2", "exit 1")
+    slurm("sacct", 'case "$*" in *JobIDRaw*) echo "JobIDRaw|State|NodeList"; echo "27|TIMEOUT|n";; esac')
+    assert (one(run).state, one(run).job_id) == ("timeout", "27")
+
+
 def test_jobs_that_squeue_has_forgotten_are_asked_of_sacct(run, slurm):
     run.config().attempt(0, job="7", host="n", pid=1, start="1")
     slurm("squeue", "echo 'slurm_load_jobs error: Invalid job id specified' >&2", "exit 1")

@@ -98,6 +98,69 @@ def test_what_sbatch_refuses_and_a_machine_without_slurm(slurm, monkeypatch):
         cluster.check_cluster(config())
 
 
+def test_a_variable_of_sbatch_decides_the_partition_where_no_setting_does(slurm, monkeypatch):
+    slurm["scontrol"] = PARTITIONS.replace("GraceTime=30", "GraceTime=0")
+    monkeypatch.setenv("SBATCH_PARTITION", "spot")
+    assert "partition spot is preemptible" in cluster.check_cluster(config(time="3-00"))[0]  # too long for the default one
+    with pytest.raises(ValueError, match=r"--slurm.nodes 3: partition spot \(SBATCH_PARTITION\)"):
+        cluster.check_cluster(config(nodes=3))
+    assert cluster.check_cluster(config(nodes=3, partition="gpu")) == []
+    monkeypatch.setenv("SBATCH_PARTITION", "gpus")
+    with pytest.raises(ValueError, match="SBATCH_PARTITION gpus: there is no partition gpus; there are gpu, spot"):
+        cluster.check_cluster(config())
+
+
+def test_a_partition_that_is_down_is_a_warning(slurm):
+    slurm["scontrol"] = PARTITIONS.replace("TotalNodes=4", "TotalNodes=4 State=DOWN")
+    assert cluster.check_cluster(config()) == ["partition gpu is DOWN: the job waits until it is UP"]
+    assert cluster.check_cluster(config(partition="gpu,spot")) == [], "it starts in the other"
+
+
+def test_what_no_node_has_is_compared_with_what_they_have(slurm):
+    slurm["sbatch"] = SlurmError(
+        "sbatch: error: Memory specification can not be satisfied\nallocation failure: Requested node configuration is not available"
+    )
+    node = "NodeName=n{} CPUTot=64 RealMemory=65536 Gres={} State=IDLE Partitions={}\n"
+    slurm["nodes"] = node.format(1, "gpu:8", "gpu") + node.format(2, "gpu:8", "gpu,x") + node.format(3, "(null)", "gpu") + node.format(4, "gpu:16", "x")
+    with pytest.raises(ValueError) as error:
+        cluster.check_cluster(config(cpus_per_task=12, gpu_type="a100", memory="999G", exclude="n1"))
+    text = str(error.value)
+    assert "\n" not in text and "sbatch: error" not in text and "can not be satisfied; allocation failure" in text
+    for words in (
+        "a100:8 GPUs (--slurm.gpus-per-node, --slurm.gpu-type a100)", "108 cores", "--slurm.cpus-per-task", "999G memory (--slurm.memory)",
+        "without n1 (--slurm.exclude)", "nodes of gpu: 2 x gpu:8, 64 cores, 65536 MB; 1 x no GPU, 64 cores, 65536 MB",
+    ):  # fmt: skip
+        assert words in text, text
+
+
+def test_a_dry_run_asks_in_passing(slurm, monkeypatch):
+    assert cluster.check_in_passing(config()) == []
+    (warning,) = cluster.check_in_passing(config(partition="gpus"))
+    assert warning.startswith("a start would be refused here: --slurm.partition gpus")
+    slurm["scontrol"] = SlurmError("no answer within 5 s")
+    assert "Slurm does not answer" in cluster.check_in_passing(config())[0]
+    monkeypatch.setattr(job, "available", lambda: False)
+    assert cluster.check_in_passing(config()) == []
+
+
+@pytest.mark.parametrize("command", ["submit", "chain"])
+def test_dry_runs_say_what_slurm_would_refuse(slurm, command, tmp_path, monkeypatch, capsys):
+    from fp8slurm.cli import main
+
+    monkeypatch.chdir(tmp_path)  # no checkpoint, no data
+    assert main([command, "--recipe", "qwen3-4b-fp8", "--dry-run", "--slurm.partition", "gpus"]) == 0
+    assert "a start would be refused here: --slurm.partition gpus: there is no partition gpus" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["worker"], ["after", "1"]])
+def test_dry_runs_of_what_only_a_job_calls_are_refused(command, capsys):
+    from fp8slurm.cli import main
+
+    assert main([*command, "--recipe", "tiny-fp8", "--dry-run"]) == 2
+    said = capsys.readouterr().err
+    assert "--dry-run: " in said and "fp8slurm submit --dry-run" in said
+
+
 def test_of_several_partitions_one_must_fit(slurm):
     slurm["scontrol"] = PARTITIONS.replace("GraceTime=30", "GraceTime=0")
     assert cluster.check_cluster(config(partition="spot,gpu", nodes=3)) == []  # spot is too small, so its short notice does not count

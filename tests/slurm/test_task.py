@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from fp8slurm.config import RunConfig
+from fp8slurm.slurm import monitor, task
+
 IMPORTS = """
 import os, sys, fp8slurm.slurm.task as task
 from fp8slurm.config import RunConfig
@@ -42,12 +45,47 @@ def test_torch_is_not_imported_before_the_environment_is_set():
     assert start("print('torch' in sys.modules)") == "False"
 
 
+BEGIN = """
+from pathlib import Path
+from fp8slurm.checkpoint.run import RunDirectory
+from fp8slurm.slurm import attempt
+from fp8slurm.slurm.job import Job
+c, path = RunConfig(fp8={{"backend": "emulated"}}), Path({path!r})
+attempt.settle_configuration(c, RunDirectory(path))  # as `submit` does
+attempt.finished(c, RunDirectory(path))
+attempt.begin(c, path, Job("1", 0, "0"))
+print("torch" in sys.modules)
+"""
+
+
+def test_torch_is_not_imported_by_beginning_an_attempt(tmp_path: Path):
+    """Task 0 does that before it sets its environment."""
+    (tmp_path / "r").mkdir()
+    assert start(BEGIN.format(path=str(tmp_path / "r"))) == "False"
+
+
 def test_threads_of_a_rank():
     """More threads than cores are not looked for in torch: MKL caps them."""
     assert start(SET.format(slurm={"ranks_per_node": 4096})) == "1 1"
     assert start(SET.format(slurm={"cpu_threads": 3})).split()[0] == "3"
     assert start(SET.format(slurm={}), OMP_NUM_THREADS="3").split()[0] == "3"
     assert start(SET.format(slurm={"cpu_threads": 1}), OMP_NUM_THREADS="3") == "1 1", "the setting wins"
+
+
+def test_slurm_has_dealt_the_cores_out_already(monkeypatch):
+    """A task that is bound to its own cores sees no others: there is nothing left to share."""
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "12")
+    here, job = ({"ranks_per_node": 8, "executor": executor} for executor in ("local", "slurm"))
+    assert task.threads_of_a_rank(RunConfig(slurm=job), 12) == 12
+    assert task.threads_of_a_rank(RunConfig(slurm=job), 96) == 12, "not bound: the whole node"
+    assert task.threads_of_a_rank(RunConfig(slurm=here), 96) == 12, "a shell in an allocation: its number is not a rank's"
+    monkeypatch.delenv("SLURM_CPUS_PER_TASK")
+    assert task.threads_of_a_rank(RunConfig(slurm=job), 96) == 12
+
+
+def test_a_run_that_asks_for_no_gpu_sees_none():
+    code = SET.format(slurm={}).replace("import torch", "print(repr(os.environ['CUDA_VISIBLE_DEVICES'])); import torch")
+    assert start(code, CUDA_VISIBLE_DEVICES="0,1").splitlines()[0] == "''"
 
 
 def test_a_contradicting_environment_is_refused():
@@ -101,3 +139,39 @@ def test_a_task_that_is_ended_in_a_long_silence_says_where_it_stands(tmp_path: P
     if shown:
         main, kernel = stacks.read_text().split("thread: name, state")
         assert 'File "<string>"' in main and len(kernel.splitlines()) >= 3
+
+
+STUMBLES = """
+import errno, time
+from pathlib import Path
+from fp8slurm.slurm import monitor
+class Stumbling(monitor.Monitor):
+    times = 0
+    def _dead_neighbour(self):
+        self.times += 1
+        if {when}:
+            raise {error}
+m = Stumbling(Path({folder!r}), 3, 2.0)
+m.start()
+time.sleep(30)
+"""
+
+
+@pytest.mark.parametrize("when", ["self.times == 1", "True"])
+def test_the_watchdog_survives_a_file_system_that_stumbles(tmp_path: Path, when: str) -> None:
+    done = run(STUMBLES.format(folder=str(tmp_path), when=when, error="OSError(errno.ESTALE, 'stale')"))
+    assert done.returncode == monitor.HUNG, done.stderr
+    assert "no progress for watchdog.timeout_s = 2" in done.stderr
+    assert done.stderr.count("watching goes on") == 1 and "stale" in done.stderr
+
+
+def test_a_task_that_cannot_be_watched_ends(tmp_path: Path) -> None:
+    done = run(STUMBLES.format(folder=str(tmp_path), when="True", error="KeyError('pid')"))
+    assert done.returncode == 1, done.stderr
+    assert "watching it failed" in (tmp_path / "errors" / "task_3.json").read_text()
+
+
+def test_a_task_ends_where_its_last_words_cannot_be_written(tmp_path: Path) -> None:
+    done = run(ENDED.format(silent_s=30.0, folder=str(tmp_path)).replace(
+        "time.sleep(0.3)", f"time.sleep(0.3); import shutil; shutil.rmtree({str(tmp_path)!r})"))  # fmt: skip
+    assert done.returncode == monitor.TERMINATED, done.stderr
