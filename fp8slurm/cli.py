@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train(argv: list[str]) -> int:
     """`fp8slurm train --recipe R [--dry-run] [--section.key VALUE ...]`."""
-    from fp8slurm.config import parse_command, recipe_parser, to_toml
+    from fp8slurm.config import parse_command, recipe_parser
 
     parser = recipe_parser(
         "fp8slurm train",
@@ -71,32 +71,39 @@ def train(argv: list[str]) -> int:
     )
     parser.add_argument("--dry-run", action="store_true", help="print what would run, start nothing")
     own, config = parse_command(parser, argv)
-
-    from fp8slurm.slurm.preflight import preflight
-
-    warnings = preflight(config, dry_run=own.dry_run)
-    for warning in warnings:
-        print(f"fp8slurm train: warning: {warning}", file=sys.stderr)
-    if own.dry_run:
-        from fp8slurm.slurm.cluster import check_in_passing
-        from fp8slurm.slurm.describe import describe
-
-        for warning in check_in_passing(config) if config.slurm.executor == "slurm" else []:
-            print(f"fp8slurm train: warning: {warning}", file=sys.stderr)
-        print(to_toml(config))
-        print(describe(config))
+    if not _checked(config, "train", own.dry_run):
         return 0
-    _look(config, "train")
     if config.slurm.executor == "slurm":
         return _train_under_slurm(config)
     return _train_here(config)
 
 
-def _look(config: RunConfig, command: str) -> None:
-    """The quick part of the doctor: prints warnings. ValueError: the run cannot work here."""
-    from fp8slurm.doctor.quick import quick
+def _checked(config: RunConfig, command: str, dry_run: bool) -> bool:
+    """Preflight and the quick part of the doctor, with warnings; or, in a dry run, what would run. Whether to start it.
 
-    for warning in quick(config):
+    ValueError: the run cannot work here.
+    """
+    from fp8slurm.slurm.preflight import preflight
+
+    _warn(command, preflight(config, dry_run=dry_run))
+    if not dry_run:
+        from fp8slurm.doctor.quick import quick
+
+        _warn(command, quick(config))
+        return True
+    from fp8slurm.config import to_toml
+    from fp8slurm.slurm.cluster import check_in_passing
+    from fp8slurm.slurm.describe import describe
+
+    if config.slurm.executor == "slurm":
+        _warn(command, check_in_passing(config))
+    print(to_toml(config))
+    print(describe(config))
+    return False
+
+
+def _warn(command: str, warnings: list[str]) -> None:
+    for warning in warnings:
         print(f"fp8slurm {command}: warning: {warning}", file=sys.stderr)
 
 
@@ -180,8 +187,7 @@ def _submit(config: RunConfig, command: str) -> str | None:
     from fp8slurm.slurm.cluster import check_cluster
     from fp8slurm.slurm.submit import FOLDER, submit
 
-    for warning in check_cluster(config):
-        print(f"fp8slurm {command}: warning: {warning}", file=sys.stderr)
+    _warn(command, check_cluster(config))
     job_id = submit(config)
     if job_id is None:
         print(_is_finished(config))
@@ -194,7 +200,6 @@ def _submit(config: RunConfig, command: str) -> str | None:
 def submit(argv: list[str]) -> int:
     """`fp8slurm submit --recipe R [--dry-run] [--section.key VALUE ...]`: train as a Slurm job, without waiting for it."""
     from fp8slurm.config import parse_command, recipe_parser
-    from fp8slurm.slurm.preflight import preflight
     from fp8slurm.slurm.submit import under_slurm
 
     parser = recipe_parser(
@@ -205,20 +210,8 @@ def submit(argv: list[str]) -> int:
     parser.add_argument("--dry-run", action="store_true", help="print what would run, queue nothing")
     own, config = parse_command(parser, argv)
     config = under_slurm(config)
-    for warning in preflight(config, dry_run=own.dry_run):
-        print(f"fp8slurm submit: warning: {warning}", file=sys.stderr)
-    if own.dry_run:
-        from fp8slurm.config import to_toml
-        from fp8slurm.slurm.cluster import check_in_passing
-        from fp8slurm.slurm.describe import describe
-
-        for warning in check_in_passing(config):
-            print(f"fp8slurm submit: warning: {warning}", file=sys.stderr)
-        print(to_toml(config))
-        print(describe(config))
-        return 0
-    _look(config, "submit")
-    _submit(config, "submit")
+    if _checked(config, "submit", own.dry_run):
+        _submit(config, "submit")
     return 0
 
 

@@ -418,7 +418,8 @@ class Loop:
         return self.stopping.in_rollout(self.pace.save_s + self.writer.left(self.pace.save_s))
 
     def save(self) -> None:
-        """Begin a checkpoint of the present state; a full disk is reported, and the run goes on with the older one."""
+        """Begin a checkpoint of the present state; a full disk is reported, and the run goes on with the older one, but not for
+        ever (MAX_FAILED_SAVES)."""
         tag, self.saves = f"save/{self.saves}", self.saves + 1
         with self.watch.timed("checkpoint"):
             self.settle()

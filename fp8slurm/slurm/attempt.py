@@ -133,8 +133,7 @@ def finished(config: RunConfig, run: RunDirectory, verify: bool = False) -> bool
 
 def last_checkpoint(config: RunConfig, run: RunDirectory) -> str:
     """Name of the checkpoint that a run ends with: the newest, if it is of run.steps or later, else the one to come."""
-    newest = run.newest_checkpoint()
-    return newest if rl_step(newest) >= config.run.steps else RunState("rl", config.run.steps).name
+    return run.newest_checkpoint() if finished(config, run) else RunState("rl", config.run.steps).name
 
 
 def rl_step(checkpoint: str) -> int:

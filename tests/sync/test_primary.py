@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from two_ranks import laid_together
 
 from fp8slurm.fp8.block import BlockFP8
 from fp8slurm.fp8.policy import decide
@@ -13,8 +14,7 @@ from fp8slurm.models.names import Entry, NameTable
 from fp8slurm.models.qwen3 import ModelSpec, QuantizationSpec
 from fp8slurm.models.tiny import model_config
 from fp8slurm.sync import stream as stream_module
-from fp8slurm.sync.bucket import WeightBucket
-from fp8slurm.sync.stream import Cut, WeightStream
+from fp8slurm.sync.stream import WeightStream
 from fp8slurm.trainer import primary_fp8
 
 
@@ -99,20 +99,8 @@ def test_two_ranks_shards_laid_together(monkeypatch: pytest.MonkeyPatch) -> None
     spec = spec_of()
     table = NameTable(spec)
     _, wanted = buckets(table, in_bf16(table))
-    streams = []
-    for rank in range(2):
-        held = as_sent(held_by(table, rank, 2))
-        s = WeightStream(table, lambda held=held: iter(held.items()), QuantizationSpec(), 2**20, torch.bfloat16, Cut(rank, 2))
-        s._bind()
-        streams.append(s)
-    first, second = (s._lanes[0] for s in streams)
-    for specs, fill, other in zip(first.source.buckets, first.fills, second.fills, strict=True):
-        other.first.run(streams[1].seconds)
-        if other.outgoing is not None:
-            fill.incoming[0].copy_(other.outgoing)
-        fill.first.run(streams[0].seconds)
-        fill.then.run(streams[0].seconds)
-        for name, tensor in WeightBucket(1, specs, fill.payload).views():
+    for bucket in laid_together(table, lambda rank: as_sent(held_by(table, rank, 2))):
+        for name, tensor in bucket.views():
             assert torch.equal(tensor.view(torch.uint8), wanted[name].view(torch.uint8)), name
 
 

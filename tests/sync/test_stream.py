@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from two_ranks import laid_together
 
 from fp8slurm.fp8.policy import decide
 from fp8slurm.fp8.quantize import quantize
@@ -148,20 +149,8 @@ def test_a_trainer_in_fp32_is_quantized_from_fp32_whatever_the_engine_holds_the_
     those slices travel; in BF16 they would be rounded twice."""
     table = NameTable(spec_of(intermediate_size=width))
     weights = {n: w.float() + torch.randn(w.shape, generator=torch.Generator().manual_seed(1)) * 1e-4 for n, w in weights_of(table).items()}
-    streams = []
-    for rank in range(2):
-        held = {e.name: e.shard(weights, rank, 2).contiguous() for e in table}
-        streams.append(WeightStream(table, lambda held=held: iter(held.items()), QuantizationSpec(), 2**20, torch.bfloat16, Cut(rank, 2)))
-        streams[-1]._bind()
-    got = {}
-    first, second = (s._lanes[0] for s in streams)
-    for specs, fill, other in zip(first.source.buckets, first.fills, second.fills, strict=True):
-        other.first.run(streams[1].seconds)
-        if other.outgoing is not None:
-            fill.incoming[0].copy_(other.outgoing)
-        fill.first.run(streams[0].seconds)
-        fill.then.run(streams[0].seconds)
-        got |= {n: t.clone() for n, t in WeightBucket(1, specs, fill.payload).views()}
+    shards = laid_together(table, lambda rank: {e.name: e.shard(weights, rank, 2).contiguous() for e in table})
+    got = {n: t.clone() for bucket in shards for n, t in bucket.views()}
     want = expected(weights, True)
     assert_same_bytes(got, {n: t.bfloat16() if t.dtype == torch.float32 and not n.endswith("_scale_inv") else t for n, t in want.items()})
 
