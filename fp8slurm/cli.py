@@ -6,7 +6,8 @@ import argparse
 import errno
 import os
 import sys
-from typing import TYPE_CHECKING, Callable, Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from fp8slurm.config import RunConfig
@@ -83,17 +84,17 @@ def _checked(config: RunConfig, command: str, dry_run: bool) -> bool:
 
     ValueError: the run cannot work here.
     """
-    from fp8slurm.slurm.preflight import preflight
+    from fp8slurm.check.preflight import preflight
 
     _warn(command, preflight(config, dry_run=dry_run))
     if not dry_run:
-        from fp8slurm.doctor.quick import quick
+        from fp8slurm.check.doctor.quick import quick
 
         _warn(command, quick(config))
         return True
+    from fp8slurm.check.cluster import check_in_passing
+    from fp8slurm.check.describe import describe
     from fp8slurm.config import to_toml
-    from fp8slurm.slurm.cluster import check_in_passing
-    from fp8slurm.slurm.describe import describe
 
     if config.slurm.executor == "slurm":
         _warn(command, check_in_passing(config))
@@ -121,7 +122,7 @@ def _display(config: RunConfig) -> tuple[Display, Callable[[], None]]:
 def _train_here(config: RunConfig) -> int:
     from contextlib import nullcontext
 
-    from fp8slurm.checkpoint.run import RunDirectory
+    from fp8slurm.run.directory import RunDirectory
     from fp8slurm.slurm.attempt import check_configuration, finished, holder
     from fp8slurm.slurm.launch import RunFailed, open_run, run_here
 
@@ -166,8 +167,7 @@ def _train_under_slurm(config: RunConfig) -> int:
 
 
 def _is_finished(config: RunConfig) -> str:
-    from fp8slurm.checkpoint.run import RunDirectory
-    from fp8slurm.slurm.attempt import rl_step
+    from fp8slurm.run.directory import RunDirectory, rl_step
 
     path = config.run.root / config.run.name
     steps = rl_step(RunDirectory(path).newest_checkpoint())
@@ -184,8 +184,9 @@ def _draw(config: RunConfig) -> int:
 
 def _submit(config: RunConfig, command: str) -> str | None:
     """The id of the new job; None where the run is finished already."""
-    from fp8slurm.slurm.cluster import check_cluster
-    from fp8slurm.slurm.submit import FOLDER, submit
+    from fp8slurm.check.cluster import check_cluster
+    from fp8slurm.run.directory import SLURM_FOLDER
+    from fp8slurm.slurm.submit import submit
 
     _warn(command, check_cluster(config))
     job_id = submit(config)
@@ -193,14 +194,16 @@ def _submit(config: RunConfig, command: str) -> str | None:
         print(_is_finished(config))
     else:
         folder = config.run.root / config.run.name
-        print(f"job {job_id}: {config.run.name}, in {folder}; its log is {folder / FOLDER / f'{job_id}_0_log.err'}")
+        print(
+            f"job {job_id}: {config.run.name}, in {folder}; its log is {folder / SLURM_FOLDER / f'{job_id}_0_log.err'}"
+        )
     return job_id
 
 
 def submit(argv: list[str]) -> int:
     """`fp8slurm submit --recipe R [--dry-run] [--section.key VALUE ...]`: train as a Slurm job, without waiting for it."""
     from fp8slurm.config import parse_command, recipe_parser
-    from fp8slurm.slurm.submit import under_slurm
+    from fp8slurm.config.derived import under_slurm
 
     parser = recipe_parser(
         "fp8slurm submit",
@@ -224,20 +227,20 @@ def worker(argv: list[str]) -> int:
 
 def after(argv: list[str]) -> int:
     """`fp8slurm after STATUS --recipe R`: the last line of a hand-written job script."""
-    from fp8slurm.slurm.after import main as after_main
+    from fp8slurm.slurm.epilogue import main as after_main
 
     return after_main(argv)
 
 
 def convert(argv: list[str]) -> int:
     """`fp8slurm convert NAME IN OUT`."""
-    from fp8slurm.checkpoint.cli import main as convert_main
+    from fp8slurm.checkpoint.converters.cli import main as convert_main
 
     return convert_main(argv)
 
 
 def evaluate(argv: list[str]) -> int:
-    """`fp8slurm eval --run RUN | --checkpoint FOLDER`."""
+    """`fp8slurm eval --run RUN | --checkpoint SLURM_FOLDER`."""
     from fp8slurm.eval.cli import main as eval_main
 
     return eval_main(argv)
@@ -273,21 +276,21 @@ def plan(argv: list[str]) -> int:
 
 def status(argv: list[str]) -> int:
     """`fp8slurm status [RUN]`."""
-    from fp8slurm.slurm.show_status import main as status_main
+    from fp8slurm.report.status import main as status_main
 
     return status_main(argv)
 
 
 def chain(argv: list[str]) -> int:
     """`fp8slurm chain --recipe R [--dry-run] [--section.key VALUE ...]`."""
-    from fp8slurm.slurm.submit_chain import main as chain_main
+    from fp8slurm.chain.submit import main as chain_main
 
     return chain_main(argv)
 
 
 def doctor(argv: list[str]) -> int:
     """`fp8slurm doctor [--recipe R ...] [--slurm] [--json]`."""
-    from fp8slurm.doctor.cli import main as doctor_main
+    from fp8slurm.check.doctor.cli import main as doctor_main
 
     return doctor_main(argv)
 

@@ -7,8 +7,8 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable
 
 import pytest
 import torch
@@ -104,7 +104,9 @@ def install_packages() -> Callable[..., None]:
             environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
             for step in (["update"], ["install", "--yes", "--no-install-recommends", *packages]):
                 try:
-                    subprocess.run([*as_root, "apt-get", *step], check=True, capture_output=True, text=True, env=environment)
+                    subprocess.run(
+                        [*as_root, "apt-get", *step], check=True, capture_output=True, text=True, env=environment
+                    )
                 except (OSError, subprocess.CalledProcessError) as error:
                     why = f"{' '.join(packages)} could not be installed: {error} {getattr(error, 'stderr', '')}"
                     break

@@ -11,9 +11,10 @@ from typing import Any
 
 import psutil
 import pytest
+
+from fp8slurm.data.tiny_task import write_data
 from fp8slurm.models.tiny import write_model
 from fp8slurm.observe.metrics import read_metrics
-from fp8slurm.rl.tiny_task import write_data
 
 TIMEOUT_S = 400
 

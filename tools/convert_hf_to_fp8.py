@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from fp8slurm.checkpoint.cli import add_fp8_options, add_options, convert  # noqa: E402
+from fp8slurm.checkpoint.converters.cli import add_fp8_options, add_options, convert  # noqa: E402
 
 
 def main() -> int:

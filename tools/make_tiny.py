@@ -10,13 +10,13 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from fp8slurm.data import tiny_task
 from fp8slurm.models import tiny
-from fp8slurm.rl import tiny_task
 
 STAMP = "made_by_make_tiny.json"
 

@@ -13,8 +13,8 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Iterable
 
 DAPO, AIME = "BytedTsinghua-SIA/DAPO-Math-17k", "HuggingFaceH4/aime_2024"
 ASK = "\n\nPut your final answer in \\boxed{}."

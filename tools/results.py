@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from fp8slurm.checkpoint.run import write_atomic  # noqa: E402
+from fp8slurm.core.files import write_atomic  # noqa: E402
 from fp8slurm.observe.metrics import Record, column, read_metrics  # noqa: E402
 
 CONTROL_STEPS = "25"

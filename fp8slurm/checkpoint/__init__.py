@@ -1,19 +1,19 @@
-"""Streamed safetensors, torch_dist checkpoints, the converters, run checkpoints.
+"""Checkpoints: their formats on disk, and the converters between them. Runs on a login node or in a job of its own; the trainer reads with it.
 
-The names are imported when they are first used: fp8slurm.slurm.task needs checkpoint.run before torch may be imported.
+The names are imported when they are first used: what begins an attempt needs checkpoint.formats before torch may be imported.
 """
 
 from importlib import import_module
 from typing import Any
 
 _HOME = {
-    "BadCheckpoint": "errors",
-    "ConvertOptions": "stream",
-    "fp8_to_hf": "convert_hf",
-    "hf_to_fp8": "convert_hf",
-    "hf_to_torch_dist": "convert_torch_dist",
-    "torch_dist_to_fp8": "convert_torch_dist",
-    "torch_dist_to_hf": "convert_torch_dist",
+    "BadCheckpoint": "fp8slurm.core.errors",
+    "ConvertOptions": "fp8slurm.checkpoint.converters.stream",
+    "fp8_to_hf": "fp8slurm.checkpoint.converters.convert_hf",
+    "hf_to_fp8": "fp8slurm.checkpoint.converters.convert_hf",
+    "hf_to_torch_dist": "fp8slurm.checkpoint.converters.convert_torch_dist",
+    "torch_dist_to_fp8": "fp8slurm.checkpoint.converters.convert_torch_dist",
+    "torch_dist_to_hf": "fp8slurm.checkpoint.converters.convert_torch_dist",
 }
 
 __all__ = sorted(_HOME)
@@ -22,4 +22,4 @@ __all__ = sorted(_HOME)
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    return getattr(import_module(_HOME[name]), name)

@@ -6,7 +6,6 @@ from typing import Literal
 
 from fp8slurm.config.schema import RunConfig
 
-
 Transport = Literal["gloo", "cuda-ipc", "shared-memory", "nccl", "gloo-direct"]
 
 
@@ -44,3 +43,8 @@ def engines_sleep(config: RunConfig) -> bool:
     """engine.sleep: where trainer and engines share GPUs."""
     sleep = config.engine.sleep
     return config.slurm.gpus_per_node > 0 and config.engine.placement == "shared" if sleep is None else sleep
+
+
+def under_slurm(config: RunConfig) -> RunConfig:
+    """The configuration with slurm.executor = "slurm", whatever it was."""
+    return config.model_copy(update={"slurm": config.slurm.model_copy(update={"executor": "slurm"})})

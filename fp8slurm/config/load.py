@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import tomllib
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from textwrap import indent
-from typing import Any, Iterator, Sequence
+from typing import Any
 
 import tyro
 from pydantic import ValidationError

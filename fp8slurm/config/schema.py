@@ -7,8 +7,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import (
-    BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, ValidationInfo, field_validator, model_validator,
-)  # fmt: skip
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from fp8slurm.config.template import TemplateArguments, check_values
 
@@ -32,7 +39,12 @@ class Section(BaseModel):
     @classmethod
     def _no_truth_values(cls, value: Any, info: ValidationInfo) -> Any:
         """Refuse true and false where a number is meant: pydantic takes them for 1 and 0."""
-        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation in (int, float, int | None, float | None):
+        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation in (
+            int,
+            float,
+            int | None,
+            float | None,
+        ):
             raise ValueError("a number is needed")
         return value
 
@@ -80,7 +92,7 @@ class RunSection(Section):
     max_bad_steps: int = Field(3, ge=1)
     """Steps in a row with a NaN or infinite loss or gradient after which the job ends."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
-    """Log level of rank 0 and of the agents."""
+    """Log level of rank 0 and of the rollout workers."""
     rank_log_level: Literal["debug", "info", "warning", "error"] = "warning"
     """Log level of the other ranks."""
 
@@ -254,7 +266,7 @@ class RewardSection(Section):
     digits_weight: float = Field(0.5, ge=0, le=1)
     """For digits: the share of the per-digit part; the rest is the exact match."""
     timeout_s: float = Field(5.0, gt=0)
-    """Time limit of one call; each runs in a process of its own kind, not in the agent."""
+    """Time limit of one call; each runs in a process of its own kind, not in the rollout worker."""
     on_error: Literal["error", "zero"] = "error"
     """A reward function of one's own that raises, hangs or returns NaN ends the run with the reason, or counts as 0. An answer that math cannot digest always counts as 0."""
     memory_mib: int | None = Field(None, ge=0)
@@ -443,7 +455,7 @@ class SlurmSection(Section):
     memory: str | None = None
     """Memory of a node, as sbatch takes it (0: all of it)."""
     cpus_per_task: int | None = Field(None, ge=1)
-    """CPU cores of each task (every rank and every agent is a task)."""
+    """CPU cores of each task (every rank and every rollout worker is a task)."""
     container_image: str | None = None
     """Image that pyxis starts every task in (srun --container-image)."""
     container_mounts: list[str] = Field(default_factory=list)

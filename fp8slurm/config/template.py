@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Sequence
+from collections.abc import Sequence
+from typing import Annotated, Any
 
 from tyro.constructors import PrimitiveConstructorSpec
 
@@ -18,7 +19,9 @@ def check_values(values: Any) -> None:
         if not isinstance(value, bool | int | float | str):
             raise ValueError(f"{key} {value!r} is neither true, false, a number nor text; {FORMS}")
         if isinstance(value, str) and value.lower() in ("true", "false"):
-            raise ValueError(f"{key} {value!r} is text; allowed: True and False (in a recipe and as JSON true and false, without quotes)")
+            raise ValueError(
+                f"{key} {value!r} is text; allowed: True and False (in a recipe and as JSON true and false, without quotes)"
+            )
 
 
 def from_words(words: Sequence[str]) -> dict[str, Any]:

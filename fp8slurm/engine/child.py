@@ -2,7 +2,7 @@
 
 One JSON line on stdin hands over what must not show in the process list: {"arguments": SGLang's command line,
 "api_key", "listen_fd": a bound and listening socket, "ready_fd": a pipe that gets one byte when the server is up}.
-Stdin stays open after it; its end means that the agent is gone, and takes this whole process group along.
+Stdin stays open after it; its end means that the rollout worker is gone, and takes this whole process group along.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ PR_SET_PDEATHSIG = 1
 
 def main() -> None:
     """Take over the handover and serve until killed."""
-    signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # Slurm's warning is for the ranks and the agent
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # Slurm's warning is for the ranks and the rollout worker
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR2})
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     handover = json.loads(_read_line(0))
-    threading.Thread(target=_die_with_the_agent, name="lifeline", daemon=True).start()
+    threading.Thread(target=_die_with_the_worker, name="lifeline", daemon=True).start()
     _hide_in_logs(handover["api_key"])
     on_cpu = os.environ.get("SGLANG_USE_CPU_ENGINE") == "1"
     if on_cpu:
@@ -43,7 +43,7 @@ def _serve(handover: dict[str, Any], on_cpu: bool) -> None:
     from sglang.srt.entrypoints.http_server import launch_server
     from sglang.srt.server_args import prepare_server_args
 
-    from fp8slurm.engine import plugin
+    from fp8slurm.engine.inside import plugin
 
     plugin.apply()
     if on_cpu:
@@ -53,7 +53,7 @@ def _serve(handover: dict[str, Any], on_cpu: bool) -> None:
         multiprocessing.set_start_method = lambda *args, **kwargs: None
     listener = socket.socket(fileno=handover["listen_fd"])
     serve = uvicorn.Server.run
-    # the agent bound the port: nobody can take it between choosing and listening
+    # the rollout worker bound the port: nobody can take it between choosing and listening
     uvicorn.Server.run = lambda server, sockets=None: serve(server, sockets=[listener])
 
     arguments = prepare_server_args([*handover["arguments"], f"--api-key={handover['api_key']}"])
@@ -69,7 +69,7 @@ def run_scheduler(server_args: Any, *args: Any, **kwargs: Any) -> None:
     signal.signal(signal.SIGQUIT, signal.SIG_DFL)  # a forked process has the server's handler, which ends the family
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     _hide_in_logs(server_args.api_key)
-    from fp8slurm.engine import plugin
+    from fp8slurm.engine.inside import plugin
 
     plugin.apply()
     if os.environ.get("SGLANG_USE_CPU_ENGINE") == "1":
@@ -92,11 +92,11 @@ def _read_line(fd: int) -> bytes:
     return line
 
 
-def _die_with_the_agent() -> None:
+def _die_with_the_worker() -> None:
     """Wait for the end of stdin, then kill the process group.
 
     PDEATHSIG alone is not enough: it does not reach grandchildren. The pipe alone is not either: a process that the
-    agent forked may hold its other end.
+    rollout worker forked may hold its other end.
     """
     while os.read(0, 4096):
         pass

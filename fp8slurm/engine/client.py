@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, Literal, Sequence
+from typing import Any, Literal
 
 import numpy as np
 import requests
 
-from fp8slurm.engine.digest import DIGEST_ACTION
-from fp8slurm.engine.recorded import RECORDED, Form
+from fp8slurm.engine.inside.digest import DIGEST_ACTION
+from fp8slurm.engine.inside.recorded import RECORDED, Form
 from fp8slurm.engine.server import EngineError
 
 UNVERSIONED = -1
@@ -173,7 +174,9 @@ class EngineClient:
         self._tells_progress = response.status_code == 200
         if not self._tells_progress:
             return None
-        return tuple(str(sorted((k, v) for k, v in load.items() if k != "timestamp")) for load in response.json()["loads"])
+        return tuple(
+            str(sorted((k, v) for k, v in load.items() if k != "timestamp")) for load in response.json()["loads"]
+        )
 
     def quarantine(self, reason: str) -> None:
         """Refuse to generate from now on, for this reason; a restarted server gets a new client."""
@@ -229,11 +232,11 @@ class EngineClient:
         self.weight_version = version
 
     def digest(self) -> list[dict[str, str]]:
-        """sha256 of the raw bytes of every parameter, by name: one dict a tensor-parallel rank (engine/plugin.py)."""
+        """sha256 of the raw bytes of every parameter, by name: one dict a tensor-parallel rank (engine/inside/plugin.py)."""
         return [{k: v for k, v in checksums.items() if k != RECORDED} for checksums in self._checksums()]
 
     def recorded(self) -> list[list[int]]:
-        """How often each bucket was loaded by its recorded copies (engine/recorded.py), for every tensor-parallel rank."""
+        """How often each bucket was loaded by its recorded copies (engine/inside/recorded.py), for every tensor-parallel rank."""
         return [json.loads(checksums[RECORDED]) for checksums in self._checksums()]
 
     def _checksums(self) -> list[dict[str, str]]:

@@ -7,9 +7,10 @@ import math
 import threading
 import time
 from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from typing import Any, Callable, Generic, Iterator, Sequence, TypeVar
+from typing import Any, Generic, TypeVar
 
 from fp8slurm.config.schema import EngineSection
 from fp8slurm.engine.client import EngineClient, GenerateRequest, Generation
@@ -75,7 +76,7 @@ class Member:
         return time.monotonic() - self._moved
 
 
-class Deal(Generic[T]):
+class WorkQueue(Generic[T]):
     """What is to be answered in one call of EnginePool.ask: pieces of work, taken from the front."""
 
     def __init__(self, work: Sequence[list[T]], most: int, engines: int, one_by_one: bool) -> None:
@@ -217,14 +218,16 @@ class EnginePool:
 
     # -- work ----------------------------------------------------------------------------------------------------
 
-    def deal(self, work: Sequence[list[T]]) -> Deal[T]:
+    def deal(self, work: Sequence[list[T]]) -> WorkQueue[T]:
         """How the work of one call of `ask` is dealt out."""
-        return Deal(work, self.section.max_running_requests, len(self.members), self.one_by_one)
+        return WorkQueue(work, self.section.max_running_requests, len(self.members), self.one_by_one)
 
     def ask(
-        self, work: Sequence[list[T]], request: Callable[[T], GenerateRequest],
+        self,
+        work: Sequence[list[T]],
+        request: Callable[[T], GenerateRequest],
         answered: Callable[[list[T], list[Generation]], None],
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Have every piece of work answered, each as one batch: an engine takes the next one as soon as it has room.
 
         answered(piece, generations) is called from several threads, once for a piece. An engine that fails is brought
@@ -247,7 +250,7 @@ class EnginePool:
         if deal.left:
             raise EngineError("the engines were ended with work left") if self._stopped.is_set() else WeightsLost
 
-    def _drive(self, member: Member, deal: Deal, request: Callable, answered: Callable) -> None:
+    def _drive(self, member: Member, deal: WorkQueue, request: Callable, answered: Callable) -> None:
         """Thread of one engine: keeps it full until everything is answered."""
         try:
             while not deal.over and not member.behind and not self._stopped.is_set():
@@ -258,7 +261,9 @@ class EnginePool:
         except BaseException as error:
             deal.fail(error)
 
-    def _until_it_fails(self, member: Member, deal: Deal, request: Callable, answered: Callable) -> EngineError | None:
+    def _until_it_fails(
+        self, member: Member, deal: WorkQueue, request: Callable, answered: Callable
+    ) -> EngineError | None:
         """Work until the queue is empty (None), or until the engine fails, with its unanswered pieces given back."""
         running: dict[Future, list] = {}
         client = member.client
@@ -285,7 +290,7 @@ class EnginePool:
             member.busy = 0
         return None
 
-    def _accept(self, member: Member, deal: Deal, future: Future, piece: list, answered: Callable) -> None:
+    def _accept(self, member: Member, deal: WorkQueue, future: Future, piece: list, answered: Callable) -> None:
         generations = future.result()
         member.busy -= len(piece)
         member.answers += 1
@@ -293,7 +298,7 @@ class EnginePool:
         answered(piece, generations)
         deal.answered()
 
-    def _give_back(self, member: Member, deal: Deal, running: dict[Future, list], answered: Callable) -> None:
+    def _give_back(self, member: Member, deal: WorkQueue, running: dict[Future, list], answered: Callable) -> None:
         """Wait for what was on its way; what is without an answer goes to the front of the queue."""
         left = []
         for future, piece in running.items():
@@ -307,7 +312,7 @@ class EnginePool:
     # -- progress ------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def _watched(self, deal: Deal) -> Iterator[None]:
+    def _watched(self, deal: WorkQueue) -> Iterator[None]:
         """While this is open progress is reported, and an engine without any is ended: its requests then fail."""
         over = threading.Event()
         watcher = threading.Thread(target=self._watch, args=(over,), name="engines-progress", daemon=True)
@@ -359,5 +364,5 @@ def pieces(requests: Sequence[GenerateRequest], engines: int, most: int) -> list
 
 def shares(count: int, engines: int) -> list[list[int]]:
     """The numbers 0 to count - 1 cut into one block for each engine, equal but for one: what an engine gets is fixed."""
-    borders = [count * i // engines for i in range(engines + 1)]
-    return [list(range(a, b)) for a, b in zip(borders, borders[1:]) if a < b]
+    boundaries = [count * i // engines for i in range(engines + 1)]
+    return [list(range(a, b)) for a, b in zip(boundaries, boundaries[1:]) if a < b]

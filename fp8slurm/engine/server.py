@@ -129,7 +129,11 @@ class Engine:
             watch = (vital_of(family), self._exited)
             threading.Thread(target=self._end_together, args=watch, name=f"{self.name}-family", daemon=True).start()
             return
-        what = "died while starting" if readable else f"was not ready after {timeout_s:g} s (engine.ready_timeout_s; a first start compiles kernels)"
+        what = (
+            "died while starting"
+            if readable
+            else f"was not ready after {timeout_s:g} s (engine.ready_timeout_s; a first start compiles kernels)"
+        )
         self.stop()
         raise EngineError(f"{self.name} {what}; the end of {self.log_path}:\n{self.log_tail()}")
 
@@ -253,7 +257,7 @@ class Engine:
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
             "TMPDIR": str(self._temporary),
-            # The agent uses its connections again after a training step. A server that closes them meanwhile (SGLang:
+            # The rollout worker uses its connections again after a training step. A server that closes them meanwhile (SGLang:
             # after 5 s) may do so just as a request arrives, which is then lost.
             "SGLANG_TIMEOUT_KEEP_ALIVE": str(365 * 24 * 3600),
             "GLOO_SOCKET_IFNAME": self.settings.gloo_interface,
@@ -261,7 +265,7 @@ class Engine:
             "SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE": f"file://{self._temporary}/rendezvous",
         }
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-            env.pop(name, None)  # the agent's own process group is none of the server's business
+            env.pop(name, None)  # the rollout worker's own process group is none of the server's business
         if self.settings.gpus is not None:
             env["CUDA_VISIBLE_DEVICES"] = ",".join(self.settings.gpus)
         if self.cpu:
@@ -318,7 +322,7 @@ def server_arguments(model_dir: Path, settings: EngineSettings, port: int) -> li
         "--context-length": section.context_length,
         "--max-total-tokens": section.max_total_tokens or (CPU_CACHE_TOKENS if cpu else None),
     }
-    # token ids go in and come out: the agent tokenizes
+    # token ids go in and come out: the rollout worker tokenizes
     switches = ["--skip-tokenizer-init"]
     if cpu:
         arguments |= {"--device": "cpu", "--attention-backend": "torch_native", "--sampling-backend": "pytorch"}

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Sequence
+from typing import Any
 
+from fp8slurm.data.prompts import sample_seed
 from fp8slurm.engine.client import GenerateRequest, Generation
-from fp8slurm.eval.records import Key
 from fp8slurm.eval.questions import Question
+from fp8slurm.eval.records import Key
 from fp8slurm.eval.tasks import EvalTask
-from fp8slurm.rl.rollout import sample_seed
 
 
 @dataclass(frozen=True)
-class Wanted:
+class EvalRequest:
     """One sample to ask for."""
 
     task: EvalTask
@@ -36,19 +37,19 @@ class Wanted:
 
 def batches(
     task: EvalTask, questions: Sequence[Question], size: int, done: set[Key] = frozenset()
-) -> list[list[Wanted]]:
+) -> list[list[EvalRequest]]:
     """All samples of a task that are not done, `size` at a time, in the order of questions and samples.
 
-    The borders do not depend on what is done, so that what is left is asked for in the company it would have had.
+    The boundaries do not depend on what is done, so that what is left is asked for in the company it would have had.
     """
-    wanted = [Wanted(task, q, k) for q in questions for k in range(task.n_samples)]
+    wanted = [EvalRequest(task, q, k) for q in questions for k in range(task.n_samples)]
     cut = [wanted[i : i + size] for i in range(0, len(wanted), size)]
     left = [[w for w in batch if w.key not in done] for batch in cut]
     return [batch for batch in left if batch]
 
 
 def rows_of(
-    batch: Sequence[Wanted], answers: Sequence[Generation], tokenizer: Any, stop_ids: Sequence[int]
+    batch: Sequence[EvalRequest], answers: Sequence[Generation], tokenizer: Any, stop_ids: Sequence[int]
 ) -> list[dict[str, Any]]:
     """A row of samples.jsonl for every answer, ungraded (docs/eval.md)."""
     bare = [a.token_ids[:-1] if a.token_ids and a.token_ids[-1] in stop_ids else a.token_ids for a in answers]

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from fp8slurm.checkpoint.run import RunDirectory, RunState, damage, is_run, write_atomic
+from fp8slurm.checkpoint.formats.complete import damage
 from fp8slurm.config import RunConfig
 from fp8slurm.config.load import build
+from fp8slurm.core.files import write_atomic
+from fp8slurm.run.directory import RunDirectory, RunState, is_run
 
 Precision = Literal["fp8", "bf16"]
 Kind = Literal["step of a run", "torch_dist", "Hugging Face", "Hugging Face, block FP8"]
@@ -68,8 +70,8 @@ def recognize(
         )
     eval_dir = eval_dir or Path("runs/eval")
     if (path / "config.json").is_file():
-        from fp8slurm.checkpoint.convert_hf import is_fp8
-        from fp8slurm.checkpoint.hf_folder import open_hf
+        from fp8slurm.checkpoint.converters.convert_hf import is_fp8
+        from fp8slurm.checkpoint.formats.hf_folder import open_hf
 
         kind: Kind = "Hugging Face, block FP8" if is_fp8(open_hf(path)) else "Hugging Face"
         return Checkpoint(kind, path, resolved.name, eval_dir)
@@ -93,9 +95,13 @@ def _of_run(path: Path, step: str | None, eval_dir: Path | None) -> Checkpoint:
     try:
         values = json.loads(saved.read_text())
     except ValueError as error:
-        raise ValueError(f"{saved}: not JSON ({error}); give a run (runs/NAME), or a Hugging Face folder that is whole") from None
+        raise ValueError(
+            f"{saved}: not JSON ({error}); give a run (runs/NAME), or a Hugging Face folder that is whole"
+        ) from None
     if "run" not in values:  # a model's folder
-        raise ValueError(f"--run {path}: its config.json is not a run's; give the directory of a run (runs/NAME), or --checkpoint")
+        raise ValueError(
+            f"--run {path}: its config.json is not a run's; give the directory of a run (runs/NAME), or --checkpoint"
+        )
     config = build(values, str(saved))
     folder, state = pick_checkpoint(RunDirectory(path), step)
     made_from = config.model.rollout_checkpoint
@@ -155,10 +161,12 @@ def prepare(checkpoint: Checkpoint, precision: Precision, keep: tuple[str, ...] 
         return source, "as it is"
     target = checkpoint.eval_dir / "models" / f"{checkpoint.name}-{precision}"
     wanted = {
-        "source": str(source.resolve()), "files": files_stamp(source), "precision": precision,
+        "source": str(source.resolve()),
+        "files": files_stamp(source),
+        "precision": precision,
         "origin": str(checkpoint.origin.resolve()) if checkpoint.origin else None,
         "modules_to_not_convert": list(kept) if precision == "fp8" else [],
-    }  # fmt: skip
+    }
     stamp = target.with_name(target.name + ".source.json")
     if target.is_dir() and stamp.is_file() and json.loads(stamp.read_text()) == wanted:
         return target, "converted earlier"

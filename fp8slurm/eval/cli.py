@@ -9,18 +9,19 @@ import shlex
 import shutil
 import socket
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any
 
 from fp8slurm.config.schema import DataSection, EngineSection, RewardSection
 from fp8slurm.config.template import from_words
+from fp8slurm.core.signals import ended_is_interrupted
 from fp8slurm.eval.checkpoints import Checkpoint, Precision, prepare, recognize
-from fp8slurm.eval.records import Records, choose_folder
 from fp8slurm.eval.flags import WORSE, check, engine_section, parser, tasks_of
 from fp8slurm.eval.questions import load_questions
+from fp8slurm.eval.records import Records, choose_folder
 from fp8slurm.eval.tasks import EvalTask
-from fp8slurm.slurm.signals import ended_is_interrupted
 
 
 def main(argv: list[str]) -> int:
@@ -81,10 +82,10 @@ def step_command(nodes: int, flags: Sequence[str], argv: Sequence[str]) -> list[
 def _run_on_nodes(plan: _Plan, place: Any) -> int:
     """This task's part of an evaluation on several nodes."""
     from fp8slurm.engine.server import EngineError
-    from fp8slurm.eval.nodes import Meeting
+    from fp8slurm.eval.nodes import StepRendezvous
     from fp8slurm.eval.run import assist
 
-    meeting = Meeting(plan.checkpoint.eval_dir, place)
+    meeting = StepRendezvous(plan.checkpoint.eval_dir, place)
     try:
         if place.number:
             for precision in plan.precisions:
@@ -116,12 +117,12 @@ class _Plan:
     def make(
         cls, args: argparse.Namespace, checkpoint: Checkpoint, tasks: list[EvalTask], section: EngineSection
     ) -> _Plan:
+        from fp8slurm.data.prompts import end_token_ids, load_tokenizer
         from fp8slurm.engine.server import EngineSettings
+        from fp8slurm.engine.settings import engine_settings
         from fp8slurm.eval.engines import gpu_shares
         from fp8slurm.eval.nodes import Place
-        from fp8slurm.eval.run import Asked, Serving
-        from fp8slurm.rl.engines import engine_settings
-        from fp8slurm.rl.data import end_token_ids, load_tokenizer
+        from fp8slurm.eval.run import EvalSpec, Serving
 
         config = checkpoint.config
         data = config.data if config is not None else DataSection(max_prompt_tokens=10**9)
@@ -146,7 +147,7 @@ class _Plan:
             cores = len(os.sched_getaffinity(0))
             settings = replace(settings, cpu_threads=max(1, cores // engines // section.tensor_parallel_size))
         size = args.batch_size or (section.max_running_requests if settings.on_cpu else 1)
-        asked = Asked(
+        asked = EvalSpec(
             tasks,
             questions,
             left_out,
@@ -207,9 +208,7 @@ class _Plan:
         name = f"compare-{folder.name.replace('-fp8', '', 1)}"
         return report(folder, base, self.checkpoint.eval_dir / name, self.args.fail_if_worse, console, show_comparison)
 
-    def evaluate(
-        self, precision: Precision, score_of: Path | None, meeting: Any = None
-    ) -> tuple[Path, dict[str, Any]]:
+    def evaluate(self, precision: Precision, score_of: Path | None, meeting: Any = None) -> tuple[Path, dict[str, Any]]:
         """(folder, summary) in one precision. score_of: see run.evaluate; Path() stands for its own."""
         from fp8slurm.eval.run import evaluate
 

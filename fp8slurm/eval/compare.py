@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any
 
-from fp8slurm.checkpoint.run import write_atomic
+from fp8slurm.core.files import write_atomic
 from fp8slurm.engine.client import EngineClient
 from fp8slurm.eval.questions import Question
 from fp8slurm.eval.records import FORMAT, SAMPLES, SCORED, SETTINGS, SUMMARY, read_rows
@@ -71,7 +72,9 @@ def _same_way_of_asking(a: Path, b: Path) -> None:
     said_a, said_b = (json.loads((folder / SETTINGS).read_text()) for folder in (a, b))
     for key in _ASKED_OF_ALL:
         if key in said_a and key in said_b and said_a[key] != said_b[key]:
-            raise ValueError(f"{a} and {b} asked with another {key} ({said_a[key]} and {said_b[key]}): a difference would mean nothing")
+            raise ValueError(
+                f"{a} and {b} asked with another {key} ({said_a[key]} and {said_b[key]}): a difference would mean nothing"
+            )
     ours, base = ({t["name"]: t for t in said.get("tasks", [])} for said in (said_a, said_b))
     for name in sorted(ours.keys() & base.keys()):
         for key in _ASKED:
@@ -111,7 +114,7 @@ def _gap(a: Path, b: Path) -> dict[str, float] | None:
         return None
     import torch
 
-    from fp8slurm.rl.loss import gap_metrics
+    from fp8slurm.core.gap import gap_metrics
 
     ours, base = ({r["tokens"]: r["logprobs"] for r in read_rows(path)} for path in (a, b))
     if set(ours) != set(base):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Iterable
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -117,10 +118,13 @@ def show_comparison(found: dict[str, Any], console: Console) -> None:
     for name, t in found["tasks"].items():
         d = t["difference"]
         table.add_row(
-            name, f"{100 * t['a']:.1f}", f"{100 * t['b']:.1f}",
+            name,
+            f"{100 * t['a']:.1f}",
+            f"{100 * t['b']:.1f}",
             f"{100 * d['value']:+.1f} [{100 * d['low']:+.1f}, {100 * d['high']:+.1f}]",
-            str(len(t["lost"])), str(len(t["won"])),
-        )  # fmt: skip
+            str(len(t["lost"])),
+            str(len(t["won"])),
+        )
     console.print(table)
     for name, t in found["tasks"].items():
         for word in ("lost", "won"):

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Sequence
 
 from fp8slurm.engine.client import GenerateRequest
-from fp8slurm.engine.pool import Deal, EnginePool, Member, log
+from fp8slurm.engine.pool import EnginePool, Member, WorkQueue, log
 from fp8slurm.engine.server import Engine, EngineError, EngineSettings, visible_gpus
-from fp8slurm.eval.asking import Wanted
-from fp8slurm.eval.nodes import SharedDeal
+from fp8slurm.eval.asking import EvalRequest
+from fp8slurm.eval.nodes import SharedWorkQueue
 
 
 class Engines(EnginePool):
@@ -30,10 +30,10 @@ class Engines(EnginePool):
         """What is asked from now on is asked by several nodes, with so many engines: they claim it in this folder."""
         self._shared = claims, engines
 
-    def deal(self, work: Sequence[list[Wanted]]) -> Deal[Wanted]:
+    def deal(self, work: Sequence[list[EvalRequest]]) -> WorkQueue[EvalRequest]:
         if self._shared is None:
             return super().deal(work)
-        return SharedDeal(work, self.section.max_running_requests, *self._shared)
+        return SharedWorkQueue(work, self.section.max_running_requests, *self._shared)
 
     def warm_up(self, request: GenerateRequest) -> None:
         """One token from every engine, so that no figure holds what only the first request costs."""

@@ -61,9 +61,11 @@ def parser() -> argparse.ArgumentParser:
     )
     both = p.add_argument_group("with --precision both")
     both.add_argument(
-        "--fail-if-worse", type=float, metavar="X",
+        "--fail-if-worse",
+        type=float,
+        metavar="X",
         help=f"exit status {WORSE} when FP8 is significantly worse by more than X (0.02: two points)",
-    )  # fmt: skip
+    )
     both.add_argument(
         "--score-questions",
         type=int,
@@ -112,7 +114,10 @@ def parser() -> argparse.ArgumentParser:
         help="on GPUs: engines for which --seed counts, slower (a run's run.deterministic is the default)",
     )
     model.add_argument(
-        "--grader-timeout", type=float, metavar="S", help="seconds for one answer (default: the run's reward.timeout_s, or 5)"
+        "--grader-timeout",
+        type=float,
+        metavar="S",
+        help="seconds for one answer (default: the run's reward.timeout_s, or 5)",
     )
     model.add_argument(
         "--eval-dir", type=Path, metavar="DIR", help="where evaluations go (default: RUN/eval, or runs/eval)"

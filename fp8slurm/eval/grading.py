@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import queue
 import threading
-from typing import Any, Callable, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from fp8slurm.config.schema import RewardSection
+from fp8slurm.core.types import Prompt, Sample, SampleGroup
 from fp8slurm.eval.records import Key, key_of
 from fp8slurm.eval.tasks import EvalTask, grader_section
-from fp8slurm.rl.rewards import RewardPool
-from fp8slurm.rl.types import Prompt, Sample, SampleGroup
+from fp8slurm.rewards.pool import RewardPool
 
 Rows = Sequence[dict[str, Any]]
 
@@ -65,8 +66,8 @@ class Graders:
             raise self._error
         return self.scores
 
-    def grade(self, rows: Rows, beat: Callable[[], None] = lambda: None) -> None:
-        """Grade these now; `beat`: as in RewardPool.score."""
+    def grade(self, rows: Rows, heartbeat: Callable[[], None] = lambda: None) -> None:
+        """Grade these now; `heartbeat`: as in RewardPool.score."""
         for name in dict.fromkeys(row["task"] for row in rows):
             mine = [row for row in rows if row["task"] == name]
             groups = [
@@ -75,7 +76,7 @@ class Graders:
             ]
             pool = self._pools[self._kinds[name]]
             before = pool.failures
-            pool.score(groups, beat)
+            pool.score(groups, heartbeat)
             self.failures[name] += pool.failures - before
             self.scores |= {key_of(row): g.samples[0].reward for row, g in zip(mine, groups)}
 

@@ -20,15 +20,16 @@ import shutil
 import socket
 import threading
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Sequence, TypeVar
+from typing import Any, TypeVar
 
-from fp8slurm.checkpoint.run import write_atomic
-from fp8slurm.engine.pool import Deal
+from fp8slurm.core.files import write_atomic
+from fp8slurm.engine.pool import WorkQueue
 from fp8slurm.engine.server import EngineError
 from fp8slurm.eval.records import node_file
-from fp8slurm.slurm.job import Job
+from fp8slurm.scheduler.job import Job
 
 T = TypeVar("T")
 POLL_S = 0.2
@@ -63,7 +64,7 @@ class Place:
         return cls(int(number), int(count), f"{job.id}.{job.restart}.{job.step}")
 
 
-class Meeting:
+class StepRendezvous:
     """The folder of a step; task 0 removes it at the end."""
 
     def __init__(self, eval_dir: Path, place: Place) -> None:
@@ -80,7 +81,7 @@ class Meeting:
 
     def remove_old(self) -> None:
         """Remove what steps left that were killed: earlier starts of this job, and jobs that Slurm does not run."""
-        from fp8slurm.slurm.queue import jobs
+        from fp8slurm.scheduler.queue import jobs
 
         left = [p for p in self.folder.parent.glob(f"{FOLDER}*.*.*") if p != self.folder]
         job, restart, _ = self.place.step.split(".")
@@ -170,7 +171,7 @@ class Meeting:
             return set()
 
 
-class SharedDeal(Deal[T]):
+class SharedWorkQueue(WorkQueue[T]):
     """Pieces of work that the tasks of a step share: all have the same list, and a piece is whose claims it.
 
     What an engine gives back stays with its task.
@@ -226,10 +227,10 @@ class Tail:
         return found
 
 
-class Gatherer:
+class ResultCollector:
     """Task 0: hands on what the other tasks write, while they write it; a context manager."""
 
-    def __init__(self, meeting: Meeting, folder: Path, answered: Callable[[list[dict[str, Any]]], None]) -> None:
+    def __init__(self, meeting: StepRendezvous, folder: Path, answered: Callable[[list[dict[str, Any]]], None]) -> None:
         self.meeting, self.answered = meeting, answered
         self._tails = {i: Tail(node_file(folder, i)) for i in meeting.others}
         self._stop = threading.Event()
@@ -237,7 +238,7 @@ class Gatherer:
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._follow, name="other nodes", daemon=True)
 
-    def __enter__(self) -> Gatherer:
+    def __enter__(self) -> ResultCollector:
         self._thread.start()
         return self
 

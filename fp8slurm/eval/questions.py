@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from fp8slurm.config.schema import DataSection
+from fp8slurm.data.prompts import BadRow, check_template_arguments, encode, prompt_text, read_rows
 from fp8slurm.eval.tasks import EvalTask
-from fp8slurm.rl.data import BadRow, check_template_arguments, encode, prompt_text, read_rows
-from fp8slurm.rl.graders import label_error
+from fp8slurm.rewards.graders import label_error
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +55,9 @@ def load_questions(
         except BadRow as error:
             where = f"{task.data}:{index + 1}"
             if data.on_bad_line == "error":
-                raise ValueError(f"{where}: {error}. --on-bad-line skip (a run's: --data.on-bad-line) leaves such lines out") from None
+                raise ValueError(
+                    f"{where}: {error}. --on-bad-line skip (a run's: --data.on-bad-line) leaves such lines out"
+                ) from None
             log.warning("%s left out: %s", where, error)
             bad += 1
             continue

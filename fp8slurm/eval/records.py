@@ -6,11 +6,13 @@ import hashlib
 import json
 import os
 import socket
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, Iterator
+from typing import Any, BinaryIO
 
-from fp8slurm.checkpoint.run import fsync_folder, process_start, write_atomic
-from fp8slurm.slurm.job import Job, SlurmError, ask, is_active
+from fp8slurm.core.files import fsync_folder, write_atomic
+from fp8slurm.core.processes import process_start
+from fp8slurm.scheduler.job import Job, SlurmError, ask, is_active
 
 FORMAT = 1
 SETTINGS, SAMPLES, SUMMARY, SCORED, OWNER = (

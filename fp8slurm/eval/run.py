@@ -6,27 +6,28 @@ import hashlib
 import json
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 from fp8slurm.config.schema import RewardSection
 from fp8slurm.engine.server import EngineSettings
 from fp8slurm.eval import compare
-from fp8slurm.eval.asking import Wanted, batches, rows_of
+from fp8slurm.eval.asking import EvalRequest, batches, rows_of
 from fp8slurm.eval.checkpoints import Checkpoint, files_stamp
 from fp8slurm.eval.display import Meter, count, waiting
 from fp8slurm.eval.engines import Engines
 from fp8slurm.eval.grading import Graders
-from fp8slurm.eval.nodes import Gatherer, Meeting
+from fp8slurm.eval.nodes import ResultCollector, StepRendezvous
+from fp8slurm.eval.questions import Question
 from fp8slurm.eval.records import FORMAT, SUMMARY, Key, Records, append_rows, key_of, node_file
 from fp8slurm.eval.summary import RIGHT, document, speed, summarize
-from fp8slurm.eval.questions import Question
 from fp8slurm.eval.tasks import EvalTask, file_digest
 
 
 @dataclass(frozen=True)
-class Asked:
+class EvalSpec:
     """What is asked, in whatever precision."""
 
     tasks: list[EvalTask]
@@ -87,15 +88,15 @@ class Serving:
     """Of each grader."""
 
 
-Work = list[list[Wanted]]
+Work = list[list[EvalRequest]]
 
 
-def missing(asked: Asked, serving: Serving, done: set[Key]) -> Work:
+def missing(asked: EvalSpec, serving: Serving, done: set[Key]) -> Work:
     """The batches of all tasks, less the samples that are done."""
     return [b for t in asked.tasks for b in batches(t, asked.questions[t.name], serving.batch_size, done)]
 
 
-def digest(asked: Asked, work: Work) -> str:
+def digest(asked: EvalSpec, work: Work) -> str:
     """Equal where two tasks of a step would ask the same in the same batches."""
     tasks = [t.model_dump(mode="json", exclude={"data"}) for t in asked.tasks]
     put = [[[*w.key, w.question.token_ids] for w in batch] for batch in work]
@@ -103,8 +104,8 @@ def digest(asked: Asked, work: Work) -> str:
 
 
 def evaluate(
-    asked: Asked, serving: Serving, checkpoint: Checkpoint, precision: str, model: Path, records: Records,
-    score_of: Path | None, score_questions: int, meeting: Meeting | None = None,
+    asked: EvalSpec, serving: Serving, checkpoint: Checkpoint, precision: str, model: Path, records: Records,
+    score_of: Path | None, score_questions: int, meeting: StepRendezvous | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Complete the evaluation in `records` (entered); its summary.
 
@@ -157,8 +158,8 @@ def evaluate(
 
 
 def _ask(
-    asked: Asked, precision: str, work: Work, records: Records, graders: Graders, pool: Engines, context: int,
-    meeting: Meeting | None,
+    asked: EvalSpec, precision: str, work: Work, records: Records, graders: Graders, pool: Engines, context: int,
+    meeting: StepRendezvous | None,
 ) -> list[dict[str, int]]:  # fmt: skip
     """Have all of it answered, with the other tasks of the step where there are any; what those report."""
     lock = threading.Lock()
@@ -184,18 +185,18 @@ def _ask(
         if meeting is None:
             _drive(asked, work, pool, context, records.attempt, kept)
             return []
-        with Gatherer(meeting, records.folder, others) as gatherer:
+        with ResultCollector(meeting, records.folder, others) as gatherer:
             _drive(asked, work, pool, context, records.attempt, kept)
             return gatherer.finish(precision)
 
 
 def _drive(
-    asked: Asked, work: Work, pool: Engines, context: int, attempt: int, keep: Callable[[list[dict[str, Any]]], None]
+    asked: EvalSpec, work: Work, pool: Engines, context: int, attempt: int, keep: Callable[[list[dict[str, Any]]], None]
 ) -> None:
     """Have the work, or what this task claims of it, answered; keep(rows) is called from several threads."""
     started = time.monotonic()
 
-    def answered(batch: list[Wanted], generations: list) -> None:
+    def answered(batch: list[EvalRequest], generations: list) -> None:
         rows = rows_of(batch, generations, asked.tokenizer, asked.stop_ids)
         at = round(time.monotonic() - started, 3)
         keep([row | {"attempt": attempt, "at": at} for row in rows])
@@ -203,7 +204,7 @@ def _drive(
     pool.ask(work, lambda w: w.request(asked.seed, asked.stop_ids, context), answered)
 
 
-def assist(asked: Asked, serving: Serving, precision: str, meeting: Meeting) -> None:
+def assist(asked: EvalSpec, serving: Serving, precision: str, meeting: StepRendezvous) -> None:
     """The part of a task that is not task 0: answer batches into a file beside the samples until none is left.
 
     EngineError: an engine cannot be kept alive, or another task failed. ValueError: this node would ask other questions.
@@ -234,7 +235,7 @@ def assist(asked: Asked, serving: Serving, precision: str, meeting: Meeting) -> 
 
 
 def _finish(
-    asked: Asked, checkpoint: Checkpoint, precision: str, records: Records, graders: Graders, counts: dict[str, int]
+    asked: EvalSpec, checkpoint: Checkpoint, precision: str, records: Records, graders: Graders, counts: dict[str, int]
 ) -> dict[str, Any]:
     scores = graders.finish()
     order = [(t.name, q.id, k) for t in asked.tasks for q in asked.questions[t.name] for k in range(t.n_samples)]
@@ -245,11 +246,14 @@ def _finish(
     }
     tokens, seconds = speed(rows)
     summary = document(
-        checkpoint.name, {"kind": checkpoint.kind, "path": str(checkpoint.path)}, checkpoint.step, precision, "eval",
-        asked.seed, entries,
-    ) | {
-        "response_tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / max(seconds, 1e-3), **counts,
-    }  # fmt: skip
+        checkpoint.name,
+        {"kind": checkpoint.kind, "path": str(checkpoint.path)},
+        checkpoint.step,
+        precision,
+        "eval",
+        asked.seed,
+        entries,
+    ) | {"response_tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / max(seconds, 1e-3), **counts}
     records.finish(rows, summary)
     assert {key_of(r) for r in rows} == set(order)
     return summary

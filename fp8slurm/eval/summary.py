@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from datetime import datetime, timezone
-from typing import Any, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from typing import Any
 
 import numpy as np
 
@@ -48,14 +49,16 @@ def summarize(
         "pass_at_k": {str(k): bootstrap([pass_at_k(n, c, k) for c in right], draws).to_json() for k in ks(n)},
         "score": float(np.mean([r["score"] for r in rows])),
         "response_tokens": {
-            "mean": float(lengths.mean()), "median": float(np.median(lengths)),
-            "p95": float(np.quantile(lengths, 0.95)), "longest": int(lengths.max()),
+            "mean": float(lengths.mean()),
+            "median": float(np.median(lengths)),
+            "p95": float(np.quantile(lengths, 0.95)),
+            "longest": int(lengths.max()),
         },
         "truncated": reasons.count("length") / len(rows),
         "aborted": reasons.count("abort") / len(rows),
         "grader_failures": failures,
         "left_out": left_out,
-    }  # fmt: skip
+    }
 
 
 def document(
@@ -70,7 +73,7 @@ def document(
         "step": step,
         "precision": precision,
         "made_by": made_by,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "seed": seed,
         "tasks": tasks,
     }

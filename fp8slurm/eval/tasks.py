@@ -5,15 +5,16 @@ from __future__ import annotations
 import hashlib
 import re
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Mapping
+from typing import Any
 
 from pydantic import Field, ValidationError
 
 from fp8slurm.config import RunConfig
 from fp8slurm.config.schema import RewardSection, Section
-from fp8slurm.rl.data import SUFFIXES
-from fp8slurm.rl.rewards import check_kind
+from fp8slurm.data.prompts import SUFFIXES
+from fp8slurm.rewards.pool import check_kind
 
 DEFINITIONS = Path(__file__).parent / "definitions"
 HELD_OUT = "held_out"
@@ -164,10 +165,13 @@ def in_training(task: EvalTask, config: RunConfig) -> EvalTask:
     e, r = config.eval, config.rollout
     return task.model_copy(
         update={
-            "n_samples": e.n_samples, "temperature": e.temperature, "top_p": r.top_p, "top_k": r.top_k,
+            "n_samples": e.n_samples,
+            "temperature": e.temperature,
+            "top_p": r.top_p,
+            "top_k": r.top_k,
             "max_tokens": e.max_tokens or r.max_tokens,
         }
-    )  # fmt: skip
+    )
 
 
 def run_tasks(config: RunConfig) -> list[EvalTask]:

@@ -7,23 +7,10 @@ from __future__ import annotations
 
 import torch
 
-from fp8slurm.fp8.activations import (
-    dequantize_1x128,
-    fake_quantize_1x128,
-    fake_quantize_128x1,
-    quantize_1x128,
-)
+from fp8slurm.fp8.activations import dequantize_1x128, fake_quantize_1x128, fake_quantize_128x1, quantize_1x128
 from fp8slurm.fp8.block import BLOCK, E4M3, BlockFP8, scale_shape
 from fp8slurm.fp8.decode import decode_scaled, has_nan
-from fp8slurm.fp8.panels import (
-    NotFinite,
-    buffer,
-    checked,
-    not_finite_error,
-    panels,
-    scaled,
-    scales,
-)
+from fp8slurm.fp8.panels import NotFinite, buffer, checked, not_finite_error, panels, scaled, scales
 from fp8slurm.fp8.reference import dequantize_reference
 
 __all__ = [
@@ -38,12 +25,7 @@ __all__ = [
 
 
 def quantize(
-    weight: torch.Tensor,
-    *,
-    name: str = "",
-    power_of_two: bool = False,
-    out: BlockFP8 | None = None,
-    first_row: int = 0,
+    weight: torch.Tensor, *, name: str = "", power_of_two: bool = False, out: BlockFP8 | None = None, first_row: int = 0
 ) -> BlockFP8:
     """[N, K] bf16|fp16|fp32 -> BlockFP8 in 128x128 blocks, with the bytes of TransformerEngine's weight quantizer.
 

@@ -6,8 +6,8 @@ test): Triton is not needed anywhere else.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Sequence
 
 import numpy as np
 import torch
@@ -111,7 +111,9 @@ def _quantize_group(
     scale_inv_ptr = tl.load(entry + 2).to(tl.pointer_type(tl.float32))
     w_stride, data_stride = tl.load(entry + 3), tl.load(entry + 4)
     rows, columns = tl.arange(0, EDGE).to(tl.int64), tl.arange(0, EDGE)
-    if EVEN:  # what Group has seen to; it cannot be seen from a number in a table, and loads would be element by element
+    if (
+        EVEN
+    ):  # what Group has seen to; it cannot be seen from a number in a table, and loads would be element by element
         w_ptr, data_ptr = tl.multiple_of(w_ptr, 16), tl.multiple_of(data_ptr, 16)
         w_stride, data_stride = tl.multiple_of(w_stride, 16), tl.multiple_of(data_stride, 16)
         w = tl.load(w_ptr + (rows[:, None] * w_stride + columns[None, :])).to(tl.float32)
@@ -188,7 +190,12 @@ def _tiles(source: torch.Tensor, out: BlockFP8, number: int) -> np.ndarray:
     parts = source.shape[0] if source.dim() == 3 else 1
     part_rows = n // parts
     part_stride = source.stride(0) if source.dim() == 3 else 0
-    if source.numel() != n * k or source.stride(-1) != 1 or out.data.stride(-1) != 1 or not out.scale_inv.is_contiguous():
+    if (
+        source.numel() != n * k
+        or source.stride(-1) != 1
+        or out.data.stride(-1) != 1
+        or not out.scale_inv.is_contiguous()
+    ):
         raise ValueError(f"a matrix {list(source.shape)} with strides {source.stride()} for codes {[n, k]}")
     if parts > 1 and part_rows % BLOCK:
         raise ValueError(f"parts of {part_rows} rows of {source.shape}: allowed: multiples of {BLOCK}")

@@ -1,0 +1,1 @@
+"""What a Qwen3 is: sizes, names, layouts. Runs everywhere."""

@@ -6,14 +6,15 @@ TransformerEngine layer spec, which is also that of the checkpoints, except that
 
 Every fused parameter is cut along one dimension, and a tensor-parallel rank's piece of it splits into one contiguous
 slice of each HF tensor; the slices of ranks 0, 1, ... laid end to end are that tensor. So each rank can quantize what
-it holds, wherever the cut falls on a block border (`SliceSpec.on_block_border`).
+it holds, wherever the cut falls on a block boundary (`SliceSpec.on_block_border`).
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Iterator, Literal, Mapping, Sequence
+from typing import Literal
 
 import torch
 
@@ -55,7 +56,7 @@ class SliceSpec:
     def is_whole(self) -> bool:
         return self.dim is None or self.length == self.tensor.shape[self.dim]
 
-    def on_block_border(self, block: int = 128) -> bool:
+    def on_block_boundary(self, block: int = 128) -> bool:
         """True where both ends of the slice are ends of FP8 blocks: quantized alone it gives the whole's bytes."""
         if self.is_whole:
             return True

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Mapping
+from typing import Any
 
 import torch.nn.functional as F
 
@@ -129,7 +130,11 @@ class ModelSpec:
         if architecture == "Qwen3MoeForCausalLM":
             _only(where, "decoder_sparse_step", config.get("decoder_sparse_step", 1), (1,))
             _only(where, "mlp_only_layers", config.get("mlp_only_layers") or [], ([],))
-            local = "num_local_experts" if config.get("num_local_experts") and not config.get("num_experts") else "num_experts"
+            local = (
+                "num_local_experts"
+                if config.get("num_local_experts") and not config.get("num_experts")
+                else "num_experts"
+            )
             moe = {
                 "num_experts": _size(where, config, local),
                 "experts_per_token": _size(where, config, "num_experts_per_tok"),

@@ -37,7 +37,7 @@ CHAT_TEMPLATE = (
 
 def model_config(moe: bool = False) -> dict:
     """config.json: hidden 256, 2 layers, 4 heads and 2 key-value heads of 128, so that every fused matrix splits at a
-    128-block border at TP 1 and 2; feed-forward 512, or 8 experts of 256 with 2 for each token."""
+    128-block boundary at TP 1 and 2; feed-forward 512, or 8 experts of 256 with 2 for each token."""
     config = {
         "architectures": ["Qwen3MoeForCausalLM" if moe else "Qwen3ForCausalLM"],
         "model_type": "qwen3_moe" if moe else "qwen3",

@@ -1,0 +1,1 @@
+"""Records, and where they are shown while a run goes on."""

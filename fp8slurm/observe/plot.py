@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Mapping
+from typing import TYPE_CHECKING
 
 from fp8slurm.observe.metrics import Record, column, read_metrics
 from fp8slurm.observe.output import check_file
@@ -38,7 +39,10 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="fp8slurm plot", description="Draw the curves of one or several runs.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directory, such as runs/tiny-fp8")
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="picture to write, such as all.png (default: plot.png in RUN; several runs need it)"
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="picture to write, such as all.png (default: plot.png in RUN; several runs need it)",
     )
     args = parser.parse_args(argv)
     if args.out is not None:
@@ -46,7 +50,9 @@ def main(argv: list[str]) -> int:
     if len(args.runs) == 1:
         out = plot(args.runs[0], args.out)
     elif args.out is None:
-        raise ValueError(f"{len(args.runs)} runs in one picture: say where it goes with --out FILE, such as --out all.png")
+        raise ValueError(
+            f"{len(args.runs)} runs in one picture: say where it goes with --out FILE, such as --out all.png"
+        )
     else:
         names = [run.name for run in args.runs]
         labels = names if len(set(names)) == len(names) else [str(run) for run in args.runs]

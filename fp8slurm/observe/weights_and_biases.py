@@ -7,8 +7,9 @@ import os
 import queue
 import secrets
 import threading
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Mapping
+from typing import Any
 
 log = logging.getLogger(__name__)
 

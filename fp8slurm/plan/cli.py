@@ -19,9 +19,12 @@ def main(argv: list[str]) -> int:
         "before --help their defaults are R's.",
     )
     parser.add_argument(
-        "--gpu-memory", type=float, action="append", metavar="GB",
+        "--gpu-memory",
+        type=float,
+        action="append",
+        metavar="GB",
         help="memory of a GPU in 10^9 bytes; may be given several times (default: 80 for an H100 and 141 for an H200)",
-    )  # fmt: skip
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables; bytes are integers")
     parser.add_argument(
         "--row", metavar="LABEL", help="print one row of a Markdown table with that label, for comparing layouts"

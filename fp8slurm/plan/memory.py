@@ -9,10 +9,12 @@ trainer and the output layer's factors with the code; the activations of a layer
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
 from fp8slurm.config import RunConfig
+from fp8slurm.models.names import NameTable
 from fp8slurm.models.qwen3 import ModelSpec
 from fp8slurm.plan.parameters import StageParameters
 from fp8slurm.trainer.logprobs import CHUNK_LOGITS
@@ -37,7 +39,7 @@ H100s with expandable segments and full recomputation (docs/perf.md)."""
 PASSING = ("gradients", "FP8 copies")
 """State that a trainer's rank gives back while engines work on its GPU (Trainer.make_room)."""
 HOST_PROCESS = 4_000_000_000
-"""Assumed: host memory of a rank's, an agent's or an engine's process apart from what is counted here."""
+"""Assumed: host memory of a rank's, a rollout worker's or an engine's process apart from what is counted here."""
 EXPERT_IMBALANCE = 1.5
 """Assumed: the fullest expert-parallel rank gets this many times the mean number of tokens."""
 
@@ -210,8 +212,15 @@ def _working(config: RunConfig, spec: ModelSpec, p: StageParameters, micro_batch
     logits = tokens * spec.vocab_size // layout.tensor
     chunk = min(logits, CHUNK_LOGITS)
     head = Item(
-        "output layer", logits * OUTPUT_LAYER + chunk * OUTPUT_LAYER_CHUNK, "estimate",
+        "output layer",
+        logits * OUTPUT_LAYER + chunk * OUTPUT_LAYER_CHUNK,
+        "estimate",
         f"{tokens} tokens x {spec.vocab_size // layout.tensor} logits x {OUTPUT_LAYER} B, and {chunk} x {OUTPUT_LAYER_CHUNK} B",
-    )  # fmt: skip
+    )
     # The output layer's backward is over before the layers' begins: only the larger of the two counts.
     return [*items, max(head, layer, key=lambda i: i.bytes)]
+
+
+def checkpoint_bytes(config: RunConfig, table: NameTable) -> int:
+    """Bytes of one checkpoint of a run: the weights, and FP32 masters and two moments."""
+    return sum(math.prod(t.shape) for t in table.hf_tensors().values()) * (weight_bytes(config) + 12)

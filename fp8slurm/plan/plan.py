@@ -13,12 +13,12 @@ from fp8slurm.config.derived import engines_sleep, transport_of
 from fp8slurm.fp8.policy import decide
 from fp8slurm.models.known import find_spec
 from fp8slurm.models.names import NameTable
+from fp8slurm.models.precision import engine_quantization
 from fp8slurm.models.qwen3 import BLOCK, ModelSpec, QuantizationSpec, check_layout
 from fp8slurm.plan import memory, saving
 from fp8slurm.plan.engine import EngineMemory, engine_memory, quantized
-from fp8slurm.plan.memory import Item, RankMemory, rank_memory
+from fp8slurm.plan.memory import Item, RankMemory, checkpoint_bytes, rank_memory
 from fp8slurm.plan.parameters import Layout, StageParameters, stages
-from fp8slurm.rl.precision import engine_quantization
 from fp8slurm.sync.traffic import Traffic, traffic
 
 GPU_MEMORY = {"H100": 80_000_000_000, "H200": 141_000_000_000}
@@ -46,7 +46,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Alignment:
-    """A kind of matrix and the tensor-parallel sizes whose cuts fall on block borders."""
+    """A kind of matrix and the tensor-parallel sizes whose cuts fall on block boundaries."""
 
     matrix: str
     along: str
@@ -140,8 +140,8 @@ def make_plan(config: RunConfig, gpu_memory: dict[str, int] | None = None) -> Pl
     Raises:
         ValueError: the layout does not fit the model, or the model's shape is not known (as in preflight).
     """
-    from fp8slurm.slurm.placement import place
-    from fp8slurm.slurm.preflight import check_engine_layout
+    from fp8slurm.config.placement import place
+    from fp8slurm.models.engine_layout import check_engine_layout
 
     spec, source = find_spec(config.model.hf_checkpoint)
     placement = place(config)
@@ -185,11 +185,6 @@ def make_plan(config: RunConfig, gpu_memory: dict[str, int] | None = None) -> Pl
         gpus_per_node=config.slurm.gpus_per_node,
         samples_per_engine=-(-config.rollout.prompts_per_step * config.rollout.n_samples // len(placement.engines)),
     )
-
-
-def checkpoint_bytes(config: RunConfig, table: NameTable) -> int:
-    """Bytes of one checkpoint of a run: the weights, and FP32 masters and two moments."""
-    return sum(math.prod(t.shape) for t in table.hf_tensors().values()) * (memory.weight_bytes(config) + 12)
 
 
 def longest_sequence(config: RunConfig) -> int:
@@ -262,14 +257,19 @@ def _while_engines_work(config: RunConfig, m: RankMemory) -> dict[str, int]:
     return {i.name: i.bytes for i in m.state if i.name not in gone}
 
 
-def _host(
-    config: RunConfig, parts: list[StageParameters], held: tuple[Stage, ...], payload: int
-) -> tuple[Item, ...]:
+def _host(config: RunConfig, parts: list[StageParameters], held: tuple[Stage, ...], payload: int) -> tuple[Item, ...]:
     """Host memory of the fullest node."""
     ranks = config.slurm.ranks_per_node
     out = []
     if transport_of(config) == "gloo" and config.sync.keep_last_update is not False:
-        out.append(Item("last update", payload, "exact", "held by the agent: an engine that restarts is served from here"))
+        out.append(
+            Item(
+                "last update",
+                payload,
+                "exact",
+                "held by the rollout worker: an engine that restarts is served from here",
+            )
+        )
     offloaded = max(sum(i.bytes for i in s.memory.host) for s in held)
     if offloaded:
         out.append(Item("offloaded optimizer", offloaded * ranks, "estimate", f"{ranks} ranks"))
@@ -284,7 +284,7 @@ def _host(
 
 
 def _alignment(table: NameTable, layout: Layout) -> list[Alignment]:
-    """Every kind of quantized matrix: which side tensor parallelism cuts, and where that hits block borders."""
+    """Every kind of quantized matrix: which side tensor parallelism cuts, and where that hits block boundaries."""
     kinds: dict[tuple[str, int, int, bool], int] = {}
     for entry in table:
         for t in entry.tensors:

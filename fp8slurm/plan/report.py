@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Iterator
+from collections.abc import Iterator
 
 from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
@@ -239,7 +239,7 @@ def _alignment(plan: Plan) -> RenderableType:
         return " ".join(map(str, values)) or "-"
 
     table = _table(
-        "Tensor-parallel sizes of the trainer whose cuts are borders of 128 blocks",
+        "Tensor-parallel sizes of the trainer whose cuts are boundaries of 128 blocks",
         "",
         "number",
         "cut side",

@@ -6,8 +6,8 @@ from html import escape
 
 from fp8slurm.report.charts import BOTTOM, LEFT, RIGHT, TOP, Axis, tick, ticks
 from fp8slurm.report.content import PHASES, Part
-from fp8slurm.report.evaluations import Interval
 from fp8slurm.report.safe import figure, one_line, seconds, visible
+from fp8slurm.run.evaluations import Interval
 
 BARS = 80
 """Most bars; more steps are put together and drawn as their mean."""
@@ -50,7 +50,7 @@ def stacked(rows: list[tuple[int, list[float]]], id: str, title: str) -> str:
     note = f" <small>mean of {size} steps a bar</small>" if size > 1 else ""
     return (
         f'<figure class="chart"><figcaption><span>{escape(title)} <small>seconds a '
-        f'step</small>{note}</span></figcaption>'
+        f"step</small>{note}</span></figcaption>"
         f'<svg class="bars" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-labelledby="{id}-t"><title '
         f'id="{id}-t">{escape(title)}: '
         f"seconds of each phase of a step, stacked; the table has the figures</title>{''.join(out)}</svg></figure>"
@@ -63,7 +63,7 @@ def share_bar(parts: list[Part]) -> str:
     for p in parts:
         boxes.append(
             f'<rect class="p{p.slot}" x="{at:.2f}" width="{100 * p.share:.2f}" height="10"><title>{escape(p.name)} '
-            f'{100 * p.share:.1f}%</title></rect>'
+            f"{100 * p.share:.1f}%</title></rect>"
         )
         at += 100 * p.share
         box = (

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
-from typing import Any, Sequence
+from typing import Any
 
 from fp8slurm.report.safe import figure, visible
 
@@ -149,12 +150,15 @@ def line_chart(chart: Chart) -> tuple[str, dict[str, Any]]:
         f'<desc id="{chart.id}-d">{escape(summary)}</desc>{"".join(parts)}</svg>'
     )
     data = {
-        "x": [x.low, x.high, x.start, x.end], "y": [y.low, y.high, y.start, y.end], "log": chart.log, "w": WIDTH,
+        "x": [x.low, x.high, x.start, x.end],
+        "y": [y.low, y.high, y.start, y.end],
+        "log": chart.log,
+        "w": WIDTH,
         "lines": [
             {"name": visible(line.name), "c": line.color, "p": [_point(b) for b in buckets if b is not None]}
             for line, buckets in lines
         ],
-    }  # fmt: skip
+    }
     return _figure(chart, svg, [line for line, _ in lines]), data
 
 

@@ -6,10 +6,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from fp8slurm.checkpoint.run import write_atomic
+from fp8slurm.core.files import write_atomic
 from fp8slurm.observe.output import check_file
-from fp8slurm.report.read import read_run
 from fp8slurm.report.samples import LIMIT, read_samples
+from fp8slurm.run.reader import read_run
 
 
 def main(argv: list[str]) -> int:

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from fp8slurm.config import RunConfig
+from fp8slurm.core.numbers import number
 from fp8slurm.observe.plot import TIMES
-from fp8slurm.report.read import Run
-from fp8slurm.report.safe import figure, number, seconds, size
+from fp8slurm.report.safe import figure, seconds, size
+from fp8slurm.run.reader import Run
 
 EDGE = 5
 """Steps at each end that "first" and "last" are means of."""

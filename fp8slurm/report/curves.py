@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fp8slurm.report.charts import Chart, Line
 from fp8slurm.report.content import sync_and_memory
-from fp8slurm.report.read import Run, Series
+from fp8slurm.run.reader import Run, Series
 
 _GAP = "d = trainer's minus engine's log-probability of each sampled token"
 

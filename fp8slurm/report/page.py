@@ -13,10 +13,10 @@ from typing import Any
 
 from fp8slurm.report import content, curves, sections
 from fp8slurm.report.charts import Chart, Line, line_chart, swatch
-from fp8slurm.report.read import Run
 from fp8slurm.report.safe import figure
 from fp8slurm.report.samples import Samples, ShownSample
 from fp8slurm.report.sections import e, table
+from fp8slurm.run.reader import Run
 
 
 def page(run: Run, found: Samples, others: list[Run], names: list[str]) -> str:
@@ -100,7 +100,7 @@ def _header(run: Run) -> str:
     if switched:
         out.append(
             f'<p class="banner">This run is a control experiment, made to fail: {e(", ".join(switched))}. Its figures '
-            f'say nothing about training.</p>'
+            f"say nothing about training.</p>"
         )
     out.append(sections.cards(run))
     if run.notes:
@@ -131,8 +131,8 @@ def _curves(run: Run, drawn: dict[str, Any]) -> str:
     if charts:
         out += (
             '<p class="note">Over the steps of the phase (RL unless it says supervised). Point at a curve, or move '
-            'with the arrow keys, for its values; the bold figure is the last one. docs/metrics.md says what each '
-            'is.</p>'
+            "with the arrow keys, for its values; the bold figure is the last one. docs/metrics.md says what each "
+            "is.</p>"
         )
     return out
 
@@ -155,7 +155,7 @@ def _compare(runs: list[Run], names: list[str], drawn: dict[str, Any]) -> str:
     out = [f"<h3>Figures</h3>{table(heads, rows, 'final figures', range(1, len(runs) + 1))}"]
     out.append(
         f'<p class="note">Small figures: the difference to {e(names[0])}. Differences of single runs: how far two '
-        f'seeds of the same settings lie apart is not known from them.</p>'
+        f"seeds of the same settings lie apart is not known from them.</p>"
     )
     out.append(f"<h3>Curves on each other</h3>{_draw(curves.several(runs, names), drawn, 'all-')}")
     differing = content.differences(runs)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import unicodedata
 from typing import Any
 
@@ -40,16 +39,6 @@ def one_line(text: Any, limit: int = 200) -> str:
     """`visible`, on one line, cut at `limit` characters."""
     line = " ".join(visible(text).split())
     return line if len(line) <= limit else line[: limit - 1] + "\u2026"
-
-
-def number(value: Any) -> float | None:
-    """A finite number of a record, else None (NaN, infinity, text, bool, absent)."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return None
-    try:
-        return float(value) if math.isfinite(value) else None
-    except OverflowError:
-        return None
 
 
 def figure(value: float | None, signed: bool = False) -> str:

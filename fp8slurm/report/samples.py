@@ -1,16 +1,18 @@
-"""Saved rollouts (fp8slurm/rl/rollout_files.py) as samples that a report shows: pieces of text with each token's gap."""
+"""Saved rollouts (fp8slurm/rollout/files.py) as samples that a report shows: pieces of text with each token's gap."""
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
-from fp8slurm.report.read import Run
-from fp8slurm.report.safe import number, visible
+from fp8slurm.core.numbers import number
+from fp8slurm.report.safe import visible
+from fp8slurm.run.reader import Run
 
 LIMIT = 300
 """Samples that are embedded unless --samples says otherwise."""
@@ -119,7 +121,7 @@ def _size(path: Path) -> int:
 
 
 def rollout_files(run: Path) -> dict[int, list[Path]]:
-    """The saved files of every step, agents in order."""
+    """The saved files of every step, rollout workers in order."""
     found: dict[int, list[tuple[int, Path]]] = {}
     try:
         paths = list((run / "rollouts").glob("step_*.jsonl"))

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from datetime import datetime
 from html import escape
-from typing import Any, Iterable, Sequence
+from typing import Any
 
 from fp8slurm.report import content
-from fp8slurm.report.attempts import Attempt
 from fp8slurm.report.bars import intervals, share_bar, stacked
-from fp8slurm.report.evaluations import Evaluation
-from fp8slurm.report.read import Run
 from fp8slurm.report.safe import figure, one_line, seconds, visible
 from fp8slurm.report.samples import Samples
+from fp8slurm.run.attempts import Attempt
+from fp8slurm.run.evaluations import Evaluation
+from fp8slurm.run.reader import Run
 
 BINS = (0.01, 0.05, 0.2)
 """|d| in nats at which a token's colour gets stronger."""
@@ -66,10 +67,13 @@ def configuration(run: Run) -> str:
 
     def rows(settings: list[content.Setting]) -> list[list[str]]:
         return [
-            [f'<code>{e(s.key)}</code><span class="help">{e(s.help)}</span>', f"<code>{e(s.value)}</code>",
-            f"<code>{e(s.default)}</code>"]
+            [
+                f'<code>{e(s.key)}</code><span class="help">{e(s.help)}</span>',
+                f"<code>{e(s.value)}</code>",
+                f"<code>{e(s.default)}</code>",
+            ]
             for s in settings
-        ]  # fmt: skip
+        ]
 
     changed = [s for s in every if s.changed]
     heads = ("setting", "this run", "default")
@@ -107,7 +111,7 @@ def times(run: Run) -> str:
         return "<p>Not recorded: no step has a time yet.</p>"
     return "".join(out) + (
         '<p class="note">"other" is what no phase claims of time/step. The checkpoint is written between two steps '
-        'and counted with the later one. '
+        "and counted with the later one. "
         "Starting up, and steps that a later attempt did again, are not in metrics.jsonl and not counted.</p>"
     )
 
@@ -214,7 +218,7 @@ def _comparisons(runs: list[Run], names: list[str]) -> str:
     rows = [(f"{n + ' ' if several else ''}{c.task} {c.checkpoint}", i % 6, c.difference) for i, n, c in found]
     out.append(
         f'<div class="charts">'
-        f'{intervals(rows[:24], "diffs", "Difference in accuracy, 95% paired interval", True)}</div>'
+        f"{intervals(rows[:24], 'diffs', 'Difference in accuracy, 95% paired interval', True)}</div>"
     )
     cells = []
     for _, name, c in found:
@@ -261,7 +265,7 @@ def attempts(run: Run) -> str:
     out = [table(heads, rows, "attempts", (3, 8))]
     out.append(
         '<p class="note">Start: when the attempt wrote its first file. End: its last task\'s mark, or else the last '
-        'line of its logs. '
+        "line of its logs. "
         "The last step of an attempt whose metrics were cut back by the next one is not recorded by older versions.</p>"
     )
     for a in run.attempts:
@@ -270,7 +274,7 @@ def attempts(run: Run) -> str:
             if a.stacks:
                 items.append(f"stacks of {a.stacks} tasks are in attempts/{a.number}/stacks")
             out.append(
-                f'<h3>Attempt {a.number}</h3><ul '
+                f"<h3>Attempt {a.number}</h3><ul "
                 f'class="plain">{"".join(f"<li>{e(one_line(i, 500))}</li>" for i in items)}</ul>'
             )
     if not any(a.faults for a in run.attempts):

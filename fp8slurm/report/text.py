@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import datetime
-from typing import Sequence
 
 from fp8slurm.report import content, curves
 from fp8slurm.report.charts import downsample
-from fp8slurm.report.read import Run
 from fp8slurm.report.safe import figure, one_line, seconds, visible
 from fp8slurm.report.samples import Samples, ShownSample
+from fp8slurm.run.reader import Run
 
 _BLOCKS = "\u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"
 SPARK = 24

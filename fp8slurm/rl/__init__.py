@@ -1,0 +1,1 @@
+"""The loop: advantages, packing, loss, steps. Runs in training ranks."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from fp8slurm.rl.types import SampleGroup
+from fp8slurm.core.types import SampleGroup
 
 
 def shuffle_rewards(groups: list[SampleGroup], seed: str) -> None:

@@ -1,6 +1,6 @@
 """The main loop, run by every training rank.
 
-A prompt's way: agent (data, engine, reward) -> samples to every rank -> advantages -> packing -> log-probabilities ->
+A prompt's way: rollout worker (data, engine, reward) -> samples to every rank -> advantages -> packing -> log-probabilities ->
 policy-gradient updates -> weights to the engines, under one new version.
 """
 
@@ -10,33 +10,35 @@ import json
 import logging
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from fp8slurm.checkpoint.run import RunDirectory, RunState
 from fp8slurm.config import RunConfig
 from fp8slurm.config.derived import engines_start_after_trainer
-from fp8slurm.eval.in_training import merge
+from fp8slurm.core.gap import gap_metrics
+from fp8slurm.core.stopping import NeverStop, StepAbandoned, StopPolicy, StopRequested
+from fp8slurm.core.types import PackedBatch, SampleGroup
+from fp8slurm.data.prompts import PromptOrder, SftExample, load_sft, load_tokenizer
 from fp8slurm.observe.metrics import MetricsWriter
 from fp8slurm.rl import controls
 from fp8slurm.rl.advantages import advantages
-from fp8slurm.rl.channel import RankChannel
-from fp8slurm.rl.data import PromptOrder, SftExample, load_sft, load_tokenizer
-from fp8slurm.rl.loss import gap_metrics, make_policy_loss, sft_loss
+from fp8slurm.rl.loss import make_policy_loss, sft_loss
 from fp8slurm.rl.packing import pack, pack_sft
-from fp8slurm.rl.pace import Pace
-from fp8slurm.rl.rollout_files import is_saved, logprob_rows, trainer_file, write_trainer_logprobs
-from fp8slurm.rl.checkpoint_writer import CheckpointWriter
-from fp8slurm.rl.stopping import Abandoned, Never, Stopped, Stopping
+from fp8slurm.rl.schedule import learning_rate
 from fp8slurm.rl.stopwatch import Stopwatch
-from fp8slurm.rl.types import PackedBatch, SampleGroup
 from fp8slurm.rl.weights import EngineWeights
-from fp8slurm.rl.wire import decode_groups
-from fp8slurm.trainer.schedule import learning_rate
+from fp8slurm.rollout.channel import RankChannel
+from fp8slurm.rollout.evaluation import merge
+from fp8slurm.rollout.files import is_saved, logprob_rows, trainer_file, write_trainer_logprobs
+from fp8slurm.rollout.serialization import decode_groups
+from fp8slurm.run.checkpoint_writer import CheckpointWriter
+from fp8slurm.run.directory import RunDirectory, RunState
+from fp8slurm.run.step_times import StepTimes
 
 log = logging.getLogger(__name__)
 MAX_FAILED_SAVES = 3
@@ -52,22 +54,24 @@ class TooManyBadSteps(RuntimeError):
 
 def run(
     config: RunConfig, run_dir: RunDirectory, trainer: Any, channel: RankChannel, store: dist.Store, address: str,
-    beat: Callable[[], None], stopping: Stopping = Never(),
+    heartbeat: Callable[[], None], stop_policy: StopPolicy = NeverStop(),
 ) -> None:  # fmt: skip
     """Train from the newest usable checkpoint to the last step, or to where `stopping` ends it; everything is on disk then."""
-    loop = Loop(config, run_dir, trainer, channel, store, address, beat, stopping)
+    loop = Loop(config, run_dir, trainer, channel, store, address, heartbeat, stop_policy)
     loop.resume()
     loop.connect()
     try:
         if loop.state.phase == "sft":
             loop.warm_start()
         loop.reinforce()
-    except Stopped as reason:
+    except StopRequested as reason:
         loop.stop(reason)
         return
-    loop.settle()
+    loop.collect_finished_save()
     if loop.saves and loop.on_disk != loop.state:  # another attempt may find room for it
-        raise OSError(f"the run is over, but its last checkpoint, {loop.state.name}, could not be written: {loop.save_error}")
+        raise OSError(
+            f"the run is over, but its last checkpoint, {loop.state.name}, could not be written: {loop.save_error}"
+        )
     channel.call("stop")
     loop.close()
 
@@ -77,14 +81,14 @@ class Loop:
 
     def __init__(
         self, config: RunConfig, run_dir: RunDirectory, trainer: Any, channel: RankChannel, store: dist.Store, address: str,
-        beat: Callable[[], None], stopping: Stopping = Never(),
+        heartbeat: Callable[[], None], stop_policy: StopPolicy = NeverStop(),
     ) -> None:  # fmt: skip
         self.config, self.run_dir, self.trainer, self.channel, self.store = config, run_dir, trainer, channel, store
-        self.address, self.beat, self.stopping = address, beat, stopping
+        self.address, self.heartbeat, self.stop_policy = address, heartbeat, stop_policy
         self.first = trainer.rank == 0
         self.state = RunState("sft" if config.sft.data is not None else "rl", 0)
         self.policy_loss = make_policy_loss(config.algorithm)
-        self.watch = Stopwatch(beat)
+        self.watch = Stopwatch(heartbeat)
         self.weights = EngineWeights(config, trainer, channel, store, address, run_dir.attempt_dir, self.watch)
         self.sinks: list[Any] = []
         self.saved = False
@@ -93,9 +97,9 @@ class Loop:
         self.writer = CheckpointWriter(run_dir, store, trainer.rank, dist.get_world_size(), config.checkpoint)
         self.write_s: float | None = None
         self.on_disk: RunState | None = None
-        self.borders = 0
-        self.pace = Pace.read(run_dir)
-        self.border_at = time.monotonic()
+        self.boundaries = 0
+        self.step_times = StepTimes.read(run_dir)
+        self.boundary_at = time.monotonic()
 
     # -- start ---------------------------------------------------------------------------------------------------
 
@@ -107,7 +111,9 @@ class Loop:
                 if damage is None:
                     name = folder.name
                     break
-                log.warning("checkpoint %s is skipped: %s; set aside as %s", folder, damage, self.run_dir.set_aside(folder).name)
+                log.warning(
+                    "checkpoint %s is skipped: %s; set aside as %s", folder, damage, self.run_dir.set_aside(folder).name
+                )
             self.store.set("resume", name)
         self.store.wait(["resume"])
         name = self.store.get("resume").decode()
@@ -123,12 +129,19 @@ class Loop:
                     f"--control.freeze-engine: {folder} has other weights than those that the engines kept; such a run cannot go on; "
                     f"allowed: another --run.name"
                 )
-            if self.config.algorithm.kl_coef and not has_reference and self.state.phase == "rl" and self.state.sft_steps:
+            if (
+                self.config.algorithm.kl_coef
+                and not has_reference
+                and self.state.phase == "rl"
+                and self.state.sft_steps
+            ):
                 raise ValueError(
                     f"--algorithm.kl-coef {self.config.algorithm.kl_coef:g}: {folder} was saved without a reference model, which "
                     f"would have to be the one that its supervised phase ended with; allowed: 0, or another --run.name"
                 )
-            if self.state.bad_steps >= self.config.run.max_bad_steps:  # the run ended for it; somebody has changed a setting
+            if (
+                self.state.bad_steps >= self.config.run.max_bad_steps
+            ):  # the run ended for it; somebody has changed a setting
                 self.state = replace(self.state, bad_steps=0)
             log.info("continuing from %s", folder)
         if self.first:
@@ -162,38 +175,42 @@ class Loop:
 
     # -- stop ----------------------------------------------------------------------------------------------------
 
-    def border(self) -> None:
-        """Between two steps, on all ranks: go on together or stop together. Raises Stopped."""
-        self.settle(wait=False)
+    def step_boundary(self) -> None:
+        """Between two steps, on all ranks: go on together or stop together. Raises StopRequested."""
+        self.collect_finished_save(wait=False)
         now = time.monotonic()
-        key, self.borders = f"border/{self.borders}", self.borders + 1
+        key, self.boundaries = f"boundary/{self.boundaries}", self.boundaries + 1
         if self.first:
-            if self.borders > 1:
-                self.pace = replace(self.pace, step_s=max(now - self.border_at, 0.8 * self.pace.step_s))
-            noticed = self.stopping.noticed() or self.store.check(["noticed"])
-            busy = max(self.pace.step_s, self.writer.left(self.pace.save_s))  # the next save waits for this one
-            self.store.set(key, self.stopping.at_border(noticed, busy, self.pace.save_s))
-        elif self.stopping.noticed():
+            if self.boundaries > 1:
+                self.step_times = replace(
+                    self.step_times, step_s=max(now - self.boundary_at, 0.8 * self.step_times.step_s)
+                )
+            noticed = self.stop_policy.noticed() or self.store.check(["noticed"])
+            busy = max(
+                self.step_times.step_s, self.writer.left(self.step_times.save_s)
+            )  # the next save waits for this one
+            self.store.set(key, self.stop_policy.at_step_boundary(noticed, busy, self.step_times.save_s))
+        elif self.stop_policy.noticed():
             self.store.set("noticed", "")
-        self.border_at = now
+        self.boundary_at = now
         self.store.wait([key])
         reason = self.store.get(key).decode()
         if reason:
-            raise Stopped(reason)
+            raise StopRequested(reason)
 
-    def stop(self, reason: Stopped) -> None:
+    def stop(self, reason: StopRequested) -> None:
         """Save what is not saved yet, and leave."""
-        self.settle()
+        self.collect_finished_save()
         if self.first:
             log.warning("stopping after %s step %d: %s", self.state.phase, self.state.step, reason)
             self.store.set("stop/saved", "yes" if self.on_disk == self.state else "no")
         self.store.wait(["stop/saved"])
         if self.store.get("stop/saved") == b"no":
             self.save()
-            self.settle()
+            self.collect_finished_save()
         if self.first:
-            self.stopping.stopped(self.state.name, self.on_disk == self.state)
-        if not isinstance(reason, Abandoned):  # else the agents are busy, and are ended with the job
+            self.stop_policy.stopped(self.state.name, self.on_disk == self.state)
+        if not isinstance(reason, StepAbandoned):  # else the rollout workers are busy, and are ended with the job
             self.channel.call("stop")
         self.close()
 
@@ -216,7 +233,7 @@ class Loop:
         examples = load_sft(c.data, s, load_tokenizer(c.model.hf_checkpoint))
         order = PromptOrder(len(examples), c.run.seed, c.data.shuffle)
         while self.state.step < s.max_steps:
-            self.border()
+            self.step_boundary()
             started, step = self._begin(), self.state.step + 1
             indices, cursor = order.take(self.state.sft_cursor, s.batch_size)
             self.weights.sleep()
@@ -262,14 +279,14 @@ class Loop:
             started = self._begin()
             self._record(self.probe_gap() | self.evaluate(), started)
         while self.state.step < steps:
-            self.border()
+            self.step_boundary()
             started = self._begin()
             record = self.step(self.state.step + 1)
             step = self.state.step
             try:
                 if step == steps or (self.config.eval.every and step % self.config.eval.every == 0):
                     record |= self.evaluate()
-            except Abandoned:  # the step is whole, and is saved; its record must not be missing then
+            except StepAbandoned:  # the step is whole, and is saved; its record must not be missing then
                 log.warning("RL step %d is recorded without its evaluation", step)
                 self._record(record, started)
                 raise
@@ -312,7 +329,7 @@ class Loop:
             results = []
             for update in mine * c.train.epochs_per_step:
                 results.append(t.train_step(update, self.policy_loss, lr, with_entropy=True))
-                self.beat()
+                self.heartbeat()
         ok = [r for r in results if r.ok]
         shown = ok or results  # if none was made: what they would have been, so that the record has no invented zeros
         for key in results[0].metrics:
@@ -331,8 +348,8 @@ class Loop:
     # -- parts ---------------------------------------------------------------------------------------------------
 
     def rollout(self, step: int, prompts: int, keep_all: bool = False) -> tuple[list[SampleGroup], dict[str, float]]:
-        """Samples of all agents, in the order of the agents, and what they say about them."""
-        # Only before a step has changed anything: the weights are then those of the border before it.
+        """Samples of all rollout workers, in the order of the rollout workers, and what they say about them."""
+        # Only before a step has changed anything: the weights are then those of the boundary before it.
         training = step > self.state.step and self.state.phase == "rl"
         asked = {"step": step, "cursor": self.state.cursor, "prompts": prompts, "keep_all": keep_all}
         answers = self.weights.ask("rollout", self.state.version, self._too_late if training else None, **asked)
@@ -410,19 +427,24 @@ class Loop:
         # The last step's figures would never be made up for, and a supervised phase ends by them.
         given_up = self.state.phase == "rl" and self.state.step < c.run.steps
         with self.watch.timed("eval"):
-            said = [a for a, _ in self.weights.ask("evaluate", self.state.version, self._too_late if given_up else None, checkpoint=checkpoint)]
+            said = [
+                a
+                for a, _ in self.weights.ask(
+                    "evaluate", self.state.version, self._too_late if given_up else None, checkpoint=checkpoint
+                )
+            ]
             return merge(c, self.run_dir, said, checkpoint, self.state.step, writes=self.first)
 
     def _too_late(self) -> str:
         """Why what the engines generate is not waited for any longer, or ""."""
-        return self.stopping.in_rollout(self.pace.save_s + self.writer.left(self.pace.save_s))
+        return self.stop_policy.in_rollout(self.step_times.save_s + self.writer.left(self.step_times.save_s))
 
     def save(self) -> None:
         """Begin a checkpoint of the present state; a full disk is reported, and the run goes on with the older one, but not for
         ever (MAX_FAILED_SAVES)."""
         tag, self.saves = f"save/{self.saves}", self.saves + 1
         with self.watch.timed("checkpoint"):
-            self.settle()
+            self.collect_finished_save()
             begun = time.monotonic()
             if self.first:
                 try:
@@ -438,10 +460,10 @@ class Loop:
                 snapshot = self.trainer.snapshot(said["folder"], copy=self.config.checkpoint.asynchronous)
                 self.writer.start(self.state, Path(said["folder"]), snapshot, begun)
                 if not self.config.checkpoint.asynchronous:
-                    self.settle()
+                    self.collect_finished_save()
         self.saved = True
 
-    def settle(self, wait: bool = True) -> None:
+    def collect_finished_save(self, wait: bool = True) -> None:
         """Take note of a save that has ended; wait: for the one under way."""
         saved = self.writer.take(wait)
         if saved is None:
@@ -452,20 +474,25 @@ class Loop:
             return
         self.on_disk, self.failed_saves = saved.state, 0
         if self.first:
-            self.pace = replace(self.pace, save_s=saved.seconds)
+            self.step_times = replace(self.step_times, save_s=saved.seconds)
             try:
-                self.pace.write(self.run_dir)
+                self.step_times.write(self.run_dir)
             except OSError as error:
                 log.error("%s", error)
 
     def _save_failed(self, state: RunState, error: str) -> None:
         """On all ranks. Raises OSError after too many in a row: another attempt may find room."""
         free = shutil.disk_usage(self.run_dir.path).free
-        self.failed_saves, self.save_error = self.failed_saves + 1, f"{error} ({free / 1e9:.2f} GB are free in {self.run_dir.path})"
+        self.failed_saves, self.save_error = (
+            self.failed_saves + 1,
+            f"{error} ({free / 1e9:.2f} GB are free in {self.run_dir.path})",
+        )
         log.error("checkpoint %s was not written, the one before is kept: %s", state.name, self.save_error)
         if self.failed_saves >= MAX_FAILED_SAVES:
             kept = self.on_disk.name if self.on_disk is not None else "none"
-            raise OSError(f"{self.failed_saves} checkpoints in a row could not be written; the newest is {kept}: {self.save_error}")
+            raise OSError(
+                f"{self.failed_saves} checkpoints in a row could not be written; the newest is {kept}: {self.save_error}"
+            )
 
     def _packing(self) -> dict[str, int]:
         return {
@@ -485,7 +512,14 @@ class Loop:
         if self.write_s is not None:
             times["time/checkpoint_write"], self.write_s = self.write_s, None
         whole = time.perf_counter() - started
-        line = {"phase": self.state.phase, "step": self.state.step, **record, **self.trainer.memory, **times, "time/step": whole}
+        line = {
+            "phase": self.state.phase,
+            "step": self.state.step,
+            **record,
+            **self.trainer.memory,
+            **times,
+            "time/step": whole,
+        }
         if self.failed_saves:
             line["checkpoint/failed"] = float(self.failed_saves)
         if "tokens" in record:
@@ -501,7 +535,7 @@ class Loop:
     def _stop_if_bad(self) -> None:
         if self.state.bad_steps >= self.config.run.max_bad_steps:
             self.save()
-            self.settle()
+            self.collect_finished_save()
             raise TooManyBadSteps(
                 f"{self.state.bad_steps} steps in a row had a NaN or infinite loss or gradient (run.max_bad_steps); the last good "
                 f"weights are in {self.run_dir.checkpoints / self.state.name}"

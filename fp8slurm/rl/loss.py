@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Callable
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from fp8slurm.config.schema import AlgorithmSection
-from fp8slurm.rl.types import PackedBatch
+from fp8slurm.core.types import PackedBatch
 
 Metrics = dict[str, Tensor]
 LossFn = Callable[[Tensor, Tensor | None, PackedBatch], tuple[Tensor, Metrics]]
@@ -106,25 +106,3 @@ def weighted_sum(values: Tensor, weights: Tensor) -> Tensor:
     """Sum of weights * values over the positions whose weight is not 0, whatever stands in the others."""
     values = values.float()
     return (torch.where(weights != 0, values, torch.zeros_like(values)) * weights).sum()
-
-
-def gap_metrics(trainer: Tensor, rollout: Tensor) -> dict[str, float]:
-    """How far the trainer's log-probabilities of the sampled tokens are from the engine's; both [N], same tokens.
-
-    With d = trainer - rollout: mean |d|, its 99th percentile (nearest rank) and maximum; and two estimates of
-    KL(engine || trainer), the tokens being the engine's samples: k1 = mean(-d), k3 = mean(exp(d) - d - 1). Computed in
-    float64. No tokens give no metrics.
-    """
-    assert trainer.shape == rollout.shape and trainer.dim() == 1, (trainer.shape, rollout.shape)
-    if trainer.numel() == 0:
-        return {}
-    d = trainer.double() - rollout.double()
-    absolute = d.abs()
-    rank = -(-99 * d.numel() // 100)
-    return {
-        "gap/mean_abs": absolute.mean().item(),
-        "gap/p99": absolute.kthvalue(rank).values.item(),
-        "gap/max": absolute.max().item(),
-        "gap/k1": -d.mean().item(),
-        "gap/k3": kl_estimate(-d, torch.zeros_like(d), "k3").mean().item(),
-    }

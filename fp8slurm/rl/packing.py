@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import heapq
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Sequence
+from typing import Literal
 
 import torch
 
-from fp8slurm.rl.data import SftExample
-from fp8slurm.rl.types import PackedBatch, SampleGroup
+from fp8slurm.core.types import PackedBatch, SampleGroup
+from fp8slurm.data.prompts import SftExample
 
 RankBatches = list[list[PackedBatch]]
 """For one update: [data-parallel rank][micro-batch], as many micro-batches on every rank."""
@@ -44,7 +45,7 @@ def pack(
 ) -> list[RankBatches]:
     """The micro-batches of every update of a step: [update][data-parallel rank][micro-batch].
 
-    Updates are cut at group borders, in order, with as equal numbers of groups as possible; there are fewer than
+    Updates are cut at group boundaries, in order, with as equal numbers of groups as possible; there are fewer than
     `updates` where there are fewer groups. Samples with `train` False and samples without tokens are left out, and
     groups without any other. The result is a function of the arguments alone.
     """
@@ -59,14 +60,17 @@ def pack(
         if group_rows:
             rows.append(group_rows)
     updates = min(updates, len(rows))
-    borders = [len(rows) * u // updates for u in range(updates + 1)] if updates else [0]
+    boundaries = [len(rows) * u // updates for u in range(updates + 1)] if updates else [0]
     return [
         _pack_update(
             [row for group_rows in rows[start:end] for row in group_rows],
-            data_parallel_size, tokens_per_micro_batch, pad_multiple, loss_mean,
+            data_parallel_size,
+            tokens_per_micro_batch,
+            pad_multiple,
+            loss_mean,
         )
-        for start, end in zip(borders, borders[1:])
-    ]  # fmt: skip
+        for start, end in zip(boundaries, boundaries[1:])
+    ]
 
 
 def pack_sft(
@@ -152,7 +156,7 @@ def _batch(rows: list[_Row], weights: list[float], pad_multiple: int, like: torc
     tokens: list[int] = []
     labels: list[int] = []
     positions: list[int] = []
-    borders = [0]
+    boundaries = [0]
     loss_weights: list[float] = []
     rollout: list[float] = []
     advantages: list[float] = []
@@ -165,14 +169,14 @@ def _batch(rows: list[_Row], weights: list[float], pad_multiple: int, like: torc
         tokens += ids
         labels += [*ids[1:], 0]
         positions += range(len(ids))
-        borders.append(len(tokens))
+        boundaries.append(len(tokens))
         loss_weights += [0.0] * before + [weight] * n + [0.0]
         rollout += [0.0] * before + [*row.rollout_logprobs] + [0.0]
         advantages += [0.0] * before + [row.advantage] * n + [0.0]
         mask += [False] * before + [True] * n + [False]
     pad = -len(tokens) % pad_multiple if tokens else pad_multiple
     if pad:
-        borders.append(len(tokens) + pad)
+        boundaries.append(len(tokens) + pad)
         tokens, labels, positions = tokens + [0] * pad, labels + [0] * pad, positions + list(range(pad))
         loss_weights, rollout, advantages = (x + [0.0] * pad for x in (loss_weights, rollout, advantages))
         mask += [False] * pad
@@ -180,7 +184,7 @@ def _batch(rows: list[_Row], weights: list[float], pad_multiple: int, like: torc
         tokens=torch.tensor(tokens, dtype=torch.int64),
         labels=torch.tensor(labels, dtype=torch.int64),
         position_ids=torch.tensor(positions, dtype=torch.int64),
-        cu_seqlens=torch.tensor(borders, dtype=torch.int32),
+        cu_seqlens=torch.tensor(boundaries, dtype=torch.int32),
         loss_weights=torch.tensor(loss_weights, dtype=torch.float32),
         rollout_logprobs=torch.tensor(rollout, dtype=torch.float32),
         advantages=torch.tensor(advantages, dtype=torch.float32),

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Callable, Iterator, Sequence
 
 
 class Stopwatch:
-    """Seconds by phase; after every phase `beat` says that something has moved."""
+    """Seconds by phase; after every phase `heartbeat` says that something has moved."""
 
-    def __init__(self, beat: Callable[[], None] = lambda: None) -> None:
-        self.beat = beat
+    def __init__(self, heartbeat: Callable[[], None] = lambda: None) -> None:
+        self.heartbeat = heartbeat
         self.seconds: dict[str, float] = {}
         self._within_s = 0.0
         """Seconds of the phases within the one that is being timed."""
@@ -24,7 +24,7 @@ class Stopwatch:
         whole = time.perf_counter() - start
         self.spent(phase, whole - self._within_s)
         self._within_s = outside + whole
-        self.beat()
+        self.heartbeat()
 
     def spent(self, phase: str, seconds: float) -> None:
         """Count what somebody else has measured."""

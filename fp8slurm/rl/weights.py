@@ -1,6 +1,6 @@
 """Which weights the engines have, as every training rank sees it.
 
-    connect   what travels how is planned, and the agents are told
+    connect   what travels how is planned, and the rollout workers are told
     sync      the trainer's weights go to every engine, under a version: the number of steps taken
     sleep     engines give their memory back, and with it the weights
     ask       a command that needs weights: they are sent first where engines slept, and again where one lost them
@@ -10,8 +10,9 @@ Three ways (sync/): through the hosts, mapped where trainer and engine share a G
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,9 +20,9 @@ import torch.distributed as dist
 from fp8slurm.config import RunConfig
 from fp8slurm.config.derived import engines_sleep, is_direct, is_mapped
 from fp8slurm.models.names import NameTable
-from fp8slurm.rl.channel import RankChannel
-from fp8slurm.rl.precision import engine_quantization
+from fp8slurm.models.precision import engine_quantization
 from fp8slurm.rl.stopwatch import Stopwatch
+from fp8slurm.rollout.channel import RankChannel
 from fp8slurm.sync.bucket import WeightBucket
 from fp8slurm.sync.direct import DirectSender
 from fp8slurm.sync.groups import Group
@@ -31,7 +32,7 @@ from fp8slurm.sync.receiver import checksum, publish_checksums
 from fp8slurm.sync.stream import Cut, WeightStream, parse_description
 
 VERIFIED_AT_FIRST = 2
-"""Updates that sync.verify = "first" compares: SGLang's own load, and the first that is made again as copies (engine/recorded.py)."""
+"""Updates that sync.verify = "first" compares: SGLang's own load, and the first that is made again as copies (engine/inside/recorded.py)."""
 Answers = list[tuple[dict[str, Any], torch.Tensor]]
 
 
@@ -39,7 +40,14 @@ class EngineWeights:
     """A training rank's end; all ranks make the same calls in the same order."""
 
     def __init__(
-        self, config: RunConfig, trainer: Any, channel: RankChannel, store: dist.Store, address: str, attempt_dir: Path, watch: Stopwatch
+        self,
+        config: RunConfig,
+        trainer: Any,
+        channel: RankChannel,
+        store: dist.Store,
+        address: str,
+        attempt_dir: Path,
+        watch: Stopwatch,
     ) -> None:
         self.config, self.trainer, self.channel, self.store = config, trainer, channel, store
         self.address, self.attempt_dir, self.watch = address, attempt_dir, watch
@@ -52,7 +60,7 @@ class EngineWeights:
         self._sends = self._verified = 0
 
     def connect(self) -> None:
-        """Plan the updates, and tell the agents."""
+        """Plan the updates, and tell the rollout workers."""
         c, t = self.config, self.trainer
         self._stream = WeightStream(
             NameTable(t.spec), t.named_shards, engine_quantization(c), c.sync.bucket_bytes, getattr(torch, c.engine.dtype),
@@ -65,10 +73,10 @@ class EngineWeights:
             p = c.parallel
             names = source_names(p.pipeline_parallel_size, p.expert_parallel_size if t.spec.is_moe else 0)
             self.store.set("sync/sources", " ".join(names))
-        for name in self._stream.sources:  # all plans before the first group: an agent wants all of them first
+        for name in self._stream.sources:  # all plans before the first group: a rollout worker wants all of them first
             self.store.set(f"sync/plan/{name}", self._stream.describe(name))
             self.store.set(f"sync/root/{name}", str(t.rank))
-        size = 1 + self.channel.agents
+        size = 1 + self.channel.workers
         self._groups = {n: Group(self.store, f"sync/{n}", 0, size, self.address) for n in self._stream.sources}
         if is_direct(c):
             engine_ranks = c.slurm.nodes * c.engine.per_node * c.engine.tensor_parallel_size
@@ -94,11 +102,11 @@ class EngineWeights:
             self._asleep, self.sent_version = True, None
 
     def ask(self, kind: str, version: int, abandon: Callable[[], str] | None = None, **arguments: Any) -> Answers:
-        """The agents' answers to a command that needs the weights of `version`, or those that engines have been sent; where
+        """The rollout workers' answers to a command that needs the weights of `version`, or those that engines have been sent; where
         one lost them they are sent again, then the command.
 
         Raises:
-            Abandoned: as RankChannel.collect.
+            StepAbandoned: as RankChannel.collect.
             RuntimeError: weights are gone that the engines were to keep (control.freeze_engine).
         """
         if self._asleep:
@@ -109,7 +117,9 @@ class EngineWeights:
             if not any(a.get("weights_lost") for a, _ in answers):
                 return answers
             if self.config.control.freeze_engine and version != self.sent_version:
-                raise RuntimeError("--control.freeze-engine: an engine lost the weights that it was to keep; start the run anew")
+                raise RuntimeError(
+                    "--control.freeze-engine: an engine lost the weights that it was to keep; start the run anew"
+                )
             self.sent_version = None
             self.sync(version)
 

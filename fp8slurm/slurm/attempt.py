@@ -8,10 +8,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fp8slurm.checkpoint.run import RunDirectory, RunState, damage, process_of, write_atomic
+from fp8slurm.checkpoint.formats.complete import damage
 from fp8slurm.config import RunConfig
-from fp8slurm.slurm import job as slurm
-from fp8slurm.slurm.job import Job, SlurmError
+from fp8slurm.core.files import write_atomic
+from fp8slurm.core.processes import process_of
+from fp8slurm.run.directory import RunDirectory, RunState, rl_step
+from fp8slurm.scheduler import job as slurm
+from fp8slurm.scheduler.job import Job, SlurmError
 
 JOIN_TIMEOUT_S = 600.0
 
@@ -136,12 +139,6 @@ def last_checkpoint(config: RunConfig, run: RunDirectory) -> str:
     return run.newest_checkpoint() if finished(config, run) else RunState("rl", config.run.steps).name
 
 
-def rl_step(checkpoint: str) -> int:
-    """The step of an RL checkpoint's name; -1 for any other name."""
-    phase, _, step = checkpoint.partition("_")
-    return int(step) if phase == "step" and step.isdigit() else -1
-
-
 def holder(held: dict[str, Any]) -> str | None:
     """The living holder of an attempt in words: a job that waits or runs, or a process of this machine; None if gone.
 
@@ -207,7 +204,7 @@ def begin(config: RunConfig, path: Path, job: Job) -> RunDirectory:
 
 def no_progress(config: RunConfig, run: RunDirectory, count: int) -> str:
     """Why the run is not started again."""
-    from fp8slurm.slurm.monitor import first_error
+    from fp8slurm.run.task_errors import first_error
 
     last = run.newest_attempt()
     folder = run.attempts / str(last)
@@ -242,18 +239,21 @@ def _stopped(folder: Path) -> dict[str, Any]:
 
 def _say_the_end(run: RunDirectory, text: str) -> None:
     """The run ends before there is another attempt: the newest one's folder says so, for `fp8slurm status`."""
-    from fp8slurm.slurm.monitor import VERDICT
+    from fp8slurm.run.task_errors import VERDICT
 
     folder = run.attempts / str(run.newest_attempt())
     if said := _stopped(folder):
-        write_atomic(folder / "stopped.json", json.dumps(said | {"next": "", "why_not": "too many attempts without a new checkpoint"}))
+        write_atomic(
+            folder / "stopped.json",
+            json.dumps(said | {"next": "", "why_not": "too many attempts without a new checkpoint"}),
+        )
     if not (folder / "errors" / VERDICT).is_file():
         (folder / "errors").mkdir(exist_ok=True)
         write_atomic(folder / "errors" / VERDICT, json.dumps({"time": time.time(), "text": text}))
 
 
 def _record(run: RunDirectory, error: ValueError) -> None:
-    from fp8slurm.slurm.monitor import record_error
+    from fp8slurm.run.task_errors import record_error
 
     (run.attempt_dir / "errors").mkdir(exist_ok=True)
     record_error(run.attempt_dir / "errors", 0, str(error), permanent=True)

@@ -6,9 +6,9 @@ import signal
 import sys
 from pathlib import Path
 
-from fp8slurm.checkpoint.run import RunDirectory
 from fp8slurm.config import RunConfig
-from fp8slurm.slurm.placement import place
+from fp8slurm.config.placement import place
+from fp8slurm.run.directory import RunDirectory
 from fp8slurm.slurm.task import be_task
 
 

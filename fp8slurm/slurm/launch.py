@@ -8,17 +8,21 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable, Protocol
+from typing import Protocol
 
-from fp8slurm.checkpoint.run import RunDirectory, process_start
 from fp8slurm.config import RunConfig
+from fp8slurm.config.placement import place
+from fp8slurm.core.processes import process_start
+from fp8slurm.core.signals import ended_is_interrupted
+from fp8slurm.process.environment import GPUS
+from fp8slurm.process.monitor import LAUNCHER, launcher
+from fp8slurm.run.directory import RunDirectory
+from fp8slurm.run.task_errors import first_error
+from fp8slurm.scheduler import job as slurm
 from fp8slurm.slurm import attempt
-from fp8slurm.slurm import job as slurm
-from fp8slurm.slurm.monitor import LAUNCHER, first_error, launcher
-from fp8slurm.slurm.placement import place
-from fp8slurm.slurm.signals import ended_is_interrupted
-from fp8slurm.slurm.task import GPUS, run_task
+from fp8slurm.slurm.task import run_task
 
 END_GRACE_S = 20.0
 """Time for all tasks to end by themselves once one has failed."""
@@ -93,7 +97,8 @@ class ForegroundTasks:
         command = [sys.executable, "-u", "-m", "fp8slurm.slurm.foreground", str(path), str(run.path.resolve())]
         environment = os.environ | {"PYTHONPATH": _python_path(), "PYTHONSAFEPATH": "1", LAUNCHER: launcher()}
         self._processes = [
-            subprocess.Popen([*command, str(run.attempt), str(task.index)], env=environment) for task in place(config).tasks
+            subprocess.Popen([*command, str(run.attempt), str(task.index)], env=environment)
+            for task in place(config).tasks
         ]
 
     def poll(self) -> int | None:

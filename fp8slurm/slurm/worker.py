@@ -11,14 +11,13 @@ import signal
 import sys
 from pathlib import Path
 
-from fp8slurm.checkpoint.run import RunDirectory
 from fp8slurm.config import RunConfig
+from fp8slurm.config.placement import Placement, Task, place
+from fp8slurm.run.directory import RunDirectory
+from fp8slurm.run.task_errors import record_error
+from fp8slurm.scheduler.job import Job
 from fp8slurm.slurm import attempt
-from fp8slurm.slurm.job import Job
-from fp8slurm.slurm.monitor import record_error
-from fp8slurm.slurm.placement import Placement, Task, place
 from fp8slurm.slurm.task import be_task
-
 
 RECORD_TIMEOUT_S = 60.0
 """A task that refuses its job waits so long for task 0 to begin the attempt in which it says why."""
@@ -81,7 +80,7 @@ def this_task(placement: Placement) -> Task:
             f"{missing} is not set: this is no task of a Slurm job. Start it with srun from a job script (sbatch/), or use "
             f"fp8slurm submit"
         ) from None
-    want = f"{placement.nodes} nodes x {placement.tasks_per_node} tasks (--slurm.nodes, --slurm.ranks-per-node + 1 agent)"
+    want = f"{placement.nodes} nodes x {placement.tasks_per_node} tasks (--slurm.nodes, --slurm.ranks-per-node + 1 rollout worker)"
     if tasks != len(placement.tasks):
         raise ValueError(f"srun started {tasks} tasks; the configuration needs {want}")
     task = placement.tasks[index]
@@ -96,7 +95,9 @@ def redirect_output(run: RunDirectory, task: Task) -> None:
     print(f"task {task.index} ({task.role} {task.number}): attempt {run.attempt}, logs in {where}", file=sys.stderr)
     for stream, end in ((sys.stdout, "out"), (sys.stderr, "err")):
         stream.flush()
-        fd = os.open(run.attempt_dir / "logs" / f"{task.index}_log.{end}", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        fd = os.open(
+            run.attempt_dir / "logs" / f"{task.index}_log.{end}", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600
+        )
         os.dup2(fd, stream.fileno())
         os.close(fd)
 
@@ -105,10 +106,12 @@ def main(argv: list[str]) -> int:
     """`fp8slurm worker --recipe R [--section.key VALUE ...]`: one task of a hand-written job script."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
     from fp8slurm.config import parse_command, recipe_parser
-    from fp8slurm.slurm.submit import under_slurm
+    from fp8slurm.config.derived import under_slurm
 
     if "--dry-run" in argv:
-        raise ValueError("--dry-run: a worker is a task of a job that runs; allowed: fp8slurm submit --dry-run, before the job")
+        raise ValueError(
+            "--dry-run: a worker is a task of a job that runs; allowed: fp8slurm submit --dry-run, before the job"
+        )
     parser = recipe_parser(
         "fp8slurm worker",
         "One task of the run, in a job script of your own: srun starts one a training GPU and one more a node (sbatch/ has "

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Iterator, Sequence
 
 import torch
 
@@ -20,7 +20,7 @@ class WeightSpec:
 
     @property
     def form(self) -> tuple[str, str, tuple[int, ...], int]:
-        """As the engine writes it down (engine/recorded.py)."""
+        """As the engine writes it down (engine/inside/recorded.py)."""
         return self.name, str(self.dtype).removeprefix("torch."), tuple(self.shape), self.offset
 
     @property

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
-from typing import Iterable
 
 import torch
 
-from fp8slurm.checkpoint.hf_folder import natural, open_hf
+from fp8slurm.checkpoint.formats.hf_folder import natural, open_hf
 from fp8slurm.fp8.policy import FUSED_EXPERTS
 from fp8slurm.models.names import NameTable
 from fp8slurm.models.qwen3 import ModelSpec
@@ -31,7 +31,9 @@ def check_rollout_checkpoint(folder: Path, trainer: ModelSpec) -> None:
     for name in (f.name for f in fields(ModelSpec) if f.name not in others):
         theirs, ours = getattr(engine, name), getattr(trainer, name)
         if theirs != ours:
-            raise ValueError(f"the engine's checkpoint {folder}: {name} is {theirs}, the trainer's model has {ours}; {FIX}")
+            raise ValueError(
+                f"the engine's checkpoint {folder}: {name} is {theirs}, the trainer's model has {ours}; {FIX}"
+            )
 
 
 def check_engine_checkpoint(folder: Path, sent: Iterable[WeightSpec]) -> None:

@@ -2,12 +2,12 @@
 
 For every source (sync/stream.py) there is one group: the source is its rank 0, the ranks of all engines of all nodes follow.
 
-    rank 0   link            the agents have their engines join the groups; the sources make their end at the same time
+    rank 0   link            the rollout workers have their engines join the groups; the sources make their end at the same time
     source   fills a bucket, one broadcast to all engine ranks           (NCCL; gloo without GPUs)
-    agent    tells its engines what comes next, all of them at once      (HTTP)
+    rollout worker    tells its engines what comes next, all of them at once      (HTTP)
 
 A broadcast whose members are not all there never ends. So whoever fails says so under direct/G/failed, and everybody who
-waits in generation G of the groups looks there: sources give their groups up, agents restart their engines, which may hold
+waits in generation G of the groups looks there: sources give their groups up, rollout workers restart their engines, which may hold
 half an update. Then generation G + 1 is made with all engines, and the update is sent again.
 """
 
@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -75,7 +76,7 @@ class DirectSender:
     """A training rank's end; every rank makes one, also those that are the source of nothing."""
 
     def __init__(self, store: Any, sources: Sequence[str], engine_ranks: int, address: str) -> None:
-        """store: the job's (sync/sealed.py). sources: names of what this rank sends, in the order of the plan.
+        """store: the job's (sync/signed_store.py). sources: names of what this rank sends, in the order of the plan.
         engine_ranks: of all engines together. address: where gloo listens."""
         self.store, self.sources, self.size, self.address = store, list(sources), 1 + engine_ranks, address
         self.on_gpu = torch.cuda.is_available()
@@ -106,7 +107,7 @@ class DirectSender:
 
     def send(self, version: int, stream: WeightStream, host_copy: HostCopy | None = None) -> None:
         """One update. Collective over the ranks that share tensors, so a broken group does not end it: then the engines
-        say that they lost their weights. host_copy: also send every bucket to the agents, to compare with."""
+        say that they lost their weights. host_copy: also send every bucket to the rollout workers, to compare with."""
 
         def start(source: str, bucket: WeightBucket) -> _UnderWay:
             copying = None if host_copy is None else host_copy(source, bucket)
@@ -168,13 +169,13 @@ class _UnderWay:
 
 @dataclass
 class DirectBucket(WeightBucket):
-    """A bucket that goes past the agent. The payload is empty, or a copy to compare with."""
+    """A bucket that goes past the rollout worker. The payload is empty, or a copy to compare with."""
 
     source: str = ""
 
 
 class DirectReceiver:
-    """An agent's end: what comes, in the order in which it comes."""
+    """A rollout worker's end: what comes, in the order in which it comes."""
 
     def __init__(self, sources: Sequence[tuple[str, Buckets]], host: Receiver) -> None:
         """sources: (name, buckets). host: takes the copies to compare with, in updates that are verified."""
@@ -214,7 +215,14 @@ class DirectTransport(Transport):
         self._client = client
 
     def join(
-        self, generation: Generation, sources: Sequence[str], address: str, port: int, first: int, size: int, backend: str
+        self,
+        generation: Generation,
+        sources: Sequence[str],
+        address: str,
+        port: int,
+        first: int,
+        size: int,
+        backend: str,
     ) -> None:
         """Have the engine leave its groups and join those of `generation`, one for every source, as ranks `first` and
         following of `size`. address and port are the job store's. Raises EngineError."""
@@ -246,8 +254,9 @@ class DirectTransport(Transport):
     def finish(self) -> None:
         assert self.generation is not None
         self._wait(self.generation, self._loading)
-        self.seconds["load"] += time.perf_counter() - self._began  # the broadcast and the load: the server tells no border
+        self.seconds["load"] += (
+            time.perf_counter() - self._began
+        )  # the broadcast and the load: the server tells no boundary
 
     def close(self, engine_answers: bool) -> None:
         self._client = self.generation = None
-

@@ -17,15 +17,16 @@ import json
 import logging
 import threading
 import time
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Callable, Iterable, Iterator, Literal
+from typing import Literal
 
 import torch
 
 from fp8slurm.engine.client import EngineClient
-from fp8slurm.engine.digest import expected_digests, first_difference
+from fp8slurm.engine.inside.digest import expected_digests, first_difference
 from fp8slurm.engine.server import EngineError
 from fp8slurm.sync.bucket import WeightBucket, payload_bytes
 from fp8slurm.sync.transport import BroadcastTransport, Transport
@@ -36,7 +37,7 @@ PauseMode = Literal["abort", "retract", "in_place"]
 
 
 Digests = list[dict[str, str]]
-"""Of every parameter, a dict for every tensor-parallel rank (engine/digest.py)."""
+"""Of every parameter, a dict for every tensor-parallel rank (engine/inside/digest.py)."""
 
 
 class Expected:

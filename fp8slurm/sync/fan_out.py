@@ -10,7 +10,7 @@ slowest consumer asks. A consumer that fails leaves; without any the source is s
 from __future__ import annotations
 
 import threading
-from typing import Iterator
+from collections.abc import Iterator
 
 from fp8slurm.sync.bucket import WeightBucket
 

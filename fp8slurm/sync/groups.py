@@ -38,8 +38,8 @@ def host_store(address: str) -> tuple[dist.TCPStore, int]:
 
 def publish(path: Path, address: str, port: int) -> None:
     """Tell the other tasks of the attempt where the store is, and the key of its values: a file that nobody else reads."""
-    from fp8slurm.checkpoint.run import write_atomic
-    from fp8slurm.sync.sealed import new_key
+    from fp8slurm.core.files import write_atomic
+    from fp8slurm.sync.signed_store import new_key
 
     write_atomic(path, json.dumps({"address": address, "port": port, "key": new_key()}), mode=0o600)
 

@@ -3,10 +3,10 @@
     source   fills a bucket                          (sync/stream.py)
     ranks    one broadcast to all of them: a copy on every GPU            (NCCL; none with a single rank)
     rank     mapped/N/B/R = handle of its copy of bucket B of update N    (the job's store)
-    agent    has each engine load from the handles of its own GPUs, all engines at once
-    agent    mapped/N/B/done/R once its engines are done with bucket B; the memory is used again for bucket B + 2
+    rollout worker    has each engine load from the handles of its own GPUs, all engines at once
+    rollout worker    mapped/N/B/done/R once its engines are done with bucket B; the memory is used again for bucket B + 2
 
-Weights do not pass through the host, so the agent has none to hold: an engine that restarts waits for the next update.
+Weights do not pass through the host, so the rollout worker has none to hold: an engine that restarts waits for the next update.
 Without GPUs (sync.transport shared-memory) the copies are files that the engines map: the same protocol, for tests and
 for trying it out.
 """
@@ -19,17 +19,18 @@ import math
 import os
 import pickle
 from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from fp8slurm.engine.recorded import Form
+from fp8slurm.core.gpu_memory import mappable
+from fp8slurm.engine.inside.recorded import Form
 from fp8slurm.sync.bucket import WeightBucket, WeightSpec, payload_bytes
-from fp8slurm.sync.memory import mappable
 from fp8slurm.sync.receiver import Receiver
 from fp8slurm.sync.stream import BUFFERS, Pending, WeightStream
 
@@ -123,7 +124,7 @@ class MappedSender:
     def send(self, number: int, version: int, stream: WeightStream, host_copy: HostCopy | None = None) -> None:
         """Update `number`, under `version`. Collective over all ranks; returns when the last bucket is handed over.
 
-        host_copy: also sends what this rank is the source of to the agents, for comparison.
+        host_copy: also sends what this rank is the source of to the rollout workers, for comparison.
         """
         own = stream.buckets(version)
         under_way: deque[tuple[str, Pending | None]] = deque()
@@ -141,7 +142,10 @@ class MappedSender:
                 under_way.append((f"mapped/{number}/{turn}/done/{self.rank}", copying))
                 turn += 1
         assert next(own, None) is None, "the stream has more buckets than the plan"
-        for _, copying in under_way:  # the engines are done with the last ones when their agent answers the command
+        for (
+            _,
+            copying,
+        ) in under_way:  # the engines are done with the last ones when their rollout worker answers the command
             if copying is not None:
                 copying.wait()
 
@@ -174,7 +178,7 @@ class MappedSender:
 
 
 class MappedReceiver:
-    """An agent's end."""
+    """A rollout worker's end."""
 
     def __init__(self, store: dist.Store, ranks: Sequence[int], sources: Sequence[Buckets], host: Receiver) -> None:
         """ranks: those of this node. host: takes the copies to compare with, in updates that are verified."""

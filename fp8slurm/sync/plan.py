@@ -12,8 +12,8 @@ so experts are quantized where they lie and never pass through another rank. For
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Iterable, Sequence
 
 import torch
 
@@ -88,8 +88,8 @@ def plan(
                 way, reason = "local", f"{why}; not cut"
             elif not fp8:
                 way, reason = "gather", why
-            elif all(s.on_block_border() for s in slices):
-                way, reason = "shard-fp8", f"{why}; every cut is a block border"
+            elif all(s.on_block_boundary() for s in slices):
+                way, reason = "shard-fp8", f"{why}; every cut is a block boundary"
             else:
                 way, reason = "gather-quantize", f"{why}; a cut at {slices[0].length} is inside a {BLOCK} block"
             out.append(Planned(entry, part, tensor.name, tensor.shape, fp8, way, reason, slices))
@@ -97,7 +97,7 @@ def plan(
 
 
 def source_names(stages: int, expert_ranks: int = 0) -> list[str]:
-    """All sources of a run, in the order in which an agent takes their buckets; expert_ranks: 0 for a dense model."""
+    """All sources of a run, in the order in which a rollout worker takes their buckets; expert_ranks: 0 for a dense model."""
     out = []
     for stage in range(stages):
         out.append(f"stage{stage}")

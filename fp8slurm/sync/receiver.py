@@ -1,10 +1,10 @@
-"""An agent's end of the broadcasts from the trainer's sources."""
+"""A rollout worker's end of the broadcasts from the trainer's sources."""
 
 from __future__ import annotations
 
 import json
 import zlib
-from typing import Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -26,7 +26,7 @@ def checksum(payload: torch.Tensor) -> int:
 
 
 def publish_checksums(store: dist.Store, number: int, source: str, checksums: list[int]) -> None:
-    """Tell the agents what the buckets of update `number` were when `source` sent them."""
+    """Tell the rollout workers what the buckets of update `number` were when `source` sent them."""
     store.set(f"sync/checksums/{number}/{source}", json.dumps(checksums))
 
 

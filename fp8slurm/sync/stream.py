@@ -1,4 +1,4 @@
-"""The trainer's end of a weight update: shards -> HF names -> block FP8 -> buckets -> agents or engines.
+"""The trainer's end of a weight update: shards -> HF names -> block FP8 -> buckets -> rollout workers or engines.
 
 Everything that does not change between updates is decided once (sync/plan.py) and bound once to the memory it works on:
 views of the parameters, of two payload buffers that take turns, and of the buffers that slices travel in. An update
@@ -19,20 +19,21 @@ from __future__ import annotations
 import json
 import time
 from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Callable, Iterable, Iterator, Mapping, Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 
+from fp8slurm.core.gpu_memory import mappable
 from fp8slurm.fp8.block import BLOCK, BlockFP8
 from fp8slurm.fp8.panels import not_finite_error
 from fp8slurm.fp8.quantize import quantize
 from fp8slurm.models.names import NameTable
 from fp8slurm.models.qwen3 import QuantizationSpec
 from fp8slurm.sync.bucket import WeightBucket, WeightSpec, payload_bytes
-from fp8slurm.sync.memory import mappable
 from fp8slurm.sync.plan import SCALE, Planned, SourcePlan, plan, source_plans
 
 __all__ = ["Cut", "Planned", "WeightStream", "parse_description", "plan"]
@@ -98,7 +99,9 @@ class _Writes:
             self.one_by_one = [w for w in quantized if not triton_quantize.fits_group(w.source, w.target)]
             if self.grouped:
                 outs = [BlockFP8(w.target, w.scale) for w in self.grouped if w.scale is not None]
-                self._group = triton_quantize.Group([(w.source, out) for w, out in zip(self.grouped, outs, strict=True)])
+                self._group = triton_quantize.Group(
+                    [(w.source, out) for w, out in zip(self.grouped, outs, strict=True)]
+                )
 
     def run(self, seconds: dict[str, float]) -> None:
         """Raises ValueError for a weight that is not finite, by name."""
@@ -253,9 +256,11 @@ class _Split:
         grouped = shard.reshape(groups, sum(rows), *shard.shape[1:])
         piece = grouped.narrow(1, sum(rows[: item.part]), rows[item.part])
         if scale is None:
-            return [_Write(piece, target.view(piece.shape), None, item.name)] if target.is_contiguous() else [
-                _Write(piece[g], target.narrow(0, g * rows[item.part], rows[item.part])) for g in range(groups)
-            ]  # fmt: skip
+            return (
+                [_Write(piece, target.view(piece.shape), None, item.name)]
+                if target.is_contiguous()
+                else [_Write(piece[g], target.narrow(0, g * rows[item.part], rows[item.part])) for g in range(groups)]
+            )
         if shard.is_cuda or rows[item.part] % BLOCK:  # one launch and a copy, or no way around the copy
             return [_Write(piece, target, scale, item.name)]
         n, blocks = rows[item.part], rows[item.part] // BLOCK
@@ -293,7 +298,9 @@ def check_as_they_are(planned: Iterable[Planned], held: Mapping[str, Parameter])
                 f"--fp8.param-gather: the trainer holds {p.name} in FP8 only, and the engine's checkpoint does not want it in "
                 f"FP8; give an FP8 --model.rollout-checkpoint (--fp8.engine fp8), or --fp8.no-param-gather"
             )
-        whole = len(p.entry.tensors) == 1 or all(t.shape[0] // max(p.entry.groups, 1) % BLOCK == 0 for t in p.entry.tensors)
+        whole = len(p.entry.tensors) == 1 or all(
+            t.shape[0] // max(p.entry.groups, 1) % BLOCK == 0 for t in p.entry.tensors
+        )
         if p.way == "gather-quantize" or not whole:
             raise ValueError(
                 f"--fp8.param-gather: the {BLOCK}x{BLOCK} blocks of the trainer's {p.entry.name} are not those of {p.name}: a cut "
@@ -352,7 +359,7 @@ class WeightStream:
         return self._timed("wait")
 
     def describe(self, source: str) -> str:
-        """The buckets of a source as JSON, for the agents."""
+        """The buckets of a source as JSON, for the rollout workers."""
         return json.dumps(
             [
                 [[s.name, str(s.dtype).removeprefix("torch."), list(s.shape), s.offset] for s in specs]

@@ -28,7 +28,7 @@ class RankTraffic:
     gathers: int = 0
     """Messages that those bytes travel in."""
     broadcast: int = 0
-    """Bytes that it sends to the engines (to the agents, where those relay)."""
+    """Bytes that it sends to the engines (to the rollout workers, where those relay)."""
     buckets: int = 0
     """Broadcasts that those bytes travel in."""
 
@@ -40,14 +40,14 @@ class Traffic:
     ranks: list[RankTraffic]
     """In the order of stage and position."""
     payload: int
-    """Bytes of all buckets together: what every agent receives and may keep, and what every engine rank is handed."""
+    """Bytes of all buckets together: what every rollout worker receives and may keep, and what every engine rank is handed."""
     buckets: int
     gathers: int
     """Messages to sources, of all ranks together."""
     loaded: int
     """Bytes handed to each tensor-parallel rank of an engine; its loader keeps its slice of them."""
     largest_bucket: int
-    """Bytes; a source and a relaying agent hold two at a time."""
+    """Bytes; a source and a relaying rollout worker hold two at a time."""
     bf16: int
     """Bytes of the same tensors in BF16."""
     quantized: int

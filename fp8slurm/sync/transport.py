@@ -1,9 +1,9 @@
 """How a bucket gets from this node into one engine: three ways, the same bytes.
 
-    gloo      CPU. One group on loopback: this process is rank 0, the engine's ranks are 1 to tensor_parallel_size.
-    nccl      the same over NVLink or the network, from a payload on this process's GPU. In a run the training ranks
-              themselves are the senders, for all engines at once (sync/direct.py).
-    cuda-ipc  GPUs that trainer and engine share: the engine maps the payload where it lies (sync/mapped.py).
+gloo      CPU. One group on loopback: this process is rank 0, the engine's ranks are 1 to tensor_parallel_size.
+nccl      the same over NVLink or the network, from a payload on this process's GPU. In a run the training ranks
+          themselves are the senders, for all engines at once (sync/direct.py).
+cuda-ipc  GPUs that trainer and engine share: the engine maps the payload where it lies (sync/mapped.py).
 """
 
 from __future__ import annotations
@@ -12,15 +12,16 @@ import itertools
 import os
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
-from typing import Literal, Sequence
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 
 from fp8slurm.engine.client import EngineClient
-from fp8slurm.engine.recorded import KNOWN, Form, bucket_id
+from fp8slurm.engine.inside.recorded import KNOWN, Form, bucket_id
 from fp8slurm.engine.server import EngineError
 from fp8slurm.sync.bucket import WeightBucket, WeightSpec, payload_bytes
 from fp8slurm.sync.groups import listen
@@ -112,7 +113,9 @@ class BroadcastTransport(Transport):
         options = dist.BroadcastOptions()
         options.rootRank, options.rootTensor = 0, 0
         self._sending = self._group.broadcast([bucket.payload], options)
-        if self.backend == "gloo":  # nccl's is done when the stream is, which says nothing: all of it counts as handover
+        if (
+            self.backend == "gloo"
+        ):  # nccl's is done when the stream is, which says nothing: all of it counts as handover
             self._sending.get_future().add_done_callback(lambda _: times.append(time.perf_counter()))
 
     def finish(self) -> None:

@@ -1,0 +1,1 @@
+"""Megatron-core: a training rank's model, optimizer, steps and checkpoints. Runs in training ranks."""

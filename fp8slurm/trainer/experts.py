@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from fp8slurm.rl.types import PackedBatch
+from fp8slurm.core.types import PackedBatch
 
 
 class RoutingReplay:

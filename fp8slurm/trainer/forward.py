@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from functools import partial
-from typing import Any, Callable, Iterator
+from typing import Any
 
 import torch
 
-from fp8slurm.rl.types import PackedBatch
+from fp8slurm.core.types import PackedBatch
 from fp8slurm.trainer.experts import RoutingReplay
 from fp8slurm.trainer.logprobs import vocab_parallel_logprobs
 

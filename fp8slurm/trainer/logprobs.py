@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Iterator
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,7 +24,12 @@ class _VocabParallelLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits: torch.Tensor, labels: torch.Tensor, group: ProcessGroup | None, with_entropy: bool, temperature: float
+        ctx: Any,
+        logits: torch.Tensor,
+        labels: torch.Tensor,
+        group: ProcessGroup | None,
+        with_entropy: bool,
+        temperature: float,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.set_materialize_grads(False)
         ctx.temperature = temperature
@@ -57,7 +63,14 @@ class _VocabParallelLogprobs(torch.autograd.Function):
         logits, peak, total, local, mine, entropy = ctx.saved_tensors
         out = torch.empty_like(logits)
         for rows in _chunks(logits):
-            p = logits[rows].to(torch.float32, copy=True).div_(ctx.temperature).sub_(peak[rows, None]).exp_().div_(total[rows, None])
+            p = (
+                logits[rows]
+                .to(torch.float32, copy=True)
+                .div_(ctx.temperature)
+                .sub_(peak[rows, None])
+                .exp_()
+                .div_(total[rows, None])
+            )
             if grad is None:
                 dz = torch.zeros_like(p)
             else:
@@ -78,9 +91,12 @@ def _chunks(logits: torch.Tensor) -> Iterator[slice]:
 
 
 def vocab_parallel_logprobs(
-    logits: torch.Tensor, labels: torch.Tensor, group: ProcessGroup | None = None, with_entropy: bool = False,
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    group: ProcessGroup | None = None,
+    with_entropy: bool = False,
     temperature: float = 1.0,
-) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Log-probability of `labels` (int64 [T]) under `logits` ([T, V / size], this rank's part of the vocabulary) / temperature.
 
     Returns fp32 [T] and, with_entropy, the entropy of every distribution in nats, fp32 [T]; both the same on all ranks

@@ -9,7 +9,8 @@ A checkpoint reads them where they are. The bits do not change on the way.
 
 from __future__ import annotations
 
-from typing import Any, Iterator
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 

@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import gc
 from bisect import bisect_right
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist

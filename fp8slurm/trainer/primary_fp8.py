@@ -12,7 +12,8 @@ without FP8 primary weights writes. What is dequantized from the codes would be 
 
 from __future__ import annotations
 
-from typing import Any, Callable, Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -34,7 +35,9 @@ def codes_and_scales(tensor: Any, name: str = "") -> BlockFP8:
     """
     codes, scales = tensor._rowwise_data, tensor._rowwise_scale_inv
     if codes is None or scales is None:
-        raise RuntimeError(f"{name or 'weight'}: TransformerEngine keeps no row-wise codes of it, only the transposed ones")
+        raise RuntimeError(
+            f"{name or 'weight'}: TransformerEngine keeps no row-wise codes of it, only the transposed ones"
+        )
     rows, columns = scale_shape(tuple(codes.shape))
     return BlockFP8(codes.view(E4M3), scales[:rows, :columns])
 

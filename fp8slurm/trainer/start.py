@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 
 from fp8slurm.config.schema import RunConfig
+from fp8slurm.core.gpu_memory import use_expandable_segments
 from fp8slurm.fp8.environment import set_fp32_scales
-from fp8slurm.sync.memory import use_expandable_segments
 
 TIMEOUT = timedelta(hours=24)
 """Of collectives: ranks may wait long for one another, and hangs are the watchdog's business."""

@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from fp8slurm.config.schema import RunConfig
+from fp8slurm.core.types import PackedBatch
+from fp8slurm.fp8.block import BlockFP8
 from fp8slurm.models.names import NameTable
 from fp8slurm.models.qwen3 import ModelSpec, check_layout
-from fp8slurm.rl.types import PackedBatch
-from fp8slurm.fp8.block import BlockFP8
 from fp8slurm.trainer import build, checkpoint, primary_fp8
 from fp8slurm.trainer.experts import RoutingReplay, scale_aux_loss, take_aux_loss
 from fp8slurm.trainer.forward import Outputs, run_schedule
@@ -202,7 +203,12 @@ class Trainer:
             self._collect_gathered()
             torch.cuda.empty_cache()
             c = torch.cuda
-            of_torch = {"kept": c.memory_reserved, "in_use": c.memory_allocated, "peak": c.max_memory_allocated, "reserved": c.max_memory_reserved}
+            of_torch = {
+                "kept": c.memory_reserved,
+                "in_use": c.memory_allocated,
+                "peak": c.max_memory_allocated,
+                "reserved": c.max_memory_reserved,
+            }
             held = torch.tensor([get() for get in of_torch.values()], device="cuda")
             torch.cuda.reset_peak_memory_stats()
             dist.all_reduce(held, op=dist.ReduceOp.MAX)  # and nobody goes on before all have made room
@@ -264,7 +270,9 @@ class Trainer:
         """
         self.logprobs(micro_batches)
 
-        def nothing(logprobs: torch.Tensor, entropy: torch.Tensor | None, batch: PackedBatch) -> tuple[torch.Tensor, dict]:
+        def nothing(
+            logprobs: torch.Tensor, entropy: torch.Tensor | None, batch: PackedBatch
+        ) -> tuple[torch.Tensor, dict]:
             return logprobs.sum() * 0 + (0 if entropy is None else entropy.sum() * 0), {}
 
         self._gradients(micro_batches, nothing, True)
@@ -319,9 +327,11 @@ class Trainer:
         for part in self.optimizer.chained_optimizers:
             if self.config.optim.clip_grad > 0 and part.get_parameters():
                 clip_grad_by_total_norm_fp32(
-                    part.get_parameters(), self.config.optim.clip_grad, grad_norm,
+                    part.get_parameters(),
+                    self.config.optim.clip_grad,
+                    grad_norm,
                     use_decoupled_grad=part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
-                )  # fmt: skip
+                )
         o = self.config.optim
         for group in self.optimizer.param_groups:  # a checkpoint brings the settings of the run that wrote it
             # norms have a wd_mult of 0, which only Megatron's own scheduler would apply

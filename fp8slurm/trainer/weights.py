@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from fp8slurm.checkpoint.hf_folder import open_hf
-from fp8slurm.checkpoint.sources import HfSource
-from fp8slurm.checkpoint.torch_dist_source import EMBEDDING, HEAD
+from fp8slurm.checkpoint.formats.hf_folder import open_hf
+from fp8slurm.checkpoint.formats.sources import HfSource
+from fp8slurm.checkpoint.formats.torch_dist_source import EMBEDDING, HEAD
 from fp8slurm.fp8.block import BlockFP8
 from fp8slurm.models.names import Entry, NameTable
 from fp8slurm.trainer import primary_fp8

@@ -11,9 +11,9 @@ import pytest
 import tiny_folders
 import torch
 
-from fp8slurm.checkpoint.cli import main, size
-from fp8slurm.checkpoint.run import RunDirectory, RunState
-from fp8slurm.checkpoint.safetensors_file import TensorInfo, lay_out
+from fp8slurm.checkpoint.converters.cli import main, size
+from fp8slurm.checkpoint.formats.safetensors_file import TensorInfo, lay_out
+from fp8slurm.run.directory import RunDirectory, RunState
 
 ROOT = Path(__file__).parents[2]
 

@@ -15,15 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from fp8slurm.checkpoint.errors import BadCheckpoint
-from fp8slurm.checkpoint.hf_folder import natural, open_hf
-from fp8slurm.checkpoint.safetensors_file import (
-    DTYPES,
-    TensorInfo,
-    lay_out,
-    read_header,
-)
-from fp8slurm.checkpoint.torch_dist import TorchDistReader
+from fp8slurm.checkpoint.formats.hf_folder import natural, open_hf
+from fp8slurm.checkpoint.formats.safetensors_file import DTYPES, TensorInfo, lay_out, read_header
+from fp8slurm.checkpoint.formats.torch_dist import TorchDistReader
+from fp8slurm.core.errors import BadCheckpoint
 
 TENSORS = {
     "a.weight": torch.zeros(3, 4),
@@ -117,7 +112,7 @@ FOUR_AT_2 = b'{"dtype":"U8","shape":[4],"data_offsets":[2,6]}'
         (b'{"__metadata__":{"a":1}}', "text to text"),
         (b"[1]", "no JSON object"),
     ],
-)  # fmt: skip
+)
 def test_what_is_said_about_a_header(tmp_path: Path, text: bytes, message: str) -> None:
     path = tmp_path / "x.safetensors"
     path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(8))

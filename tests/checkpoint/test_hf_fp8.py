@@ -8,8 +8,8 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Callable, Iterator
 
 import pytest
 import tiny_folders
@@ -17,14 +17,20 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fp8slurm.checkpoint import (
-    BadCheckpoint, fp8_to_hf, hf_to_fp8, hf_to_torch_dist, stream, torch_dist_to_fp8, torch_dist_to_hf,
-)  # fmt: skip
-from fp8slurm.checkpoint.conversion import pack
-from fp8slurm.checkpoint.hf_folder import open_hf
-from fp8slurm.checkpoint.output import OURS, OWNER, OutputFolder
-from fp8slurm.checkpoint.run import process_start
-from fp8slurm.checkpoint.safetensors_file import TensorInfo
-from fp8slurm.checkpoint.works import Copy
+    BadCheckpoint,
+    fp8_to_hf,
+    hf_to_fp8,
+    hf_to_torch_dist,
+    torch_dist_to_fp8,
+    torch_dist_to_hf,
+)
+from fp8slurm.checkpoint.converters import stream
+from fp8slurm.checkpoint.converters.conversion import pack
+from fp8slurm.checkpoint.converters.output import OURS, OWNER, OutputFolder
+from fp8slurm.checkpoint.converters.works import Copy
+from fp8slurm.checkpoint.formats.hf_folder import open_hf
+from fp8slurm.checkpoint.formats.safetensors_file import TensorInfo
+from fp8slurm.core.processes import process_start
 from fp8slurm.fp8.block import BlockFP8
 from fp8slurm.fp8.policy import decide, engine_matrix
 from fp8slurm.fp8.reference import dequantize_reference, quantize_reference
@@ -124,7 +130,7 @@ def test_fused_experts_come_out_one_by_one(tmp_path: Path) -> None:
 
 
 def test_ragged_sizes_and_small_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stream, "PIECE_BYTES", 1)  # pieces of one block row: many borders
+    monkeypatch.setattr(stream, "PIECE_BYTES", 1)  # pieces of one block row: many boundaries
     config = tiny_folders.config(hidden_size=200, intermediate_size=330, layers=1)
     src = tiny_folders.write(tmp_path / "src", config, tiny_folders.tensors(config))
     hf_to_fp8(src, tmp_path / "fp8")
@@ -161,7 +167,9 @@ def test_an_entry_that_matches_no_module_is_refused(tmp_path: Path, entry: str) 
     with pytest.raises(ValueError, match=message):
         hf_to_fp8(hf, tmp_path / "fp8", modules_to_not_convert=["o_proj", entry])
     with pytest.raises(ValueError, match=message):
-        torch_dist_to_fp8(tmp_path / "ckpt", tmp_path / "fp8", origin_hf_dir=hf, modules_to_not_convert=["o_proj", entry])
+        torch_dist_to_fp8(
+            tmp_path / "ckpt", tmp_path / "fp8", origin_hf_dir=hf, modules_to_not_convert=["o_proj", entry]
+        )
 
 
 def test_entries_that_are_accepted_without_an_effect(tmp_path: Path) -> None:
@@ -175,11 +183,14 @@ def test_entries_that_are_accepted_without_an_effect(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("entry", "moe"), [("q_proj", False), ("up_proj", False), ("model.layers.1.mlp.experts.3", True), ("down_proj", True)]
+    ("entry", "moe"),
+    [("q_proj", False), ("up_proj", False), ("model.layers.1.mlp.experts.3", True), ("down_proj", True)],
 )
 def test_an_entry_that_splits_what_the_engine_holds_as_one_is_refused(tmp_path: Path, entry: str, moe: bool) -> None:
     src = tiny_folders.make(tmp_path / "src", moe=moe, tie=False)
-    with pytest.raises(ValueError, match=rf"modules_to_not_convert: {entry} keeps model\.layers.* but not model\.layers"):
+    with pytest.raises(
+        ValueError, match=rf"modules_to_not_convert: {entry} keeps model\.layers.* but not model\.layers"
+    ):
         hf_to_fp8(src, tmp_path / "fp8", modules_to_not_convert=[entry])
 
 
@@ -269,13 +280,18 @@ def test_shards_are_as_full_as_the_limit_permits_and_no_fuller() -> None:
     works = [Copy(None, TensorInfo(f"t{i}", torch.uint8, (n,))) for i, n in enumerate((6, 4, 1, 9, 1, 25, 2))]
     shards = pack(works, 10)
     assert [list(s.layout.tensors) for s in shards] == [["t0", "t1"], ["t2", "t3"], ["t4"], ["t5"], ["t6"]]
-    assert [s.layout.file_name for s in shards][::4] == ["model-00001-of-00005.safetensors", "model-00005-of-00005.safetensors"]
+    assert [s.layout.file_name for s in shards][::4] == [
+        "model-00001-of-00005.safetensors",
+        "model-00005-of-00005.safetensors",
+    ]
 
 
 def leftover(tmp_path: Path, src: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An fp8.tmp with finished shards."""
     with monkeypatch.context() as m:
-        m.setattr("fp8slurm.checkpoint.output.OutputFolder.finish", lambda *a: (_ for _ in ()).throw(Interrupted()))
+        m.setattr(
+            "fp8slurm.checkpoint.converters.output.OutputFolder.finish", lambda *a: (_ for _ in ()).throw(Interrupted())
+        )
         with pytest.raises(Interrupted):
             hf_to_fp8(src, tmp_path / "fp8", max_shard_bytes=1 << 20)
 
@@ -452,7 +468,7 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path, monkeypatch: py
 
 def test_too_little_space_is_refused_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     src = tiny_folders.make(tmp_path / "src")
-    monkeypatch.setattr("fp8slurm.checkpoint.output.OutputFolder.free_bytes", lambda self: 1000)
+    monkeypatch.setattr("fp8slurm.checkpoint.converters.output.OutputFolder.free_bytes", lambda self: 1000)
     with pytest.raises(OSError, match="1000 are free"):
         hf_to_fp8(src, tmp_path / "fp8")
     assert not (tmp_path / "fp8.tmp").exists()
@@ -495,7 +511,7 @@ def test_verification_misses_what_was_never_written(tmp_path: Path, monkeypatch:
 
 def test_verification_compares_with_the_definition(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A quantizer off by one ulp of a scale writes consistent bytes: only the sample against the input shows it."""
-    from fp8slurm.checkpoint import works
+    from fp8slurm.checkpoint.converters import works
 
     original = works.quantize
 
@@ -554,7 +570,10 @@ def test_scales_that_do_not_fit(tmp_path: Path) -> None:
     scale = "model.layers.0.self_attn.q_proj.weight_scale_inv"
     for damage, message in (
         (lambda w: w.pop(scale), "q_proj.weight_scale_inv is missing"),
-        (lambda w: w.update({scale: torch.ones(3, 3)}), r"q_proj.weight_scale_inv: shape \[3, 3\] does not fit \[512, 256\]"),
+        (
+            lambda w: w.update({scale: torch.ones(3, 3)}),
+            r"q_proj.weight_scale_inv: shape \[3, 3\] does not fit \[512, 256\]",
+        ),
         (lambda w: w.update({scale: w[scale].int()}), "scale_inv is int32; scales can be bfloat16, float16, float32"),
         (lambda w: w.pop(scale.removesuffix("_scale_inv")), "has no FP8 weight"),
     ):
@@ -630,7 +649,9 @@ def test_one_layer_in_another_dtype_is_refused_by_torch_dist(tmp_path: Path) -> 
         weights[other] = weights[other].float()
         src = tiny_folders.write(tmp_path / other, config, weights)
         first = re.escape(first or "model.layers.0.mlp.gate_proj.weight")
-        with pytest.raises(ValueError, match=rf"{first} \(bfloat16\) and {re.escape(other)} \(float32\) become one tensor"):
+        with pytest.raises(
+            ValueError, match=rf"{first} \(bfloat16\) and {re.escape(other)} \(float32\) become one tensor"
+        ):
             hf_to_torch_dist(src, tmp_path / "ckpt")
     assert not (tmp_path / "ckpt.tmp").exists()
 

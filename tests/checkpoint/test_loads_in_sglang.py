@@ -18,10 +18,12 @@ from fp8slurm.fp8.reference import quantize_reference
 
 pytestmark = pytest.mark.slow
 SETTINGS = EngineSettings(
-    EngineSection(max_running_requests=16, max_total_tokens=2048, context_length=64, dtype="float32",
-                  ready_timeout_s=120),
-    cpu=True, cpu_threads=1,
-)  # fmt: skip
+    EngineSection(
+        max_running_requests=16, max_total_tokens=2048, context_length=64, dtype="float32", ready_timeout_s=120
+    ),
+    cpu=True,
+    cpu_threads=1,
+)
 
 
 def quantized(bf16: Path) -> dict[str, torch.Tensor]:
@@ -61,10 +63,8 @@ def test_scores_are_those_of_the_dequantized_weights(tmp_path: Path, moe: bool, 
         engine.stop()
 
     tensors = quantized(bf16)
-    emulated, weights_only = (
-        (scores - logprobs(reference(fp8, tensors, on), sequences)).abs() for on in (True, False)
-    )
-    # as in tests/engine/test_generation.py: few tokens meet a code that flips at a rounding border
+    emulated, weights_only = ((scores - logprobs(reference(fp8, tensors, on), sequences)).abs() for on in (True, False))
+    # as in tests/engine/test_generation.py: few tokens meet a code that flips at a rounding boundary
     assert emulated.median() < 2e-5, emulated
     assert weights_only.median() > 20 * emulated.median()
     assert weights_only.mean() > 5 * emulated.mean()

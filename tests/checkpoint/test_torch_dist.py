@@ -12,16 +12,9 @@ import tiny_folders
 import torch
 from safetensors.torch import load_file
 
-from fp8slurm.checkpoint import (
-    BadCheckpoint,
-    convert_torch_dist,
-    hf_to_fp8,
-    hf_to_torch_dist,
-    stream,
-    torch_dist_to_fp8,
-    torch_dist_to_hf,
-)
-from fp8slurm.checkpoint.torch_dist_source import TorchDistSource
+from fp8slurm.checkpoint import BadCheckpoint, hf_to_fp8, hf_to_torch_dist, torch_dist_to_fp8, torch_dist_to_hf
+from fp8slurm.checkpoint.converters import convert_torch_dist, stream
+from fp8slurm.checkpoint.formats.torch_dist_source import TorchDistSource
 from fp8slurm.models.names import NameTable
 from fp8slurm.models.qwen3 import ModelSpec
 
@@ -31,9 +24,7 @@ WORKER = Path(__file__).with_name("megatron_worker.py")
 TP2, PP2 = {"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}
 EP2, TP2_MOE = {"expert_parallel_size": 2}, {"tensor_parallel_size": 2, "sequence_parallel": True}
 MODELS = {"tied": {}, "untied": {"tie": False, "seed": 1}, "moe": {"tie": False, "moe": True, "seed": 2}}
-SAVED = {
-    "tied-tp1": ("tied", {}), "tied-tp2": ("tied", TP2), "untied-pp2": ("untied", PP2), "moe-ep2": ("moe", EP2),
-}  # fmt: skip
+SAVED = {"tied-tp1": ("tied", {}), "tied-tp2": ("tied", TP2), "untied-pp2": ("untied", PP2), "moe-ep2": ("moe", EP2)}
 LOADED = {"tied": PP2, "untied": TP2, "moe": EP2 | TP2_MOE}
 
 
@@ -209,7 +200,7 @@ class Interrupted(BaseException):
 
 
 def test_interrupted_hf_to_torch_dist_goes_on(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fp8slurm.checkpoint import torch_dist_writer
+    from fp8slurm.checkpoint.converters import torch_dist_writer
 
     hf = folder / "hf-untied"
     hf_to_torch_dist(hf, tmp_path / "whole", max_shard_bytes=1 << 20)

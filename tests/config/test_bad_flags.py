@@ -1,6 +1,7 @@
 """What a flag's value is refused with: the flag, the value, what is allowed, and nothing else."""
 
 import pytest
+
 from fp8slurm.cli import main
 from fp8slurm.config import parse
 
@@ -22,9 +23,18 @@ from fp8slurm.config import parse
         (["--engine.context-length", "0"], "--engine.context-length 0: allowed"),
         (["--run.name", "a/b/c"], "--run.name 'a/b/c' is a path; allowed: --run.root ROOT/a/b --run.name c"),
         (["--run.name", "a/"], "--run.name 'a/' is a path; allowed: --run.root ROOT --run.name a"),
-        (["--data.chat-template-kwargs", "enable_thinking", "false"], "enable_thinking 'false' is text; allowed: True and False"),
-        (["--data.chat-template-kwargs", '{"enable_thinking": "False"}'], "enable_thinking 'False' is text; allowed: True and False"),
-        (["--data.chat-template-kwargs", '{"tools": [1]}'], "tools .1. is neither .* allowed: enable_thinking False, or as JSON"),
+        (
+            ["--data.chat-template-kwargs", "enable_thinking", "false"],
+            "enable_thinking 'false' is text; allowed: True and False",
+        ),
+        (
+            ["--data.chat-template-kwargs", '{"enable_thinking": "False"}'],
+            "enable_thinking 'False' is text; allowed: True and False",
+        ),
+        (
+            ["--data.chat-template-kwargs", '{"tools": [1]}'],
+            "tools .1. is neither .* allowed: enable_thinking False, or as JSON",
+        ),
     ],
 )
 def test_a_value_out_of_range_names_its_flag(flags, said):
@@ -37,7 +47,10 @@ def test_a_value_out_of_range_names_its_flag(flags, said):
     "words, values",
     [
         (["enable_thinking", "False"], {"enable_thinking": False}),
-        (['{"enable_thinking": false, "effort": "1", "budget": 0.5}'], {"enable_thinking": False, "effort": "1", "budget": 0.5}),
+        (
+            ['{"enable_thinking": false, "effort": "1", "budget": 0.5}'],
+            {"enable_thinking": False, "effort": "1", "budget": 0.5},
+        ),
         (["budget", "512", "effort", "high"], {"budget": 512, "effort": "high"}),
         (["{}"], {}),
         ([], {}),
@@ -66,7 +79,10 @@ def test_other_forms_are_refused_with_those_that_are_allowed(words, capsys):
 def test_a_recipe_that_cannot_be_read(tmp_path, monkeypatch, capsys):
     recipe = tmp_path / "mine.toml"
     recipe.write_text("")
-    monkeypatch.setattr("pathlib.Path.read_text", lambda *_, **__: (_ for _ in ()).throw(PermissionError(13, "Permission denied", str(recipe))))
+    monkeypatch.setattr(
+        "pathlib.Path.read_text",
+        lambda *_, **__: (_ for _ in ()).throw(PermissionError(13, "Permission denied", str(recipe))),
+    )
     assert main(["train", "--recipe", str(recipe)]) == 2
     assert capsys.readouterr().err == f"fp8slurm train: --recipe {recipe}: cannot be read: Permission denied\n"
 
@@ -78,7 +94,9 @@ def test_a_path_of_somebody_else_is_no_traceback(monkeypatch, capsys):
     monkeypatch.setitem(__import__("fp8slurm.cli").cli.COMMANDS, "plot", (refused, ""))
     assert main(["plot", "x"]) == 2
     assert capsys.readouterr().err == "fp8slurm plot: /theirs/config.json: Permission denied\n"
-    monkeypatch.setitem(__import__("fp8slurm.cli").cli.COMMANDS, "plot", (lambda _: (_ for _ in ()).throw(OSError("own fault")), ""))
+    monkeypatch.setitem(
+        __import__("fp8slurm.cli").cli.COMMANDS, "plot", (lambda _: (_ for _ in ()).throw(OSError("own fault")), "")
+    )
     with pytest.raises(OSError):
         main(["plot", "x"])
 

@@ -1,6 +1,7 @@
 """What the commands that take a recipe have in common."""
 
 import pytest
+
 from fp8slurm.cli import COMMANDS, main
 
 WITH_SETTINGS = ["train", "submit", "chain", "plan", "worker", "after"]

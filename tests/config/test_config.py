@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+
 from fp8slurm.config import RunConfig, parse, read_recipe, recipe_names, to_toml
 
 
@@ -98,7 +99,7 @@ def test_config_is_frozen():
 
 def test_the_loop_loads_neither_trainer_nor_engine():
     code = (
-        "import sys, fp8slurm.rl.loop, fp8slurm.rl.agent, fp8slurm.sync.stream\n"
+        "import sys, fp8slurm.rl.loop, fp8slurm.rollout.worker, fp8slurm.sync.stream\n"
         "bad = [m for m in sys.modules if m.split('.')[0] in ('sglang', 'megatron', 'transformer_engine')]\n"
         "assert not bad, bad\n"
         "assert 'fp8slurm.trainer.trainer' not in sys.modules"

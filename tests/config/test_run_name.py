@@ -1,6 +1,7 @@
 """A run's directory is its own."""
 
 import pytest
+
 from fp8slurm.config import RunConfig
 
 

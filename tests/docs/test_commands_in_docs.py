@@ -10,6 +10,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+
 from fp8slurm.cli import COMMANDS
 from fp8slurm.config import parse, recipe_names
 
@@ -92,8 +93,8 @@ def test_settings_that_the_pages_name_exist():
 
 def test_example_lines_are_accepted(tmp_path):
     """The data formats of docs/first-run.md go through the reader that training uses."""
+    from fp8slurm.data.prompts import load_prompts, load_sft, load_tokenizer
     from fp8slurm.models.tiny import write_model
-    from fp8slurm.rl.data import load_prompts, load_sft, load_tokenizer
 
     (tmp_path / "model").mkdir()
     write_model(tmp_path / "model")

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from fp8slurm.observe.metrics import read_metrics, without_times
 
 pytestmark = pytest.mark.slow
@@ -48,7 +49,7 @@ def test_the_same_bytes_arrive_as_through_the_host(runs, by_gloo):
 
 
 def killed(runs, name: str, when: str) -> Path:
-    """A run, one of whose engines is killed when its agent logs `when` for the third time."""
+    """A run, one of whose engines is killed when its rollout worker logs `when` for the third time."""
     process, run = runs.start(name), runs.path(name)
     try:
         while (seen := log(run).count(when)) < 3:

@@ -8,22 +8,22 @@ import re
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import psutil
 import pytest
 import torch
-from fp8slurm.checkpoint.run import RunDirectory
+
 from fp8slurm.observe.metrics import read_metrics
+from fp8slurm.run.directory import RunDirectory
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools" / "gpu"))
 from recipes import write_recipe  # noqa: E402
 
 GPUS = torch.cuda.device_count()
-pytestmark = [
-    pytest.mark.gpu, pytest.mark.slow, pytest.mark.skipif(GPUS < 2, reason="needs two NVIDIA GPUs"),
-]  # fmt: skip
+pytestmark = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.skipif(GPUS < 2, reason="needs two NVIDIA GPUs")]
 SHORT: dict[str, dict[str, Any]] = {
     "run": {"steps": 3, "log_level": "debug"},
     "sft": {"max_steps": 6, "batch_size": 64, "eval_every": 1, "eval_from": 1, "stop_accuracy": 1.0},
@@ -51,9 +51,10 @@ def split() -> dict[str, dict[str, Any]]:
     """Half of the GPUs train, as pipeline stages, so that there are several sources; the others serve."""
     n = 2 if GPUS >= 4 else 1
     return {
-        "slurm": {"gpus_per_node": 2 * n, "ranks_per_node": n}, "parallel": {"pipeline_parallel_size": n},
+        "slurm": {"gpus_per_node": 2 * n, "ranks_per_node": n},
+        "parallel": {"pipeline_parallel_size": n},
         "engine": {"placement": "split", "gpus": n, "per_node": n},
-    }  # fmt: skip
+    }
 
 
 def log(run: Path) -> str:
@@ -75,7 +76,9 @@ def test_weights_by_nccl_from_several_ranks_into_several_engines(start: Callable
 
 
 @pytest.mark.parametrize(("when", "restarted"), [("command evaluate", 1), ("command update", None)])
-def test_an_engine_that_dies_takes_the_nccl_groups_with_it(start: Callable[..., Any], when: str, restarted: int | None) -> None:
+def test_an_engine_that_dies_takes_the_nccl_groups_with_it(
+    start: Callable[..., Any], when: str, restarted: int | None
+) -> None:
     """Killed between two updates, or in one, while a broadcast waits for it."""
     runs = start(**split())
     process, run = runs.start("killed"), runs.path("killed")
@@ -103,10 +106,13 @@ def test_experts_over_two_gpus_with_routing_replayed(start: Callable[..., Any]) 
 
 def test_a_rank_that_stops_inside_nccl_ends_the_run_with_stacks_and_flight_records(start: Callable[..., Any]) -> None:
     runs = start(
-        run={"steps": 400}, slurm={"gpus_per_node": 2, "ranks_per_node": 2}, sync={"bucket_bytes": 2**20, "verify": "first"},
+        run={"steps": 400},
+        slurm={"gpus_per_node": 2, "ranks_per_node": 2},
+        sync={"bucket_bytes": 2**20, "verify": "first"},
         # an FP8 engine compiles kernels for longer than this when it is first asked
-        fp8={"backend": "off", "engine": "bf16"}, watchdog={"timeout_s": 60.0},
-    )  # fmt: skip
+        fp8={"backend": "off", "engine": "bf16"},
+        watchdog={"timeout_s": 60.0},
+    )
     process, run = runs.start("hang"), runs.path("hang")
     try:
         runs.wait_for_step(process, "hang", 2)

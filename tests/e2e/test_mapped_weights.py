@@ -5,6 +5,7 @@ import signal
 from pathlib import Path
 
 import pytest
+
 from fp8slurm.observe.metrics import read_metrics, without_times
 
 pytestmark = pytest.mark.slow

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from fp8slurm.checkpoint.run import RunState, process_start
+from tiny_runs import TIMEOUT_S
+
+from fp8slurm.core.processes import process_start
 from fp8slurm.models.qwen3 import ModelSpec
 from fp8slurm.observe.metrics import read_metrics, without_times
-from tiny_runs import TIMEOUT_S
+from fp8slurm.run.directory import RunState
 
 pytestmark = pytest.mark.slow
 
@@ -47,8 +49,9 @@ def task_pids(run: Path, attempt: int) -> dict[int, int]:
 
 
 def weights(run: Path, out: Path) -> dict[str, torch.Tensor]:
-    from fp8slurm.checkpoint import torch_dist_to_hf
     from safetensors.torch import load_file
+
+    from fp8slurm.checkpoint import torch_dist_to_hf
 
     newest = max((run / "checkpoints").glob("step_*"), key=lambda p: p.name)
     config = json.loads((run / "config.json").read_text())
@@ -72,7 +75,10 @@ def test_a_run_leaves_what_it_should(reference):
     assert sorted(p.name for p in (run / "rollouts").glob("*.jsonl")) == saved
     for step in (3, 6, 9):  # the gap of the metrics, token by token
         engine, trainer = (
-            [json.loads(line) for line in (run / "rollouts" / folder / f"step_{step:06d}.jsonl").read_text().splitlines()]
+            [
+                json.loads(line)
+                for line in (run / "rollouts" / folder / f"step_{step:06d}.jsonl").read_text().splitlines()
+            ]
             for folder in ("", "trainer")
         )
         assert [e["index"] for e in engine] == [t["index"] for t in trainer]
@@ -89,9 +95,10 @@ def test_a_run_leaves_what_it_should(reference):
 
 def test_the_engine_held_the_converters_bytes(reference, tmp_path):
     """Codes and scales of every parameter after ten updates: what the converter writes for the same weights, to the byte."""
-    from fp8slurm.checkpoint import hf_to_fp8
-    from fp8slurm.engine.digest import expected_digests, first_difference
     from safetensors.torch import load_file
+
+    from fp8slurm.checkpoint import hf_to_fp8
+    from fp8slurm.engine.inside.digest import expected_digests, first_difference
 
     run, _ = reference
     weights(run, tmp_path / "hf")
@@ -172,7 +179,7 @@ def test_tasks_and_engines_end_with_the_command_that_started_them(runs, number):
 HELD_COMMIT = """
 import os, sys, time
 if os.environ.get("HOLD_COMMIT"):  # in every process of the run, before anything else
-    from fp8slurm.checkpoint.run import RunDirectory
+    from fp8slurm.run.directory import RunDirectory
 
     commit = RunDirectory.commit_checkpoint
 
@@ -229,7 +236,7 @@ def test_evaluation_of_the_checkpoint_equals_the_last_one_in_the_loop(reference)
 def test_a_finished_run_says_so_and_a_held_one_is_refused(runs, reference):
     assert "is finished: 10 steps" in runs.finish(runs.start("reference"))
     holder = subprocess.Popen(
-        [sys.executable, "-c", "import sys, time; from pathlib import Path; from fp8slurm.checkpoint.run import RunDirectory\n"
+        [sys.executable, "-c", "import sys, time; from pathlib import Path; from fp8slurm.run.directory import RunDirectory\n"
          "RunDirectory(Path(sys.argv[1])).acquire(); print('held', flush=True); time.sleep(120)", str(reference[0])],
         stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
@@ -270,7 +277,7 @@ def test_a_rank_that_hangs_ends_the_run_with_stacks(runs):
     assert "no progress for watchdog.timeout_s = 25 s" in out
     assert all(process_start(pid) is None for pid in pids.values())
     stacks = runs.path("hung") / "attempts" / "0" / "stacks"
-    assert "loop.py" in (stacks / "task_0.txt").read_text() and "agent.py" in (stacks / "task_2.txt").read_text()
+    assert "loop.py" in (stacks / "task_0.txt").read_text() and "worker.py" in (stacks / "task_2.txt").read_text()
 
 
 def test_the_reason_of_a_failing_run_is_the_last_thing_said(runs, tmp_path):

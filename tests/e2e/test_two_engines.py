@@ -6,8 +6,9 @@ import signal
 from pathlib import Path
 
 import pytest
+
 from fp8slurm.observe.metrics import read_metrics, without_times
-from fp8slurm.report.attempts import read_attempts
+from fp8slurm.run.attempts import read_attempts
 
 pytestmark = pytest.mark.slow
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fp8slurm.engine.digest import expected_digests, first_difference, overall, raw_digest
+from fp8slurm.engine.inside.digest import expected_digests, first_difference, overall, raw_digest
 
 
 def tensor(rows: int, columns: int, start: int = 0) -> torch.Tensor:
@@ -78,7 +78,9 @@ def test_first_difference_names_it() -> None:
 
 def test_expert_parallel_ranks_hold_their_experts() -> None:
     p = "model.layers.0.mlp.experts."
-    parts = {f"{p}{e}.{x}_proj.weight": tensor(4, 2, 10 * e + 5 * i) for e in range(4) for i, x in enumerate(("gate", "up"))}
+    parts = {
+        f"{p}{e}.{x}_proj.weight": tensor(4, 2, 10 * e + 5 * i) for e in range(4) for i, x in enumerate(("gate", "up"))
+    }
     name = f"{p}w13_weight"
     facts = {"num_key_value_heads": 1, "tensor_parallel_size": 4}
     ranks = expected_digests(parts.items(), expert_parallel_size=2, **facts)

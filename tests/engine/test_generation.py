@@ -7,9 +7,9 @@ import json
 import os
 import select
 import threading
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Iterator
 
 import pytest
 import requests
@@ -19,7 +19,7 @@ from w8a8_reference import reference
 from fp8slurm.config.schema import EngineSection
 from fp8slurm.engine import server as server_module
 from fp8slurm.engine.client import EngineClient, GenerateRequest
-from fp8slurm.engine.digest import expected_digests, first_difference
+from fp8slurm.engine.inside.digest import expected_digests, first_difference
 from fp8slurm.engine.server import Engine, EngineError, EngineSettings
 
 pytestmark = pytest.mark.slow
@@ -81,7 +81,7 @@ def test_logprobs_are_those_of_w8a8(kind: str, request) -> None:
     batch = prompts(12)
     generations = served.client.generate(batch, one_batch=True)
     emulated, weights_only = (gap(served, on, batch, generations) for on in (True, False))
-    # a code that flips at a rounding border moves a token's log-probability by about 1e-3; most tokens meet none
+    # a code that flips at a rounding boundary moves a token's log-probability by about 1e-3; most tokens meet none
     assert emulated.median() < 2e-5, emulated
     assert weights_only.median() > 20 * emulated.median()
     assert weights_only.mean() > 5 * emulated.mean()
@@ -111,7 +111,9 @@ if os.environ.get("HOLD_REQUESTS"):
 """
 
 
-def test_a_batch_draws_the_same_tokens_however_soon_it_follows_a_greedy_one(tmp_path: Path, write_fp8_model, monkeypatch) -> None:
+def test_a_batch_draws_the_same_tokens_however_soon_it_follows_a_greedy_one(
+    tmp_path: Path, write_fp8_model, monkeypatch
+) -> None:
     """A rollout behind an evaluation, on a machine that is busy at the wrong moment."""
     (tmp_path / "sitecustomize.py").write_text(HOLD_REQUESTS)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
@@ -189,8 +191,9 @@ def test_scores_are_the_logprobs_of_generation(dense: Served) -> None:
     scores = dense.client.score([r.token_ids + g.token_ids for r, g in zip(batch, generations)])
     for request, generation, score in zip(batch, generations, scores):
         assert len(score) == len(request.token_ids) + len(generation.token_ids) - 1
-        torch.testing.assert_close(torch.tensor(score[len(request.token_ids) - 1 :]), torch.tensor(generation.logprobs),
-                                   atol=5e-3, rtol=0)  # fmt: skip
+        torch.testing.assert_close(
+            torch.tensor(score[len(request.token_ids) - 1 :]), torch.tensor(generation.logprobs), atol=5e-3, rtol=0
+        )
 
 
 def test_a_prompt_that_does_not_fit_is_refused(dense: Served) -> None:
@@ -273,12 +276,12 @@ def test_killed_scheduler_takes_the_server_along_and_a_restart_gives_the_same_bi
 def test_a_server_that_was_stopped_has_not_ended_by_itself(dense: Served, monkeypatch) -> None:
     leaving = threading.Event()
     monkeypatch.setattr(server_module, "_runs", lambda process: not leaving.is_set())  # a GPU takes seconds to be left
-    stopping = threading.Thread(target=dense.engine.stop)
-    stopping.start()
-    assert dense.engine.wait_exit(20) and stopping.is_alive()
+    stop_policy = threading.Thread(target=dense.engine.stop)
+    stop_policy.start()
+    assert dense.engine.wait_exit(20) and stop_policy.is_alive()
     said = dense.engine.obituary()
     leaving.set()
-    stopping.join()
+    stop_policy.join()
     assert said == "" == dense.engine.obituary()
     dense.engine.restart()
     dense.client = EngineClient(dense.engine.url, dense.engine.api_key, timeout_s=60)

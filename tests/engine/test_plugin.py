@@ -1,4 +1,4 @@
-"""What SGLang's own classes are given on top (engine/plugin.py), where a GPU is needed to see it at work."""
+"""What SGLang's own classes are given on top (engine/inside/plugin.py), where a GPU is needed to see it at work."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from types import SimpleNamespace
 if not torch.cuda.is_available():
     from fp8slurm.cpu import sglang_stubs
     sglang_stubs.install()
-from fp8slurm.engine import plugin
+from fp8slurm.engine.inside import plugin
 from sglang.srt.managers.scheduler_components.weight_updater import SchedulerWeightUpdaterManager as Manager
 from sglang.srt.model_executor.model_runner_components.weight_updater import WeightUpdater
 from sglang.srt.utils import torch_memory_saver_adapter as adapter

@@ -8,6 +8,7 @@ from collections import Counter
 from typing import Any
 
 import pytest
+
 from fp8slurm.config.schema import EngineSection
 from fp8slurm.engine import pool as pool_module
 from fp8slurm.engine.client import GenerateRequest, Generation
@@ -111,8 +112,7 @@ def test_pieces(groups, n, engines, most, expected):
 
 
 @pytest.mark.parametrize(
-    "count, engines, expected",
-    [(5, 2, [[0, 1], [2, 3, 4]]), (2, 4, [[0], [1]]), (0, 2, []), (4, 1, [[0, 1, 2, 3]])],
+    "count, engines, expected", [(5, 2, [[0, 1], [2, 3, 4]]), (2, 4, [[0], [1]]), (0, 2, []), (4, 1, [[0, 1, 2, 3]])]
 )
 def test_shares(count, engines, expected):
     assert shares(count, engines) == expected

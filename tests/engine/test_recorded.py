@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import pytest
 import torch
-from fp8slurm.engine.recorded import KNOWN, FlatBucket, bucket_id, in_bytes, load, loads_of, merged
+
+from fp8slurm.engine.inside.recorded import KNOWN, FlatBucket, bucket_id, in_bytes, load, loads_of, merged
 from fp8slurm.sync.bucket import WeightBucket, layout, payload_bytes
 
 Pairs = Iterable[tuple[str, torch.Tensor]]
@@ -120,9 +122,15 @@ def test_later_loads_are_the_same_copies_without_the_model(known: bool) -> None:
 
 @pytest.mark.parametrize(
     ("name", "why"),
-    [("converted", "not in the bucket"), ("turned16", "it makes turned from torch.bfloat16"), ("filled", "fill_"),
-     ("buffer", "no parameter"), ("rebound", "it gives norm other memory"), ("listed", "_foreach_copy_"),
-     ("overlapping", "twice to the same place")],  # fmt: skip
+    [
+        ("converted", "not in the bucket"),
+        ("turned16", "it makes turned from torch.bfloat16"),
+        ("filled", "fill_"),
+        ("buffer", "no parameter"),
+        ("rebound", "it gives norm other memory"),
+        ("listed", "_foreach_copy_"),
+        ("overlapping", "twice to the same place"),
+    ],
 )
 def test_what_is_no_plain_copy_is_loaded_by_the_model_every_time(name: str, why: str) -> None:
     model = Model()

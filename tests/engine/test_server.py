@@ -79,10 +79,10 @@ def test_a_child_that_ends_before_it_was_told_anything(tmp_path: Path, write_fp8
     with pytest.raises(BrokenPipeError):
         engine.start()
     monkeypatch.undo()
-    stopping = threading.Thread(target=engine.stop, daemon=True)
-    stopping.start()
-    stopping.join(30)
-    assert not stopping.is_alive() and not engine.alive()
+    stop_policy = threading.Thread(target=engine.stop, daemon=True)
+    stop_policy.start()
+    stop_policy.join(30)
+    assert not stop_policy.is_alive() and not engine.alive()
 
 
 def test_deadline(tmp_path: Path, write_fp8_model) -> None:
@@ -90,7 +90,9 @@ def test_deadline(tmp_path: Path, write_fp8_model) -> None:
     engine = Engine(tmp_path / "model", tmp_path / "log", CPU)
     engine.start()
     process = engine._process.pid
-    with pytest.raises(EngineError, match=r"not ready after 0.5 s \(engine.ready_timeout_s; a first start compiles kernels\)"):
+    with pytest.raises(
+        EngineError, match=r"not ready after 0.5 s \(engine.ready_timeout_s; a first start compiles kernels\)"
+    ):
         engine.wait_ready(0.5)
     assert not engine.alive() and gone([process], 1)
 
@@ -111,21 +113,21 @@ time.sleep(600)
 """
 
 
-def test_nothing_survives_a_killed_agent(tmp_path: Path, write_fp8_model) -> None:
+def test_nothing_survives_a_killed_worker(tmp_path: Path, write_fp8_model) -> None:
     write_fp8_model(tmp_path / "model", seed=0)
     shm_before = set(os.listdir("/dev/shm"))
-    agent = subprocess.Popen(
+    worker = subprocess.Popen(
         [sys.executable, "-c", AGENT, str(tmp_path / "model"), str(tmp_path / "log")], stdout=subprocess.PIPE
     )
     try:
-        family = json.loads(agent.stdout.readline())
+        family = json.loads(worker.stdout.readline())
         assert len(family) >= 3
         os.killpg(family[0], signal.SIGUSR2)  # Slurm's warning goes to every process of the step
         time.sleep(0.5)
         assert all(psutil.Process(p).status() != psutil.STATUS_ZOMBIE for p in family)
     finally:
-        agent.kill()
-        agent.wait()
+        worker.kill()
+        worker.wait()
     assert gone(family)
     left = {name for name in set(os.listdir("/dev/shm")) - shm_before if name.startswith(("sglang_", "sgl_shm"))}
     # other servers may come and go meanwhile: their segments carry other process ids, or are mapped by somebody

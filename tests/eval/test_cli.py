@@ -2,11 +2,12 @@ import json
 import shutil
 
 import pytest
+from safetensors.torch import load_file
+
 from fp8slurm.checkpoint import hf_to_fp8, hf_to_torch_dist
 from fp8slurm.cli import main
 from fp8slurm.eval.checkpoints import prepare, recognize
 from fp8slurm.models import tiny
-from safetensors.torch import load_file
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +28,11 @@ def seen(path, **given):
 def test_a_checkpoint_is_recognized_by_its_contents(models, tmp_path):
     assert seen(models / "hf").kind == "Hugging Face" and seen(models / "fp8").kind == "Hugging Face, block FP8"
     dist = seen(models / "dist", origin=models / "fp8")
-    assert dist.kind == "torch_dist" and "model.layers.0.mlp.up_proj" in dist.keep and dist.tokenizer_folder == models / "fp8"
+    assert (
+        dist.kind == "torch_dist"
+        and "model.layers.0.mlp.up_proj" in dist.keep
+        and dist.tokenizer_folder == models / "fp8"
+    )
     with pytest.raises(ValueError, match="--origin-hf-dir"):
         seen(models / "dist")
     with pytest.raises(ValueError, match="not recognized; allowed: a run"):
@@ -117,5 +122,7 @@ def test_dry_run_says_what_would_be_asked(models, tmp_path, capsys):
     assert "\n1 sample in FP8, by 1 engine; results in " in out
     assert main(["eval", *arguments.split(), "--nodes", "2", "--precision", "both"]) == 0
     said = capsys.readouterr().out.splitlines()
-    assert said[-2].startswith("1 sample in BF16 and in FP8, by as many engines as the GPUs carry on each of 2 nodes; results in ")
+    assert said[-2].startswith(
+        "1 sample in BF16 and in FP8, by as many engines as the GPUs carry on each of 2 nodes; results in "
+    )
     assert said[-1].startswith("as this step: srun --nodes=2 ") and "--dry-run" not in said[-1]

@@ -2,6 +2,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
+
 from fp8slurm.cli import main
 from fp8slurm.eval import compare as compare_module
 from fp8slurm.eval.compare import compare, fixed_sequences, is_scored, score
@@ -147,7 +148,9 @@ def test_what_cannot_be_compared_is_refused(tmp_path, capsys):
 def test_another_chat_template_is_refused(tmp_path):
     folders = [evaluation(tmp_path / n, [1, 0], "fp8") for n in "ab"]
     for folder, thinking in zip(folders, (True, False)):
-        (folder / "settings.json").write_text(json.dumps({"tasks": [], "chat_template_kwargs": {"enable_thinking": thinking}}))
+        (folder / "settings.json").write_text(
+            json.dumps({"tasks": [], "chat_template_kwargs": {"enable_thinking": thinking}})
+        )
     with pytest.raises(ValueError, match="chat_template_kwargs .*True.*False"):
         compare(*folders)
 

@@ -11,13 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
 from fp8slurm.cli import main
+from fp8slurm.data.tiny_task import write_data
 from fp8slurm.engine.client import EngineClient
 from fp8slurm.eval import engines as engines_module
 from fp8slurm.models.tiny import write_model
 from fp8slurm.observe.metrics import read_metrics, without_times
-from fp8slurm.rl.tiny_task import write_data
-from safetensors.torch import load_file, save_file
 
 pytestmark = pytest.mark.slow
 

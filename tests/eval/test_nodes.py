@@ -4,14 +4,21 @@ import json
 import threading
 
 import pytest
+
 from fp8slurm.cli import main
 from fp8slurm.engine.server import EngineError
 from fp8slurm.eval import nodes
 from fp8slurm.eval.cli import step_command
-from fp8slurm.eval.nodes import Gatherer, Meeting, Place, SharedDeal, Tail
+from fp8slurm.eval.nodes import Place, ResultCollector, SharedWorkQueue, StepRendezvous, Tail
 from fp8slurm.eval.records import node_file
 
-STEP = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "2"}
+STEP = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_STEP_ID": "0",
+    "SLURM_PROCID": "1",
+    "SLURM_STEP_NUM_TASKS": "2",
+    "SLURM_STEP_NUM_NODES": "2",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +59,7 @@ def take_all(deal, got):
 
 def test_every_piece_is_taken_by_one_task(tmp_path):
     work = [[i, i] for i in range(300)]
-    deals = [SharedDeal(work, 64, tmp_path, 6) for _ in range(3)]
+    deals = [SharedWorkQueue(work, 64, tmp_path, 6) for _ in range(3)]
     got: list = []
     threads = [threading.Thread(target=take_all, args=(d, got)) for d in deals for _ in range(2)]
     for thread in threads:
@@ -64,13 +71,13 @@ def test_every_piece_is_taken_by_one_task(tmp_path):
 
 
 def test_the_first_task_leaves_the_others_their_share(tmp_path):
-    first, second = (SharedDeal([[i] for i in range(12)], 64, tmp_path, 4) for _ in range(2))
+    first, second = (SharedWorkQueue([[i] for i in range(12)], 64, tmp_path, 4) for _ in range(2))
     assert first.take(0) == [[0], [1], [2]] and first.take(3) == [], "an engine holds a quarter"
     assert second.take(0) == [[3], [4], [5]]
 
 
 def test_what_an_engine_gives_back_stays_with_its_task(tmp_path):
-    mine, other = (SharedDeal([[i] for i in range(4)], 1, tmp_path, 2) for _ in range(2))
+    mine, other = (SharedWorkQueue([[i] for i in range(4)], 1, tmp_path, 2) for _ in range(2))
     assert mine.take(0) == [[0]]
     mine.give_back([[0]])
     assert other.take(0) == [[1]] and other.take(0) == [[2]]
@@ -82,7 +89,7 @@ def test_what_an_engine_gives_back_stays_with_its_task(tmp_path):
 
 
 def meetings(folder, count=2):
-    return [Meeting(folder, Place(i, count, "7.0.0")) for i in range(count)]
+    return [StepRendezvous(folder, Place(i, count, "7.0.0")) for i in range(count)]
 
 
 def test_what_is_announced_arrives_and_nobody_begins_alone(tmp_path):
@@ -108,7 +115,7 @@ def test_what_is_announced_arrives_and_nobody_begins_alone(tmp_path):
 
 def test_a_task_that_fails_ends_the_others_with_its_reason(tmp_path, monkeypatch):
     monkeypatch.setattr(nodes, "HERE_S", 0.5)
-    alone = Meeting(tmp_path / "alone", Place(0, 3, "7.0.0"))
+    alone = StepRendezvous(tmp_path / "alone", Place(0, 3, "7.0.0"))
     with pytest.raises(EngineError, match=r"no here-1, here-2 in .* within 0.5 s: is it on a file system that all"):
         alone.wait_started()
     zero, one = meetings(tmp_path)
@@ -124,16 +131,16 @@ def test_a_task_that_fails_ends_the_others_with_its_reason(tmp_path, monkeypatch
 
 
 def test_what_killed_steps_left_is_removed(tmp_path, monkeypatch):
-    from fp8slurm.slurm import queue
+    from fp8slurm.scheduler import queue
 
     known = {"5": queue.SlurmJob("5", "RUNNING"), "6": queue.SlurmJob("6", "COMPLETED")}
     monkeypatch.setattr(queue, "jobs", lambda ids: ({k: v for k, v in known.items() if k in ids}, ""))
     for name in ("7.0.0", "7.2.0", "5.0.0", "6.0.0", "4.0.0"):
         (tmp_path / f".step-{name}").mkdir()
-    Meeting(tmp_path, Place(0, 2, "7.1.0")).remove_old()
+    StepRendezvous(tmp_path, Place(0, 2, "7.1.0")).remove_old()
     assert {p.name for p in tmp_path.iterdir()} == {".step-7.1.0", ".step-7.2.0", ".step-5.0.0"}
     monkeypatch.setattr(queue, "jobs", lambda ids: ({}, "Slurm does not answer"))
-    Meeting(tmp_path, Place(0, 2, "9.0.0")).remove_old()
+    StepRendezvous(tmp_path, Place(0, 2, "9.0.0")).remove_old()
     assert {p.name for p in tmp_path.iterdir()} == {".step-7.1.0", ".step-7.2.0", ".step-5.0.0", ".step-9.0.0"}
 
 
@@ -147,7 +154,7 @@ def test_rows_of_other_nodes_are_handed_on_whole_and_once(tmp_path, monkeypatch)
     got: list = []
     file = node_file(tmp_path, 1)
     lines = [json.dumps(row(i)) + "\n" for i in range(3)]
-    with Gatherer(zero, tmp_path, got.extend) as gatherer:
+    with ResultCollector(zero, tmp_path, got.extend) as gatherer:
         file.write_text(lines[0] + lines[1][:5])
         gatherer._poll()
         assert got == [row(0)]
@@ -158,7 +165,10 @@ def test_rows_of_other_nodes_are_handed_on_whole_and_once(tmp_path, monkeypatch)
     assert got == [row(0), row(1), row(2)] and Tail(tmp_path / "none").poll() == []
     monkeypatch.setattr(nodes, "SEEN_S", 0.3)
     one.done("fp8", 4, 1, 0)
-    with Gatherer(zero, tmp_path, got.extend) as gatherer, pytest.raises(EngineError, match=r"wrote \[4\].*\[3\] are seen"):
+    with (
+        ResultCollector(zero, tmp_path, got.extend) as gatherer,
+        pytest.raises(EngineError, match=r"wrote \[4\].*\[3\] are seen"),
+    ):
         gatherer.finish("fp8")
 
 

@@ -5,7 +5,8 @@ import subprocess
 import sys
 
 import pytest
-from fp8slurm.checkpoint.run import process_start
+
+from fp8slurm.core.processes import process_start
 from fp8slurm.eval.records import Records, choose_folder, settings_hash
 
 

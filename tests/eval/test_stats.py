@@ -4,9 +4,10 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from fp8slurm.eval.stats import bootstrap, ks, paired_difference, pass_at_k
 from hypothesis import given
 from hypothesis import strategies as st
+
+from fp8slurm.eval.stats import bootstrap, ks, paired_difference, pass_at_k
 
 
 def test_pass_at_k_is_what_counting_every_subset_gives():

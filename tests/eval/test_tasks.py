@@ -1,16 +1,26 @@
 import json
 
 import pytest
+
+from fp8slurm.check.preflight import _eval_tasks
 from fp8slurm.config import RunConfig
 from fp8slurm.config.schema import DataSection, RewardSection
+from fp8slurm.data.prompts import load_prompts, load_tokenizer, sample_seed
 from fp8slurm.engine.client import GenerateRequest
-from fp8slurm.eval.asking import Wanted, batches
+from fp8slurm.eval.asking import EvalRequest, batches
 from fp8slurm.eval.questions import Question, load_questions
-from fp8slurm.eval.tasks import HELD_OUT, EvalTask, grader_section, held_out, parse_task, read_definition, run_tasks, shipped, unique
+from fp8slurm.eval.tasks import (
+    HELD_OUT,
+    EvalTask,
+    grader_section,
+    held_out,
+    parse_task,
+    read_definition,
+    run_tasks,
+    shipped,
+    unique,
+)
 from fp8slurm.models import tiny
-from fp8slurm.rl.data import load_prompts, load_tokenizer
-from fp8slurm.rl.rollout import sample_seed
-from fp8slurm.slurm.preflight import _eval_tasks
 
 DATA = DataSection(max_prompt_tokens=10**6)
 
@@ -237,11 +247,11 @@ def test_a_sample_is_asked_for_as_its_task_says():
     task = EvalTask(name="x", grader="exact").model_copy(
         update={"temperature": 0.6, "top_p": 0.95, "top_k": 20, "max_tokens": 64}
     )
-    wanted = Wanted(task, Question("q7", "", (5, 6, 7), ""), 3)
+    wanted = EvalRequest(task, Question("q7", "", (5, 6, 7), ""), 3)
     assert wanted.request(7, [2], context=1000) == GenerateRequest(
         [5, 6, 7], 64, 0.6, 0.95, 20, [2], sample_seed(7, "x/q7", 3)
     )
-    other = Wanted(task.model_copy(update={"name": "y"}), wanted.question, 3)
+    other = EvalRequest(task.model_copy(update={"name": "y"}), wanted.question, 3)
     assert other.request(7, [2]).seed != wanted.request(7, [2]).seed, "two tasks may number their questions alike"
     # SGLang takes one token less than its context holds; a prompt that fills it still gets a token, to be refused by name
     assert [wanted.request(7, [2], context=c).max_tokens for c in (68, 67, 5, 3)] == [64, 63, 1, 1]

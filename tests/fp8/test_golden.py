@@ -83,9 +83,12 @@ def test_same_bytes_as_transformer_engine(path: Path) -> None:
             compared["panels, rows"] += 1
         compared[f"reference, {case.kind}"] += 1
     assert compared == {
-        "reference, block": 448, "reference, row": 140, "reference, column": 140,
-        "panels, blocks": 442, "panels, rows": 140,
-    }  # fmt: skip
+        "reference, block": 448,
+        "reference, row": 140,
+        "reference, column": 140,
+        "panels, blocks": 442,
+        "panels, rows": 140,
+    }
 
 
 @pytest.mark.parametrize("device", DEVICES)

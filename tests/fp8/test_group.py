@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from fp8slurm.fp8.block import E4M3, BlockFP8, scale_shape
 from fp8slurm.fp8.quantize import quantize
 

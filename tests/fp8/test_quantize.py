@@ -201,7 +201,10 @@ def test_decode_knows_all_256_codes() -> None:
 def test_a_lone_nan_of_either_sign_is_one(code: int) -> None:
     codes = torch.full((4, 4), 0x38, dtype=torch.uint8)
     codes[1, 2] = code
-    for values in (decode(codes.view(torch.float8_e4m3fn)), dequantize(BlockFP8(codes.view(torch.float8_e4m3fn), torch.ones(1, 1)))):
+    for values in (
+        decode(codes.view(torch.float8_e4m3fn)),
+        dequantize(BlockFP8(codes.view(torch.float8_e4m3fn), torch.ones(1, 1))),
+    ):
         assert values.isnan().nonzero().tolist() == [[1, 2]] and values.nan_to_num(1.0).eq(1).all()
 
 

@@ -17,9 +17,12 @@ def spec_of(**overrides) -> ModelSpec:
 
 
 MOE = dict(
-    architecture="Qwen3MoeForCausalLM", num_experts=3, experts_per_token=2, moe_ffn_hidden_size=6,
+    architecture="Qwen3MoeForCausalLM",
+    num_experts=3,
+    experts_per_token=2,
+    moe_ffn_hidden_size=6,
     tie_word_embeddings=False,
-)  # fmt: skip
+)
 
 
 def weights(table: NameTable) -> dict[str, torch.Tensor]:
@@ -129,11 +132,11 @@ def test_block_borders() -> None:
     table = NameTable(spec_of(hidden_size=256, head_dim=128, ffn_hidden_size=512))
     down = table["decoder.layers.0.mlp.linear_fc2.weight"]
     (second,) = down.slices(1, 2)
-    assert second.on_block_border()
-    assert not down.slices(1, 8)[0].on_block_border()  # 512 / 8 = 64
+    assert second.on_block_boundary()
+    assert not down.slices(1, 8)[0].on_block_boundary()  # 512 / 8 = 64
     ragged = NameTable(spec_of(hidden_size=256, head_dim=128, ffn_hidden_size=200))
     # a ragged end of the tensor itself is the end of a block
-    assert ragged["decoder.layers.0.mlp.linear_fc2.weight"].slices()[0].on_block_border()
+    assert ragged["decoder.layers.0.mlp.linear_fc2.weight"].slices()[0].on_block_boundary()
 
 
 def test_wrong_shapes_are_refused() -> None:

@@ -77,7 +77,9 @@ def test_a_missing_size_is_named_with_the_file(tmp_path: Path, key: str, config:
         ModelSpec.from_hf_dir(tmp_path)
 
 
-@pytest.mark.parametrize(("text", "message"), [("{", "config.json: not JSON"), ("[]", "config.json: not a JSON object")])
+@pytest.mark.parametrize(
+    ("text", "message"), [("{", "config.json: not JSON"), ("[]", "config.json: not a JSON object")]
+)
 def test_a_config_that_is_none(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ValueError, match=message):
@@ -114,9 +116,12 @@ def test_quantization_that_cannot_be_made_is_refused(change: dict, message: str)
 
 def layout(tp: int = 1, pp: int = 1, ep: int = 1, etp: int = 1, sp: bool = False) -> ParallelSection:
     return ParallelSection(
-        tensor_parallel_size=tp, pipeline_parallel_size=pp, expert_parallel_size=ep, expert_tensor_parallel_size=etp,
+        tensor_parallel_size=tp,
+        pipeline_parallel_size=pp,
+        expert_parallel_size=ep,
+        expert_tensor_parallel_size=etp,
         sequence_parallel=sp,
-    )  # fmt: skip
+    )
 
 
 def test_layouts_that_fit() -> None:

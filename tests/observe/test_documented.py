@@ -3,9 +3,10 @@ from pathlib import Path
 import torch
 
 from fp8slurm.config.schema import AlgorithmSection
+from fp8slurm.core.gap import gap_metrics
+from fp8slurm.core.types import PackedBatch
 from fp8slurm.observe import console, plot
-from fp8slurm.rl.loss import gap_metrics, make_policy_loss, sft_loss
-from fp8slurm.rl.types import PackedBatch
+from fp8slurm.rl.loss import make_policy_loss, sft_loss
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "metrics.md"
 

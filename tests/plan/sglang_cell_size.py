@@ -22,9 +22,11 @@ def cell_size(model: ModelConfig, tensor_parallel_size: int) -> int:
     pool_configurator.get_parallel = lambda: SimpleNamespace(attn_tp_size=tensor_parallel_size, attn_dcp_size=1)
     pool = SimpleNamespace(kv_cache_dtype_str="bfloat16", _compute_qsa_cell_size=POOL._compute_qsa_cell_size)
     cache = SimpleNamespace(
-        model_config=model, kv_cache_dtype=torch.bfloat16, use_mla_backend=False,
+        model_config=model,
+        kv_cache_dtype=torch.bfloat16,
+        use_mla_backend=False,
         server_args=SimpleNamespace(enable_hisparse=True),
-    )  # fmt: skip
+    )
     return int(POOL._compute_cell_size(pool, cache, model.num_hidden_layers))
 
 

@@ -7,15 +7,16 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from fp8slurm.checkpoint import hf_to_fp8
-from fp8slurm.checkpoint.hf_folder import open_hf
+from fp8slurm.checkpoint.formats.hf_folder import open_hf
 from fp8slurm.config import RunConfig, parse
 from fp8slurm.models import known, tiny
 from fp8slurm.models.known import known_model
@@ -205,7 +206,9 @@ def test_known_models_have_the_published_sizes():
     assert payloads["Qwen3-0.6B"][0] == 1.19
 
 
-TWO, FOUR = ([f"--slurm.{name}={n}" for name in ("gpus-per-node", "ranks-per-node")] + [f"--engine.per-node={n}"] for n in (2, 4))
+TWO, FOUR = (
+    [f"--slurm.{name}={n}" for name in ("gpus-per-node", "ranks-per-node")] + [f"--engine.per-node={n}"] for n in (2, 4)
+)
 BF16 = ["--fp8.backend=off", "--fp8.engine=bf16"]
 EXPERTS = ["--slurm.nodes=1", *TWO[:2], "--engine.per-node=1", "--engine.tensor-parallel-size=2", "--engine.expert-parallel-size=2",
            "--engine.context-length=1024", "--parallel.tensor-parallel-size=2", "--parallel.expert-parallel-size=2", "--parallel.pipeline-parallel-size=1"]  # fmt: skip

@@ -72,8 +72,11 @@ def test_json_has_the_same_figures(capsys):
     assert values["traffic"]["payload"] == plan.traffic.payload == 4_412_507_392
     assert values["layout"]["data"] == 4 and values["fits"][0]["fits"] is True
     assert values["stages"][0]["memory"]["state"][0] == {
-        "name": "weights", "bytes": plan.stages[0].memory.state[0].bytes, "basis": "exact", "note": "BF16",
-    }  # fmt: skip
+        "name": "weights",
+        "bytes": plan.stages[0].memory.state[0].bytes,
+        "basis": "exact",
+        "note": "BF16",
+    }
 
 
 def test_a_gpu_that_is_too_small_is_said_to_be(capsys):
@@ -151,8 +154,10 @@ def test_split_placement_lists_two_kinds_of_gpus():
     ]
     plan = plan_of("qwen3-4b-fp8", *flags)
     assert [p.name for p in plan.fits[0].phases] == [
-        "train (trainer's GPU)", "sync (trainer's GPU)", "sync and rollout (engine's GPU)",
-    ]  # fmt: skip
+        "train (trainer's GPU)",
+        "sync (trainer's GPU)",
+        "sync and rollout (engine's GPU)",
+    ]
     assert plan.layout == Layout(4, 2, 1, 1, 1, True)
 
 
@@ -213,7 +218,11 @@ def test_what_is_kept_follows_the_settings():
 
 
 def test_what_is_there_while_engines_work():
-    awake, asleep, cut = plan_of("qwen3-4b-fp8", *ONE), plan_of("qwen3-4b-fp8", *ONE, "--optim.sleep"), plan_of("qwen3-4b-fp8")
+    awake, asleep, cut = (
+        plan_of("qwen3-4b-fp8", *ONE),
+        plan_of("qwen3-4b-fp8", *ONE, "--optim.sleep"),
+        plan_of("qwen3-4b-fp8"),
+    )
     assert "optimizer" in parts_of(awake, "sync") and "optimizer" in parts_of(asleep, "train")
     assert "optimizer" not in parts_of(asleep, "sync")
     (held,) = (i.bytes for i in asleep.host if i.name == "sleeping optimizer")

@@ -76,7 +76,7 @@ def write_run(path: Path, steps=20, sft=8, hostile=False, samples=6, name_of_mod
         "2026-11-23 20:00:00,000 WARNING rank 0 fp8slurm.rl.loop: checkpoint runs/x/checkpoints/step_000010 is "
         "skipped: a.bin was altered (SHA-256)\n"
         "2026-11-23 20:00:00,000 INFO rank 0 fp8slurm.rl.loop: continuing from runs/x/checkpoints/step_000005\n"
-        "2026-11-23 20:00:00,000 WARNING agent 0 fp8slurm.rl.agent: engine 0 failed (it died); restart 1\n"
+        "2026-11-23 20:00:00,000 WARNING rollout worker 0 fp8slurm.rollout.worker: engine 0 failed (it died); restart 1\n"
     )
     estimate = {"value": 0.85, "low": 0.82, "high": 0.88}
     for precision in ("fp8", "bf16"):

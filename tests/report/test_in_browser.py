@@ -22,9 +22,10 @@ def requests(log):
     initiator."""
     params = [event.get("params", {}) for event in log["events"]]
     return {
-        p["url"] for p in params
+        p["url"]
+        for p in params
         if re.match("(https?|wss?|ftp):", p.get("url", "")) and p.get("initiator", "not an origin") != "not an origin"
-    }  # fmt: skip
+    }
 
 
 @pytest.fixture(scope="module")

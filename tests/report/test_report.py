@@ -11,8 +11,8 @@ from made_up_run import HOSTILE, record, sample, write_json, write_lines
 from fp8slurm.report import charts, content, safe
 from fp8slurm.report.cli import main
 from fp8slurm.report.page import embed
-from fp8slurm.report.read import read_run
 from fp8slurm.report.samples import read_samples
+from fp8slurm.run.reader import read_run
 
 
 class Elements(HTMLParser):
@@ -202,9 +202,11 @@ def test_what_is_no_run_is_refused(tmp_path, make_run):
             main([str(path)])
     run = make_run()
     for flags, why in (
-        (["--out", str(tmp_path)], "is a folder"), (["--out", str(tmp_path / "no" / "r.html")], "there is no folder"),
-        (["--samples", "-1"], "below 0"), (["--compare", str(run)], "named twice"),
-    ):  # fmt: skip
+        (["--out", str(tmp_path)], "is a folder"),
+        (["--out", str(tmp_path / "no" / "r.html")], "there is no folder"),
+        (["--samples", "-1"], "below 0"),
+        (["--compare", str(run)], "named twice"),
+    ):
         with pytest.raises(ValueError, match=why):
             main([str(run), *flags])
     assert not (run / "report.html").exists()
@@ -263,13 +265,13 @@ def test_another_attempts_gaps_are_left_out(make_run):
     )
 
 
-def test_samples_of_several_agents_are_counted_on(make_run):
+def test_samples_of_several_workers_are_counted_on(make_run):
     run = make_run(steps=10, samples=4)
     path = run / "rollouts/step_000010.jsonl"
     lines = path.read_text().splitlines(keepends=True)
     path.unlink()
-    for agent in (0, 1):
-        (run / f"rollouts/step_000010.{agent}.jsonl").write_text("".join(lines[2 * agent : 2 * agent + 2]))
+    for worker in (0, 1):
+        (run / f"rollouts/step_000010.{worker}.jsonl").write_text("".join(lines[2 * worker : 2 * worker + 2]))
     found = read_samples(read_run(run))
     assert [s.index for s in found.shown] == [0, 1, 2, 3] and found.shown[3].max_gap == pytest.approx(0.2)
 

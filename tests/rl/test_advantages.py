@@ -3,9 +3,10 @@ import math
 import pytest
 
 from fp8slurm.config.schema import AlgorithmSection
-from fp8slurm.rl.advantages import advantages, group_relative, has_signal, settle_truncated
+from fp8slurm.core.types import Prompt, Sample, SampleGroup
+from fp8slurm.rl.advantages import advantages, group_relative
 from fp8slurm.rl.controls import negate, shuffle_rewards
-from fp8slurm.rl.types import Prompt, Sample, SampleGroup
+from fp8slurm.rollout.groups import apply_truncation_policy, has_signal
 
 
 def group(*samples):
@@ -30,7 +31,7 @@ def test_signal():
     assert not has_signal(group(1, 1, 1)) and not has_signal(group(1)) and not has_signal(group())
     masked = group(1, (0, "length"))
     assert has_signal(masked)
-    settle_truncated([masked], "mask")
+    apply_truncation_policy([masked], "mask")
     assert not has_signal(masked)
 
 
@@ -40,17 +41,17 @@ def test_signal():
 )
 def test_truncated_samples(truncated, rewards, trained):
     g = group(1, (1, "length"))
-    settle_truncated([g], truncated)
+    apply_truncation_policy([g], truncated)
     assert [s.reward for s in g.samples] == rewards
     assert [s.train for s in g.samples] == trained
     aborted = group((1, "abort"))
-    settle_truncated([aborted], truncated)
+    apply_truncation_policy([aborted], truncated)
     assert not aborted.samples[0].train
 
 
 def test_masked_samples_have_no_part_in_the_mean():
     groups = [group(1, (9, "length"), 0), group((1, "length"))]
-    settle_truncated(groups, "mask")
+    apply_truncation_policy(groups, "mask")
     assert advantages(groups, AlgorithmSection(divide_by_std=False)) == [[0.5, 0.0, -0.5], [0.0]]
 
 

@@ -11,17 +11,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from fp8slurm.checkpoint.run import RunDirectory, RunState
+
 from fp8slurm.config import RunConfig
+from fp8slurm.core.stopping import StepAbandoned
+from fp8slurm.core.types import Prompt, Sample, SampleGroup
+from fp8slurm.data.prompts import SftExample
 from fp8slurm.rl import loop as loop_module
-from fp8slurm.rl.data import SftExample
 from fp8slurm.rl.loop import Loop
-from fp8slurm.rl.pace import Pace
-from fp8slurm.rl.checkpoint_writer import Saved
-from fp8slurm.rl.stopping import Abandoned
 from fp8slurm.rl.stopwatch import Stopwatch
-from fp8slurm.rl.types import Prompt, Sample, SampleGroup
-from fp8slurm.rl.wire import encode_groups
+from fp8slurm.rollout.serialization import encode_groups
+from fp8slurm.run.checkpoint_writer import Saved
+from fp8slurm.run.directory import RunDirectory, RunState
+from fp8slurm.run.step_times import StepTimes
 from fp8slurm.trainer.trainer import StepResult
 
 NAN = math.nan
@@ -31,7 +32,7 @@ def loop_with(config: RunConfig, **attributes) -> Loop:
     """A loop on one rank, of which only what a test needs is there."""
     loop = object.__new__(Loop)
     loop.config, loop.state, loop.policy_loss, loop.failed_saves = config, RunState("rl", 0), None, 0
-    loop.watch, loop.beat = Stopwatch(), lambda: None
+    loop.watch, loop.heartbeat = Stopwatch(), lambda: None
     loop.weights = SimpleNamespace(sync=lambda version: None, sleep=lambda: None, sent_version=None)
     for name, value in attributes.items():
         setattr(loop, name, value)
@@ -40,9 +41,13 @@ def loop_with(config: RunConfig, **attributes) -> Loop:
 
 def stepping(results: list[StepResult], events: list[str]) -> Loop:
     """A loop whose updates have these results."""
-    config = RunConfig.model_validate({"rollout": {"n_samples": 2}, "train": {"updates_per_step": 2, "epochs_per_step": 2}})
+    config = RunConfig.model_validate(
+        {"rollout": {"n_samples": 2}, "train": {"updates_per_step": 2, "epochs_per_step": 2}}
+    )
     groups = [
-        SampleGroup(Prompt(i, (1, 2), "x"), [Sample([3, 4], [-0.1, -0.1], [0, 0], "stop", reward=float(k)) for k in range(2)])
+        SampleGroup(
+            Prompt(i, (1, 2), "x"), [Sample([3, 4], [-0.1, -0.1], [0, 0], "stop", reward=float(k)) for k in range(2)]
+        )
         for i in range(2)
     ]
     given = iter(results)
@@ -53,9 +58,12 @@ def stepping(results: list[StepResult], events: list[str]) -> Loop:
 
     trainer = SimpleNamespace(data_parallel_rank=0, data_parallel_size=1, pad_multiple=1, train_step=train_step)
     return loop_with(
-        config, trainer=trainer, beat=lambda: events.append("beat"), rollout=lambda *_: (groups, {"cursor": 2}),
+        config,
+        trainer=trainer,
+        heartbeat=lambda: events.append("beat"),
+        rollout=lambda *_: (groups, {"cursor": 2}),
         recompute=lambda batches: {},
-    )  # fmt: skip
+    )
 
 
 def test_a_step_that_was_not_made_records_no_invented_zeros_and_every_update_beats():
@@ -86,7 +94,9 @@ def resumed(tmp_path, state: RunState, has_reference: bool = True, damaged: bool
     run.acquire()
     if damaged:
         (folder / "state.json").write_text(json.dumps({"phase": "rl", "step": 99}))
-    trainer = SimpleNamespace(load_hf=lambda path: None, snapshot_reference=lambda: None, load=lambda path: has_reference)
+    trainer = SimpleNamespace(
+        load_hf=lambda path: None, snapshot_reference=lambda: None, load=lambda path: has_reference
+    )
     loop = loop_with(
         RunConfig.model_validate(sections), run_dir=run, trainer=trainer, first=True, store=dist.HashStore(),
         _open_metrics=lambda resumed: None,
@@ -128,33 +138,43 @@ def test_a_run_that_cannot_save_ends_and_says_why(tmp_path, caplog):
     """A full disk: the state of a run that goes on for hundreds of steps would be lost."""
     run = RunDirectory(tmp_path)
     errors = iter(["no space", "", "no space", "no space", "no space"])
-    loop = loop_with(RunConfig(), run_dir=run, first=False, on_disk=None, pace=Pace(), trainer=SimpleNamespace(memory={}))
+    loop = loop_with(
+        RunConfig(), run_dir=run, first=False, on_disk=None, step_times=StepTimes(), trainer=SimpleNamespace(memory={})
+    )
     loop.writer = SimpleNamespace(take=lambda wait: Saved(RunState("rl", 4), next(errors), 1.0))
     lines: list[dict] = []
     loop.sinks = [SimpleNamespace(write=lines.append)]
     for failed in (1, 0, 1, 2):
-        loop.settle()
+        loop.collect_finished_save()
         loop._record({}, 0.0)
         assert lines[-1].get("checkpoint/failed", 0) == failed
-    with pytest.raises(OSError, match=r"3 checkpoints in a row could not be written; the newest is step_000004: no space .* are free in"):
-        loop.settle()
+    with pytest.raises(
+        OSError,
+        match=r"3 checkpoints in a row could not be written; the newest is step_000004: no space .* are free in",
+    ):
+        loop.collect_finished_save()
 
 
 @pytest.mark.parametrize("step, steps, given_up", [(4, 9, True), (9, 9, False)])
 def test_an_evaluation_that_leaves_no_time_to_save_is_given_up(step: int, steps: int, given_up: bool):
     """The step before it is whole: its record is written, without figures. The last step's would never be made up for."""
     config = RunConfig.model_validate({"run": {"steps": steps}, "data": {"eval": "there"}, "eval": {"every": 1}})
-    loop = loop_with(config, state=RunState("rl", step), pace=Pace(save_s=3.0), writer=SimpleNamespace(left=lambda usual: usual))
-    loop.stopping = SimpleNamespace(in_rollout=lambda save_s: f"{save_s:g} s for a save")
+    loop = loop_with(
+        config,
+        state=RunState("rl", step),
+        step_times=StepTimes(save_s=3.0),
+        writer=SimpleNamespace(left=lambda usual: usual),
+    )
+    loop.stop_policy = SimpleNamespace(in_rollout=lambda save_s: f"{save_s:g} s for a save")
     asked: list[str] = []
 
     def ask(kind, version, abandon, checkpoint):
         assert (kind, version, checkpoint) == ("evaluate", loop.state.version, loop.state.name)
         asked.append(abandon() if abandon else "")
-        raise Abandoned("too late")
+        raise StepAbandoned("too late")
 
     loop.weights.ask = ask
-    with pytest.raises(Abandoned):
+    with pytest.raises(StepAbandoned):
         loop.evaluate()
     assert asked == ["6 s for a save" if given_up else ""]
     loop.state, recorded = RunState("rl", step - 1), []
@@ -163,9 +183,9 @@ def test_an_evaluation_that_leaves_no_time_to_save_is_given_up(step: int, steps:
         loop.state = RunState("rl", number)
         return {"loss": 1.0}
 
-    loop.border, loop._begin, loop.step = lambda: None, lambda: 0.0, make
+    loop.step_boundary, loop._begin, loop.step = lambda: None, lambda: 0.0, make
     loop._record = lambda record, _: recorded.append(record)
-    with pytest.raises(Abandoned):
+    with pytest.raises(StepAbandoned):
         loop.reinforce()
     assert recorded == [{"loss": 1.0}]
 
@@ -259,7 +279,7 @@ def test_advantages_follow_the_settings_and_the_controls(monkeypatch: pytest.Mon
 
 
 def said(groups: list[SampleGroup], **values) -> tuple[dict, torch.Tensor]:
-    """An agent's answer."""
+    """A rollout worker's answer."""
     plain = {"cursor": 9, "dropped": 0, "generated": 0, "rewards": [0.0, 0], "reward_failures": 0}
     return plain | values, encode_groups(groups)
 
@@ -268,7 +288,7 @@ def group_of(index: int, *samples: Sample) -> SampleGroup:
     return SampleGroup(Prompt(index, (1, 2, 3), "x"), list(samples))
 
 
-def test_a_rollouts_figures_are_those_of_all_agents() -> None:
+def test_a_rollouts_figures_are_those_of_all_workers() -> None:
     stopped = Sample([5, 6], [-0.1] * 2, [4] * 2, "stop", reward=1.0)
     cut, aborted = Sample([5] * 4, [-0.1] * 4, [4] * 4, "length"), Sample([], [], [], "abort")
     answers = [
@@ -288,7 +308,9 @@ def test_a_rollouts_figures_are_those_of_all_agents() -> None:
 
 def test_a_token_of_other_weights_than_were_sent_ends_the_run() -> None:
     mixed = Sample([5, 6, 7], [-0.1] * 3, [4, 4, 3], "stop")  # only the last token is stale
-    loop = loop_with(RunConfig(), weights=SimpleNamespace(sent_version=4, ask=lambda *_, **__: [said([group_of(0, mixed)])]))
+    loop = loop_with(
+        RunConfig(), weights=SimpleNamespace(sent_version=4, ask=lambda *_, **__: [said([group_of(0, mixed)])])
+    )
     with pytest.raises(RuntimeError, match=r"under weight versions \[3\]; the engines were sent 4"):
         loop.rollout(1, 1)
 
@@ -301,13 +323,20 @@ def gap_loop(monkeypatch: pytest.MonkeyPatch, leader: bool = True, **sections) -
     config = RunConfig.model_validate({"algorithm": {"kl_coef": 0.1}, "rollout": {"n_samples": 1}} | sections)
     trainer = SimpleNamespace(
         logprobs=lambda batches, reference=False: [b.rollout_logprobs + (2.0 if reference else 0.5) for b in batches],
-        is_data_parallel_leader=leader, data_parallel_rank=0, data_parallel_size=1, pad_multiple=1,
-    )  # fmt: skip
+        is_data_parallel_leader=leader,
+        data_parallel_rank=0,
+        data_parallel_size=1,
+        pad_multiple=1,
+    )
     loop = loop_with(config, trainer=trainer)
     groups = [group_of(i, Sample([5, 6, 258], [-1.0, -2.0, -0.25], [0] * 3, "stop")) for i in range(2)]
     gathered: list[torch.Tensor] = []
     # another rank's row: a gap of 2.5
-    monkeypatch.setattr(loop_module, "gather_rows", lambda rows: gathered.append(rows) or torch.cat([rows, torch.tensor([[-1.0, -3.5]])]))
+    monkeypatch.setattr(
+        loop_module,
+        "gather_rows",
+        lambda rows: gathered.append(rows) or torch.cat([rows, torch.tensor([[-1.0, -3.5]])]),
+    )
     return loop, groups, gathered
 
 
@@ -369,7 +398,9 @@ def test_a_probe_keeps_every_group_and_is_made_without_replay_too(monkeypatch: p
         group.samples[0].routing = torch.zeros(5, 1, 1, dtype=torch.uint8)
     asked, replayed = [], []
     loop.rollout = lambda *a, **k: (asked.append((a, k)), (groups, {}))[1]
-    loop.recompute = lambda batches: replayed.append([b.routing is not None for b in batches]) or {"gap/k3": float(len(replayed))}
+    loop.recompute = lambda batches: (
+        replayed.append([b.routing is not None for b in batches]) or {"gap/k3": float(len(replayed))}
+    )
     assert loop.probe_gap() == {"gap/k3": 1.0, "gap_no_replay/k3": 2.0}
     assert asked == [((0, 2), {"keep_all": True})] and replayed == [[True], [False]]
 
@@ -396,7 +427,7 @@ def warming_up(monkeypatch: pytest.MonkeyPatch, state: RunState, accuracy: float
     settings = {"max_steps": 3, "batch_size": 2, "lr": 1.0, "warmup_steps": 1} | sft
     sections = {"sft": settings, "data": {"shuffle": False}, "algorithm": {"kl_coef": 0.1}, "checkpoint": {"every": 2}}
     loop = loop_with(
-        RunConfig.model_validate(sections), trainer=trainer, state=state, border=lambda: None, _record=lambda *_: None,
+        RunConfig.model_validate(sections), trainer=trainer, state=state, step_boundary=lambda: None, _record=lambda *_: None,
         evaluate=lambda: {"eval/accuracy": accuracy}, saved=False,
     )  # fmt: skip
     loop.save = lambda: events.append(loop.state.name)
@@ -432,7 +463,7 @@ def test_the_last_step_is_saved_and_evaluated_whatever_the_intervals_are() -> No
     events: list = []
     loop = loop_with(
         RunConfig.model_validate({"run": {"steps": 5}, "checkpoint": {"every": 3}, "eval": {"every": 2}}), saved=False,
-        border=lambda: None, probe_gap=lambda: {"gap/k3": 1.0}, _record=lambda record, _: events.append((loop.state.step, record)),
+        step_boundary=lambda: None, probe_gap=lambda: {"gap/k3": 1.0}, _record=lambda record, _: events.append((loop.state.step, record)),
         evaluate=lambda: {"eval/accuracy": 0.5}, save=lambda: events.append(loop.state.name),
     )  # fmt: skip
 
@@ -449,19 +480,23 @@ def test_the_last_step_is_saved_and_evaluated_whatever_the_intervals_are() -> No
     ]  # fmt: skip  # each record before its checkpoint
 
 
-def test_a_stop_is_planned_with_the_longest_of_late_steps_and_with_the_save_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stop_is_planned_with_the_longest_of_late_steps_and_with_the_save_under_way(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     now = iter((0.0, 10.0, 11.0, 12.0))  # steps of 10 s, 1 s, 1 s
     monkeypatch.setattr(loop_module.time, "monotonic", lambda: next(now))
     told, left = [], [0.0, 0.0, 0.0, 50.0]
-    stopping = SimpleNamespace(noticed=lambda: False, at_border=lambda noticed, step_s, save_s: told.append((step_s, save_s)) or "")
+    stop_policy = SimpleNamespace(
+        noticed=lambda: False, at_step_boundary=lambda noticed, step_s, save_s: told.append((step_s, save_s)) or ""
+    )
     loop = loop_with(
-        RunConfig(), stopping=stopping, first=True, store=dist.HashStore(), borders=0, pace=loop_module.Pace(0.0, 7.0), border_at=0.0,
+        RunConfig(), stop_policy=stop_policy, first=True, store=dist.HashStore(), boundaries=0, step_times=loop_module.StepTimes(0.0, 7.0), boundary_at=0.0,
         writer=SimpleNamespace(take=lambda wait: None, left=lambda usual: left[len(told)]),
     )  # fmt: skip
     for _ in range(4):
-        loop.border()
+        loop.step_boundary()
     # a long step is forgotten slowly; where a save will take longer than a step, the next save waits for that
-    assert told == [(0.0, 7.0), (10.0, 7.0), (8.0, 7.0), (50.0, 7.0)] and loop.pace.step_s == 6.4
+    assert told == [(0.0, 7.0), (10.0, 7.0), (8.0, 7.0), (50.0, 7.0)] and loop.step_times.step_s == 6.4
 
 
 def test_a_record_has_what_passed_through_the_trainer_in_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -474,7 +509,13 @@ def test_a_record_has_what_passed_through_the_trainer_in_a_second(monkeypatch: p
     loop.watch.spent("train", 1.5)
     loop._record({"tokens": 100, "rollout/tokens": 9}, started=10.0)
     loop._record({}, started=12.0)
-    first = {"tokens": 100, "rollout/tokens": 9, "time/checkpoint_write": 5.0, "throughput/tokens_per_s": 25.0, "time/step": 4.0}
+    first = {
+        "tokens": 100,
+        "rollout/tokens": 9,
+        "time/checkpoint_write": 5.0,
+        "throughput/tokens_per_s": 25.0,
+        "time/step": 4.0,
+    }
     both = {"phase": "rl", "step": 3, "memory/peak": 2.0, "time/train": 1.5}
     assert written == [first | both, {"time/step": 2.0} | both], "a save's time stands in one record"
 
@@ -486,7 +527,9 @@ def test_a_record_has_what_passed_through_the_trainer_in_a_second(monkeypatch: p
     ("state", "at"),
     [(RunState("rl", 0, sft_steps=6), ("sft", 6)), (RunState("rl", 4, sft_steps=6), ("rl", 4)), (RunState("sft", 3), ("sft", 3))],
 )  # fmt: skip
-def test_records_go_on_behind_the_checkpoints(monkeypatch: pytest.MonkeyPatch, state: RunState, at: tuple[str, int]) -> None:
+def test_records_go_on_behind_the_checkpoints(
+    monkeypatch: pytest.MonkeyPatch, state: RunState, at: tuple[str, int]
+) -> None:
     """The checkpoint between the phases is older than the record of RL step 0, which is made again."""
     opened = []
     monkeypatch.setattr(loop_module, "MetricsWriter", lambda path, at: opened.append(at))

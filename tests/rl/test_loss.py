@@ -4,16 +4,16 @@ import pytest
 import torch
 
 from fp8slurm.config.schema import AlgorithmSection
+from fp8slurm.core.gap import gap_metrics
+from fp8slurm.core.types import PackedBatch
 from fp8slurm.rl.loss import (
     clipped_surrogate,
     dual_clipped,
-    gap_metrics,
     kl_estimate,
     make_policy_loss,
     sft_loss,
     truncated_importance_weight,
 )
-from fp8slurm.rl.types import PackedBatch
 
 
 def t(*values):
@@ -148,8 +148,7 @@ def test_importance_weights_scale_what_the_dual_clip_left():
 
 
 @pytest.mark.parametrize(
-    "kind, value, slope",
-    [("k1", log(3), 1), ("k2", log(3) ** 2 / 2, log(3)), ("k3", 1 / 3 + log(3) - 1, 1 - 1 / 3)],
+    "kind, value, slope", [("k1", log(3), 1), ("k2", log(3) ** 2 / 2, log(3)), ("k3", 1 / 3 + log(3) - 1, 1 - 1 / 3)]
 )
 def test_kl_loss_by_hand(kind, value, slope):
     reference = t(1e4, log(0.25), log(0.5), log(0.2), -1e4)  # only the first token differs: 0.75 against 0.25
@@ -188,8 +187,10 @@ def test_what_is_missing_is_named():
 
 def test_a_padding_micro_batch_gives_zero_and_a_zero_gradient():
     nothing = {
-        "loss_weights": torch.zeros(5), "loss_mask": torch.zeros(5, dtype=torch.bool), "advantages": torch.zeros(5)
-    }  # fmt: skip
+        "loss_weights": torch.zeros(5),
+        "loss_mask": torch.zeros(5, dtype=torch.bool),
+        "advantages": torch.zeros(5),
+    }
     loss, metrics, grad = run(AlgorithmSection(kl_coef=0.1, entropy_coef=0.1), entropy=t(1, 1, 1, 1, 1), **nothing)
     assert loss == 0 and not any(metrics.values())
     close(grad, [0] * 5)

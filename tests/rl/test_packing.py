@@ -6,9 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fp8slurm.rl.data import SftExample
+from fp8slurm.core.types import Prompt, Sample, SampleGroup
+from fp8slurm.data.prompts import SftExample
 from fp8slurm.rl.packing import balanced_bins, pack, pack_sft
-from fp8slurm.rl.types import Prompt, Sample, SampleGroup
 
 
 def make_groups(shapes):
@@ -32,16 +32,16 @@ shapes = st.lists(
 
 def check_layout(batch, budget, multiple):
     total = len(batch.tokens)
-    borders = batch.cu_seqlens.tolist()
-    assert borders[0] == 0 and borders[-1] == total and all(a < b for a, b in zip(borders, borders[1:]))
+    boundaries = batch.cu_seqlens.tolist()
+    assert boundaries[0] == 0 and boundaries[-1] == total and all(a < b for a, b in zip(boundaries, boundaries[1:]))
     assert total > 0 and total % multiple == 0
-    for start, end in zip(borders, borders[1:]):
+    for start, end in zip(boundaries, boundaries[1:]):
         assert batch.position_ids[start:end].tolist() == list(range(end - start))
         assert batch.labels[start : end - 1].tolist() == batch.tokens[start + 1 : end].tolist()
         assert batch.labels[end - 1] == 0 and batch.loss_weights[end - 1] == 0 and not batch.loss_mask[end - 1]
     for name in ("labels", "position_ids", "loss_weights", "rollout_logprobs", "advantages", "loss_mask"):
         assert getattr(batch, name).shape == (total,)
-    real = [(a, b) for a, b in zip(borders, borders[1:]) if batch.loss_mask[a:b].any()]
+    real = [(a, b) for a, b in zip(boundaries, boundaries[1:]) if batch.loss_mask[a:b].any()]
     assert len(real) <= 1 or sum(b - a for a, b in real) <= budget
 
 
@@ -100,9 +100,7 @@ def test_every_response_token_is_packed_once(shapes, updates, ranks, budget, mul
 
 def test_a_batch_worked_by_hand():
     group = SampleGroup(Prompt(0, (11, 12), ""), [Sample([21, 22, 23], [-1.0, -2.0, -3.0], [0] * 3, "stop")])
-    (((batch,),),) = pack(
-        [group], [[0.5]], updates=1, data_parallel_size=1, tokens_per_micro_batch=8, pad_multiple=4
-    )
+    (((batch,),),) = pack([group], [[0.5]], updates=1, data_parallel_size=1, tokens_per_micro_batch=8, pad_multiple=4)
     third = pytest.approx(1 / 3)
     assert batch.tokens.tolist() == [11, 12, 21, 22, 23, 0, 0, 0]
     assert batch.labels.tolist() == [12, 21, 22, 23, 0, 0, 0, 0]

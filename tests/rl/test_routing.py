@@ -5,15 +5,16 @@ import json
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fp8slurm.core.types import Prompt, Sample, SampleGroup
 from fp8slurm.engine.client import Generation
 from fp8slurm.models.qwen3 import ModelSpec
 from fp8slurm.models.tiny import model_config
 from fp8slurm.rl.packing import pack
-from fp8slurm.rl.rollout import routing_of
-from fp8slurm.rl.types import Prompt, Sample, SampleGroup
-from fp8slurm.rl.wire import decode_groups, encode_groups
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from fp8slurm.rollout.sampler import routing_of
+from fp8slurm.rollout.serialization import decode_groups, encode_groups
 
 LAYERS, K = 3, 2
 
@@ -74,11 +75,11 @@ def test_every_token_keeps_its_experts_when_packed(shapes, ranks, multiple):
     seen = []
     for batch in (b for update in updates for rank in update for b in rank):
         assert batch.routing.shape == (len(batch.tokens), LAYERS, K) and batch.routing.dtype == torch.uint8
-        borders = batch.cu_seqlens.tolist()
-        for number, start, end in zip(batch.samples, borders, borders[1:]):
+        boundaries = batch.cu_seqlens.tolist()
+        for number, start, end in zip(batch.samples, boundaries, boundaries[1:]):
             assert torch.equal(batch.routing[start : end - 1], samples[number].routing)
             seen.append(number)
-        for end in borders[1 : len(batch.samples) + 1]:  # a last token's experts are any, but k different ones
+        for end in boundaries[1 : len(batch.samples) + 1]:  # a last token's experts are any, but k different ones
             assert (batch.routing[end - 1].diff(dim=-1) != 0).all()
     assert sorted(seen) == list(range(len(samples)))
 
@@ -87,9 +88,7 @@ def test_padding_is_shared_out_among_all_experts():
     """All of it at one expert would be that expert's load, and the load-balancing loss would answer to it."""
     sent = groups([(2, [3])])
     sent[0].samples[0].routing[0, 0, 0] = 7
-    ((((batch,),),)) = pack(
-        sent, [[0.0]], updates=1, data_parallel_size=1, tokens_per_micro_batch=64, pad_multiple=12
-    )  # fmt: skip
+    ((((batch,),),)) = pack(sent, [[0.0]], updates=1, data_parallel_size=1, tokens_per_micro_batch=64, pad_multiple=12)
     padding = batch.routing[5:, 0].flatten().tolist()
     assert len(padding) == 14 and set(padding) == set(range(8)) and max(padding.count(e) for e in range(8)) == 2
 

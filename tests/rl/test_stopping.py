@@ -1,4 +1,4 @@
-"""Stopping before the end: all ranks at the same border, or out of the same rollout."""
+"""Stopping before the end: all ranks at the same boundary, or out of the same rollout."""
 
 import json
 import threading
@@ -8,15 +8,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
-from fp8slurm.rl import channel
-from fp8slurm.rl.channel import AgentChannel, RankChannel
+
+from fp8slurm.core.stopping import NeverStop, StepAbandoned, StopRequested
 from fp8slurm.rl.loop import Loop
-from fp8slurm.rl.pace import Pace
-from fp8slurm.rl.stopping import Abandoned, Never, Stopped
+from fp8slurm.rollout import channel
+from fp8slurm.rollout.channel import RankChannel, WorkerChannel
+from fp8slurm.run.step_times import StepTimes
 from fp8slurm.sync.groups import host_store
 
 
-class Told(Never):
+class Told(NeverStop):
     """Noticed from the n-th question on; rank 0 stops where any rank was."""
 
     def __init__(self, at: int) -> None:
@@ -26,7 +27,7 @@ class Told(Never):
         self.left -= 1
         return self.left < 0
 
-    def at_border(self, noticed: bool, step_s: float, save_s: float) -> str:
+    def at_step_boundary(self, noticed: bool, step_s: float, save_s: float) -> str:
         return "notice" if noticed else ""
 
 
@@ -62,15 +63,15 @@ def test_all_ranks_stop_at_the_same_border(stores, noticed_at):
 
     def rank(i: int):
         loop = Loop.__new__(Loop)
-        loop.first, loop.store, loop.stopping = i == 0, stores[i], Told(noticed_at[i])
-        loop.borders, loop.pace, loop.border_at = 0, Pace(), 0.0
+        loop.first, loop.store, loop.stop_policy = i == 0, stores[i], Told(noticed_at[i])
+        loop.boundaries, loop.step_times, loop.boundary_at = 0, StepTimes(), 0.0
         loop.writer = SimpleNamespace(take=lambda wait: None, left=lambda usual: 0.0)
 
         def work() -> int:
             for step in range(50):
                 try:
-                    loop.border()
-                except Stopped:
+                    loop.step_boundary()
+                except StopRequested:
                     return step
                 step_over.wait()
             return -1
@@ -83,55 +84,59 @@ def test_all_ranks_stop_at_the_same_border(stores, noticed_at):
 
 def test_a_rollout_is_abandoned_by_all_ranks_or_by_none(stores, monkeypatch):
     monkeypatch.setattr(channel, "ABANDON_POLL", timedelta(milliseconds=50))
-    ranks = [RankChannel(s, SimpleNamespace(rank=i), ranks=2, agents=1) for i, s in enumerate(stores[:2])]
+    ranks = [RankChannel(s, SimpleNamespace(rank=i), ranks=2, workers=1) for i, s in enumerate(stores[:2])]
     for r in ranks:
         r.post("rollout", step=1)
     got = together([lambda: ranks[0].collect(lambda: "no time"), lambda: ranks[1].collect(lambda: "not asked")])
-    assert [type(g) for g in got] == [Abandoned, Abandoned] and str(got[1]) == "no time"
+    assert [type(g) for g in got] == [StepAbandoned, StepAbandoned] and str(got[1]) == "no time"
 
 
-def test_ranks_wait_patiently_for_an_agent_at_work(stores, monkeypatch):
-    """An engine that restarts is progress for everybody; an agent that says nothing is not."""
+def test_ranks_wait_patiently_for_a_worker_at_work(stores, monkeypatch):
+    """An engine that restarts is progress for everybody; a rollout worker that says nothing is not."""
     monkeypatch.setattr(channel, "ABANDON_POLL", timedelta(milliseconds=50))
     monkeypatch.setattr(channel, "AT_WORK_S", 0.05)
     beats = threading.Semaphore(0)
     rank = RankChannel(stores[0], SimpleNamespace(rank=0), 1, 1, beats.release)
-    agent = AgentChannel(stores[1], SimpleNamespace(rank=1, size=2), 1, 0)
+    worker = WorkerChannel(stores[1], SimpleNamespace(rank=1, size=2), 1, 0)
     rank.post("rollout", step=1)
 
     def answer() -> None:
-        agent.next()
-        with agent.at_work():
+        worker.next()
+        with worker.at_work():
             assert all(beats.acquire(timeout=30) for _ in range(3))
-        agent.answer({"cursor": 5})
+        worker.answer({"cursor": 5})
 
     ((said, _),), _ = together([rank.collect, answer])
     assert said["cursor"] == 5
 
 
-def test_two_agents_take_part_in_each_others_payloads(stores):
+def test_two_workers_take_part_in_each_others_payloads(stores):
     """A broadcast that one member of the group does not know of would block the others."""
     import torch
+
     from fp8slurm.sync.groups import Group
 
     def rank():
         r = RankChannel(stores[0], Group(stores[0], "t", 0, 3, "127.0.0.1"), 1, 2)
         return [(a["n"], p.tolist()) for a, p in r.call("rollout")]
 
-    def agent(i: int):
+    def worker(i: int):
         def work() -> None:
-            a = AgentChannel(stores[1 + i], Group(stores[1 + i], "t", 1 + i, 3, "127.0.0.1"), 1, i)
+            a = WorkerChannel(stores[1 + i], Group(stores[1 + i], "t", 1 + i, 3, "127.0.0.1"), 1, i)
             a.next()
             a.answer({"n": i}, torch.full([2 + i], i, dtype=torch.uint8))
 
         return work
 
-    got, *_ = together([rank, agent(0), agent(1)])
+    got, *_ = together([rank, worker(0), worker(1)])
     assert got == [(0, [0, 0]), (1, [1, 1, 1])]
 
 
 def test_what_was_measured_is_there_for_the_next_attempt(tmp_path: Path):
     run = SimpleNamespace(path=tmp_path)
-    assert Pace.read(tmp_path) == Pace()
-    Pace(2.0, 3.0).write(run)
-    assert Pace.read(tmp_path) == Pace(2.0, 3.0) and json.loads((tmp_path / "pace.json").read_text())["save_s"] == 3.0
+    assert StepTimes.read(tmp_path) == StepTimes()
+    StepTimes(2.0, 3.0).write(run)
+    assert (
+        StepTimes.read(tmp_path) == StepTimes(2.0, 3.0)
+        and json.loads((tmp_path / "pace.json").read_text())["save_s"] == 3.0
+    )

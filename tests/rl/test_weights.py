@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+
 from fp8slurm.config import RunConfig
 from fp8slurm.rl import stopwatch
 from fp8slurm.rl.stopwatch import Stopwatch
@@ -24,7 +25,9 @@ def test_weights_that_engines_lost_are_sent_again_before_the_question() -> None:
     events: list = []
     answers = iter([[({"weights_lost": True}, None), ({}, None)], [({"n": 1}, None), ({"n": 2}, None)]])
     channel = SimpleNamespace(
-        post=lambda kind, **_: events.append(kind), collect=lambda _: next(answers), call=lambda kind: events.append(kind)
+        post=lambda kind, **_: events.append(kind),
+        collect=lambda _: next(answers),
+        call=lambda kind: events.append(kind),
     )
     weights = weights_with(RunConfig(), channel, sent_version=4, sleeps=True)
     arrived = iter([False, True, True])  # the first time an engine is lost again while they are sent
@@ -49,9 +52,17 @@ def test_weights_that_engines_lost_are_sent_again_before_the_question() -> None:
 def test_engines_that_sleep_are_sent_their_weights_before_they_are_asked() -> None:
     events: list = []
     channel = SimpleNamespace(
-        post=lambda kind, **_: events.append(kind), collect=lambda *_: [({}, None)], call=lambda kind: events.append(kind)
+        post=lambda kind, **_: events.append(kind),
+        collect=lambda *_: [({}, None)],
+        call=lambda kind: events.append(kind),
     )
-    weights = weights_with(RunConfig(), channel, sent_version=4, sleeps=True, trainer=SimpleNamespace(make_room=lambda: events.append("room")))
+    weights = weights_with(
+        RunConfig(),
+        channel,
+        sent_version=4,
+        sleeps=True,
+        trainer=SimpleNamespace(make_room=lambda: events.append("room")),
+    )
     weights.sleep()
     weights.ask("evaluate", 5)
     assert events == ["sleep", "room", "update", "evaluate"] and weights.sent_version == 5
@@ -75,14 +86,23 @@ def test_which_updates_are_compared(verify: str, compared: list[int]) -> None:
     """Two that arrived, of which the second is the first that engines copy into place; one that was lost counts for nothing."""
     answers = iter([[{}], [{"weights_lost": True}], [{}], [{}]])
     posted = []
-    channel = SimpleNamespace(post=lambda kind, **a: posted.append(a), collect=lambda: [(a, None) for a in next(answers)])
+    channel = SimpleNamespace(
+        post=lambda kind, **a: posted.append(a), collect=lambda: [(a, None) for a in next(answers)]
+    )
     weights = weights_with(RunConfig.model_validate({"sync": {"verify": verify}}), channel)
     assert [weights._send(5) for _ in range(4)] == [True, False, True, True]
-    assert [p["verify"] for p in posted] == [bool(c) for c in compared] and [p["number"] for p in posted] == [1, 2, 3, 4]
+    assert [p["verify"] for p in posted] == [bool(c) for c in compared] and [p["number"] for p in posted] == [
+        1,
+        2,
+        3,
+        4,
+    ]
 
 
 def test_weights_that_a_rollout_has_to_send_first_are_not_counted_twice(monkeypatch) -> None:
-    now = iter((0.0, 1.0, 1.5, 4.5, 5.0, 7.0, 10.0, 10.5))  # of rollout, sync within it, sleep within sync; then of sync alone
+    now = iter(
+        (0.0, 1.0, 1.5, 4.5, 5.0, 7.0, 10.0, 10.5)
+    )  # of rollout, sync within it, sleep within sync; then of sync alone
     monkeypatch.setattr(stopwatch.time, "perf_counter", lambda: next(now))
     beats: list[str] = []
     watch = Stopwatch(lambda: beats.append("beat"))

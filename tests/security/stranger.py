@@ -2,7 +2,7 @@
 
     stranger.py RUN_DIR STORE_PORT ENGINE_PORT PIDS [forge]
 
-The ports are handed over; a scan finds them. forge: also write commands for the agents into the job's store.
+The ports are handed over; a scan finds them. forge: also write commands for the rollout workers into the job's store.
 """
 
 from __future__ import annotations

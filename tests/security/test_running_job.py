@@ -18,9 +18,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+
+from fp8slurm.data.tiny_task import write_data
 from fp8slurm.models.tiny import write_model
 from fp8slurm.observe.metrics import read_metrics
-from fp8slurm.rl.tiny_task import write_data
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user, and reads memory")]
 
@@ -170,7 +171,7 @@ def test_everything_that_listens_is_on_loopback_and_explained(job):
     for command, _, port in found:
         if port == http:
             continue  # SGLang's HTTP server; its forked processes inherit the socket
-        # what is left are the store and gloo's own listeners, of ranks, agent and SGLang's scheduler
+        # what is left are the store and gloo's own listeners, of ranks, rollout worker and SGLang's scheduler
         assert "submitit.core._submit" in command or command.startswith("sglang::scheduler"), (command, port)
         gloo.add(port)
     assert job.store["port"] in gloo

@@ -10,14 +10,16 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any
 
 import pytest
-from fp8slurm.observe.metrics import read_metrics
-from fp8slurm.slurm.job import fields
 from tiny_runs import last_step, make_folder, settings
+
+from fp8slurm.observe.metrics import read_metrics
+from fp8slurm.scheduler.job import fields
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge", "iproute2")
@@ -56,7 +58,11 @@ class Lab:
 
     def do(self, *action: str) -> str:
         done = subprocess.run(
-            [str(ROOT / "tools" / "slurm_lab.sh"), *action], env=self.environment, stdout=subprocess.PIPE, text=True, timeout=300
+            [str(ROOT / "tools" / "slurm_lab.sh"), *action],
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            text=True,
+            timeout=300,
         )
         assert done.returncode == 0, f"slurm_lab.sh {' '.join(action)}: status {done.returncode}"
         return done.stdout
@@ -84,7 +90,9 @@ class Lab:
     def state_text(self) -> str:
         """Jobs, nodes and the end of the daemons' logs: why a job does not start."""
         asked = [["scontrol", "-o", "show", kind] for kind in ("job", "node")]
-        said = [subprocess.run(command, env=self.environment, capture_output=True, text=True).stdout for command in asked]
+        said = [
+            subprocess.run(command, env=self.environment, capture_output=True, text=True).stdout for command in asked
+        ]
         files = sorted((self.state / "log").glob("*.log"))
         ends = [f"== {p.name}\n" + "\n".join(p.read_text(errors="replace").splitlines()[-40:]) for p in files]
         return "\n".join([*said, *ends])
@@ -111,7 +119,7 @@ def wait_until(
 
 
 class Runs:
-    """Runs of one tiny model, on 2 nodes x (2 ranks + 1 agent) unless the flags say otherwise."""
+    """Runs of one tiny model, on 2 nodes x (2 ranks + 1 rollout worker) unless the flags say otherwise."""
 
     def __init__(self, folder: Path, moe: bool = False) -> None:
         self.folder, self.recipe = folder, "tiny-moe-fp8" if moe else "tiny-fp8"
@@ -148,7 +156,9 @@ class Runs:
 
     def task(self, name: str, index: int) -> dict[str, Any]:
         """What task `index` of the newest attempt says about itself: host, pid, start."""
-        return json.loads((self.path(name) / "attempts" / str(self.attempt(name)) / "tasks" / f"{index}.json").read_text())
+        return json.loads(
+            (self.path(name) / "attempts" / str(self.attempt(name)) / "tasks" / f"{index}.json").read_text()
+        )
 
     def log(self, name: str) -> str:
         """Everything that the jobs and the tasks of a run have said."""
@@ -209,7 +219,9 @@ class Runs:
             yield
         finally:
             for pid in engines:
-                with suppress(ProcessLookupError):  # held for longer than the watchdog allows, it was ended and started again
+                with suppress(
+                    ProcessLookupError
+                ):  # held for longer than the watchdog allows, it was ended and started again
                     os.kill(pid, signal.SIGCONT)
 
     def wait_end(self, lab: Lab, name: str, job_id: str, state: str = "COMPLETED", empty: bool = True) -> None:
@@ -277,7 +289,10 @@ def measure() -> Callable[..., Any]:
             steps = before - int(step) if phase == "step" else before
         TABLE.parent.mkdir(exist_ok=True)
         table = json.loads(TABLE.read_text()) if TABLE.is_file() else {}
-        table[f"{what} ({lab.process_tracking})"] = {"seconds": round(time.monotonic() - begun, 1), "steps": max(0, steps)}
+        table[f"{what} ({lab.process_tracking})"] = {
+            "seconds": round(time.monotonic() - begun, 1),
+            "steps": max(0, steps),
+        }
         TABLE.write_text(json.dumps(table, indent=1))
 
     return measured
@@ -286,8 +301,9 @@ def measure() -> Callable[..., Any]:
 def weight_bytes(run: Path, out: Path) -> dict[str, bytes]:
     """Every tensor of a run's newest checkpoint as bytes, by its Hugging Face name."""
     import torch
-    from fp8slurm.checkpoint import torch_dist_to_hf
     from safetensors.torch import load_file
+
+    from fp8slurm.checkpoint import torch_dist_to_hf
 
     newest = max((run / "checkpoints").glob("step_*"), key=lambda p: p.name)
     config = json.loads((run / "config.json").read_text())

@@ -12,13 +12,15 @@ import sys
 import time
 
 import pytest
-from fp8slurm.checkpoint.run import RunDirectory
+
+from fp8slurm.chain import submit as submit_chain
+from fp8slurm.chain.links import Link, links, parse_sbatch, script
+from fp8slurm.chain.submit import check_scripts, describe, plan, queue, refuse_second, submit, with_sbatch
 from fp8slurm.config import RunConfig
-from fp8slurm.slurm import submit_chain
+from fp8slurm.run.directory import RunDirectory
+from fp8slurm.scheduler.job import SlurmError
 from fp8slurm.slurm.attempt import settle_configuration
-from fp8slurm.slurm.chain import Link, links, parse_sbatch, script
-from fp8slurm.slurm.job import SlurmError
-from fp8slurm.slurm.submit_chain import check_scripts, describe, follow, plan, queue, refuse_second, submit, with_sbatch
+from fp8slurm.slurm.requeue import follow
 
 ORDER = ["hf-to-torch-dist", "hf-to-fp8", "train", "torch-dist-to-hf", "export-to-fp8", "eval"]
 TIMEOUT_S = 600.0
@@ -61,7 +63,7 @@ def test_every_job_waits_for_what_it_reads(tmp_path):
         read = {x.name for x in found if str(x.output) in " ".join(link.command) and x is not link}
         assert read <= before | {link.name}, f"{link.name} reads what it does not wait for"
     assert set(found[2].after) == set(ORDER[:2]) and found[2].output == tmp_path / "checkpoints" / "step_000007"
-    assert found[1].output == tmp_path / "engine_model", "where the agents look for the engine's checkpoint"
+    assert found[1].output == tmp_path / "engine_model", "where the rollout workers look for the engine's checkpoint"
 
 
 def test_a_given_rollout_checkpoint_is_not_made_and_its_exclusions_are_kept(tmp_path):
@@ -101,7 +103,10 @@ def test_scripts_survive_spaces_and_run_in_a_container(tmp_path):
     c = config(
         model={"hf_checkpoint": "my models/m"},
         slurm={
-            "container_image": "a image.sqsh", "container_mounts": ["/a:/b", "/c:/d"], "setup": ["module load x"], "srun": ["--mpi=none"],
+            "container_image": "a image.sqsh",
+            "container_mounts": ["/a:/b", "/c:/d"],
+            "setup": ["module load x"],
+            "srun": ["--mpi=none"],
         },
     )
     found = links(c, tmp_path / "a run")
@@ -128,7 +133,9 @@ def test_what_is_done_is_left_out(tmp_path):
     text = describe(found, config(), run)
     assert "# ---- 3 train: nothing to do" in text and "# ---- 5 export-to-fp8: sbatch\n" in text
     (checkpoint / "data").write_text("12")
-    with pytest.raises(ValueError, match="step_000007, the run's last checkpoint, is damaged .data has 2 bytes instead of 3"):
+    with pytest.raises(
+        ValueError, match="step_000007, the run's last checkpoint, is damaged .data has 2 bytes instead of 3"
+    ):
         plan(config(), run, [], [])
     checkpoint.rename(tmp_path / "away")
     with pytest.raises(ValueError, match="step_000007-hf is there, but the checkpoint that it comes from is not"):
@@ -140,7 +147,12 @@ def test_a_run_that_has_gone_further_is_exported_from_where_it_is(tmp_path):
     checkpoint.mkdir(parents=True)
     (checkpoint / "COMPLETE").write_text(json.dumps({"files": {}}))
     found = plan(config(), tmp_path, [], [])
-    assert [p.link.output.name for p in found[2:]] == ["step_000009", "step_000009-hf", "step_000009-fp8", "summary.json"]
+    assert [p.link.output.name for p in found[2:]] == [
+        "step_000009",
+        "step_000009-hf",
+        "step_000009-fp8",
+        "summary.json",
+    ]
     assert found[2].done and "--checkpoint=step_000009" in found[-1].link.command
     further = plan(config(run={"steps": 10}), tmp_path, [], [])
     assert not further[2].done and further[2].link.output.name == "step_000010"
@@ -172,9 +184,11 @@ def test_a_refused_job_takes_those_before_it_along(tmp_path, slurm):
     """The first two are queued, the training job is refused: both are cancelled."""
     count = tmp_path / "count"
     slurm.command(
-        "sbatch", f'n=$(cat {count} 2>/dev/null || echo 0); echo $((n + 1)) > {count}',
-        'if [ "$n" = 2 ]; then echo "sbatch: error: invalid account" >&2; exit 1; fi', "echo 10$n",
-    )  # fmt: skip
+        "sbatch",
+        f"n=$(cat {count} 2>/dev/null || echo 0); echo $((n + 1)) > {count}",
+        'if [ "$n" = 2 ]; then echo "sbatch: error: invalid account" >&2; exit 1; fi',
+        "echo 10$n",
+    )
     slurm.command("scancel")
     slurm.command("srun")
     slurm.command("squeue")
@@ -194,7 +208,9 @@ def test_a_job_that_sbatch_queued_without_an_answer_is_cancelled_too(tmp_path, s
     monkeypatch.setattr(submit_chain, "queue", no_answer)
     run, gone = tmp_path / "r", tmp_path / "gone"
     mine, other = (f"{folder}/chain/1-hf-to-torch-dist.sbatch" for folder in (run, tmp_path / "other"))
-    slurm.command("squeue", f'[ -e {gone} ] || echo "5|PENDING|{mine}"', f'echo "6|PENDING|{other}"; echo "7|COMPLETING|{mine}"')
+    slurm.command(
+        "squeue", f'[ -e {gone} ] || echo "5|PENDING|{mine}"', f'echo "6|PENDING|{other}"; echo "7|COMPLETING|{mine}"'
+    )
     slurm.command("scancel", f"touch {gone}")
     with pytest.raises(SlurmError, match="no answer within 30 s; nothing of the chain is left"):
         submit(plan(config(), run, [], []), config(run={"root": str(tmp_path)}), run, [])
@@ -206,11 +222,17 @@ def test_a_job_that_sbatch_queued_without_an_answer_is_cancelled_too(tmp_path, s
 
 def test_every_script_is_checked_before_the_first_is_queued(tmp_path, slurm):
     """One question for the conversions, one for the evaluation; the refusal names the flag."""
-    slurm.command("sbatch", 'if grep -q "partition=cpu" "$2"; then echo "sbatch: error: invalid partition specified: cpu" >&2; exit 1; fi')
+    slurm.command(
+        "sbatch",
+        'if grep -q "partition=cpu" "$2"; then echo "sbatch: error: invalid partition specified: cpu" >&2; exit 1; fi',
+    )
     assert check_scripts(plan(config(), tmp_path, [], []), config(), tmp_path) == []
     assert len([x for x in slurm.calls() if x.startswith("sbatch --test-only ")]) == len(slurm.calls()) == 2
     for flags, says in (
-        ([["--partition=cpu"], []], "hf-to-torch-dist: invalid partition specified: cpu; it asks for .*--partition=cpu .--convert-sbatch changes"),
+        (
+            [["--partition=cpu"], []],
+            "hf-to-torch-dist: invalid partition specified: cpu; it asks for .*--partition=cpu .--convert-sbatch changes",
+        ),
         ([[], ["--partition=cpu"]], "eval: invalid partition .*--eval-sbatch changes"),
     ):
         with pytest.raises(ValueError, match=says):
@@ -225,7 +247,9 @@ def test_every_script_is_checked_before_the_first_is_queued(tmp_path, slurm):
 
 def test_what_a_job_waits_for_is_no_setting_of_its_run(tmp_path):
     run = RunDirectory(tmp_path)
-    waits = with_sbatch(config(slurm={"sbatch": {"comment": "c"}}), ["--dependency=afterok:5", "--kill-on-invalid-dep=yes"])
+    waits = with_sbatch(
+        config(slurm={"sbatch": {"comment": "c"}}), ["--dependency=afterok:5", "--kill-on-invalid-dep=yes"]
+    )
     assert settle_configuration(waits, run) == []
     assert json.loads((tmp_path / "config.json").read_text())["slurm"]["sbatch"] == {"comment": "c"}
     (tmp_path / "config.json").write_text(waits.model_dump_json())  # as it was written before
@@ -247,10 +271,13 @@ def test_dependencies_reach_sbatch(tmp_path, slurm):
 
 def test_the_chain_follows_a_resubmitted_job(tmp_path, slurm):
     slurm.command("scontrol")
-    chain = {"links": [
-        {"name": "train", "job_id": "3", "after": ["1", "2"]}, {"name": "next", "job_id": "4", "after": ["3"]},
-        {"name": "last", "job_id": "5", "after": ["4"]},
-    ]}  # fmt: skip
+    chain = {
+        "links": [
+            {"name": "train", "job_id": "3", "after": ["1", "2"]},
+            {"name": "next", "job_id": "4", "after": ["3"]},
+            {"name": "last", "job_id": "5", "after": ["4"]},
+        ]
+    }
     (tmp_path / "chain.json").write_text(json.dumps(chain))
     follow(tmp_path, "3", "9")
     assert slurm.calls() == ["scontrol update JobId=4 Dependency=afterok:9"]

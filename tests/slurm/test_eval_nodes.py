@@ -33,9 +33,12 @@ class Evaluation:
     def start(self, *more: str) -> subprocess.Popen:
         command = [sys.executable, "-m", "fp8slurm.cli", "eval", *self.flags, *more]
         return subprocess.Popen(
-            command, env=self.lab.environment | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, text=True,
-        )  # fmt: skip
+            command,
+            env=self.lab.environment | {"OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
 
     def run(self, *more: str) -> str:
         process = self.start(*more)
@@ -106,9 +109,12 @@ def test_a_node_that_would_ask_something_else_is_named(one_node, runs, tmp_path)
     script = f'[ "$SLURM_PROCID" = 0 ] || set -- "$@" --limit={QUESTIONS - 1}; exec "$@"'
     asked = ["srun", "--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--kill-on-bad-exit=1", "--time=20"]
     done = subprocess.run(
-        [*asked, "bash", "-c", script, "_", *command], env=two.lab.environment, capture_output=True, text=True,
+        [*asked, "bash", "-c", script, "_", *command],
+        env=two.lab.environment,
+        capture_output=True,
+        text=True,
         timeout=TIMEOUT_S,
-    )  # fmt: skip
+    )
     assert done.returncode != 0
     assert "node 1 (node2): this node has other questions or settings than node 0" in done.stderr, done.stderr
     assert not (two.results / "summary.json").exists()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+
 from fp8slurm.observe.metrics import read_metrics
 
 pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.faults]
@@ -13,7 +14,7 @@ SHORT = (
     "--slurm.ranks-per-node=1", "--run.steps=8", "--sft.max-steps=4", "--checkpoint.every=2", "--eval.every=4",
     "--sync.verify=always",
 )  # fmt: skip
-"""One rank and one agent a node: the two ranks that share the experts reach each other over the network alone."""
+"""One rank and one rollout worker a node: the two ranks that share the experts reach each other over the network alone."""
 
 
 def test_a_requeue_changes_nothing(start_lab, expert_runs, same_run, measure) -> None:

@@ -3,8 +3,9 @@
 import json
 
 import pytest
-from fp8slurm.checkpoint.run import RunDirectory
+
 from fp8slurm.config import parse
+from fp8slurm.run.directory import RunDirectory
 from fp8slurm.slurm import attempt
 
 

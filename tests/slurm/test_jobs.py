@@ -8,9 +8,11 @@ import signal
 import subprocess
 
 import pytest
-from fp8slurm.checkpoint.run import process_start
+
+from fp8slurm.core.processes import process_start
 
 pytestmark = [pytest.mark.slow, pytest.mark.slurm]
+
 
 @pytest.fixture(scope="module")
 def lab(start_lab):
@@ -68,14 +70,16 @@ def test_a_finished_run_says_so(lab, runs, reference):
 
 
 def test_the_same_tasks_without_slurm(lab, runs, reference, same_run):
-    """Four ranks and two agents started by hand on one machine: the same run, to the last bit."""
+    """Four ranks and two rollout workers started by hand on one machine: the same run, to the last bit."""
     tasks = []
     for index in range(6):
         environment = os.environ | {
             "SLURM_JOB_ID": "1000000", "SLURM_PROCID": str(index), "SLURM_NTASKS": "6", "SLURM_NODEID": str(index // 3),
             "SLURM_LAUNCH_NODE_IPADDR": "127.0.0.1", "SLURM_CONF": "/nonexistent",
         }  # fmt: skip
-        tasks.append(subprocess.Popen(runs.command("worker", "by-hand"), env=environment, stderr=subprocess.PIPE, text=True))
+        tasks.append(
+            subprocess.Popen(runs.command("worker", "by-hand"), env=environment, stderr=subprocess.PIPE, text=True)
+        )
     said = [t.communicate(timeout=600)[1] for t in tasks]
     assert [t.returncode for t in tasks] == [0] * 6, "\n".join(said) + runs.log("by-hand")
     same_run("by-hand", reference)

@@ -28,7 +28,22 @@ class Project:
         shutil.copytree(ROOT / "fp8slurm" / "config" / "recipes", self.folder / "fp8slurm" / "config" / "recipes")
         for name in ("bash", "sed", "grep", "tail", "timeout", "awk", "cat"):
             (self.commands / name).symlink_to(shutil.which(name))
-        for name in ("sh", "make", "uname", "printf", "wc", "true", "mkdir", "expr", "echo", "dirname", "basename", "rm", "rmdir", "touch"):
+        for name in (
+            "sh",
+            "make",
+            "uname",
+            "printf",
+            "wc",
+            "true",
+            "mkdir",
+            "expr",
+            "echo",
+            "dirname",
+            "basename",
+            "rm",
+            "rmdir",
+            "touch",
+        ):
             if shutil.which(name):
                 (self.commands / name).symlink_to(shutil.which(name))
         self.command(self.commands / "python3", 'echo "environment built" >&2; exit 9')
@@ -232,5 +247,11 @@ def test_a_folder_that_make_did_not_make_is_never_removed(project):
 def test_paths_may_have_spaces(project):
     project.slurm()
     (project.folder / "my model").mkdir()
-    done = project.make("train-4b-fp8", f"FP8SLURM={project.fp8slurm}", "HF_CHECKPOINT=my model", *PATHS[1:], "RUN=my runs/the first/")
-    assert done.stdout.splitlines()[3:6] == ["--run.root=my runs", "--run.name=the first", "--model.hf-checkpoint=my model"], done
+    done = project.make(
+        "train-4b-fp8", f"FP8SLURM={project.fp8slurm}", "HF_CHECKPOINT=my model", *PATHS[1:], "RUN=my runs/the first/"
+    )
+    assert done.stdout.splitlines()[3:6] == [
+        "--run.root=my runs",
+        "--run.name=the first",
+        "--model.hf-checkpoint=my model",
+    ], done

@@ -9,7 +9,8 @@ import sys
 import time
 
 import pytest
-from fp8slurm.checkpoint.run import process_start
+
+from fp8slurm.core.processes import process_start
 
 pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.faults]
 
@@ -74,7 +75,9 @@ def test_a_cut_off_node_goes_on_writing_and_harms_nothing(lab, runs, one_node, s
     lab.do("join-node", str(cut))
     runs.wait_end(lab, name, job)
     assert runs.attempt(name) == 1, "what the old attempt's srun still had to say met the new one"
-    errors = [json.loads(p.read_text())["text"] for p in (runs.path(name) / "attempts" / "0" / "errors").glob("task_*.json")]
+    errors = [
+        json.loads(p.read_text())["text"] for p in (runs.path(name) / "attempts" / "0" / "errors").glob("task_*.json")
+    ]
     assert any("attempt 1 has begun; attempt 0 stops" in text for text in errors), errors
     same_run(name, one_node)
 
@@ -85,7 +88,9 @@ def test_a_failing_run_ends_with_the_reason(lab, runs, tmp_path):
     (tmp_path / "bad_reward.py").write_text("def reward(response, label):\n    raise KeyError('no such answer')\n")
     lab.environment["PYTHONPATH"] = f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
     try:
-        job = runs.submit(lab, name, "--reward.kind=bad_reward:reward", "--slurm.max-attempts-without-progress=1", *ONE_NODE)
+        job = runs.submit(
+            lab, name, "--reward.kind=bad_reward:reward", "--slurm.max-attempts-without-progress=1", *ONE_NODE
+        )
     finally:
         del lab.environment["PYTHONPATH"]
     runs.wait_end(lab, name, job, "FAILED")

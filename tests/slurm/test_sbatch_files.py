@@ -9,18 +9,16 @@ import subprocess
 from pathlib import Path
 
 import pytest
+
+from fp8slurm.chain.links import links
+from fp8slurm.chain.links import script as link_script
 from fp8slurm.config import parse
 from fp8slurm.observe.metrics import read_metrics, without_times
-from fp8slurm.slurm.chain import links
-from fp8slurm.slurm.chain import script as link_script
-from fp8slurm.slurm.submit import script
+from fp8slurm.slurm.script import script
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "sbatch"
-TRAINING = {
-    "train_qwen3_4b_fp8.sbatch": "qwen3-4b-fp8",
-    "train_qwen3_30b_a3b_fp8_2node.sbatch": "qwen3-30b-a3b-fp8",
-}
+TRAINING = {"train_qwen3_4b_fp8.sbatch": "qwen3-4b-fp8", "train_qwen3_30b_a3b_fp8_2node.sbatch": "qwen3-30b-a3b-fp8"}
 OWN = {"output", "error", "job-name"}
 """Directives that each has for itself: where the log goes, and under which name."""
 
@@ -59,7 +57,7 @@ def test_a_training_script_is_what_submit_queues(name, tmp_path):
     assert directives(written) == directives(made)
     assert srun_flags(written) == srun_flags(made) != []
     assert "trap : TERM USR2" in lines(written) and "trap : TERM USR2" in lines(made)
-    assert lines(made)[-1].startswith("exec ") and "fp8slurm.slurm.after $?" in lines(made)[-1]
+    assert lines(made)[-1].startswith("exec ") and "fp8slurm.slurm.epilogue $?" in lines(made)[-1]
     assert lines(written)[-1] == 'exec "$FP8SLURM" after $? "${ARGS[@]}"'
     assert f'ARGS=(--recipe {TRAINING[name]} "$@")' in lines(written)
     assert lines(written)[-2].endswith('"$FP8SLURM" worker "${ARGS[@]}"')

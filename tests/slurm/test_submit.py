@@ -3,12 +3,15 @@
 from pathlib import Path
 
 import pytest
-from fp8slurm.checkpoint.run import RunBusyError, RunDirectory
+
+from fp8slurm.chain.links import links
+from fp8slurm.check import cluster
 from fp8slurm.config import RunConfig
-from fp8slurm.slurm import cluster, job, submit
+from fp8slurm.run.directory import SLURM_FOLDER, RunBusyError, RunDirectory
+from fp8slurm.scheduler import job
+from fp8slurm.scheduler.job import SlurmError
+from fp8slurm.slurm import script, submit
 from fp8slurm.slurm.attempt import finished, holder
-from fp8slurm.slurm.chain import links
-from fp8slurm.slurm.job import SlurmError
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -35,18 +38,21 @@ def config(**slurm) -> RunConfig:
     ],
 )  # fmt: skip
 def test_the_script_is_the_pinned_one(name, settings, monkeypatch):
-    monkeypatch.setattr(submit.sys, "executable", "/env/bin/python")
-    monkeypatch.setattr(submit.parameters, "__defaults__", ("/env/bin/python",))
-    got = submit.script(config(**settings), Path("/runs/qwen"))
+    monkeypatch.setattr(script.sys, "executable", "/env/bin/python")
+    monkeypatch.setattr(script.parameters, "__defaults__", ("/env/bin/python",))
+    got = script.script(config(**settings), Path("/runs/qwen"))
     assert got == (GOLDEN / f"{name}.sbatch").read_text()
 
 
 def test_gpus_of_a_type(tmp_path):
     typed = config(gpu_type="h100-sxm_80.gb")
-    assert "#SBATCH --gpus-per-node=h100-sxm_80.gb:8\n" in submit.script(typed, tmp_path)
-    assert links(typed.model_copy(update={"model": typed.model.model_copy(update={"hf_checkpoint": Path("m")})}), tmp_path)[-1].directives[
-        "gpus-per-node"
-    ] == "h100-sxm_80.gb:8"
+    assert "#SBATCH --gpus-per-node=h100-sxm_80.gb:8\n" in script.script(typed, tmp_path)
+    assert (
+        links(
+            typed.model_copy(update={"model": typed.model.model_copy(update={"hf_checkpoint": Path("m")})}), tmp_path
+        )[-1].directives["gpus-per-node"]
+        == "h100-sxm_80.gb:8"
+    )
     with pytest.raises(ValueError, match="gpu_type"):
         config(gpu_type="h100:2")
 
@@ -79,7 +85,10 @@ def slurm(monkeypatch):
         ({"nodes": 5}, ["--slurm.nodes 5", "at most 4"]),
         ({"nodes": 3, "partition": "spot"}, ["--slurm.nodes 3", "spot", "at most 2"]),
         ({"time": "2-00:01:00"}, ["--slurm.time 2-00:01:00", "gpu", "2-00:00:00"]),
-        ({"nodes": 3, "time": "3-00", "partition": "gpu,spot"}, ["--slurm.time 3-00: partition gpu", "--slurm.nodes 3: partition spot"]),
+        (
+            {"nodes": 3, "time": "3-00", "partition": "gpu,spot"},
+            ["--slurm.time 3-00: partition gpu", "--slurm.nodes 3: partition spot"],
+        ),
     ],
 )
 def test_what_the_cluster_does_not_have_is_refused(slurm, settings, says):
@@ -101,7 +110,9 @@ def test_what_sbatch_refuses_and_a_machine_without_slurm(slurm, monkeypatch):
 def test_a_variable_of_sbatch_decides_the_partition_where_no_setting_does(slurm, monkeypatch):
     slurm["scontrol"] = PARTITIONS.replace("GraceTime=30", "GraceTime=0")
     monkeypatch.setenv("SBATCH_PARTITION", "spot")
-    assert "partition spot is preemptible" in cluster.check_cluster(config(time="3-00"))[0]  # too long for the default one
+    assert (
+        "partition spot is preemptible" in cluster.check_cluster(config(time="3-00"))[0]
+    )  # too long for the default one
     with pytest.raises(ValueError, match=r"--slurm.nodes 3: partition spot \(SBATCH_PARTITION\)"):
         cluster.check_cluster(config(nodes=3))
     assert cluster.check_cluster(config(nodes=3, partition="gpu")) == []
@@ -121,7 +132,12 @@ def test_what_no_node_has_is_compared_with_what_they_have(slurm):
         "sbatch: error: Memory specification can not be satisfied\nallocation failure: Requested node configuration is not available"
     )
     node = "NodeName=n{} CPUTot=64 RealMemory=65536 Gres={} State=IDLE Partitions={}\n"
-    slurm["nodes"] = node.format(1, "gpu:8", "gpu") + node.format(2, "gpu:8", "gpu,x") + node.format(3, "(null)", "gpu") + node.format(4, "gpu:16", "x")
+    slurm["nodes"] = (
+        node.format(1, "gpu:8", "gpu")
+        + node.format(2, "gpu:8", "gpu,x")
+        + node.format(3, "(null)", "gpu")
+        + node.format(4, "gpu:16", "x")
+    )
     with pytest.raises(ValueError) as error:
         cluster.check_cluster(config(cpus_per_task=12, gpu_type="a100", memory="999G", exclude="n1"))
     text = str(error.value)
@@ -149,7 +165,9 @@ def test_dry_runs_say_what_slurm_would_refuse(slurm, command, tmp_path, monkeypa
 
     monkeypatch.chdir(tmp_path)  # no checkpoint, no data
     assert main([command, "--recipe", "qwen3-4b-fp8", "--dry-run", "--slurm.partition", "gpus"]) == 0
-    assert "a start would be refused here: --slurm.partition gpus: there is no partition gpus" in capsys.readouterr().err
+    assert (
+        "a start would be refused here: --slurm.partition gpus: there is no partition gpus" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("command", [["worker"], ["after", "1"]])
@@ -163,7 +181,9 @@ def test_dry_runs_of_what_only_a_job_calls_are_refused(command, capsys):
 
 def test_of_several_partitions_one_must_fit(slurm):
     slurm["scontrol"] = PARTITIONS.replace("GraceTime=30", "GraceTime=0")
-    assert cluster.check_cluster(config(partition="spot,gpu", nodes=3)) == []  # spot is too small, so its short notice does not count
+    assert (
+        cluster.check_cluster(config(partition="spot,gpu", nodes=3)) == []
+    )  # spot is too small, so its short notice does not count
     (warning,) = cluster.check_cluster(config(partition="spot,gpu", nodes=2, time="3-00"))
     assert "partition spot is preemptible" in warning
 
@@ -174,7 +194,9 @@ def test_nodes_that_are_away_are_a_warning(slurm):
     slurm["nodes"] = "NodeName=n1 State=IDLE Partitions=gpu \nNodeName=n2 State=DOWN*+DRAIN Partitions=spot \n"
     with pytest.raises(ValueError, match="configuration is not available"):
         cluster.check_cluster(config())
-    slurm["nodes"] += "NodeName=n3 State=IDLE+DRAIN Partitions=all,gpu Reason=x \nNodeName=n4 State=IDLE+NOT_RESPONDING Partitions=gpu\n"
+    slurm["nodes"] += (
+        "NodeName=n3 State=IDLE+DRAIN Partitions=all,gpu Reason=x \nNodeName=n4 State=IDLE+NOT_RESPONDING Partitions=gpu\n"
+    )
     (warning,) = cluster.check_cluster(config())
     assert warning.endswith("away: n3 (IDLE+DRAIN), n4 (IDLE+NOT_RESPONDING)")
     slurm["sbatch"] = SlurmError("Invalid account")
@@ -210,12 +232,12 @@ def test_a_preemption_without_time_to_save_is_named(slurm, tmp_path):
 
 def test_a_second_job_is_refused_while_the_first_waits_or_runs(tmp_path, monkeypatch):
     run = RunDirectory(tmp_path / "qwen")
-    (run.path / submit.FOLDER).mkdir(parents=True)
+    (run.path / SLURM_FOLDER).mkdir(parents=True)
     states = {"41": "COMPLETED", "42": "PENDING"}
     monkeypatch.setattr(job, "show_job", lambda id: {"JobState": states[id]})
     submit.refuse_second_job(run)
     for id in states:
-        (run.path / submit.FOLDER / f"{id}_submitted.pkl").touch()
+        (run.path / SLURM_FOLDER / f"{id}_submitted.pkl").touch()
     with pytest.raises(RunBusyError, match="job 42"):
         submit.refuse_second_job(run)
     states["42"] = "FAILED"
@@ -255,7 +277,11 @@ def sbatch(tmp_path, monkeypatch):
 
 def test_what_only_sbatch_itself_refuses_is_one_line(sbatch, tmp_path, capsys):
     reason = "QOSMaxSubmitJobPerUserLimit"
-    sbatch(f"echo 'sbatch: error: {reason}' >&2", "echo 'sbatch: error: Batch job submission failed: Job violates policy' >&2", "exit 1")
+    sbatch(
+        f"echo 'sbatch: error: {reason}' >&2",
+        "echo 'sbatch: error: Batch job submission failed: Job violates policy' >&2",
+        "exit 1",
+    )
     c = config()
     with pytest.raises(submit.RefusedError) as error:
         submit.submit(c.model_copy(update={"run": c.run.model_copy(update={"root": tmp_path})}))

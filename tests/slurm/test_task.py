@@ -1,4 +1,4 @@
-"""What a task does before it is a rank or an agent."""
+"""What a task does before it is a rank or a rollout worker."""
 
 import subprocess
 import sys
@@ -7,18 +7,19 @@ from pathlib import Path
 import pytest
 
 from fp8slurm.config import RunConfig
-from fp8slurm.slurm import monitor, task
+from fp8slurm.process import environment, monitor
 
 IMPORTS = """
 import os, sys, fp8slurm.slurm.task as task
+from fp8slurm.process import environment
 from fp8slurm.config import RunConfig
-from fp8slurm.slurm.placement import place
+from fp8slurm.config.placement import place
 """
 SET = """
 c = RunConfig(slurm={slurm!r})
 p = place(c)
 try:
-    task.set_environment(c, p, p.tasks[0])
+    environment.set_environment(c, p, p.tasks[0])
 except ValueError as error:
     sys.exit(print(error))
 import torch
@@ -47,9 +48,9 @@ def test_torch_is_not_imported_before_the_environment_is_set():
 
 BEGIN = """
 from pathlib import Path
-from fp8slurm.checkpoint.run import RunDirectory
+from fp8slurm.run.directory import RunDirectory
 from fp8slurm.slurm import attempt
-from fp8slurm.slurm.job import Job
+from fp8slurm.scheduler.job import Job
 c, path = RunConfig(fp8={{"backend": "emulated"}}), Path({path!r})
 attempt.settle_configuration(c, RunDirectory(path))  # as `submit` does
 attempt.finished(c, RunDirectory(path))
@@ -76,11 +77,13 @@ def test_slurm_has_dealt_the_cores_out_already(monkeypatch):
     """A task that is bound to its own cores sees no others: there is nothing left to share."""
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "12")
     here, job = ({"ranks_per_node": 8, "executor": executor} for executor in ("local", "slurm"))
-    assert task.threads_of_a_rank(RunConfig(slurm=job), 12) == 12
-    assert task.threads_of_a_rank(RunConfig(slurm=job), 96) == 12, "not bound: the whole node"
-    assert task.threads_of_a_rank(RunConfig(slurm=here), 96) == 12, "a shell in an allocation: its number is not a rank's"
+    assert environment.threads_of_a_rank(RunConfig(slurm=job), 12) == 12
+    assert environment.threads_of_a_rank(RunConfig(slurm=job), 96) == 12, "not bound: the whole node"
+    assert environment.threads_of_a_rank(RunConfig(slurm=here), 96) == 12, (
+        "a shell in an allocation: its number is not a rank's"
+    )
     monkeypatch.delenv("SLURM_CPUS_PER_TASK")
-    assert task.threads_of_a_rank(RunConfig(slurm=job), 96) == 12
+    assert environment.threads_of_a_rank(RunConfig(slurm=job), 96) == 12
 
 
 def test_a_run_that_asks_for_no_gpu_sees_none():
@@ -94,8 +97,8 @@ def test_a_contradicting_environment_is_refused():
 
 FAIL = """
 from pathlib import Path
-from fp8slurm.checkpoint.run import RunDirectory
-from fp8slurm.slurm.job import Job
+from fp8slurm.run.directory import RunDirectory
+from fp8slurm.scheduler.job import Job
 c = RunConfig(slurm={{"requeue": False}})
 p = place(c)
 run = RunDirectory(Path({path!r}), 0)
@@ -121,7 +124,7 @@ def test_a_failed_task_of_a_replaced_attempt_tells_srun_nothing(
 ENDED = """
 import signal, time
 from pathlib import Path
-from fp8slurm.slurm import monitor
+from fp8slurm.process import monitor
 monitor.SILENT_S = {silent_s}
 monitor.Monitor(Path({folder!r}), 3, 600.0).start()
 time.sleep(0.3)
@@ -144,7 +147,7 @@ def test_a_task_that_is_ended_in_a_long_silence_says_where_it_stands(tmp_path: P
 STUMBLES = """
 import errno, time
 from pathlib import Path
-from fp8slurm.slurm import monitor
+from fp8slurm.process import monitor
 class Stumbling(monitor.Monitor):
     times = 0
     def _dead_neighbour(self):
@@ -172,6 +175,9 @@ def test_a_task_that_cannot_be_watched_ends(tmp_path: Path) -> None:
 
 
 def test_a_task_ends_where_its_last_words_cannot_be_written(tmp_path: Path) -> None:
-    done = run(ENDED.format(silent_s=30.0, folder=str(tmp_path)).replace(
-        "time.sleep(0.3)", f"time.sleep(0.3); import shutil; shutil.rmtree({str(tmp_path)!r})"))  # fmt: skip
+    done = run(
+        ENDED.format(silent_s=30.0, folder=str(tmp_path)).replace(
+            "time.sleep(0.3)", f"time.sleep(0.3); import shutil; shutil.rmtree({str(tmp_path)!r})"
+        )
+    )
     assert done.returncode == monitor.TERMINATED, done.stderr

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from fp8slurm.checkpoint import hf_to_fp8
-from fp8slurm.checkpoint.run import RunDirectory
 from fp8slurm.config import RunConfig
 from fp8slurm.models import tiny
 from fp8slurm.models.names import NameTable
 from fp8slurm.models.qwen3 import ModelSpec, QuantizationSpec
-from fp8slurm.rl.agent import engine_checkpoint
+from fp8slurm.rollout.worker import engine_checkpoint
+from fp8slurm.run.directory import RunDirectory
 from fp8slurm.sync.bucket import WeightBucket, WeightSpec, layout, payload_bytes
 from fp8slurm.sync.check import check_engine_checkpoint, check_rollout_checkpoint
 from fp8slurm.sync.groups import host_store
@@ -59,7 +59,9 @@ def test_settings_that_no_update_changes_are_compared(folders, key: str, name: s
     config, _, fp8 = folders
     if key not in config:
         pytest.skip("a model without experts")
-    with pytest.raises(ValueError, match=f"{name} is .*, the trainer's model has {value}; give another --model.rollout-ch"):
+    with pytest.raises(
+        ValueError, match=f"{name} is .*, the trainer's model has {value}; give another --model.rollout-ch"
+    ):
         check_rollout_checkpoint(fp8, ModelSpec.from_hf_config({**config, key: value}))
     check_rollout_checkpoint(fp8, ModelSpec.from_hf_config({**config, "max_position_embeddings": 64}))
 
@@ -149,7 +151,9 @@ def test_buckets_arrive_in_order_and_last_as_long_as_promised(keep: bool) -> Non
             if before is not None:
                 assert set(before.payload.tolist()) == {10 * number + i - 1}
             assert set(bucket.payload.tolist()) == {10 * number + i} and bucket.version == number
-            assert not sender.receiver.held, "an engine that restarts now must not get the update before, half overwritten"
+            assert not sender.receiver.held, (
+                "an engine that restarts now must not get the update before, half overwritten"
+            )
             before = bucket
             seen.append(bucket)
         assert len(seen) == 5 and len(sender.receiver.held) == (5 if keep else 0)
@@ -158,7 +162,7 @@ def test_buckets_arrive_in_order_and_last_as_long_as_promised(keep: bool) -> Non
 
 
 @pytest.mark.parametrize("keep", [True, False])
-def test_a_bucket_damaged_between_trainer_and_agent_is_named(keep: bool) -> None:
+def test_a_bucket_damaged_between_trainer_and_worker_is_named(keep: bool) -> None:
     sender = Sender([10, 20, 30], keep)
     sender.send(1, 5, damaged=1)
     with pytest.raises(CorruptUpdate, match=r"bucket 1 of stage0 \(t1 and 0 more\) is not what was sent"):

@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+
 from fp8slurm.sync.bucket import WeightBucket
 from fp8slurm.sync.fan_out import FanOut
 

@@ -6,9 +6,9 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterator
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ from w8a8_reference import reference
 from fp8slurm.checkpoint import hf_to_fp8
 from fp8slurm.config.schema import EngineSection
 from fp8slurm.engine.client import EngineClient, GenerateRequest
-from fp8slurm.engine.digest import expected_digests, first_difference
+from fp8slurm.engine.inside.digest import expected_digests, first_difference
 from fp8slurm.engine.server import Engine, EngineError, EngineSettings
 from fp8slurm.models.names import NameTable
 from fp8slurm.models.qwen3 import ModelSpec, QuantizationSpec
@@ -81,7 +81,7 @@ def expert_engines(tmp_path_factory) -> Iterator[Engines]:
 
 
 class Trainers:
-    """Training ranks in processes of their own, and this process as their agent."""
+    """Training ranks in processes of their own, and this process as their rollout worker."""
 
     def __init__(self, folder: Path, model: Path, tp: int, pp: int, ep: int) -> None:
         self.folder, self.model, self.tp, self.pp, self.ep = folder, model, tp, pp, ep
@@ -122,12 +122,16 @@ class Trainers:
             for name, shard in load_file(self.folder / f"{version}.{rank}.safetensors").items():
                 world = self.tp if self.table[name].tp_dim is not None else 1
                 for piece in self.table[name].split(shard, rank % world, world):
-                    data, _ = slices.setdefault(piece.name, {}).setdefault(piece.spec.start, (piece.data, piece.spec.dim))
+                    data, _ = slices.setdefault(piece.name, {}).setdefault(
+                        piece.spec.start, (piece.data, piece.spec.dim)
+                    )
                     assert torch.equal(data, piece.data), f"{name} differs between ranks"
         out = {}
         for name, pieces in slices.items():
             parts = [pieces[start][0] for start in sorted(pieces)]
-            out[name] = torch.cat(parts, next(iter(pieces.values()))[1] or 0) if len(parts) > 1 else parts[0].contiguous()
+            out[name] = (
+                torch.cat(parts, next(iter(pieces.values()))[1] or 0) if len(parts) > 1 else parts[0].contiguous()
+            )
         return out
 
 
@@ -192,7 +196,9 @@ def send_and_compare(engines: Engines, folder: Path, tp: int = 1, pp: int = 1, e
                 assert {v for g in generated for v in g.weight_versions} == {version}
                 assert gap(folder / f"fp8{version}", converted, generated).median() < 1e-4
     for link in links.values():
-        for replays in link.client.recorded():  # all updates but the first are copies that were written down in that one
+        for (
+            replays
+        ) in link.client.recorded():  # all updates but the first are copies that were written down in that one
             assert len(replays) >= expected.buckets and all(n >= LAST - 1 for n in replays)
         link.close()
 
@@ -202,7 +208,9 @@ def test_the_converters_bytes_arrive(engines: Engines, tmp_path: Path, tp: int, 
     send_and_compare(engines, tmp_path, tp, pp)
 
 
-def test_experts_arrive_from_expert_parallel_ranks_at_an_expert_parallel_engine(expert_engines: Engines, tmp_path: Path) -> None:
+def test_experts_arrive_from_expert_parallel_ranks_at_an_expert_parallel_engine(
+    expert_engines: Engines, tmp_path: Path
+) -> None:
     """Trainer EP2, engine TP2 + EP2: each of the engine's ranks holds four whole experts of the eight."""
     send_and_compare(expert_engines, tmp_path, ep=2)
     held, other = expert_engines.link(2, 2).client.digest()

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from fp8slurm.engine.recorded import KNOWN
+from torch.multiprocessing import reductions
+
+from fp8slurm.engine.inside.recorded import KNOWN
 from fp8slurm.sync.bucket import WeightSpec
 from fp8slurm.sync.mapped import MappedBucket, flat_bucket, memory_handle
 from fp8slurm.sync.transport import MappedTransport
-from torch.multiprocessing import reductions
 
 FORMS = [("a.weight", "float8_e4m3fn", (4, 8), 0), ("a.weight_scale_inv", "float32", (1, 1), 32)]
 
@@ -25,8 +26,9 @@ def opened(bucket: str) -> dict[str, Any]:
 
 def check_forms(metadata: list[Any]) -> None:
     assert [(m.name, m.dtype, tuple(m.shape), m.start_idx, m.end_idx) for m in metadata] == [
-        ("a.weight", torch.float8_e4m3fn, (4, 8), 0, 32), ("a.weight_scale_inv", torch.float32, (1, 1), 32, 36),
-    ]  # fmt: skip
+        ("a.weight", torch.float8_e4m3fn, (4, 8), 0, 32),
+        ("a.weight_scale_inv", torch.float32, (1, 1), 32, 36),
+    ]
 
 
 def test_a_file_is_named_by_its_path(tmp_path: Path) -> None:
@@ -49,7 +51,9 @@ def test_each_rank_of_an_engine_maps_its_own_gpus_copy_and_a_new_engine_is_told_
             transport.finish()
         transport.close(True)
     got = [[opened(text) for text in one] for one in asked]
-    assert [[g["flattened_tensor"] for g in one] for one in got] == [[str(tmp_path / "rank1"), str(tmp_path / "rank3")]] * 4
+    assert [[g["flattened_tensor"] for g in one] for one in got] == [
+        [str(tmp_path / "rank1"), str(tmp_path / "rank3")]
+    ] * 4
     for one in got[::2]:
         check_forms(one[0]["metadata"])
     for one in got[1::2]:

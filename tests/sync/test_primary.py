@@ -107,19 +107,26 @@ def test_two_ranks_shards_laid_together(monkeypatch: pytest.MonkeyPatch) -> None
 def test_an_engine_that_wants_bf16_is_refused() -> None:
     table = NameTable(spec_of())
     held = as_sent(held_by(table))
-    with pytest.raises(ValueError, match="holds model.layers.0.self_attn.q_proj.weight in FP8 only.*--fp8.no-param-gather"):
+    with pytest.raises(
+        ValueError, match="holds model.layers.0.self_attn.q_proj.weight in FP8 only.*--fp8.no-param-gather"
+    ):
         WeightStream(table, lambda: iter(held.items()), None, 2**20, torch.bfloat16)
 
 
 @pytest.mark.parametrize(
     ("changes", "parameter"),
-    [({"head_dim": 64}, "decoder.layers.0.self_attention.linear_qkv.weight"), ({"intermediate_size": 192}, "decoder.layers.0.mlp.linear_fc1.weight")],
-)  # fmt: skip
+    [
+        ({"head_dim": 64}, "decoder.layers.0.self_attention.linear_qkv.weight"),
+        ({"intermediate_size": 192}, "decoder.layers.0.mlp.linear_fc1.weight"),
+    ],
+)
 def test_blocks_that_lie_across_two_tensors_are_refused(changes: dict[str, int], parameter: str) -> None:
     """A scale of the fused weight would be that of rows of both: sent as they are they would be other numbers."""
     table = NameTable(ModelSpec.from_hf_config(model_config() | changes))
     held = as_sent(held_by(table))
-    with pytest.raises(ValueError, match=rf"blocks of the trainer's {re.escape(parameter)} are not those of .*--fp8.no-param-gather"):
+    with pytest.raises(
+        ValueError, match=rf"blocks of the trainer's {re.escape(parameter)} are not those of .*--fp8.no-param-gather"
+    ):
         WeightStream(table, lambda: iter(held.items()), QuantizationSpec(), 2**20, torch.bfloat16)
 
 
@@ -132,7 +139,9 @@ def test_the_expected_weights_are_fp8() -> None:
 
     name = "decoder.layers.1.mlp.linear_fc1.weight"
     missing = held | {name: (held[name][0], torch.zeros(2, 2))}
-    with pytest.raises(RuntimeError, match=re.escape(f"7 parameters are FP8, 8 should be; still in high precision: {name}")):
+    with pytest.raises(
+        RuntimeError, match=re.escape(f"7 parameters are FP8, 8 should be; still in high precision: {name}")
+    ):
         primary_fp8.check_primary(missing.values())
     too_many = held | {"output": (next(e for e, _ in held.values() if not is_linear(e)), held[name][1])}
     with pytest.raises(RuntimeError, match="FP8 but should not be: embedding"):

@@ -1,4 +1,4 @@
-"""Without a copy of the last update in the agent: an engine that dies gets its weights from the trainer again."""
+"""Without a copy of the last update in the rollout worker: an engine that dies gets its weights from the trainer again."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from fp8slurm.data.tiny_task import write_data
 from fp8slurm.models.tiny import write_model
 from fp8slurm.observe.metrics import read_metrics
-from fp8slurm.rl.tiny_task import write_data
 
 pytestmark = pytest.mark.slow
 
@@ -45,7 +45,15 @@ def test_the_trainer_sends_again_what_an_engine_lost(tmp_path: Path) -> None:
         "rollout.prompts-per-step": 4, "rollout.n-samples": 4, "rollout.max-replacements": 0, "checkpoint.every": 1000,
         "eval.every": 0, "sync.verify": "always",
     }  # fmt: skip
-    command = [sys.executable, "-m", "fp8slurm.cli", "train", "--recipe", "tiny-fp8", *(f"--{k}={v}" for k, v in flags.items())]
+    command = [
+        sys.executable,
+        "-m",
+        "fp8slurm.cli",
+        "train",
+        "--recipe",
+        "tiny-fp8",
+        *(f"--{k}={v}" for k, v in flags.items()),
+    ]
     command += ["--sync.keep-last-update=False", "--rollout.no-drop-no-signal"]
     run = tmp_path / "runs/lost"
     with open(tmp_path / "log", "w") as log:
@@ -64,11 +72,13 @@ def test_the_trainer_sends_again_what_an_engine_lost(tmp_path: Path) -> None:
         process.kill()
     records = [r for r in read_metrics(run) if r["phase"] == "rl"]
     assert [r["step"] for r in records] == list(range(31))
-    logs = "".join(p.read_text(errors="replace") for p in run.glob("attempts/0/**/*") if p.suffix in (".out", ".err", ".log"))
+    logs = "".join(
+        p.read_text(errors="replace") for p in run.glob("attempts/0/**/*") if p.suffix in (".out", ".err", ".log")
+    )
     assert "restart 1" in logs
     digests = json.loads((run / "attempts/0/digests_0.json").read_text())
     assert digests["version"] >= 0  # the engine held what it was sent, compared after every update
     parts = {"quantize", "copy", "gather", "wait", "receive", "handover", "load", "session", "verify"}
-    assert parts == {k.removeprefix("time/sync_") for k in records[-1] | records[0] if k.startswith("time/sync_")} or any(
-        {f"time/sync_{p}" for p in parts} <= r.keys() for r in records
-    )
+    assert parts == {
+        k.removeprefix("time/sync_") for k in records[-1] | records[0] if k.startswith("time/sync_")
+    } or any({f"time/sync_{p}" for p in parts} <= r.keys() for r in records)

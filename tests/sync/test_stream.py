@@ -134,7 +134,9 @@ def test_slices_that_follow_one_another_lie_in_buffers_of_their_own(bucket_bytes
     table = NameTable(spec_of())
     weights = weights_of(table)
     held = {e.name: e.shard(weights, 1, 2) for e in table}
-    stream = WeightStream(table, lambda: iter(held.items()), QuantizationSpec(), bucket_bytes, torch.bfloat16, Cut(1, 2, None))
+    stream = WeightStream(
+        table, lambda: iter(held.items()), QuantizationSpec(), bucket_bytes, torch.bfloat16, Cut(1, 2, None)
+    )
     stream._bind()
     (lane,) = stream._lanes
     handed = [fill.outgoing.data_ptr() for fill in lane.fills if fill.outgoing is not None]
@@ -148,11 +150,17 @@ def test_a_trainer_in_fp32_is_quantized_from_fp32_whatever_the_engine_holds_the_
     """Two ranks without a group: rank 1's message is put where it would arrive. Cuts of 384 fall inside a block, so that
     those slices travel; in BF16 they would be rounded twice."""
     table = NameTable(spec_of(intermediate_size=width))
-    weights = {n: w.float() + torch.randn(w.shape, generator=torch.Generator().manual_seed(1)) * 1e-4 for n, w in weights_of(table).items()}
+    weights = {
+        n: w.float() + torch.randn(w.shape, generator=torch.Generator().manual_seed(1)) * 1e-4
+        for n, w in weights_of(table).items()
+    }
     shards = laid_together(table, lambda rank: {e.name: e.shard(weights, rank, 2).contiguous() for e in table})
     got = {n: t.clone() for bucket in shards for n, t in bucket.views()}
     want = expected(weights, True)
-    assert_same_bytes(got, {n: t.bfloat16() if t.dtype == torch.float32 and not n.endswith("_scale_inv") else t for n, t in want.items()})
+    assert_same_bytes(
+        got,
+        {n: t.bfloat16() if t.dtype == torch.float32 and not n.endswith("_scale_inv") else t for n, t in want.items()},
+    )
 
 
 def test_modules_to_not_convert_are_sent_as_they_are():
@@ -267,7 +275,7 @@ if rank == 0:
 
 
 def test_two_ranks_send_the_converters_bytes(tmp_path):
-    """Two ranks and an agent over real gloo, dense and experts; slices quantized where they lie, where the cut permits;
+    """Two ranks and a rollout worker over real gloo, dense and experts; slices quantized where they lie, where the cut permits;
     bytes and messages are those of `traffic`."""
     script = textwrap.dedent(WORKER).format(tests=str(Path(__file__).parent))
     processes = [

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
@@ -17,7 +18,11 @@ def laid_together(table: NameTable, held_by: Callable[[int], dict[str, Any]]) ->
     streams = []
     for rank in range(2):
         held = held_by(rank)
-        streams.append(WeightStream(table, lambda held=held: iter(held.items()), QuantizationSpec(), 2**20, torch.bfloat16, Cut(rank, 2)))
+        streams.append(
+            WeightStream(
+                table, lambda held=held: iter(held.items()), QuantizationSpec(), 2**20, torch.bfloat16, Cut(rank, 2)
+            )
+        )
         streams[-1]._bind()
     first, second = (s._lanes[0] for s in streams)
     for specs, fill, other in zip(first.source.buckets, first.fills, second.fills, strict=True):

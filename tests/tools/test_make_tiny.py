@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from fp8slurm.data import tiny_task
+from fp8slurm.data.prompts import load_tokenizer
 from fp8slurm.models import tiny
-from fp8slurm.rl import tiny_task
-from fp8slurm.rl.data import load_tokenizer
 
 PATH = Path(__file__).resolve().parents[2] / "tools" / "make_tiny.py"
 spec = importlib.util.spec_from_file_location("make_tiny", PATH)

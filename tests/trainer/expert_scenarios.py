@@ -4,13 +4,26 @@ from __future__ import annotations
 
 from typing import Any
 
-from fp8slurm.rl.types import PackedBatch
-from fp8slurm.trainer.trainer import Trainer
-from trainer_reference import LR, AUX_LOSS, cross_entropy, pack, routing
+from trainer_reference import AUX_LOSS, LR, cross_entropy, pack, routing
 from trainer_scenarios import (
-    BF16, FP8, OFFLOAD, Ranks, batches, continue_here, quantized_weights, resume_exactly, save_before_any_step,
-    save_here, snapshot_bytes, steps, train, weights,
-)  # fmt: skip
+    BF16,
+    FP8,
+    OFFLOAD,
+    Ranks,
+    batches,
+    continue_here,
+    quantized_weights,
+    resume_exactly,
+    save_before_any_step,
+    save_here,
+    snapshot_bytes,
+    steps,
+    train,
+    weights,
+)
+
+from fp8slurm.core.types import PackedBatch
+from fp8slurm.trainer.trainer import Trainer
 
 EP2 = {"parallel": {"expert_parallel_size": 2}}
 TP2 = {"parallel": {"tensor_parallel_size": 2, "sequence_parallel": True}}
@@ -48,9 +61,10 @@ def train_balanced(ranks: Ranks, **sections: Any) -> dict[str, Any]:
         result = trainer.train_step(batches(trainer), cross_entropy, LR)
         again = trainer.train_step(batches(trainer), cross_entropy, 0.0)
         return {
-            "step": [result.loss, result.grad_norm], "aux": result.metrics["moe/aux_loss"],
+            "step": [result.loss, result.grad_norm],
+            "aux": result.metrics["moe/aux_loss"],
             "second": again.metrics["moe/aux_loss"],
-        }  # fmt: skip
+        }
 
 
 # One rank.

@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import pytest
 import torch
+import trainer_reference
 from fp8_formula import tiles
+from safetensors.torch import load_file
+from trainer_reference import (
+    AUX_LOSS,
+    check_continued,
+    expected_training,
+    fuse_experts,
+    load_balancing_loss,
+    packs,
+    replayed_logprobs,
+    transformers_model,
+    write_model,
+)
+
 from fp8slurm.models.names import NameTable
 from fp8slurm.models.qwen3 import ModelSpec
-from safetensors.torch import load_file
-import trainer_reference
-from trainer_reference import (
-    AUX_LOSS, check_continued, expected_training, fuse_experts, load_balancing_loss, packs, replayed_logprobs,
-    transformers_model, write_model,
-)  # fmt: skip
 
 pytestmark = pytest.mark.slow
 
@@ -198,9 +207,7 @@ def test_load_balancing_loss(
     [(1, "one_rank_replayed"), (1, "one_rank_replayed_recomputed"), (4, "tp2ep2_replayed"),
      (4, "pp2ep2_replayed_recomputed")],
 )  # fmt: skip
-def test_replayed_routing(
-    one: Any, four: Any, expected: Any, expected_replayed: Any, size: int, scenario: str
-) -> None:
+def test_replayed_routing(one: Any, four: Any, expected: Any, expected_replayed: Any, size: int, scenario: str) -> None:
     assert (torch.cat(expected()["before"]) - torch.cat(expected_replayed["before"])).abs().mean() > 1e-2
     for rank in range(size):
         data_rank = rank % 2 if scenario.startswith("pp2") else rank // 2
@@ -237,8 +244,7 @@ def test_resume_to_the_bit(two: Any, scenario: str, rank: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("scenario", "shares"),
-    [("one_to_ep2", True), ("one_to_tp2", False), ("ep2_to_tp2", False), ("ep2_to_etp2", False)],
+    ("scenario", "shares"), [("one_to_ep2", True), ("one_to_tp2", False), ("ep2_to_tp2", False), ("ep2_to_etp2", False)]
 )
 @pytest.mark.parametrize("rank", [0, 1])
 def test_continues_on_two_ranks(one: Any, two: Any, scenario: str, shares: bool, rank: int) -> None:

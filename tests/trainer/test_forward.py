@@ -1,6 +1,7 @@
 """Log-probabilities at the temperature that the samples were drawn at."""
 
 import torch
+
 from fp8slurm.trainer.forward import _logprobs_of
 from fp8slurm.trainer.logprobs import vocab_parallel_logprobs
 

@@ -44,7 +44,9 @@ def test_the_weight_in_the_product_has_the_codes_and_scales_that_engines_get(lin
 
 
 @pytest.mark.parametrize("product", ["y", "dx", "dw"])
-def test_the_emulation_is_transformer_engine_but_for_the_order_of_sums(linear: dict[str, torch.Tensor], product: str) -> None:
+def test_the_emulation_is_transformer_engine_but_for_the_order_of_sums(
+    linear: dict[str, torch.Tensor], product: str
+) -> None:
     """Both multiply the same FP8 values and accumulate in FP32 (Hopper's tensor cores keep fewer bits of a running sum than
     FP32's 24), then round to BF16: 2^-9 of the largest terms. What FP8 itself changes is far larger."""
     from fp8slurm.fp8.quantize import fake_quantize_1x128, fake_quantize_128x1, fake_quantize_block

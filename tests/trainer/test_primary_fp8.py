@@ -3,8 +3,9 @@
 The tensor class is TransformerEngine's and needs a GPU (tools/gpu/param_gather_probe.py); everything around it is here.
 """
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import pytest
 import torch

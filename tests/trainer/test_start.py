@@ -18,13 +18,13 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from trainer_reference import run_config, write_model
 
-from fp8slurm.checkpoint.errors import BadCheckpoint
+from fp8slurm.core.errors import BadCheckpoint
 from fp8slurm.models.names import NameTable
 from fp8slurm.models.qwen3 import ModelSpec
+from fp8slurm.rl.schedule import learning_rate
 from fp8slurm.trainer import optimizer_state
 from fp8slurm.trainer.build import allocate_fused_state
 from fp8slurm.trainer.logprobs import vocab_parallel_logprobs
-from fp8slurm.trainer.schedule import learning_rate
 from fp8slurm.trainer.start import check_machine
 from fp8slurm.trainer.weights import HfReader, Shards
 
@@ -70,8 +70,10 @@ def test_settings_that_work(fp8: dict[str, Any], cuda: bool, te: bool) -> None:
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"optim": {"cpu_offload": True}, "fp8": {"param_gather": True}},
-         "as None, so that nothing would be updated; allowed: --fp8.no-param-gather"),
+        (
+            {"optim": {"cpu_offload": True}, "fp8": {"param_gather": True}},
+            "as None, so that nothing would be updated; allowed: --fp8.no-param-gather",
+        ),
         ({"optim": {"cpu_offload": True, "distributed": False}}, "allowed: --optim.distributed"),
         ({"optim": {"cpu_offload": True}, "model": {"dtype": "float32"}}, "--model.dtype float32"),
         ({"optim": {"moments": "bfloat16"}}, "only TransformerEngine's FusedAdam on a GPU"),
@@ -81,7 +83,7 @@ def test_settings_that_work(fp8: dict[str, Any], cuda: bool, te: bool) -> None:
         ({"optim": {"sleep": True, "cpu_offload": True}, "slurm": {"gpus_per_node": 1}}, "in host memory already"),
         ({"moe": {"dispatcher": "flex"}}, "DeepEP (package deep_ep) is not installed; allowed here: alltoall"),
     ],
-)  # fmt: skip
+)
 def test_optimizer_and_dispatcher_that_this_machine_does_not_have(sections: dict[str, Any], message: str) -> None:
     config = run_config(**{"model": {"dtype": "bfloat16"}} | sections)
     with pytest.raises(ValueError, match=re.escape(message)):
@@ -116,7 +118,7 @@ def test_the_loop_does_not_load_megatron() -> None:
     import sys
 
     code = (
-        "import sys, fp8slurm.rl.loop, fp8slurm.trainer.schedule, fp8slurm.models.names; "
+        "import sys, fp8slurm.rl.loop, fp8slurm.rl.schedule, fp8slurm.models.names; "
         "heavy = 'megatron', 'sglang', 'transformer_engine'; "
         "sys.exit(str([m for m in sys.modules if m.split('.')[0] in heavy] or ''))"
     )
@@ -254,14 +256,19 @@ def test_logprobs_of_a_vocabulary_on_two_ranks_are_those_of_the_whole(monkeypatc
 
 
 def test_shares_of_the_optimizers_state_are_put_together_in_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two buckets of 7 and 5 elements on two ranks, each padded to an even number; what is wanted lies across all borders."""
-    shares = [[torch.tensor(x) for x in bucket] for bucket in (([0.0, 1, 2, 3], [4.0, 5, 6, -1]), ([7.0, 8, 9], [10.0, 11, -1]))]
+    """Two buckets of 7 and 5 elements on two ranks, each padded to an even number; what is wanted lies across all boundaries."""
+    shares = [
+        [torch.tensor(x) for x in bucket]
+        for bucket in (([0.0, 1, 2, 3], [4.0, 5, 6, -1]), ([7.0, 8, 9], [10.0, 11, -1]))
+    ]
     monkeypatch.setattr(optimizer_state, "PIECE", 3)
     sent: list[torch.Tensor] = []
     monkeypatch.setattr(dist, "get_global_rank", lambda group, rank: 10 + rank)
     monkeypatch.setattr(dist, "send", lambda piece, to, group: sent.append(piece.clone()))
     wanted = [(0, 2), (3, 6), (9, 3)]
-    optimizer_state._gather(SimpleNamespace(rank=lambda: 1, size=lambda: 2), [(s[1], n) for s, n in zip(shares, (7, 5))], [])
+    optimizer_state._gather(
+        SimpleNamespace(rank=lambda: 1, size=lambda: 2), [(s[1], n) for s, n in zip(shares, (7, 5))], []
+    )
     assert [piece.tolist() for piece in sent] == [[4, 5, 6], [-1], [10, 11, -1]]
     arriving = iter(list(sent))
 
@@ -271,7 +278,9 @@ def test_shares_of_the_optimizers_state_are_put_together_in_their_order(monkeypa
 
     monkeypatch.setattr(dist, "recv", recv)
     to = [(offset, torch.full((n,), -7.0)) for offset, n in wanted]
-    optimizer_state._gather(SimpleNamespace(rank=lambda: 0, size=lambda: 2), [(s[0], n) for s, n in zip(shares, (7, 5))], to)
+    optimizer_state._gather(
+        SimpleNamespace(rank=lambda: 0, size=lambda: 2), [(s[0], n) for s, n in zip(shares, (7, 5))], to
+    )
     assert [t.tolist() for _, t in to] == [list(range(offset, offset + n)) for offset, n in wanted]
     assert next(arriving, None) is None
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import pytest
 import torch
-from trainer_reference import (
-    NARROW, check, check_continued, expected_training, packs, transformers_model, write_model,
-)  # fmt: skip
+from trainer_reference import NARROW, check, check_continued, expected_training, packs, transformers_model, write_model
 
 pytestmark = pytest.mark.slow
 
@@ -96,9 +95,7 @@ def test_model_parallel_ranks_are_transformers_and_adamw(
     check(two.result(scenario, rank), expected(model))
 
 
-@pytest.mark.parametrize(
-    ("scenario", "model"), [("dp2", "dense"), ("dp2_plain_optimizer", "dense")]
-)
+@pytest.mark.parametrize(("scenario", "model"), [("dp2", "dense"), ("dp2_plain_optimizer", "dense")])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_data_parallel_ranks_are_transformers_and_adamw(
     two: Any, expected: Any, scenario: str, model: str, rank: int

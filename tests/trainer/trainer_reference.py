@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from fp8slurm.config.schema import RunConfig
-from fp8slurm.rl.types import PackedBatch
+from fp8slurm.core.types import PackedBatch
 
 SIZES = {
     "vocab_size": 192, "hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -48,7 +49,7 @@ def write_model(path: Path, seed: int = 0, tie: bool = True, moe: bool = False, 
     tensors = {}
     for name, t in NameTable(ModelSpec.from_hf_config(config)).hf_tensors().items():
         x = torch.randn(t.shape, generator=g)
-        tensors[name] = (1 + 0.1 * x if "norm" in name else x * (0.3 if name.endswith("gate.weight") else 0.05))
+        tensors[name] = 1 + 0.1 * x if "norm" in name else x * (0.3 if name.endswith("gate.weight") else 0.05)
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     return path
 
@@ -162,9 +163,7 @@ def load_balancing_loss(model: Any, step: list[PackedBatch]) -> torch.Tensor:
     total, tokens = torch.zeros(()), sum(len(b.tokens) for b in step)
     for batch in step:
         cu = batch.cu_seqlens.tolist()
-        segments = [
-            model(batch.tokens[None, s:e], output_router_logits=True).router_logits for s, e in zip(cu, cu[1:])
-        ]
+        segments = [model(batch.tokens[None, s:e], output_router_logits=True).router_logits for s, e in zip(cu, cu[1:])]
         for logits in (torch.cat(layer) for layer in zip(*segments)):
             p = logits.softmax(-1)
             share = F.one_hot(logits.topk(2).indices, 4).sum((0, 1)) / (2 * len(logits))
@@ -207,9 +206,7 @@ def expected_training(
     return {"before": before, "steps": history, "after": after}
 
 
-def check(
-    got: dict[str, Any], wanted: dict[str, Any], share: slice = slice(None), after: float = 2e-4
-) -> None:
+def check(got: dict[str, Any], wanted: dict[str, Any], share: slice = slice(None), after: float = 2e-4) -> None:
     """Log-probabilities and first loss within 1e-5, and `after` three steps within what AdamW makes of that: its first
     steps are as large for a gradient that is next to nothing, whose sign is a matter of rounding."""
     for mine, theirs in zip(got["before"], wanted["before"][share], strict=True):

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import itertools
 import resource
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from trainer_reference import LENGTHS, LR, cross_entropy, pack, run_config
 
+from fp8slurm.core.types import PackedBatch
 from fp8slurm.models.qwen3 import ModelSpec
-from fp8slurm.rl.types import PackedBatch
 from fp8slurm.trainer.start import start, stop
 from fp8slurm.trainer.trainer import Trainer
-from trainer_reference import LENGTHS, LR, cross_entropy, pack, run_config
 
 _sessions = itertools.count()
 FP8 = {"fp8": {"backend": "emulated"}}
@@ -148,7 +149,14 @@ def reference_model(ranks: Ranks) -> dict[str, Any]:
     with ranks.trainer(load=False, **FP8) as trainer:
         assert not trainer.load(folder) and trainer.reference is None, "at kl_coef 0 no reference is loaded"
         alone = trainer.logprobs(batches(trainer))
-    return {"before": before, "reference": kept, "after": moved, "same": with_reference, "loaded": loaded, "alone": alone}
+    return {
+        "before": before,
+        "reference": kept,
+        "after": moved,
+        "same": with_reference,
+        "loaded": loaded,
+        "alone": alone,
+    }
 
 
 def bad_loss(ranks: Ranks) -> dict[str, Any]:
@@ -173,9 +181,12 @@ def bad_loss(ranks: Ranks) -> dict[str, Any]:
     with ranks.trainer(**FP8, **BF16) as trainer:
         alone = trainer.train_step(batches(trainer), cross_entropy, LR)
     return {
-        "ok": [first.ok, second.ok, third.ok], "kept": kept, "changed": len(changed),
-        "third": [third.loss, third.grad_norm], "alone": [alone.loss, alone.grad_norm],
-    }  # fmt: skip
+        "ok": [first.ok, second.ok, third.ok],
+        "kept": kept,
+        "changed": len(changed),
+        "third": [third.loss, third.grad_norm],
+        "alone": [alone.loss, alone.grad_norm],
+    }
 
 
 def new_optimizer(ranks: Ranks) -> dict[str, Any]:
@@ -220,6 +231,7 @@ def optimizer_settings(ranks: Ranks) -> dict[str, Any]:
 def emulated_linear(ranks: Ranks) -> dict[str, Any]:
     """The emulated FP8 product and its two gradients, against the formula written out."""
     from fp8_formula import columnwise, rowwise, tiles
+
     from fp8slurm.cpu.fp8_linear import FP8Matmul
     from fp8slurm.fp8.quantize import fake_quantize_block
 
@@ -279,8 +291,9 @@ def quantized_weights(ranks: Ranks, **sections: Any) -> dict[str, Any]:
 def packed_modules(ranks: Ranks) -> dict[str, Any]:
     """Our packed attention and rotary embedding against Megatron's own, one segment at a time; and their gradients."""
     import megatron.core.models.common.embeddings.rope_utils as rope
-    from fp8slurm.cpu.packed_attention import apply_packed_rotary
     from megatron.core.packed_seq_params import PackedSeqParams
+
+    from fp8slurm.cpu.packed_attention import apply_packed_rotary
 
     with ranks.trainer() as trainer:
         attention = trainer.module.decoder.layers[0].self_attention.core_attention
@@ -305,12 +318,15 @@ def packed_modules(ranks: Ranks) -> dict[str, Any]:
             t.grad = None
         (theirs * weight).sum().backward()
         turned = apply_packed_rotary(q.detach(), cu, freqs, cp_group=None)
-        each = [rope._apply_rotary_pos_emb_bshd(q.detach()[s:e].unsqueeze(1), freqs[: e - s]).squeeze(1)
-                for s, e in zip(cu.tolist(), cu.tolist()[1:])]  # fmt: skip
+        each = [
+            rope._apply_rotary_pos_emb_bshd(q.detach()[s:e].unsqueeze(1), freqs[: e - s]).squeeze(1)
+            for s, e in zip(cu.tolist(), cu.tolist()[1:])
+        ]
         return {
-            "attention": [ours.detach(), theirs.detach()], "rotary": [turned, torch.cat(each)],
+            "attention": [ours.detach(), theirs.detach()],
+            "rotary": [turned, torch.cat(each)],
             "gradients": [gradients, [t.grad for t in (q, k, v)]],
-        }  # fmt: skip
+        }
 
 
 def tied_head(ranks: Ranks) -> dict[str, bool]:
@@ -446,9 +462,10 @@ def snapshot_bytes(ranks: Ranks, **sections: Any) -> dict[str, Any]:
     import pickle
     import queue
 
-    from fp8slurm.trainer import checkpoint, optimizer_state
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    from fp8slurm.trainer import checkpoint, optimizer_state
 
     filesystem_async._results_queue = filesystem_async._results_queue or queue.Queue()
     optimizer_state.PIECE = 4099  # elements: tensors begin and end inside a piece
@@ -466,7 +483,9 @@ def snapshot_bytes(ranks: Ranks, **sections: Any) -> dict[str, Any]:
             snapshot.finish(said)
         dist.barrier()
     names = [sorted(p.name for p in f.iterdir()) for f in folders]
-    differ = [n for n in names[0] if n != ".metadata" and (folders[0] / n).read_bytes() != (folders[1] / n).read_bytes()]
+    differ = [
+        n for n in names[0] if n != ".metadata" and (folders[0] / n).read_bytes() != (folders[1] / n).read_bytes()
+    ]
     a, b = (pickle.loads((f / ".metadata").read_bytes()) for f in folders)
     same = a.state_dict_metadata == b.state_dict_metadata and a.storage_data == b.storage_data
     return {"names": names, "differ": differ, "same index": same and len(a.storage_data) > 50}

@@ -22,8 +22,9 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -217,7 +218,9 @@ def compare(folder: Path, jobs: int) -> None:
     """HF -> FP8 once more, against HF -> torch_dist -> FP8: every file has to be equal."""
     run_child(["unverified", str(folder / "src"), str(folder / "direct"), str(jobs)], folder, 0, keep=True)
     names = {p.name for name in ("direct", "circle") for p in (folder / name).iterdir()}
-    different = [n for n in sorted(names) if not filecmp.cmp(folder / "direct" / n, folder / "circle" / n, shallow=False)]
+    different = [
+        n for n in sorted(names) if not filecmp.cmp(folder / "direct" / n, folder / "circle" / n, shallow=False)
+    ]
     if different:
         sys.exit(f"HF -> torch_dist -> FP8 differs from HF -> FP8 in {', '.join(different)}")
     print(f"HF -> torch_dist -> FP8 equals HF -> FP8 in every byte of {len(names)} files")

@@ -41,7 +41,9 @@ def main() -> None:
     cases = []
     for shape in shapes:
         w = torch.randn(shape, device="cuda", dtype=torch.bfloat16)
-        cases.append((w, BlockFP8(torch.empty(shape, dtype=E4M3, device="cuda"), torch.empty(scale_shape(shape), device="cuda"))))
+        cases.append(
+            (w, BlockFP8(torch.empty(shape, dtype=E4M3, device="cuda"), torch.empty(scale_shape(shape), device="cuda")))
+        )
     elements = sum(w.numel() for w, _ in cases)
     half = 3 * elements // 2
     source, target = (torch.empty(half, dtype=torch.uint8, device="cuda").random_(0, 256) for _ in range(2))

@@ -21,10 +21,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools" / "gpu")]
 os.environ.setdefault("SGLANG_JIT_DEEPGEMM_PRECOMPILE", "0")
 
 import torch  # noqa: E402
-
 from random_model import write_random_model  # noqa: E402
 from recipes import ENGINE as GPU_ENGINE  # noqa: E402
-
 
 
 def main() -> None:
@@ -51,9 +49,10 @@ def main() -> None:
     for precision in args.precision:
         folder = {"bf16": hf, "fp8": fp8}[precision]
         section = EngineSection(
-            mem_fraction=0.7, max_running_requests=max(args.batch),
+            mem_fraction=0.7,
+            max_running_requests=max(args.batch),
             extra_args=[*GPU_ENGINE, "--cuda-graph-bs", *map(str, args.batch)] if torch.cuda.is_available() else [],
-        )  # fmt: skip
+        )
         engine = Engine(folder, args.work / "logs", EngineSettings(section), precision)
         began = time.perf_counter()
         try:

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""A weight update from training ranks through an agent into a real SGLang engine on the CPU: seconds by part, bytes, ratios.
+"""A weight update from training ranks through a rollout worker into a real SGLang engine on the CPU: seconds by part, bytes, ratios.
 
-The ranks hold random BF16 parameters in Megatron's shapes and run the WeightStream of a run; this process is the agent
+The ranks hold random BF16 parameters in Megatron's shapes and run the WeightStream of a run; this process is the rollout worker
 (Receiver, EngineLink) of an engine in block FP8. In turns with the updates, so that both see the same machine, the floor
 is measured: all matrices quantized into ready memory, then the same bytes in one gloo broadcast, then the engine's own
 load of these bytes, from their arrival to its answer. Medians over the runs; the first update is not counted.
@@ -107,7 +107,7 @@ def child(folder: Path, rank: int, tp: int, bucket_bytes: int, runs: int) -> Non
 
 
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Everything, as JSON; the agent's part is played here."""
+    """Everything, as JSON; the rollout worker's part is played here."""
     import torch
 
     from fp8slurm.config.schema import EngineSection
@@ -135,7 +135,16 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     children = []
     try:
         for rank in range(args.tp):
-            command = [sys.executable, __file__, "--child", str(folder), str(rank), str(args.tp), str(bucket_bytes), str(args.runs)]
+            command = [
+                sys.executable,
+                __file__,
+                "--child",
+                str(folder),
+                str(rank),
+                str(args.tp),
+                str(bucket_bytes),
+                str(args.runs),
+            ]
             children.append(subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}))
         names = source_names(1, 1 if spec.is_moe else 0)
         plans = {n: parse_description(store.get(f"sync/plan/{n}").decode()) for n in names}
@@ -148,12 +157,12 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         client = EngineClient(engine.url, engine.api_key, 600)
         link = EngineLink(client, 1)
         link.open()
-        agent, loads = [], []
+        worker, loads = [], []
         for run in range(args.runs + 1):
             store.set(f"update/{run}", "")
             link.update(run, receiver.receive(run, run, verify=False))
             store.set(f"updated/{run}", "")
-            agent.append(dict(link.seconds))
+            worker.append(dict(link.seconds))
             assert link.counts == {"loaded": expected.loaded, "buckets": expected.buckets}, (link.counts, expected)
             store.set(f"floor/{run}", "")
             listening = groups[names[0]].start_broadcast(flat, 0)
@@ -200,7 +209,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             "load": middle(loads[1:]),
         },
         "trainer": [{k: middle(a["parts"][k] for a in rank[1:]) for k in rank[0]["parts"]} for rank in ranks],
-        "agent": {k: middle(a[k] for a in agent[1:]) for k in agent[0]},
+        "worker": {k: middle(a[k] for a in worker[1:]) for k in worker[0]},
         "traffic": expected.as_dict(), "empty": middle(ours), "four_calls": middle(four),
         "updates": updates, "floors": floors,
     }  # fmt: skip
@@ -220,14 +229,16 @@ def report(r: dict[str, Any]) -> None:
     for i, rank in enumerate(r["trainer"]):
         for part, s in rank.items():
             times.add_row(f"{s:.4f}", f"rank {i}", part)
-    for part, s in r["agent"].items():
-        times.add_row(f"{s:.4f}", "agent", part)
+    for part, s in r["worker"].items():
+        times.add_row(f"{s:.4f}", "worker", part)
     times.add_section()
     for part, s in r["floor_parts"].items():
         times.add_row(f"{s:.4f}", "floor", part)
     times.add_section()
     times.add_row(f"{r['update']:.4f}", "", f"whole update: {r['ratio']:.2f} x the floor of {r['floor']:.4f}")
-    times.add_row(f"{r['empty']:.4f}", "", f"update without a bucket; the server's own four calls {r['four_calls']:.4f}")
+    times.add_row(
+        f"{r['empty']:.4f}", "", f"update without a bucket; the server's own four calls {r['four_calls']:.4f}"
+    )
     console.print(times)
     t = r["traffic"]
     bytes_ = Table("bytes", "MB", "of BF16")

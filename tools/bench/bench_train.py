@@ -15,8 +15,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools" / "gpu")]
@@ -29,8 +29,8 @@ def measure(model: Path, backend: str, tokens: int, recompute: str, rounds: int,
     import torch.distributed as dist
 
     from fp8slurm.config import parse
+    from fp8slurm.data.prompts import SftExample
     from fp8slurm.models.qwen3 import ModelSpec
-    from fp8slurm.rl.data import SftExample
     from fp8slurm.rl.loss import sft_loss
     from fp8slurm.rl.packing import pack_sft
     from fp8slurm.trainer.start import start
@@ -130,10 +130,11 @@ def profile_step(step: Callable[[], object]) -> dict:
         until = max(until, ended)
     top = sorted(kernels.items(), key=lambda item: -item[1][0])[:60]
     return {
-        "span_ms": (until - spans[0][0]) / 1e3, "idle_ms": (until - spans[0][0] - busy) / 1e3,
+        "span_ms": (until - spans[0][0]) / 1e3,
+        "idle_ms": (until - spans[0][0] - busy) / 1e3,
         "kinds_ms": dict(sorted(kinds.items(), key=lambda item: -item[1])),
         "kernels": [{"name": name, "ms": ms, "calls": calls} for name, (ms, calls) in top],
-    }  # fmt: skip
+    }
 
 
 def main() -> None:
@@ -159,8 +160,11 @@ def main() -> None:
         model = Path(tempfile.mkdtemp())
         (model / "config.json").write_text(json.dumps(config))
     if args.one:
-        print(json.dumps(measure(model, args.one[0], int(args.one[1]), args.recompute, args.rounds,
-                                 args.profile is not None)))  # fmt: skip
+        print(
+            json.dumps(
+                measure(model, args.one[0], int(args.one[1]), args.recompute, args.rounds, args.profile is not None)
+            )
+        )
         return
     backends = ["off", "transformer_engine" if torch.cuda.is_available() else "emulated"]
     rows, profiles = [], []

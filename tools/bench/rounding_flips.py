@@ -5,7 +5,7 @@ usage: rounding_flips.py [--layers 12] [--tokens 48]
 
 Qwen3-4B's width with random weights, on the CPU, in FP32 with every rounding written out. A trainer with tensor-parallel size 2
 rounds the two partial sums of a row-parallel product to BF16 before it adds them; an attention kernel rounds probabilities
-before they are normalized. Each such difference is 2^-9 of a value, but one that crosses a border between two e4m3 codes
+before they are normalized. Each such difference is 2^-9 of a value, but one that crosses a boundary between two e4m3 codes
 becomes 2^-4 there. Prints the mean |d| of log-probabilities of sampled tokens.
 """
 
@@ -30,7 +30,11 @@ class Way:
     """Partial sums of two halves, and attention's probabilities before they are normalized, are rounded to BF16."""
 
 
-WAYS = {f"{kind}{', rounded elsewhere' * other}": Way(kind == "FP8", bool(other)) for kind in ("FP8", "BF16") for other in (0, 1)}
+WAYS = {
+    f"{kind}{', rounded elsewhere' * other}": Way(kind == "FP8", bool(other))
+    for kind in ("FP8", "BF16")
+    for other in (0, 1)
+}
 PAIRS = [("FP8, rounded elsewhere", "FP8"), ("BF16, rounded elsewhere", "BF16"), ("BF16", "FP8")]
 
 

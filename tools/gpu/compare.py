@@ -13,8 +13,8 @@ import argparse
 import json
 import math
 import statistics
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable
 
 PRECISIONS = {"fp8-fp8": "FP8 / FP8", "bf16-fp8": "BF16 / FP8", "bf16-bf16": "BF16 / BF16"}
 """Trainer / engine."""
@@ -67,12 +67,19 @@ def mean(numbers: list[float]) -> float:
 
 def table(runs: dict[str, dict[int, list[Record]]]) -> str:
     """Markdown: a row a run, then one a precision with the intervals."""
-    lines = ["| trainer / engine | seed | " + " | ".join(FIGURES) + " | held-out accuracy |", "|---" * (len(FIGURES) + 3) + "|"]
+    lines = [
+        "| trainer / engine | seed | " + " | ".join(FIGURES) + " | held-out accuracy |",
+        "|---" * (len(FIGURES) + 3) + "|",
+    ]
     for name, seeds in runs.items():
         for seed, records in seeds.items():
             accuracy = [r["eval/accuracy"] for r in records if "eval/accuracy" in r]
             cells = [f"{mean(values(records, f)):.3g}" for f in FIGURES.values()]
-            lines.append(f"| {PRECISIONS[name]} | {seed} | " + " | ".join(cells) + f" | {accuracy[0]:.3f} -> {accuracy[-1]:.3f} |")
+            lines.append(
+                f"| {PRECISIONS[name]} | {seed} | "
+                + " | ".join(cells)
+                + f" | {accuracy[0]:.3f} -> {accuracy[-1]:.3f} |"
+            )
     for name, seeds in runs.items():
         cells = []
         for figure in FIGURES.values():
@@ -93,7 +100,13 @@ def draw(runs: dict[str, dict[int, list[Record]]], picture: Path, title: str) ->
         for name, seeds in runs.items():
             columns = list(zip(*(values(records, get) for records in seeds.values())))
             steps = [step for step, c in enumerate(columns) if not any(map(math.isnan, c))]
-            axis.plot(steps, [statistics.mean(columns[s]) for s in steps], color=COLOURS[name], label=PRECISIONS[name], linewidth=1.6)
+            axis.plot(
+                steps,
+                [statistics.mean(columns[s]) for s in steps],
+                color=COLOURS[name],
+                label=PRECISIONS[name],
+                linewidth=1.6,
+            )
             for records in seeds.values():
                 one = values(records, get)
                 axis.plot(steps, [one[s] for s in steps], color=COLOURS[name], linewidth=0.6, alpha=0.45)

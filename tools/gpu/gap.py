@@ -29,7 +29,6 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools" / "gpu")]
 os.environ.setdefault("SGLANG_JIT_DEEPGEMM_PRECOMPILE", "0")
 
 import torch  # noqa: E402
-
 from random_model import write_random_model  # noqa: E402
 from recipes import ENGINE as GPU_ENGINE  # noqa: E402
 
@@ -79,7 +78,7 @@ def export(t: Any, source: Path, folder: Path) -> None:
 
 
 def packed(pairs: list[tuple[list[int], list[int]]], t: Any, budget: int) -> list[Any]:
-    from fp8slurm.rl.data import SftExample
+    from fp8slurm.data.prompts import SftExample
     from fp8slurm.rl.packing import pack_sft
 
     examples = [SftExample(tuple(p), tuple(r)) for p, r in pairs]
@@ -89,7 +88,7 @@ def packed(pairs: list[tuple[list[int], list[int]]], t: Any, budget: int) -> lis
 def train(out: Path, model: str, steps: int) -> None:
     from fp8slurm.checkpoint import hf_to_fp8
     from fp8slurm.rl.loss import sft_loss
-    from fp8slurm.trainer.schedule import learning_rate
+    from fp8slurm.rl.schedule import learning_rate
 
     write_random_model(model, out / "random")
     t = trainer(out / "random", "off", "train")

@@ -25,8 +25,8 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
 from fp8slurm.config import parse  # noqa: E402
+from fp8slurm.data.prompts import SftExample  # noqa: E402
 from fp8slurm.models.qwen3 import ModelSpec  # noqa: E402
-from fp8slurm.rl.data import SftExample  # noqa: E402
 from fp8slurm.rl.loss import sft_loss  # noqa: E402
 from fp8slurm.rl.packing import pack_sft  # noqa: E402
 
@@ -37,7 +37,10 @@ LARGE = 1 << 20
 def origin(block: dict[str, Any]) -> str:
     """The innermost lines of this project, Megatron or TransformerEngine that allocated a block."""
     frames = [f for f in block.get("frames", []) if any(name in f["filename"] for name in OURS)]
-    return " < ".join(f"{Path(f['filename']).name}:{f['line']} {f['name']}" for f in frames[:3]) or "before the history began"
+    return (
+        " < ".join(f"{Path(f['filename']).name}:{f['line']} {f['name']}" for f in frames[:3])
+        or "before the history began"
+    )
 
 
 def whole() -> float:
@@ -49,7 +52,11 @@ def whole() -> float:
 def report(step: str, at_most: dict[str, float]) -> None:
     """Kept, in use, gaps by pool; live blocks by origin."""
     kept, used = torch.cuda.memory_reserved() / 1e9, torch.cuda.memory_allocated() / 1e9
-    most = "".join(f", {name[7:].replace('_', ' ')} {gb:.3f}" for name, gb in at_most.items() if name in ("memory/peak", "memory/reserved"))
+    most = "".join(
+        f", {name[7:].replace('_', ' ')} {gb:.3f}"
+        for name, gb in at_most.items()
+        if name in ("memory/peak", "memory/reserved")
+    )
     print(f"{step}: kept {kept:.3f} GB, in use {used:.3f}{most}; of the whole GPU {whole():.3f}", flush=True)
     gaps: Counter[str] = Counter()
     live: Counter[str] = Counter()

@@ -20,8 +20,9 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools" / "gpu")]
@@ -63,7 +64,7 @@ def trainer_of(model: Path, on: bool) -> Any:
 def batches_of(t: Any, tokens: int) -> list[Any]:
     import torch
 
-    from fp8slurm.rl.data import SftExample
+    from fp8slurm.data.prompts import SftExample
     from fp8slurm.rl.packing import pack_sft
 
     generator = torch.Generator().manual_seed(0)
@@ -92,9 +93,12 @@ def steps(t: Any, tokens: int, n: int, lr: float) -> dict[str, Any]:
         losses.append(result.loss / tokens)
         norms.append(result.grad_norm)
     return {
-        "losses": losses, "grad_norms": norms, "step_s": statistics.median(seconds[min(2, n - 1) :]),
-        "peak_gb": torch.cuda.max_memory_allocated() / 1e9, "held_gb": torch.cuda.memory_allocated() / 1e9,
-    }  # fmt: skip
+        "losses": losses,
+        "grad_norms": norms,
+        "step_s": statistics.median(seconds[min(2, n - 1) :]),
+        "peak_gb": torch.cuda.max_memory_allocated() / 1e9,
+        "held_gb": torch.cuda.memory_allocated() / 1e9,
+    }
 
 
 def digest(*tensors: Any) -> str:
@@ -115,7 +119,10 @@ def digests(t: Any) -> dict[str, list[str]]:
     for entry, p, _ in t.shards.parameters:
         if primary_fp8.is_primary(p):
             q = primary_fp8.codes_and_scales(p, entry.name)
-            out[entry.name] = [digest(q.data, q.scale_inv), digest(p._columnwise_data) if p._columnwise_data is not None else ""]
+            out[entry.name] = [
+                digest(q.data, q.scale_inv),
+                digest(p._columnwise_data) if p._columnwise_data is not None else "",
+            ]
         else:
             out[entry.name] = [digest(p), ""]
         out[entry.name].append(digest(masters.own[p][0]))
@@ -127,9 +134,7 @@ def names(t: Any) -> dict[str, Any]:
 
     weight = next(p for _, p, _ in t.shards.parameters if primary_fp8.is_primary(p))
     data = weight._rowwise_data.data_ptr()
-    inside = any(
-        b.param_data.data_ptr() <= data < b.param_data.data_ptr() + b.param_data.nbytes for b in t.ddp.buffers
-    )
+    inside = any(b.param_data.data_ptr() <= data < b.param_data.data_ptr() + b.param_data.nbytes for b in t.ddp.buffers)
     return {
         "fp8_parameters": len(t.primary_fp8), "first": t.primary_fp8[:8], "class": type(weight).__name__,
         "scale_shape": list(weight._rowwise_scale_inv.shape), "codes_shape": list(weight._rowwise_data.shape),
@@ -159,7 +164,9 @@ def primary_bytes(t: Any) -> dict[str, Any]:
             first = f"{entry.name}: {codes} codes, {scale} scales"
         other, scales, n = other + codes, scales + scale, n + q.data.numel()
         made = primary_fp8.codes_and_scales(p._get_quantizer()(whole))
-        te += int((made.data.view(torch.uint8) != q.data.view(torch.uint8)).sum()) + int((made.scale_inv != q.scale_inv).sum())
+        te += int((made.data.view(torch.uint8) != q.data.view(torch.uint8)).sum()) + int(
+            (made.scale_inv != q.scale_inv).sum()
+        )
         if p._columnwise_data is not None:
             transposed += int((p._columnwise_data != p._rowwise_data.t()).sum())
     return {
@@ -282,7 +289,10 @@ def child(args: argparse.Namespace) -> None:
             held["t"].load(keep)
         else:
             held["t"].load_hf(args.folder / "model")
-        return {"built_gb": torch.cuda.memory_allocated() / 1e9, "built_peak_gb": torch.cuda.max_memory_allocated() / 1e9}
+        return {
+            "built_gb": torch.cuda.memory_allocated() / 1e9,
+            "built_peak_gb": torch.cuda.max_memory_allocated() / 1e9,
+        }
 
     if not part("load checkpoint" if args.one == "resume" else "build and load_hf", build, **where):
         return
@@ -362,7 +372,10 @@ def main() -> None:
                     done = subprocess.run(again, capture_output=True, text=True, timeout=args.timeout, env=os.environ)
                     out, error, rc = done.stdout, done.stderr, done.returncode
                 except subprocess.TimeoutExpired as late:
-                    out, error, rc = *(x if isinstance(x, str) else (x or b"").decode() for x in (late.stdout, late.stderr)), -1
+                    out, error, rc = (
+                        *(x if isinstance(x, str) else (x or b"").decode() for x in (late.stdout, late.stderr)),
+                        -1,
+                    )
                 for line in out.splitlines():
                     if line.startswith("{"):
                         lines.append(json.loads(line))

@@ -32,7 +32,9 @@ def with_settings(config: RunConfig, sections: dict[str, dict[str, Any]]) -> Run
 def write_recipe(path: Path, base: str, graphs: list[int], **sections: dict[str, Any]) -> Path:
     """`base` on one GPU with one rank, not deterministic, as a file. graphs: batch sizes of the engine's CUDA graphs."""
     # graphs of the prefill are left out: SGLang takes 50 s to capture them
-    capture = ["--cuda-graph-bs", *map(str, graphs), "--disable-prefill-cuda-graph"] if graphs else ["--disable-cuda-graph"]
+    capture = (
+        ["--cuda-graph-bs", *map(str, graphs), "--disable-prefill-cuda-graph"] if graphs else ["--disable-cuda-graph"]
+    )
     own: dict[str, dict[str, Any]] = {
         "run": {"deterministic": False},
         "fp8": PRECISIONS["fp8-fp8"],

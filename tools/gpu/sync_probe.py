@@ -35,7 +35,6 @@ os.environ.setdefault("SGLANG_JIT_DEEPGEMM_PRECOMPILE", "0")
 os.environ.setdefault("PYTHONFAULTHANDLER", "1")  # the engine's stacks, when it is aborted
 
 import torch  # noqa: E402
-
 from random_model import write_random_model  # noqa: E402
 from recipes import ENGINE as GPU_ENGINE  # noqa: E402
 
@@ -129,7 +128,9 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="for the checkpoints (default: a temporary one)")
     parser.add_argument("--checkpoint", type=Path, help="an FP8 folder of the model that is there already")
     parser.add_argument("--logs", type=Path, help="keep the engine's log here")
-    parser.add_argument("--limit-s", type=float, default=600, help="then the stacks of both ends are shown, and it is over")
+    parser.add_argument(
+        "--limit-s", type=float, default=600, help="then the stacks of both ends are shown, and it is over"
+    )
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     device, ways = ("cpu", ["gloo"]) if args.cpu else ("cuda", args.ways)
@@ -147,13 +148,16 @@ def main() -> None:
             hf_to_fp8(folder / "bf16", checkpoint, verify=False)
             shutil.rmtree(folder / "bf16")
         extra = [] if args.cpu else [*GPU_ENGINE, "--disable-cuda-graph"]
-        section = EngineSection(max_running_requests=16, max_total_tokens=8192, context_length=1024, mem_fraction=0.4,
-                                extra_args=extra)  # fmt: skip
+        section = EngineSection(
+            max_running_requests=16, max_total_tokens=8192, context_length=1024, mem_fraction=0.4, extra_args=extra
+        )
         # NCCL wants a GPU for each end, where there are two; CUDA IPC the same one
         apart = "nccl" in ways and not args.cpu and torch.cuda.device_count() > 1
         gpus = None if args.cpu else (visible_gpus()[1 if apart else 0],)
         report["gpus"] = 2 if apart else 1
-        engine = Engine(checkpoint, args.logs or folder / "log", EngineSettings(section, cpu=args.cpu, cpu_threads=1, gpus=gpus))
+        engine = Engine(
+            checkpoint, args.logs or folder / "log", EngineSettings(section, cpu=args.cpu, cpu_threads=1, gpus=gpus)
+        )
         engine.start()
         threading.Thread(target=watch, args=(engine, args.limit_s), daemon=True).start()
         spec = ModelSpec.from_hf_dir(checkpoint)

@@ -37,9 +37,7 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 def transformer_engine(w: torch.Tensor, kind: str, power_of_two: bool) -> Pair:
     """TransformerEngine's codes (uint8 [N, K]) and scale_inv in our layout, on the GPU."""
     import transformer_engine_torch as tex
-    from transformer_engine.pytorch.tensor.float8_blockwise_tensor import (
-        Float8BlockQuantizer,
-    )
+    from transformer_engine.pytorch.tensor.float8_blockwise_tensor import Float8BlockQuantizer
 
     quantizer = Float8BlockQuantizer(
         fp8_dtype=tex.DType.kFloat8E4M3,
@@ -211,9 +209,7 @@ def bandwidth() -> dict:
 def transformer_engine_ms(sets: list) -> float:
     """TransformerEngine's own weight quantizer, row-wise codes only, into tensors that exist."""
     import transformer_engine_torch as tex
-    from transformer_engine.pytorch.tensor.float8_blockwise_tensor import (
-        Float8BlockQuantizer,
-    )
+    from transformer_engine.pytorch.tensor.float8_blockwise_tensor import Float8BlockQuantizer
 
     quantizer = Float8BlockQuantizer(
         fp8_dtype=tex.DType.kFloat8E4M3,

@@ -36,9 +36,10 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools" / "gpu")]
@@ -82,7 +83,14 @@ class Visit:
     def tiny(self, moe: bool = False) -> Path:
         folder = self.work / ("tiny-moe" if moe else "tiny")
         if not folder.exists():
-            make = [sys.executable, str(ROOT / "tools/make_tiny.py"), "--out", str(folder), "--data", str(self.work / "data")]
+            make = [
+                sys.executable,
+                str(ROOT / "tools/make_tiny.py"),
+                "--out",
+                str(folder),
+                "--data",
+                str(self.work / "data"),
+            ]
             subprocess.run([*make, *(["--moe"] if moe else [])], check=True, stdout=subprocess.DEVNULL)
         return folder
 
@@ -100,9 +108,11 @@ class Visit:
         """A run NAME of recipe `base`, changed by `sections`."""
         data = self.work / "data"
         own: dict[str, dict[str, Any]] = {
-            "run": {"name": name, "root": self.work / "runs"}, "model": {"hf_checkpoint": hf},
-            "data": {"train": data / "train.jsonl", "eval": data / "eval.jsonl"}, "observe": {"plot": False, "tensorboard": False},
-        }  # fmt: skip
+            "run": {"name": name, "root": self.work / "runs"},
+            "model": {"hf_checkpoint": hf},
+            "data": {"train": data / "train.jsonl", "eval": data / "eval.jsonl"},
+            "observe": {"plot": False, "tensorboard": False},
+        }
         merged = {key: own.get(key, {}) | sections.get(key, {}) for key in (*own, *sections)}
         recipe = write_recipe(self.work / "recipes" / f"{name}.toml", base, graphs, **merged)
         command = [sys.executable, "-m", "fp8slurm.cli", "train", "--recipe", str(recipe)]
@@ -147,10 +157,15 @@ def measures(v: Visit) -> None:
 def nccl(v: Visit) -> None:
     """The probe over NCCL between two GPUs: the tiny model, then the 4B."""
     model = write_model(v.work / "Qwen3-4B", "Qwen3-4B", v.tiny())
-    for name, large in (("tiny", ["--bucket-mib", "0.5"]), ("4b", ["--model", "Qwen3-4B", "--checkpoint", str(v.fp8(model)), "--updates", "7"])):
+    for name, large in (
+        ("tiny", ["--bucket-mib", "0.5"]),
+        ("4b", ["--model", "Qwen3-4B", "--checkpoint", str(v.fp8(model)), "--updates", "7"]),
+    ):
         command = ["env", "NCCL_DEBUG=INFO", sys.executable, "tools/gpu/sync_probe.py", "--folder", str(v.work), "--ways", "nccl", "--limit-s", "160",
                    "--logs", str(v.out / f"logs-{name}"), "--json", str(v.out / f"nccl-{name}.json")]  # fmt: skip
-        v.jobs.append(Job(f"nccl-{name}", [*command, *large], min(2, v.gpus), 0.1 if name == "tiny" else 0.4, limit_s=190))
+        v.jobs.append(
+            Job(f"nccl-{name}", [*command, *large], min(2, v.gpus), 0.1 if name == "tiny" else 0.4, limit_s=190)
+        )
 
 
 def models(v: Visit) -> None:
@@ -170,9 +185,7 @@ def memory(v: Visit) -> None:
         v.script(f"memory-{name}", n, 1.0, *command, *more)
 
 
-TINY = {
-    "engine": {"max_total_tokens": 32768, "mem_fraction": 0.5}, "checkpoint": {"every": 60}, "eval": {"every": 20},
-}  # fmt: skip
+TINY = {"engine": {"max_total_tokens": 32768, "mem_fraction": 0.5}, "checkpoint": {"every": 60}, "eval": {"every": 20}}
 
 
 def tiny(v: Visit) -> None:
@@ -241,9 +254,19 @@ def experts(v: Visit) -> None:
     }
     for name, sections in changes.items():
         for seed in range(4):
-            own = {"parallel": {"expert_parallel_size": 1}, "fp8": PRECISIONS["bf16-bf16"], **{k: s for k, s in TINY.items()}, **sections}
+            own = {
+                "parallel": {"expert_parallel_size": 1},
+                "fp8": PRECISIONS["bf16-bf16"],
+                **{k: s for k, s in TINY.items()},
+                **sections,
+            }
             own["rollout"] = {"routing_replay": False, **own.get("rollout", {})}
-            own |= {"run": {"steps": 100, "seed": seed}, "eval": {"every": 10}, "checkpoint": {"every": 200}, "engine": TINY["engine"]}
+            own |= {
+                "run": {"steps": 100, "seed": seed},
+                "eval": {"every": 10},
+                "checkpoint": {"every": 200},
+                "engine": TINY["engine"],
+            }
             v.train(f"moe-{name}-{seed}", "tiny-moe-fp8", [64, 256, 512], model, share=0.03, sft=sft, **own)
 
 
@@ -256,7 +279,9 @@ def four_b(v: Visit, precision: str = "fp8-fp8", split: bool = False, name: str 
     total = gpus or v.gpus
     n = total // 2 if split else total
     settings: dict[str, dict[str, Any]] = {
-        "run": {"steps": 4}, "fp8": PRECISIONS[precision], "model": {"rollout_checkpoint": v.fp8(model) if "fp8" in precision else None},
+        "run": {"steps": 4},
+        "fp8": PRECISIONS[precision],
+        "model": {"rollout_checkpoint": v.fp8(model) if "fp8" in precision else None},
         "data": {"train": v.work / "data" / "train.jsonl", "eval": None, "max_prompt_tokens": 64},
         "rollout": {"max_tokens": 512, "truncated": "keep", "max_replacements": 0, "drop_no_signal": False},
         "reward": {"kind": "coin:even"},
@@ -266,9 +291,14 @@ def four_b(v: Visit, precision: str = "fp8-fp8", split: bool = False, name: str 
         "slurm": {"gpus_per_node": total, "ranks_per_node": n},
         "parallel": {"tensor_parallel_size": min(2, n), "sequence_parallel": n > 1},
         "sync": {"verify": "first"},
-    }  # fmt: skip
+    }
     if split:
-        settings["engine"] |= {"placement": "split", "gpus": total - n, "max_running_requests": 128, "mem_fraction": 0.6}
+        settings["engine"] |= {
+            "placement": "split",
+            "gpus": total - n,
+            "max_running_requests": 128,
+            "mem_fraction": 0.6,
+        }
         if n == 1:  # 16 bytes a parameter do not fit beside gradients
             settings["optim"]["moments"] = "bfloat16"
     settings = {key: settings.get(key, {}) | more.get(key, {}) for key in (*settings, *more)}
@@ -329,7 +359,9 @@ def run_all(v: Visit, deadline: float) -> None:
                 free[i] -= job.share
             log = open(v.out / f"{job.name}.log", "w")
             own = environment | {"CUDA_VISIBLE_DEVICES": ",".join(map(str, job.on))}
-            job.process = subprocess.Popen(job.command, cwd=ROOT, env=own, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+            job.process = subprocess.Popen(
+                job.command, cwd=ROOT, env=own, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
             running.append(job)
         for job in list(running):
             assert job.process is not None
@@ -374,7 +406,9 @@ def records_of(job: Job) -> list[dict[str, Any]]:
     """What a run has recorded so far, whole lines only."""
     if job.run is None or not (job.run / "metrics.jsonl").exists():
         return []
-    return [json.loads(line) for line in (job.run / "metrics.jsonl").read_text().splitlines(True) if line.endswith("\n")]
+    return [
+        json.loads(line) for line in (job.run / "metrics.jsonl").read_text().splitlines(True) if line.endswith("\n")
+    ]
 
 
 def rl_steps(job: Job) -> list[int]:
@@ -419,7 +453,10 @@ def collect(v: Visit) -> None:
             elif path.suffix in (".err", ".log", ".txt") and path.is_file():
                 (target / path.relative_to(job.run)).parent.mkdir(parents=True, exist_ok=True)
                 (target / path.relative_to(job.run)).write_bytes(path.read_bytes()[-60000:])
-    rows = [{"name": j.name, "status": j.status, "seconds": round(j.seconds, 1), "gpus": j.on, "began": j.began} for j in v.jobs]
+    rows = [
+        {"name": j.name, "status": j.status, "seconds": round(j.seconds, 1), "gpus": j.on, "began": j.began}
+        for j in v.jobs
+    ]
     (v.out / "results.json").write_text(json.dumps(rows, indent=1))
 
 

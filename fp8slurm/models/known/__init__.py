@@ -39,7 +39,11 @@ def find_spec(checkpoint: Path | None) -> tuple[ModelSpec, str]:
         return known_model(checkpoint.name), (
             f"the published shape of {checkpoint.name}, by the folder's name: {checkpoint}/config.json is not there"
         )
-    made = f"; make {checkpoint.name}-data writes the one of the recipes" if checkpoint.name in ("tiny", "tiny-moe") else ""
+    made = (
+        f"; make {checkpoint.name}-data writes the one of the recipes"
+        if checkpoint.name in ("tiny", "tiny-moe")
+        else ""
+    )
     raise ValueError(
         f"{flag} {checkpoint}: there is no config.json, and the folder is not named after a known model "
         f"({', '.join(known_models())}){made}"

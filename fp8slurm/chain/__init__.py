@@ -1,0 +1,1 @@
+"""Convert, train, export and evaluate as one chain of Slurm jobs. Runs on a login node."""

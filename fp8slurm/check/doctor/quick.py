@@ -1,0 +1,50 @@
+"""The checks that take no time: what `train` and `submit` look at before anything is queued."""
+
+from __future__ import annotations
+
+from fp8slurm.check.doctor.files import check_folder
+from fp8slurm.check.doctor.finding import Finding
+from fp8slurm.check.doctor.gpu import check_gpus
+from fp8slurm.check.doctor.machine import check_machine
+from fp8slurm.check.doctor.network import check_ports
+from fp8slurm.check.doctor.versions import check_versions
+from fp8slurm.config import RunConfig
+
+ESSENTIAL = ("torch", "megatron-core", "sglang", "transformers")
+"""First words of findings about packages without which nothing can run."""
+
+
+def local(configs: list[RunConfig], here: bool, plans: bool) -> list[Finding]:
+    """Everything about this machine apart from the network. here: the tasks would run here; plans: as check_machine."""
+    found = [*check_versions(configs)]
+    if here:
+        found += [*check_gpus(configs, here), *check_machine(configs, plans)]
+    for root in dict.fromkeys(c.run.root for c in configs):
+        found += check_folder(root)
+    return found
+
+
+def quick(config: RunConfig) -> list[str]:
+    """Warnings about this machine and the folder of the runs, in a second or so; torch is not imported.
+
+    Another version than the set's is a warning here: whoever tries one wants to know, not to be stopped.
+
+    Raises:
+        ValueError: the run cannot work here, with what to do about it.
+    """
+    here = config.slurm.executor != "slurm"
+    found = local([config], here, plans=False)
+    if here:
+        found += check_ports("127.0.0.1")
+    lines = {f: f"{f.text}{f'; {f.mend}' if f.mend else ''}" for f in found if f.level != "ok"}
+    fatal = [line for f, line in lines.items() if f.level == "error" and _stops(f)]
+    if fatal:
+        raise ValueError("\n".join(fatal) + "\n(fp8slurm doctor looks at everything)")
+    expected = "no GPU is visible"  # a recipe that needs one has been refused above
+    return [line for f, line in lines.items() if not f.text.startswith(expected)]
+
+
+def _stops(finding: Finding) -> bool:
+    if finding.check != "packages":
+        return True
+    return "is not installed" in finding.text and finding.text.split()[0] in ESSENTIAL

@@ -1,0 +1,457 @@
+"""Everything that can be found wrong before a job is queued."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fp8slurm.config import RunConfig
+from fp8slurm.config.derived import transport_of
+from fp8slurm.config.placement import place
+from fp8slurm.fp8.environment import set_fp32_scales
+from fp8slurm.models.engine_layout import check_engine_layout
+from fp8slurm.models.known import find_spec
+from fp8slurm.models.qwen3 import ModelSpec, check_layout
+from fp8slurm.run.directory import RunDirectory
+from fp8slurm.slurm.attempt import check_configuration
+
+SLURM_COUNTS_MIN = (2**31 - 1) // 60
+"""Slurm keeps a time limit in seconds of 31 bits, and takes a longer one for another."""
+START_S = 180
+"""Start, a step and a save should have so long before the notice, which Slurm may send 60 s early."""
+ROWS_CHECKED = 20_000
+"""Rows of each data file that are read before a job is queued; the job itself reads all of them."""
+
+
+def preflight(config: RunConfig, dry_run: bool = False) -> list[str]:
+    """Check a configuration against files and installed packages; returns warnings.
+
+    `dry_run`: nothing will be started, so what a start would be refused for (a checkpoint, a data file or a package that
+    is not here, a feature that is not there yet) is among the warnings; a layout that cannot be still is an error.
+
+    Raises:
+        ValueError: names the key, the value, what is allowed and the flag.
+    """
+    set_fp32_scales()
+    refusals: list[str] = []
+
+    def check(what: Callable[..., None], *arguments: Any) -> None:
+        try:
+            what(*arguments)
+        except ValueError as error:
+            if not dry_run:
+                raise
+            refusals.append(f"a start would be refused here: {error}")
+
+    check(_model, config)
+    check(_fp8, config)
+    spec, _ = find_spec(config.model.hf_checkpoint)
+    _sync(config)
+    _parallel(config, spec)
+    _lengths(config, spec)
+    _stop_tokens(config, spec)
+    _algorithm(config)
+    check(_experts, config, spec)
+    check(_gpus, config)
+    paths = len(refusals)
+    for path, flag, what in _data_files(config):
+        check(_folder, path, flag, what)
+    if len(refusals) == paths and (config.model.hf_checkpoint or Path()).is_dir():
+        check(_data, config)
+    if dry_run:  # a start looks itself, under the run's lock
+        check(check_configuration, config, RunDirectory(config.run.root / config.run.name))
+    return refusals + _warnings(config) + _room(config, spec)
+
+
+def _folder(path: Path | None, flag: str, what: str) -> Path:
+    if path is None:
+        raise ValueError(f"{flag} is not set: give the {what}, or a --recipe that does")
+    if not path.exists():
+        raise ValueError(f"{flag} {path}: there is no such path; give the {what}")
+    return path
+
+
+def _spec(folder: Path, flag: str) -> ModelSpec:
+    try:
+        return ModelSpec.from_hf_dir(folder)
+    except FileNotFoundError:
+        raise ValueError(f"{flag} {folder}: there is no config.json in it; give a Hugging Face folder") from None
+
+
+def _model(config: RunConfig) -> None:
+    folder = _folder(config.model.hf_checkpoint, "--model.hf-checkpoint", "folder of a Hugging Face checkpoint")
+    spec = _spec(folder, "--model.hf-checkpoint")
+    if spec.quantization is not None:
+        raise ValueError(
+            f"--model.hf-checkpoint {folder} is quantized: the trainer starts from BF16 or FP32 weights "
+            f"(fp8slurm convert fp8-to-hf makes them); an FP8 checkpoint for the engine goes to --model.rollout-checkpoint"
+        )
+    if config.model.rollout_checkpoint is not None:
+        rollout = _folder(config.model.rollout_checkpoint, "--model.rollout-checkpoint", "folder that the engine loads")
+        from fp8slurm.models.precision import engine_in_fp8
+
+        _spec(rollout, "--model.rollout-checkpoint")  # refuses block sizes and scale formats that we cannot make
+        from fp8slurm.sync.check import check_rollout_checkpoint
+
+        check_rollout_checkpoint(rollout, spec)
+        there, asked = engine_in_fp8(config), config.fp8.engine
+        if asked != "auto" and there != (asked == "fp8"):
+            raise ValueError(
+                f"--fp8.engine {asked} with --model.rollout-checkpoint {rollout}, which is in {'FP8' if there else 'BF16'}; allowed: "
+                f"leave --fp8.engine out, or give another folder"
+            )
+
+
+def _fp8(config: RunConfig) -> None:
+    from fp8slurm.models.precision import engine_in_fp8
+    from fp8slurm.trainer.start import check_optimizer
+
+    fp8 = config.fp8
+    check_optimizer(config, fp8.backend == "transformer_engine")
+    if fp8.param_gather and not engine_in_fp8(config):
+        raise ValueError(
+            "--fp8.param-gather with an engine in BF16: weight updates send the FP8 weights as they are; allowed: --fp8.engine "
+            "fp8 (or an FP8 --model.rollout-checkpoint), or --fp8.no-param-gather"
+        )
+    # A job in a container has packages of its own: there every rank looks for itself when it starts (trainer/start.py).
+    here = config.slurm.executor != "slurm" or config.slurm.container_image is None
+    if fp8.backend == "transformer_engine" and here and importlib.util.find_spec("transformer_engine") is None:
+        raise ValueError(
+            "--fp8.backend transformer_engine: TransformerEngine is not installed, and without it Megatron would ignore FP8 silently; "
+            "install it (requirements/gpu.txt), or ask for --fp8.backend emulated (CPU) or --fp8.backend off (no FP8)"
+        )
+
+
+def _sync(config: RunConfig) -> None:
+    """How the weights travel, and whether engines sleep, against the GPUs."""
+    way, gpus = config.sync.transport, config.slurm.gpus_per_node
+    if way == "cuda-ipc" and not gpus:
+        raise ValueError(
+            "--sync.transport cuda-ipc needs GPUs (--slurm.gpus-per-node); allowed: auto, gloo, shared-memory"
+        )
+    if way in ("shared-memory", "gloo-direct") and gpus:
+        raise ValueError(f"--sync.transport {way} is for machines without GPUs; allowed: auto, cuda-ipc, nccl, gloo")
+    split = config.engine.placement == "split"
+    if way == "cuda-ipc" and split:
+        raise ValueError(
+            "--sync.transport cuda-ipc with --engine.placement split: no engine shares a GPU with a training rank; allowed: "
+            "auto, nccl, gloo"
+        )
+    if way == "nccl" and not split:
+        raise ValueError(
+            "--sync.transport nccl with --engine.placement shared: NCCL does not join two processes on one GPU; allowed: auto, "
+            "cuda-ipc, gloo, or --engine.placement split"
+        )
+    if config.sync.keep_last_update and transport_of(config) != "gloo":
+        raise ValueError(
+            f"--sync.keep-last-update with --sync.transport {way}: the weights do not pass through the host, so there is "
+            f"nothing to keep; allowed: leave it out, or --sync.transport gloo"
+        )
+    if config.engine.sleep and not (gpus and config.engine.placement == "shared"):
+        raise ValueError("--engine.sleep: only engines that share GPUs with the trainer sleep; leave it out")
+
+
+def _parallel(config: RunConfig, spec: ModelSpec) -> None:
+    if config.slurm.nodes > 1 and config.slurm.executor != "slurm":
+        raise ValueError(
+            f"--slurm.nodes {config.slurm.nodes} with --slurm.executor {config.slurm.executor}: one machine is one node; allowed: 1"
+        )
+    _limits(config)
+    check_layout(spec, config.parallel, config.fp8.backend != "off", place(config).world_size)
+    check_engine_layout(config, spec)
+
+
+def _limits(config: RunConfig) -> None:
+    """The job's time limit and the notice before it."""
+    from fp8slurm.scheduler.job import minutes
+
+    s = config.slurm
+    try:
+        limit = minutes(s.time)
+    except ValueError as error:
+        raise ValueError(f"--slurm.time {error}") from None
+    if limit > SLURM_COUNTS_MIN:
+        raise ValueError(
+            f"--slurm.time {s.time}: Slurm counts up to {SLURM_COUNTS_MIN} minutes; give the time that the run may take"
+        )
+    run = str((config.run.root / config.run.name).resolve())
+    if s.executor == "slurm" and "%" in run:
+        raise ValueError(
+            f"--run.root {config.run.root} with --run.name {config.run.name}: {run} has a % in it, which Slurm replaces in the paths "
+            f"of logs; choose others"
+        )
+    if s.executor == "slurm" and s.signal_delay_s >= 60 * limit:
+        raise ValueError(
+            f"--slurm.signal-delay-s {s.signal_delay_s}: the notice would come before the job starts; it must be less than "
+            f"--slurm.time {s.time} ({60 * limit} s)"
+        )
+    if s.gpu_type and not s.gpus_per_node:
+        raise ValueError(f"--slurm.gpu-type {s.gpu_type} without GPUs: set --slurm.gpus-per-node, or leave it out")
+    own = {
+        "partition",
+        "account",
+        "qos",
+        "reservation",
+        "constraint",
+        "exclude",
+        "time",
+        "nodes",
+        "signal",
+        "requeue",
+        "no-requeue",
+    }
+    for key in s.sbatch:
+        if key == "array":
+            raise ValueError(
+                f"--slurm.sbatch array {s.sbatch[key]}: a run is one job; leave it out here, and submit every run by itself"
+            )
+        if key == "chdir":
+            raise ValueError(
+                f"--slurm.sbatch chdir {s.sbatch[key]}: relative paths of the settings would not be those that were checked; leave it "
+                f"out, and submit from the folder that they count from"
+            )
+        if key.replace("_", "-") in own | {
+            "ntasks-per-node",
+            "cpus-per-task",
+            "gpus-per-node",
+            "mem",
+            "output",
+            "error",
+            "job-name",
+        }:
+            raise ValueError(
+                f"--slurm.sbatch {key}: it has a setting of its own, or follows from others; leave it out here"
+            )
+
+
+def _lengths(config: RunConfig, spec: ModelSpec) -> None:
+    """The longest prompt and the longest response must fit the engine's context."""
+    e, flag = config.engine, "--engine.context-length"
+    if e.context_length is not None and e.context_length > spec.max_position_embeddings:
+        raise ValueError(
+            f"{flag} {e.context_length}: the model has {spec.max_position_embeddings} positions; allowed: up to that"
+        )
+    room = e.context_length or spec.max_position_embeddings
+    whose = f"{flag} {room}" if e.context_length else f"the model's {room} positions"
+    prompt = config.data.max_prompt_tokens
+    for key, response in (("rollout", config.rollout.max_tokens), ("eval", config.eval.max_tokens)):
+        if response is not None and prompt + response > room:
+            raise ValueError(
+                f"--data.max-prompt-tokens {prompt} + --{key}.max-tokens {response} = {prompt + response} do not fit "
+                f"{whose}; lower one of the two{' or raise the context' if e.context_length else ''}"
+            )
+
+
+def _stop_tokens(config: RunConfig, spec: ModelSpec) -> None:
+    """A number that the model has no token for would never stop a sample."""
+    wrong = [i for i in config.rollout.stop_token_ids if not 0 <= i < spec.vocab_size]
+    if wrong:
+        raise ValueError(
+            f"--rollout.stop-token-ids {' '.join(map(str, wrong))}: the model has {spec.vocab_size} tokens; allowed: 0 to "
+            f"{spec.vocab_size - 1}"
+        )
+
+
+def _gpus(config: RunConfig) -> None:
+    """A run on this machine needs its GPUs here; under Slurm the nodes have them."""
+    wanted = config.slurm.gpus_per_node
+    if not wanted or config.slurm.executor == "slurm":
+        return
+    import torch
+
+    if torch.cuda.device_count() < wanted:
+        raise ValueError(
+            f"--slurm.gpus-per-node {wanted} with --slurm.executor {config.slurm.executor}: this machine has "
+            f"{torch.cuda.device_count()} GPUs; start it where they are, or as a Slurm job (--slurm.executor slurm)"
+        )
+
+
+def _experts(config: RunConfig, spec: ModelSpec) -> None:
+    """Settings of mixtures of experts, against the model and the packages."""
+    from fp8slurm.trainer.start import check_dispatcher
+
+    replay = config.rollout.routing_replay
+    if not spec.is_moe:
+        changed = {
+            f"--moe.aux-loss-coef {config.moe.aux_loss_coef:g}": config.moe.aux_loss_coef,
+            f"--moe.dispatcher {config.moe.dispatcher}": config.moe.dispatcher != "alltoall",
+            "--rollout.routing-replay": replay,
+        }
+        for flag in (f for f, is_changed in changed.items() if is_changed):
+            raise ValueError(f"{flag}: the model has no experts; leave it out")
+        return
+    if config.slurm.executor == "slurm" and config.slurm.container_image is not None:
+        return  # the container has packages of its own: the ranks and the engine look for themselves
+    check_dispatcher(config.moe.dispatcher, config.fp8.backend != "emulated", _installed("deep_ep", "."))
+    if replay and not _installed("sglang", "srt/state_capturer/routed_experts.py"):
+        raise ValueError(
+            "--rollout.routing-replay: the installed SGLang does not return the experts of its tokens; install the one "
+            "of requirements/, or leave it off (--rollout.no-routing-replay)"
+        )
+
+
+def _installed(package: str, file: str) -> bool:
+    """Whether a package is there, with this file in it; nothing is imported."""
+    spec = importlib.util.find_spec(package)
+    return spec is not None and any((Path(p) / file).exists() for p in spec.submodule_search_locations or ())
+
+
+def _algorithm(config: RunConfig) -> None:
+    from fp8slurm.rl.loss import make_policy_loss
+
+    make_policy_loss(config.algorithm)  # refuses what it cannot do
+    if config.run.steps and config.rollout.n_samples < 2:
+        raise ValueError(
+            "--rollout.n-samples 1: advantages are relative to the group, and one sample has none; allowed: 2 or more"
+        )
+    if config.run.steps and config.rollout.temperature == 0:
+        raise ValueError(
+            "--rollout.temperature 0: greedy samples of a prompt are all the same; allowed: above 0 (evaluation has its own)"
+        )
+    o, groups = config.optim, config.rollout.prompts_per_step
+    if o.schedule != "constant" and o.min_lr > o.lr:
+        raise ValueError(
+            f"--optim.min-lr {o.min_lr:g} with --optim.lr {o.lr:g}: the rate would rise; allowed: at most --optim.lr"
+        )
+    if config.run.steps and config.train.updates_per_step > groups:
+        raise ValueError(
+            f"--train.updates-per-step {config.train.updates_per_step} with --rollout.prompts-per-step {groups}: an update takes whole "
+            f"groups; allowed: at most one update a group"
+        )
+    if config.sft.data is not None and not config.sft.max_steps:
+        raise ValueError(
+            "--sft.data without --sft.max-steps: the supervised phase would have 0 steps; set both or neither"
+        )
+
+
+def _data_files(config: RunConfig) -> list[tuple[Path | None, str, str]]:
+    """(path, flag, what it is) of every data file that the run reads."""
+    files: list[tuple[Path | None, str, str]] = []
+    if config.run.steps:
+        files.append((config.data.train, "--data.train", "JSONL or parquet file with the training prompts"))
+    if config.data.eval is not None:
+        files.append((config.data.eval, "--data.eval", "JSONL or parquet file with the held-out prompts"))
+    if config.sft.data is not None:
+        files.append((config.sft.data, "--sft.data", "JSONL or parquet file with prompts and responses"))
+    return files
+
+
+def _data(config: RunConfig) -> None:
+    """The rows of the data files, which are there."""
+    from fp8slurm.data.prompts import load_prompts, load_sft, load_tokenizer
+    from fp8slurm.rewards.pool import RewardPool
+
+    assert config.model.hf_checkpoint is not None
+    tokenizer = load_tokenizer(config.model.hf_checkpoint)
+    if config.run.steps:
+        assert config.data.train is not None
+        load_prompts(config.data, tokenizer, config.data.train, limit=ROWS_CHECKED)
+        RewardPool(config.reward, workers=1).close()
+    if config.data.eval is not None:
+        load_prompts(config.data, tokenizer, config.data.eval, limit=ROWS_CHECKED)
+    _eval_tasks(config, tokenizer)
+    if config.sft.data is not None:
+        load_sft(config.data, config.sft, tokenizer, config.sft.data, limit=ROWS_CHECKED)
+        if config.sft.eval_every and config.data.eval is None:
+            raise ValueError(
+                f"--sft.eval-every {config.sft.eval_every} needs --data.eval: there is nothing to evaluate on"
+            )
+    if not config.run.steps and config.sft.data is None:
+        raise ValueError("--run.steps 0 without --sft.data: there is nothing to do")
+
+
+def _eval_tasks(config: RunConfig, tokenizer: Any) -> None:
+    from fp8slurm.eval.questions import load_questions
+    from fp8slurm.eval.tasks import grader_section, run_tasks
+    from fp8slurm.rewards.pool import RewardPool
+
+    if config.eval.n_samples > 1 and config.eval.temperature == 0:
+        raise ValueError(
+            f"--eval.n-samples {config.eval.n_samples} with --eval.temperature 0: greedy samples of a question are all the "
+            f"same; set a temperature, or --eval.n-samples 1"
+        )
+    for task in run_tasks(config) if config.eval.tasks else []:
+        load_questions(task, tokenizer, config.data, rows=ROWS_CHECKED)
+        RewardPool(grader_section(task, config.reward), workers=1).close()
+
+
+def _room(config: RunConfig, spec: ModelSpec) -> list[str]:
+    """Whether run.root has room for the checkpoints that are kept, and for the one that is being written."""
+    from fp8slurm.models.names import NameTable
+    from fp8slurm.plan.memory import checkpoint_bytes
+
+    root = config.run.root.absolute()
+    there = next((p for p in (root, *root.parents) if p.exists()), None)
+    one, n = checkpoint_bytes(config, NameTable(spec)), config.checkpoint.keep_last + 1
+    free = shutil.disk_usage(there).free if there is not None else math.inf
+    if free >= n * one:
+        return []
+    return [
+        f"run.root {config.run.root} has {free / 1e9:.1f} GB free; checkpoint.keep_last + 1 checkpoints of {one / 1e9:.1f} GB need "
+        f"{n * one / 1e9:.1f} GB"
+    ]
+
+
+def _idle_settings(config: RunConfig) -> list[str]:
+    """Settings that do nothing beside the others."""
+    o, r, c, steps = config.optim, config.rollout, config.checkpoint, config.run.steps
+    said = {
+        f"sft.max_steps {config.sft.max_steps} without sft.data: there is no supervised phase": (
+            config.sft.data is None and config.sft.max_steps
+        ),
+        f"optim.min_lr {o.min_lr:g} with optim.schedule constant: nothing decays": o.schedule == "constant"
+        and o.min_lr,
+        f"optim.warmup_steps {o.warmup_steps} of run.steps {steps}: the warm-up does not end, optim.lr is never reached": (
+            steps and o.warmup_steps >= steps
+        ),
+        f"rollout.max_replacements {r.max_replacements} without rollout.drop_no_signal: nothing is dropped, so nothing is replaced": (
+            r.max_replacements and not r.drop_no_signal
+        ),
+        f"checkpoint.keep_every {c.keep_every} with checkpoint.every {c.every}: only checkpoints at multiples of "
+        f"{math.lcm(c.every, c.keep_every or 1)} are kept for good": c.keep_every % c.every,
+    }
+    return [text for text, applies in said.items() if applies]
+
+
+def _time_to_work(config: RunConfig) -> list[str]:
+    """What is left of a job before its notice."""
+    from fp8slurm.scheduler.job import minutes
+
+    s = config.slurm
+    left = 60 * minutes(s.time) - s.signal_delay_s
+    if s.executor != "slurm" or left >= START_S:
+        return []
+    return [
+        f"slurm.time {s.time} with slurm.signal_delay_s {s.signal_delay_s}: the notice comes {left} s after the start, or up to 60 s "
+        f"earlier; a start, a step and a save must fit in before"
+    ]
+
+
+def _warnings(config: RunConfig) -> list[str]:
+    warnings = _idle_settings(config) + _time_to_work(config)
+    s = config.sft
+    node_samples = -(-config.rollout.prompts_per_step // config.slurm.nodes) * config.rollout.n_samples
+    samples = -(-node_samples // config.engine.per_node)
+    if config.run.deterministic and samples > config.engine.max_running_requests:
+        warnings.append(
+            f"run.deterministic: {samples} samples a step for an engine are more than engine.max_running_requests "
+            f"{config.engine.max_running_requests}; the batch is split, and its composition is not fixed"
+        )
+    if s.data is not None and s.stop_accuracy < 1 and not s.eval_every:
+        warnings.append(
+            f"sft.stop_accuracy {s.stop_accuracy:g} without sft.eval_every: nothing is evaluated, so the supervised phase "
+            f"takes all of sft.max_steps"
+        )
+    if config.rollout.top_p < 1 or config.rollout.top_k > 0:
+        warnings.append(
+            "rollout.top_p or rollout.top_k cut the sampling distribution: log-probabilities of engine and trainer then differ by construction"
+        )
+    if config.run.deterministic and config.slurm.nodes > 1:
+        warnings.append(
+            "run.deterministic over several nodes fixes the deal of prompts to nodes: the slowest node sets the pace"
+        )
+    return warnings

@@ -1,0 +1,303 @@
+"""Megatron's torch_dist format, read with torch alone: no model, no process group, no code from the file.
+
+A folder holds `.metadata` (a pickle: which chunk of which tensor lies where) and `.distcp` files, each a row of
+torch.save archives. A chunk's numbers lie in its archive uncompressed, so that any rows of them can be read alone.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import math
+import os
+import pickle
+import threading
+import zipfile
+from collections import defaultdict
+from dataclasses import dataclass, is_dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+from fp8slurm.checkpoint.formats.sources import Files, as_bytes, scratch
+from fp8slurm.core.errors import BadCheckpoint
+
+_HARMLESS = {
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+    ("collections", "OrderedDict"),
+    ("pathlib", "PosixPath"),
+    ("pathlib", "PurePosixPath"),
+}
+
+_STORAGES = {
+    "BFloat16Storage": torch.bfloat16,
+    "HalfStorage": torch.float16,
+    "FloatStorage": torch.float32,
+    "DoubleStorage": torch.float64,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ByteStorage": torch.uint8,
+}
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Knows torch's own checkpoint records and dtypes; anything of Megatron's becomes an empty record."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _HARMLESS:
+            return super().find_class(module, name)
+        # records only, and none through a dotted name: "filesystem", "os.system" would be found otherwise
+        if module.startswith("torch.distributed.checkpoint.") and "." not in name:
+            found = super().find_class(module, name)
+            if isinstance(found, type) and (is_dataclass(found) or issubclass(found, Enum)):
+                return found
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        if module.startswith("megatron."):
+            return type(name, (), {"__init__": lambda self, *a, **k: None})
+        raise BadCheckpoint(f"refers to {module}.{name}, which has no place there")
+
+
+class _ArchiveUnpickler(pickle.Unpickler):
+    """Reads how a saved tensor lies in its storage, without making it."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return lambda storage, offset, size, stride, *rest: (storage, offset, tuple(size), tuple(stride))
+        if (module, name) == ("collections", "OrderedDict"):
+            return dict
+        if module == "torch" and name.endswith("Storage"):
+            return name
+        raise BadCheckpoint(f"refers to {module}.{name}, which has no place there")
+
+    def persistent_load(self, pid: Any) -> Any:
+        return pid
+
+
+class _Window(io.RawIOBase):
+    """Bytes [offset, offset + length) of a file as a file of its own."""
+
+    def __init__(self, files: Files, path: Path, offset: int, length: int) -> None:
+        self._files, self._path, self._offset, self._length, self._at = files, path, offset, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._length}[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        count = max(0, min(len(buffer), self._length - self._at))
+        self._files.read_into(self._path, self._offset + self._at, memoryview(buffer)[:count])
+        self._at += count
+        return count
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A box of a tensor, and the archive that holds it."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    path: Path
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True)
+class SavedTensor:
+    """A tensor of the checkpoint: its key, dtype, global shape, and chunks."""
+
+    key: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    chunks: tuple[Chunk, ...]
+
+
+def checkpoint_folder(path: str | Path) -> Path:
+    """The folder with .metadata: `path` itself, or the newest iteration in it (Megatron-LM's layout)."""
+    path = Path(path)
+    if (path / ".metadata").is_file():
+        return path
+    latest = path / "latest_checkpointed_iteration.txt"
+    if latest.is_file():
+        word = latest.read_text().strip()
+        inner = path / (f"iter_{int(word):07d}" if word.isdigit() else word)
+        if (inner / ".metadata").is_file():
+            return inner
+    raise BadCheckpoint(f"{path}: no torch_dist checkpoint (no .metadata in it)")
+
+
+def _sizes(values: Any) -> tuple[int, ...]:
+    values = tuple(values)
+    if not all(isinstance(v, int) and 0 <= v < 2**62 for v in values):
+        raise BadCheckpoint(f"{values} are no sizes")
+    return values
+
+
+class TorchDistReader:
+    """The tensors of a torch_dist folder; any rows of them."""
+
+    def __init__(self, path: str | Path) -> None:
+        """Raises BadCheckpoint for a folder that is none, whose files are missing or cut short, or whose pickles
+        refer to anything but tensors."""
+        self.path = checkpoint_folder(path)
+        self._files = Files()
+        self._starts: dict[tuple[Path, int], int] = {}
+        self._by_index: dict[tuple[str, int], dict[tuple[int, ...], list[Chunk]]] = {}
+        self._lock = threading.Lock()
+        self.tensors = self._read_metadata()
+
+    def _read_metadata(self) -> dict[str, SavedTensor]:
+        where = self.path / ".metadata"
+        try:
+            with where.open("rb") as file:
+                metadata = _MetadataUnpickler(file).load()
+            if not isinstance(metadata, Metadata):
+                raise BadCheckpoint("not a checkpoint's metadata")
+            return self._saved_tensors(metadata)
+        except BadCheckpoint as error:
+            raise BadCheckpoint(f"{where}: {error}") from None
+        except Exception as error:  # a damaged pickle raises anything, and gives records of any types
+            raise BadCheckpoint(f"{where}: not readable: {type(error).__name__}: {str(error)[:200]}") from None
+
+    def _saved_tensors(self, metadata: Metadata) -> dict[str, SavedTensor]:
+        places: dict[tuple[str, tuple[int, ...]], Any] = {
+            (index.fqn, tuple(index.offset)): info
+            for index, info in metadata.storage_data.items()
+            if index.offset is not None
+        }
+        sizes = {p.name: p.stat().st_size for p in self.path.glob("*.distcp")}
+        tensors = {}
+        for key, entry in metadata.state_dict_metadata.items():
+            if not isinstance(entry, TensorStorageMetadata):
+                continue
+            if not isinstance(key, str) or not isinstance(entry.properties.dtype, torch.dtype):
+                raise BadCheckpoint(f"{key!r} has no dtype")
+            shape, chunks = _sizes(entry.size), []
+            for chunk in entry.chunks:
+                offsets, lengths = _sizes(chunk.offsets), _sizes(chunk.sizes)
+                if len(offsets) != len(shape) or any(
+                    o + n > s for o, n, s in zip(offsets, lengths, shape, strict=True)
+                ):
+                    raise BadCheckpoint(
+                        f"a chunk of {key} {list(shape)} lies outside: {list(offsets)}, {list(lengths)}"
+                    )
+                info = places.get((key, offsets))
+                if info is None:
+                    raise BadCheckpoint(f"a chunk of {key} at {list(offsets)} lies nowhere")
+                if info.relative_path not in sizes:
+                    raise BadCheckpoint(f"{info.relative_path} is missing (it holds {key})")
+                begin, length = _sizes((info.offset, info.length))
+                if begin + length > sizes[info.relative_path]:
+                    raise BadCheckpoint(f"{info.relative_path} is truncated: {key} ends beyond it")
+                if math.prod(lengths) * entry.properties.dtype.itemsize > length:
+                    raise BadCheckpoint(f"{info.relative_path}: {length} bytes cannot hold {key} {list(lengths)}")
+                chunks.append(Chunk(offsets, lengths, self.path / info.relative_path, begin, length))
+            tensors[key] = SavedTensor(key, entry.properties.dtype, shape, tuple(chunks))
+        return tensors
+
+    def _start(self, tensor: SavedTensor, chunk: Chunk) -> int:
+        """Where the chunk's numbers begin in its file."""
+        place = (chunk.path, chunk.offset)
+        with self._lock:
+            if place in self._starts:
+                return self._starts[place]
+        try:
+            window = io.BufferedReader(_Window(self._files, chunk.path, chunk.offset, chunk.length), 1 << 10)
+            with zipfile.ZipFile(window) as archive:
+                [pickled] = [n for n in archive.namelist() if n.endswith("/data.pkl")]
+                saved = _ArchiveUnpickler(io.BytesIO(archive.read(pickled))).load()
+                (_, kind, number, _, _), first, size, stride = saved
+                record = archive.getinfo(f"{pickled.removesuffix('data.pkl')}data/{number}")
+            header = bytearray(30)
+            self._files.read_into(chunk.path, chunk.offset + record.header_offset, memoryview(header))
+        except BadCheckpoint:
+            raise
+        except Exception as error:
+            raise BadCheckpoint(
+                f"{chunk.path}: the archive of {tensor.key} is damaged: {type(error).__name__}"
+            ) from None
+        contiguous = torch.empty(chunk.sizes, device="meta").stride()
+        itemsize = tensor.dtype.itemsize
+        if (
+            size != chunk.sizes
+            or _STORAGES.get(kind) != tensor.dtype
+            or (stride != contiguous and math.prod(size) > 1)
+            or record.compress_type != zipfile.ZIP_STORED
+            or record.file_size < (first + math.prod(size)) * itemsize
+        ):
+            raise BadCheckpoint(f"{chunk.path}: {tensor.key} is not stored as .metadata says")
+        name, extra = int.from_bytes(header[26:28], "little"), int.from_bytes(header[28:30], "little")
+        start = chunk.offset + record.header_offset + 30 + name + extra + first * itemsize
+        with self._lock:
+            self._starts[place] = start
+        return start
+
+    def _chunks_at(self, tensor: SavedTensor, index: tuple[int, ...]) -> list[Chunk]:
+        """The chunks that hold some of tensor[index]: of 12,000 chunks of a large model's experts, two or three."""
+        lead = len(index)
+        with self._lock:
+            table = self._by_index.get((tensor.key, lead))
+            if table is None:
+                table = self._by_index[tensor.key, lead] = defaultdict(list)
+                for chunk in tensor.chunks:
+                    spans = [range(o, o + n) for o, n in zip(chunk.offsets[:lead], chunk.sizes[:lead])]
+                    for place in itertools.product(*spans):
+                        table[place].append(chunk)
+            return table.get(index, [])
+
+    def read_rows(self, key: str, index: tuple[int, ...], start: int, stop: int, out: torch.Tensor) -> None:
+        """Rows [start, stop) of tensors[key][index] (its axis 0 after `index`) into out [stop - start, columns].
+
+        `out` has contiguous rows. BadCheckpoint if the chunks do not cover them.
+        """
+        tensor = self.tensors[key]
+        lead = len(index)
+        if stop == start:
+            return
+        if len(tensor.shape) <= lead:
+            raise BadCheckpoint(f"{key}: shape {list(tensor.shape)} has no rows behind {list(index)}")
+        columns = math.prod(tensor.shape[lead + 1 :])
+        covered = 0
+        for chunk in self._chunks_at(tensor, index):
+            low, height = chunk.offsets[lead], chunk.sizes[lead]
+            first, last = max(start, low), min(stop, low + height)
+            if first >= last:
+                continue
+            # rows of a chunk that is cut along columns too (row-parallel layers) are shorter than out's
+            if chunk.sizes[lead + 2 :] != tensor.shape[lead + 2 :]:
+                raise BadCheckpoint(f"{key}: cut along more than two dimensions")
+            width = math.prod(chunk.sizes[lead + 1 :])
+            number = 0
+            for offset, size, i in zip(chunk.offsets, chunk.sizes, index):
+                number = number * size + i - offset
+            at = self._start(tensor, chunk) + (number * height + first - low) * width * tensor.dtype.itemsize
+            target = out[first - start : last - start]
+            if width == columns:
+                self._files.read_into(chunk.path, at, as_bytes(target))
+            else:
+                part = scratch.take("torch_dist", tensor.dtype, last - first, width)
+                self._files.read_into(chunk.path, at, as_bytes(part))
+                begin = chunk.offsets[lead + 1] * math.prod(tensor.shape[lead + 2 :])
+                target[:, begin : begin + width] = part
+            covered += (last - first) * width
+        if covered != (stop - start) * columns:
+            raise BadCheckpoint(
+                f"{self.path}: {key}{list(index)} is not complete: {covered} of {(stop - start) * columns}"
+            )
+
+    def close(self) -> None:
+        """Close the files."""
+        self._files.close()

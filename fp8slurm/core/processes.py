@@ -1,0 +1,23 @@
+"""Whether a process that was written down is still the one that lives."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+from typing import Any
+
+
+def process_start(pid: int) -> str | None:
+    """Start time of a living process of this machine as the kernel writes it, None if there is none (or only a zombie)."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] == "Z" else fields[19]
+
+
+def process_of(held: dict[str, Any]) -> str | None:
+    """The living process of this machine that an owner.json describes, in words, or None."""
+    if held["host"] == socket.gethostname() and process_start(held["pid"]) == held["start"]:
+        return f"process {held['pid']} on this machine"
+    return None

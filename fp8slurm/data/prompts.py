@@ -1,0 +1,264 @@
+"""Prompts and supervised examples from JSONL or parquet, tokenized; and the order in which a run takes them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fp8slurm.config.schema import DataSection, SftSection
+from fp8slurm.core.types import Prompt
+
+log = logging.getLogger(__name__)
+
+TEXTS_PER_CALL = 1024
+"""Prompts that are tokenized in one call."""
+SUFFIXES = (".jsonl", ".parquet")
+OWN_TEMPLATE_ARGUMENTS = ("add_generation_prompt", "tokenize", "return_dict", "return_tensors")
+
+
+class BadRow(ValueError):
+    """One row that cannot be used."""
+
+
+@dataclass(frozen=True)
+class SftExample:
+    """A prompt with the response to imitate."""
+
+    prompt_ids: tuple[int, ...]
+    response_ids: tuple[int, ...]
+    """Ends with the tokenizer's end token."""
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a local Hugging Face folder; ValueError if there is none."""
+    from transformers import AutoTokenizer
+
+    if not Path(folder).is_dir():
+        raise ValueError(f"model folder {folder} does not exist (model.hf_checkpoint)")
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{folder}: no tokenizer that can be read (tokenizer.json, tokenizer_config.json): {error}"
+        ) from None
+
+
+def end_token_ids(folder: Path) -> list[int]:
+    """Every token that ends a response: eos_token_id of generation_config.json and config.json together, ascending."""
+    found: set[int] = set()
+    for name in ("generation_config.json", "config.json"):
+        path = Path(folder) / name
+        if path.is_file():
+            value = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+            found.update([value] if isinstance(value, int) else value or [])
+    if not found:
+        raise ValueError(f"{folder}: neither generation_config.json nor config.json has an eos_token_id")
+    return sorted(found)
+
+
+def load_prompts(data: DataSection, tokenizer: Any, path: Path, limit: int | None = None) -> list[Prompt]:
+    """The prompts of one file, in the file's order; `Prompt.index` is the row (from 0, blank lines of a JSONL counted).
+
+    A prompt is text, tokenized as it stands, or a list of messages, to which the chat template is applied with the
+    generation prompt and data.chat_template_kwargs. Prompts longer than data.max_prompt_tokens are left out; how many
+    is logged. ValueError: no such file, a row that cannot be used (file and line are named; with on_bad_line = "skip"
+    it is counted and logged instead), or no prompt left. `limit`: read only that many rows.
+    """
+    rows = _rows(path, data, tokenizer, lambda row: _label(row, data.label_key, "data.label_key"), limit)
+    return [Prompt(index=i, token_ids=tuple(ids), label=label) for i, ids, label in rows]
+
+
+def load_sft(
+    data: DataSection, sft: SftSection, tokenizer: Any, path: Path | None = None, limit: int | None = None
+) -> list[SftExample]:
+    """The supervised examples of sft.data (or `path`): prompts as in load_prompts, with the same template, filter and
+    errors; the response's tokens followed by the tokenizer's end token."""
+    path = path if path is not None else sft.data
+    if path is None:
+        raise ValueError("sft.data is not set: no supervised examples to load")
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no eos_token, with which a response must end (tokenizer_config.json)")
+    rows = _rows(path, data, tokenizer, lambda row: _label(row, sft.response_key, "sft.response_key"), limit)
+    responses = encode(tokenizer, [response for _, _, response in rows])
+    end = (tokenizer.eos_token_id,)
+    return [SftExample(tuple(ids), tuple(response) + end) for (_, ids, _), response in zip(rows, responses)]
+
+
+@dataclass(frozen=True)
+class PromptOrder:
+    """The endless order in which n prompts are taken: epoch after epoch, each a new permutation if `shuffle`.
+
+    The order is a function of (n, seed, shuffle) alone: one integer, the cursor, is all that a checkpoint keeps.
+    """
+
+    n: int
+    seed: int
+    shuffle: bool = True
+
+    def __post_init__(self) -> None:
+        if self.n < 1:
+            raise ValueError("no prompts to order: the data set is empty")
+
+    def take(self, cursor: int, k: int) -> tuple[list[int], int]:
+        """(k positions in 0..n-1 from `cursor` on, the next cursor). The cursor counts all prompts ever taken."""
+        taken: list[int] = []
+        while len(taken) < k:
+            epoch, start = divmod(cursor + len(taken), self.n)
+            taken += self._epoch(epoch)[start : start + k - len(taken)]
+        return taken, cursor + k
+
+    def _epoch(self, epoch: int) -> list[int]:
+        if not self.shuffle:
+            return list(range(self.n))
+        return np.random.Generator(np.random.PCG64([self.seed, epoch])).permutation(self.n).tolist()
+
+
+def _rows(
+    path: Path, data: DataSection, tokenizer: Any, value: Callable[[dict], str], limit: int | None = None
+) -> list[tuple[int, list[int], str]]:
+    """(row index, prompt tokens, value(row)) of every usable row that is short enough."""
+    path = Path(path)
+    check_template_arguments(data.chat_template_kwargs)
+    indices, texts, values, bad = [], [], [], 0
+    for index, read in islice(read_rows(path), limit):
+        try:
+            row = read()
+            text = prompt_text(row, data, tokenizer)
+            values.append(value(row))
+        except BadRow as error:
+            where = f"{path}:{index + 1}"
+            if data.on_bad_line == "error":
+                raise ValueError(f'{where}: {error}. data.on_bad_line = "skip" leaves such lines out') from None
+            log.warning("%s left out: %s", where, error)
+            bad += 1
+            continue
+        indices.append(index)
+        texts.append(text)
+    ids = encode(tokenizer, texts)
+    kept = [row for row in zip(indices, ids, values) if 0 < len(row[1]) <= data.max_prompt_tokens]
+    long = len(ids) - len(kept)
+    if bad:
+        log.warning("%s: %d bad lines left out", path, bad)
+    if long:
+        log.warning(
+            "%s: %d of %d prompts left out: empty or longer than data.max_prompt_tokens = %d tokens",
+            path,
+            long,
+            len(ids),
+            data.max_prompt_tokens,
+        )
+    if not kept:
+        raise ValueError(
+            f"{path} is an empty data set: 0 prompts to use, {bad} bad lines left out, "
+            f"{long} prompts empty or longer than data.max_prompt_tokens = {data.max_prompt_tokens}"
+        )
+    return kept
+
+
+def read_rows(path: Path) -> Iterator[tuple[int, Callable[[], dict]]]:
+    """(row index, function that parses the row or raises BadRow), blank lines left out."""
+    if not path.is_file():
+        what = "is a folder; allowed: a .jsonl or .parquet file" if path.is_dir() else "does not exist"
+        raise ValueError(f"data file {path} {what}")
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"data file {path}: {path.suffix or 'no suffix'!r} is not one of {', '.join(SUFFIXES)}")
+    if path.suffix == ".parquet":
+        yield from _read_parquet(path)
+        return
+    with open(path, "rb") as f:
+        for index, line in enumerate(f):
+            if line.strip():
+                yield index, lambda line=line: _parse(line)
+
+
+def _read_parquet(path: Path) -> Iterator[tuple[int, Callable[[], dict]]]:
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    index = 0
+    try:
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=TEXTS_PER_CALL):
+                for row in batch.to_pylist():
+                    yield index, lambda row=row: row
+                    index += 1
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(f"{path} is not a readable parquet file: {error}") from None
+
+
+def _parse(line: bytes) -> dict:
+    try:
+        row = json.loads(line.decode("utf-8-sig"))
+    except ValueError as error:
+        raise BadRow(f"not JSON in UTF-8 ({error})") from None
+    if not isinstance(row, dict):
+        raise BadRow(f"a JSON object is expected, not {type(row).__name__}")
+    return row
+
+
+def _field(row: dict, key: str, flag: str) -> Any:
+    if key in row and row[key] is None:
+        raise BadRow(f"{key!r} is null ({flag})")
+    if key not in row:
+        raise BadRow(f"no {key!r} among its keys {sorted(row)} ({flag})")
+    return row[key]
+
+
+def _label(row: dict, key: str, flag: str) -> str:
+    value = _field(row, key, flag)
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise BadRow(f"{key!r} is text or a number, not {type(value).__name__} ({flag})")
+    return str(value)
+
+
+def prompt_text(row: dict, data: DataSection, tokenizer: Any) -> str:
+    prompt = _field(row, data.prompt_key, "data.prompt_key")
+    if isinstance(prompt, str):
+        return prompt
+    if not isinstance(prompt, list) or not prompt:
+        raise BadRow(f"{data.prompt_key!r} is text or a list of messages, not {prompt!r:.80} (data.prompt_key)")
+    for message in prompt:
+        if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
+            raise BadRow(f"a message is an object with the texts role and content, not {message!r:.80}")
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"{data.prompt_key!r} holds messages, but the tokenizer of {tokenizer.name_or_path} has no chat template: "
+            "use a tokenizer with one, or give the prompts as text"
+        )
+    messages = [{k: v for k, v in message.items() if v is not None} for message in prompt]
+    try:
+        return tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, **data.chat_template_kwargs
+        )
+    except Exception as error:  # templates raise what they like
+        raise BadRow(f"the chat template refuses it: {error}") from None
+
+
+def check_template_arguments(arguments: dict[str, Any]) -> None:
+    taken = sorted(set(arguments) & set(OWN_TEMPLATE_ARGUMENTS))
+    if taken:
+        raise ValueError(f"data.chat_template_kwargs must not set {', '.join(taken)}: the loader sets it")
+
+
+def encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    ids: list[list[int]] = []
+    for start in range(0, len(texts), TEXTS_PER_CALL):
+        ids += tokenizer(texts[start : start + TEXTS_PER_CALL], add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def sample_seed(seed: int, position: int | str, sample: int) -> int:
+    """Seed of one sample, in [0, 2^31): the same for a prompt position and sample number in every attempt of a run.
+
+    position: of the prompt in the run, or TASK/ID of an evaluation's question.
+    """
+    digest = hashlib.blake2b(f"{seed}/{position}/{sample}".encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "little") & 0x7FFFFFFF

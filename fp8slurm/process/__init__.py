@@ -1,0 +1,1 @@
+"""How a training rank and a rollout worker are put together, and the thread that watches over each."""

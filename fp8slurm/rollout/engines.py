@@ -1,0 +1,258 @@
+"""The engines of a node, as its rollout worker sees them: generate over all of them, load one update into all of them."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
+
+from fp8slurm.config import RunConfig
+from fp8slurm.config.derived import is_direct, is_mapped
+from fp8slurm.core.files import write_atomic
+from fp8slurm.engine.client import GenerateRequest, Generation
+from fp8slurm.engine.pool import EnginePool, Member, WeightsLost, engine_errors, pieces, shares
+from fp8slurm.engine.server import Engine, EngineError, EngineSettings, visible_gpus
+from fp8slurm.engine.settings import engine_settings
+from fp8slurm.sync import direct
+from fp8slurm.sync.bucket import WeightBucket
+from fp8slurm.sync.engine_link import EngineLink, Expected
+from fp8slurm.sync.fan_out import FanOut
+from fp8slurm.sync.transport import MappedTransport, Transport
+
+log = logging.getLogger(__name__)
+
+SILENT_SHARE = 0.5
+"""An engine that has work and computes nothing for this share of watchdog.timeout_s is restarted: before the watchdog
+ends the job."""
+
+
+class RunEngine(Member):
+    """An engine of a run, with the link that its weights come through."""
+
+    link: EngineLink
+
+
+class EngineSet(EnginePool):
+    """All engines of one node. start, connect, then update and generate, from one thread; stop from any.
+
+    An engine that fails is restarted and gets `held` (the last whole update) before anything is asked of it again, while
+    the others go on. Where nothing is held it stays out until the next update; WeightsLost where all of them are out.
+    """
+
+    members: list[RunEngine]
+
+    def __init__(
+        self, config: RunConfig, model_dir: Path, attempt_dir: Path, node: int, gpus: Sequence[tuple[int, ...]],
+        at_work: Callable[[], AbstractContextManager], on_progress: Callable[[], None],
+    ) -> None:  # fmt: skip
+        """gpus: for each engine of the node, indices into the node's GPUs (empty on the CPU). at_work: entered while an
+        engine restarts, which has a deadline of its own. on_progress: called while engines compute."""
+        settings = settings_of_engines(config, gpus)
+        names = [f"{node}" if len(gpus) == 1 else f"{node}_{i}" for i in range(len(gpus))]
+        members = [
+            RunEngine(Engine(model_dir, attempt_dir / "logs", s, f"engine_{name}"), f"engine {name.replace('_', '.')}")
+            for s, name in zip(settings, names)
+        ]
+        silent_s = SILENT_SHARE * config.watchdog.timeout_s
+        super().__init__(members, config.engine, config.run.deterministic, on_progress, silent_s)
+        self.config, self.at_work, self._gpus = config, at_work, list(gpus)
+        self.version = -1
+        self.asleep: set[RunEngine] = set()
+        self.held: Callable[[], Sequence[WeightBucket]] = lambda: ()
+        self._digests = {m.title: attempt_dir / f"digests_{name}.json" for m, name in zip(members, names)}
+
+    # -- life ----------------------------------------------------------------------------------------------------
+
+    def connect(self, held: Callable[[], Sequence[WeightBucket]]) -> None:
+        """Wait until all of them answer, and link up with them. held: the last whole update, or nothing. EngineError."""
+        self.held = held
+        self.wait_ready()
+        self.mend(self.each(self._link_up))
+
+    def _link_up(self, member: RunEngine) -> None:
+        e, mode = self.config.engine, self.config.sync.pause_mode
+        assert member.client is not None
+        transport: Transport | None = None
+        if is_direct(self.config):
+            transport = direct.DirectTransport()
+        elif is_mapped(self.config):  # without GPUs all map the first rank's
+            transport = MappedTransport(self._gpus[self.members.index(member)] or (0,) * e.tensor_parallel_size)
+        member.link = EngineLink(
+            member.client, e.tensor_parallel_size, transport, mode, expert_parallel_size=e.expert_parallel_size
+        )
+        member.link.open()
+
+    def bring_back(self, member: RunEngine) -> None:
+        """Restart it and give it the weights that it should have; where sync.verify is on, compared byte by byte."""
+        member.link.close()
+        self.asleep.discard(member)
+        with self.at_work():
+            super().bring_back(member)
+        self._link_up(member)
+        if self.held():
+            self._load(member, iter(self.held()), self.config.sync.verify != "off")
+        elif self.version >= 0:
+            member.behind = True
+            log.warning("%s is back with the weights of its checkpoint: it waits for the next update", member.title)
+
+    def sleep(self) -> None:
+        """Give the engines' GPU memory back. They have no weights then: an update comes before anything is generated."""
+
+        def release(member: RunEngine) -> None:
+            assert member.client is not None
+            member.client.release_memory()
+            self.asleep.add(member)
+
+        while awake := [m for m in self.members if m not in self.asleep]:  # one that is restarted here comes back awake
+            self.mend(self.each(release, awake))
+
+    def wake(self) -> None:
+        """Take the memory again, for an update."""
+
+        def resume(member: RunEngine) -> None:
+            assert member.client is not None
+            if member not in self.asleep:
+                return
+            try:
+                member.client.resume_memory()
+            except EngineError as error:
+                if "out of memory" not in member.engine.log_tail():
+                    raise
+                share = self.config.engine.mem_fraction
+                why = f"no room on its GPU when it woke: lower --engine.mem-fraction, now {share:g}, or see memory/kept in metrics.jsonl"
+                raise EngineError(f"{why}; {error}") from error
+            self.asleep.discard(member)
+
+        self.mend(self.each(resume))
+
+    # -- weight groups (sync/direct.py) ---------------------------------------------------------------------------
+
+    def linked(self, generation: int) -> bool:
+        """Whether all engines are members of this generation, and nobody in it has failed. One that died unnoticed is
+        restarted here: in an update it would take the others with it."""
+        self.mend({m: EngineError("it is gone") for m in self.members if not m.engine.alive()})
+        joined = [member.link.transport.generation for member in self.members]
+        return all(g is not None and g.number == generation and not g.failed() for g in joined)
+
+    def link(self, generation: direct.Generation, sources: Sequence[str], address: str, port: int, node: int) -> None:
+        """Have all engines join; those that cannot are restarted. address, port: of the job's store. EngineError."""
+        ranks = self.config.engine.tensor_parallel_size
+        size = 1 + self.config.slurm.nodes * len(self.members) * ranks
+        backend = "nccl" if any(self._gpus) else "gloo"
+
+        def join(member: RunEngine) -> None:
+            first = 1 + (node * len(self.members) + self.members.index(member)) * ranks
+            try:
+                member.link.transport.join(generation, sources, address, port, first, size, backend)
+            except EngineError as error:
+                generation.fail(f"{member.title} did not join: {error}")
+                raise
+
+        self.mend(self.each(join))
+
+    # -- weights -------------------------------------------------------------------------------------------------
+
+    def update(self, version: int, incoming: Iterator[WeightBucket], verify: bool) -> None:
+        """Load one update into all engines at once, every bucket as it arrives; `incoming` is taken to its end.
+
+        Those that fail in it are restarted from `held` afterwards. Raises WeightsLost where no engine has the weights
+        then; what `incoming` raises; EngineError: one failed engine.max_restarts + 1 times in a row.
+        """
+        self.version = version
+        fan, expected = FanOut(len(self.members)), Expected()
+        with ThreadPoolExecutor(len(self.members)) as pool:
+            loading = {
+                m: pool.submit(self._load_shared, m, fan, number, verify, expected)
+                for number, m in enumerate(self.members)
+            }
+            fan.produce(incoming)
+        self.mend(engine_errors(loading))
+        if all(m.behind for m in self.members):
+            raise WeightsLost
+
+    def _load_shared(self, member: RunEngine, fan: FanOut, number: int, verify: bool, expected: Expected) -> None:
+        try:
+            self._load(member, fan.buckets(number), verify, expected)
+        finally:
+            fan.leave(number)
+
+    def _load(
+        self, member: RunEngine, buckets: Iterator[WeightBucket], verify: bool, expected: Expected | None = None
+    ) -> None:
+        try:
+            digests = member.link.update(self.version, buckets, verify=verify, expected=expected)
+        except EngineError as error:
+            if (
+                isinstance(member.link.transport, direct.DirectTransport)
+                and member.link.transport.generation is not None
+            ):
+                member.link.transport.generation.fail(f"{member.title}: {error}")
+            raise
+        member.behind = False
+        member.moved()
+        if digests is not None:
+            text = json.dumps({"version": self.version, "digests": digests}, indent=1)
+            write_atomic(self._digests[member.title], text)
+
+    @property
+    def update_seconds(self) -> dict[str, float]:
+        """Seconds of the last update by part (EngineLink.seconds): of the slowest engine, part by part."""
+        parts = [member.link.seconds for member in self.members]
+        return {key: max(p.get(key, 0.0) for p in parts) for key in dict.fromkeys(k for p in parts for k in p)}
+
+    @property
+    def update_counts(self) -> dict[str, int]:
+        """Of the last update: EngineLink.counts, the same for each engine that has it."""
+        return max((member.link.counts for member in self.members), key=lambda c: c.get("loaded", 0))
+
+    # -- samples -------------------------------------------------------------------------------------------------
+
+    def generate(self, requests: Sequence[GenerateRequest]) -> list[Generation]:
+        """Responses in the order of the requests. With run.deterministic every engine gets a fixed share as one batch."""
+        if self.config.run.deterministic:
+            return self._generate(requests, shares(len(requests), len(self.members)))
+        return self._generate(requests, pieces(requests, len(self.members), self.section.max_running_requests))
+
+    def generate_batches(self, batches: Sequence[Sequence[GenerateRequest]]) -> list[list[Generation]]:
+        """Responses to each batch. With run.deterministic a batch is computed as it is, by whichever engine is free."""
+        requests = [request for batch in batches for request in batch]
+        ends = [sum(map(len, batches[: i + 1])) for i in range(len(batches))]
+        cut = [range(end - len(batch), end) for end, batch in zip(ends, batches)]
+        if self.config.run.deterministic:
+            done = self._generate(requests, [list(numbers) for numbers in cut if numbers])
+        else:
+            done = self.generate(requests)
+        return [[done[i] for i in numbers] for numbers in cut]
+
+    def _generate(self, requests: Sequence[GenerateRequest], work: list[list[int]]) -> list[Generation]:
+        found: list[Generation | None] = [None] * len(requests)
+
+        def answered(numbers: list[int], generations: list[Generation]) -> None:
+            for number, generation in zip(numbers, generations, strict=True):
+                found[number] = generation
+
+        if work:
+            self.ask(work, requests.__getitem__, answered)
+        assert all(generation is not None for generation in found)
+        return found
+
+
+def settings_of_engines(config: RunConfig, gpus: Sequence[tuple[int, ...]]) -> list[EngineSettings]:
+    """EngineSettings of each engine of a node; gpus as for EngineSet. ValueError: the node has fewer GPUs than that."""
+    common = engine_settings(config)
+    if not any(gpus):
+        return [replace(common, share=(i, len(gpus))) for i in range(len(gpus))]
+    names = visible_gpus()
+    wanted = 1 + max(i for indices in gpus for i in indices)
+    if wanted > len(names):
+        raise ValueError(
+            f"--engine.per-node {config.engine.per_node} x --engine.tensor-parallel-size "
+            f"{config.engine.tensor_parallel_size}: the engines take {wanted} GPUs of a node, and {len(names)} are visible"
+        )
+    return [
+        replace(common, share=(n, len(gpus)), gpus=tuple(names[i] for i in indices)) for n, indices in enumerate(gpus)
+    ]

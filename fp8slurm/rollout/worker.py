@@ -1,0 +1,288 @@
+"""The rollout worker of a node: owns its engines (rollout/engines.py), runs its share of the rollouts and rewards, keeps the newest weights.
+
+It answers rank 0's commands one after the other (rollout/channel.py). Where weights come through the host (gloo) it holds the last
+whole update, so that an engine that died is back with the current weights without any rank taking notice; from GPU to GPU
+they do not pass here, and an engine that died waits for the next update, or the ranks send again.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from fp8slurm.config import RunConfig
+from fp8slurm.config.derived import engines_start_after_trainer, is_direct, is_mapped
+from fp8slurm.core.types import Prompt, SampleGroup
+from fp8slurm.data.prompts import PromptOrder
+from fp8slurm.engine.pool import WeightsLost
+from fp8slurm.models.precision import engine_in_fp8
+from fp8slurm.models.qwen3 import ModelSpec
+from fp8slurm.rewards.pool import RewardPool
+from fp8slurm.rollout.channel import WorkerChannel
+from fp8slurm.rollout.engines import EngineSet
+from fp8slurm.rollout.evaluation import TrainingEval
+from fp8slurm.rollout.files import is_saved, rollout_file, trainer_file, write_rollout
+from fp8slurm.rollout.groups import apply_truncation_policy, has_signal
+from fp8slurm.rollout.sampler import Sampler
+from fp8slurm.rollout.serialization import encode_groups
+from fp8slurm.run.directory import RunDirectory
+from fp8slurm.sync.check import check_engine_checkpoint
+from fp8slurm.sync.direct import DirectReceiver, Generation
+from fp8slurm.sync.groups import Group
+from fp8slurm.sync.mapped import MappedReceiver
+from fp8slurm.sync.receiver import Receiver
+from fp8slurm.sync.stream import parse_description
+
+log = logging.getLogger(__name__)
+
+
+class RolloutWorker:
+    """One node's rollout worker."""
+
+    def __init__(
+        self, config: RunConfig, run: RunDirectory, number: int, workers: int, monitor: Any,
+        gpus: Sequence[tuple[int, ...]] = ((),),
+    ) -> None:  # fmt: skip
+        """gpus: of each of the node's engines, as indices into the node's GPUs; empty on the CPU."""
+        self.config, self.run, self.number, self.workers, self.monitor = config, run, number, workers, monitor
+        self.gpus = gpus
+        self.model_dir: Path | None = None
+        self.engines: EngineSet | None = None
+        self.asked: tuple[Any, ...] = ()
+        self.computed: dict[Hashable, Any] = {}
+        """Parts of the answer to what was `asked` last. Where a node lost its weights they are sent again and the command is
+        given again, to all nodes: the others have done their part."""
+        monitor.on_exit = self.stop
+
+    # -- life ----------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Start the engines (without waiting for them), where they need not come after the trainer, and read the data."""
+        c = self.config
+        self.model_dir = engine_checkpoint(c, self.run, self.number)
+        self.engines = EngineSet(
+            c, self.model_dir, self.run.attempt_dir, self.number, self.gpus, self._at_work, self._progress
+        )
+        if not engines_start_after_trainer(c):
+            self.engines.start()
+        self.sampler = Sampler.load(c)
+        self.train_prompts = self.sampler.prompts(c.data.train) if c.run.steps and c.data.train else []
+        self.evaluation = TrainingEval(c, self.run, self.sampler, self.number, self.workers)
+        self.order = PromptOrder(len(self.train_prompts), c.run.seed, c.data.shuffle) if self.train_prompts else None
+        self.rewarder = RewardPool(c.reward)
+
+    def stop(self) -> None:
+        """End the engines and everything that was started."""
+        if self.engines is not None:
+            self.engines.stop()
+        if hasattr(self, "rewarder"):
+            self.rewarder.close()
+        if hasattr(self, "evaluation"):
+            self.evaluation.close()
+
+    def _at_work(self) -> AbstractContextManager:
+        return self.channel.at_work()
+
+    def _progress(self) -> None:
+        self.channel.progress()
+
+    def serve(self, channel: WorkerChannel, store: dist.Store, address: str) -> None:
+        """Answer commands until "stop"."""
+        assert self.engines is not None
+        self.store, self.channel = store, channel
+        names = store.get("sync/sources").decode().split()
+        plans = {name: parse_description(store.get(f"sync/plan/{name}").decode()) for name in names}
+        assert self.model_dir is not None
+        check_engine_checkpoint(self.model_dir, [s for plan in plans.values() for specs in plan for s in specs])
+        groups = {n: Group(store, f"sync/{n}", 1 + self.number, 1 + self.workers, address) for n in names}
+        through_host = not (is_mapped(self.config) or is_direct(self.config))
+        keep = through_host and self.config.sync.keep_last_update is not False
+        self.receiver: Receiver | MappedReceiver | DirectReceiver
+        self.receiver = host = Receiver(store, [(n, groups[n], plans[n]) for n in names], keep)
+        self.sources = names
+        if is_direct(self.config):
+            self.receiver = DirectReceiver([(n, plans[n]) for n in names], host)
+        elif is_mapped(self.config):
+            per_node = self.config.slurm.ranks_per_node
+            here = range(self.number * per_node, (self.number + 1) * per_node)
+            self.receiver = MappedReceiver(store, here, [plans[n] for n in names], host)
+        self._bring_up()
+        commands: dict[str, Callable[..., tuple[dict, torch.Tensor | None]]] = {
+            "rollout": self.do_rollout, "evaluate": self.do_evaluate, "update": self.do_update, "linked": self.do_linked,
+            "link": self.do_link, "sleep": self.do_sleep, "stop": self.do_stop,
+        }  # fmt: skip
+        while True:
+            command = channel.next()
+            kind = command.pop("kind")
+            log.debug("command %s %s", kind, command)
+            try:
+                values, payload = commands[kind](**command)
+            except WeightsLost:
+                values, payload = {"weights_lost": True}, None
+            channel.answer(values, payload)
+            self.monitor.heartbeat()
+            if kind == "stop":
+                return
+
+    def _bring_up(self) -> None:
+        """Have all engines answer, those that come after the trainer's ranks of this node too."""
+        assert self.engines is not None
+        with self._at_work():  # the engines have a deadline of their own
+            if engines_start_after_trainer(self.config):
+                per_node = self.config.slurm.ranks_per_node
+                for rank in range(self.number * per_node, (self.number + 1) * per_node):
+                    self.channel.get(f"resident/{rank}")
+                self.engines.start()
+            self.engines.connect(lambda: self.receiver.held)
+
+    # -- commands ------------------------------------------------------------------------------------------------
+
+    def do_stop(self) -> tuple[dict, None]:
+        return {}, None
+
+    def do_sleep(self) -> tuple[dict, None]:
+        """The engines give their GPU memory back, until the next update."""
+        assert self.engines is not None
+        self.engines.sleep()
+        return {}, None
+
+    def do_linked(self, generation: int) -> tuple[dict, None]:
+        """Whether all engines of the node and all others are in this generation of the weight groups (sync/direct.py)."""
+        assert self.engines is not None
+        return {"linked": self.engines.linked(generation)}, None
+
+    def do_link(self, generation: int) -> tuple[dict, None]:
+        """Have the engines join a new generation of them; those that fail are restarted."""
+        assert self.engines is not None
+        plain = self.store.plain
+        with self._at_work():
+            self.engines.link(Generation(self.store, generation), self.sources, plain.host, plain.port, self.number)
+        return {}, None
+
+    def do_update(self, version: int, verify: bool, number: int) -> tuple[dict, None]:
+        """Take update `number` from every source, for all engines of the node; answers the seconds by part."""
+        assert self.engines is not None
+        self.engines.wake()
+        self.engines.update(version, self.receiver.receive(version, number, verify), verify)
+        return {"seconds": self.engines.update_seconds, **self.engines.update_counts}, None
+
+    def do_rollout(self, step: int, cursor: int, prompts: int, keep_all: bool = False) -> tuple[dict, torch.Tensor]:
+        """Generate and score this node's share of `prompts` groups from the data at `cursor`.
+
+        Groups without signal are replaced from the prompts that follow, rollout.max_replacements times at most.
+        """
+        assert self.order is not None and self.engines is not None
+        r = self.config.rollout
+        self._begin("rollout", step, cursor, prompts, keep_all)
+        kept: list[SampleGroup] = []
+        dropped = generated = 0
+        missing, rounds = prompts, r.max_replacements + 1
+        rewards: list[float] = []
+        for round_ in range(rounds):
+            positions = range(cursor, cursor + missing)
+            indices, cursor = self.order.take(cursor, missing)
+            share = [(p, self.train_prompts[i]) for p, i in list(zip(positions, indices))[self.number :: self.workers]]
+            try:
+                groups, scores = self._once(tuple(p for p, _ in share), lambda: self._sample_and_score(share))
+            except WeightsLost:
+                for left in range(round_, rounds):  # the other rollout workers wait for these
+                    self.store.set(f"kept/{self.channel.count}/{left}/{self.number}", "0")
+                raise
+            generated += sum(len(s.response_ids) for g in groups for s in g.samples)
+            rewards += scores
+            apply_truncation_policy(groups, r.truncated)
+            good = groups if keep_all or not r.drop_no_signal else [g for g in groups if has_signal(g)]
+            dropped += len(groups) - len(good)
+            kept += good
+            self.store.set(f"kept/{self.channel.count}/{round_}/{self.number}", str(len(good)))
+            missing -= sum(self.channel.get(f"kept/{self.channel.count}/{round_}/{a}") for a in range(self.workers))
+            if missing <= 0:
+                break
+        if is_saved(step, r.save_every):
+            self._save(step, kept)
+        answer = {
+            "cursor": cursor,
+            "dropped": dropped,
+            "generated": generated,
+            "rewards": [float(sum(rewards)), len(rewards)],
+            "reward_failures": self.rewarder.failures,
+        }
+        return answer, encode_groups(kept)
+
+    def do_evaluate(self, checkpoint: str | None = None) -> tuple[dict, None]:
+        """This node's share of the held-out prompts and, with the weights' name, of eval.tasks (rollout/evaluation.py)."""
+        assert self.engines is not None
+        self._begin("evaluate", checkpoint)
+        generate = self.engines.generate_batches
+        return self._once("answer", lambda: self.evaluation.evaluate(generate, checkpoint, self._progress)), None
+
+    # -- parts ---------------------------------------------------------------------------------------------------
+
+    def _begin(self, *asked: Any) -> None:
+        """Forget what was computed, unless the same is asked again of the same weights."""
+        assert self.engines is not None
+        asked = (*asked, self.engines.version)
+        if asked != self.asked:
+            self.asked, self.computed = asked, {}
+
+    def _once(self, part: Hashable, compute: Callable[[], Any]) -> Any:
+        """What `compute` returns, or has returned for this part of what was asked."""
+        if part not in self.computed:
+            self.computed[part] = compute()
+        return self.computed[part]
+
+    def _sample_and_score(self, share: list[tuple[int, Prompt]]) -> tuple[list[SampleGroup], list[float]]:
+        """The groups of (position, prompt), and the rewards of all their samples as they were scored."""
+        assert self.engines is not None
+        r = self.config.rollout
+        groups = self.sampler.sample(
+            self.engines.generate, share, r.n_samples, r.max_tokens, r.temperature, routing=r.routing_replay
+        )
+        self.rewarder.score(groups, self._progress)
+        return groups, [s.reward for g in groups for s in g.samples]
+
+    def _save(self, step: int, groups: list[SampleGroup]) -> None:
+        trainer_file(self.run.path, step).unlink(missing_ok=True)  # an earlier attempt's belongs to other samples
+        prompts = [self.sampler.tokenizer.decode(list(g.prompt.token_ids)) for g in groups]
+        write_rollout(rollout_file(self.run.path, step, self.number, self.workers), groups, prompts)
+
+
+def engine_checkpoint(config: RunConfig, run: RunDirectory, number: int) -> Path:
+    """The folder that the engine loads: given, or made from hf_checkpoint (in FP8 or as it is) by the node's rollout worker."""
+    if config.model.rollout_checkpoint is not None:
+        return config.model.rollout_checkpoint
+    assert config.model.hf_checkpoint is not None
+    if not engine_in_fp8(config):
+        return config.model.hf_checkpoint
+    from fp8slurm.checkpoint import hf_to_fp8
+
+    source, target = config.model.hf_checkpoint, run.path / "engine_model"
+    if number == 0 and not same_model(source, target):
+        hf_to_fp8(source, target, overwrite=True)  # of a start with another model, before the first checkpoint
+    while not same_model(source, target):
+        time.sleep(0.2)
+    return target
+
+
+def same_model(source: Path, target: Path) -> bool:
+    """Whether `target` is there and its settings are those of `source`, in another precision. Weights come with updates."""
+
+    def settings(folder: Path) -> tuple[ModelSpec, bytes]:
+        generation = folder / "generation_config.json"
+        return replace(
+            ModelSpec.from_hf_dir(folder), quantization=None
+        ), generation.read_bytes() if generation.is_file() else b""
+
+    ours = settings(source)
+    try:
+        return settings(target) == ours
+    except (OSError, ValueError):  # not there, or being replaced
+        return False

@@ -1,0 +1,152 @@
+"""Evaluations under RUN/eval (docs/eval.md): summary.json of each, and the comparisons of FP8 with BF16."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fp8slurm.core.numbers import number
+
+Interval = tuple[float, float | None, float | None]
+"""(value, low, high); the bounds are None where they were not recorded."""
+
+
+@dataclass
+class Evaluation:
+    """One task of one summary.json."""
+
+    folder: str
+    checkpoint: str
+    step: int | None
+    precision: str
+    made_by: str
+    """eval or training."""
+    task: str
+    accuracy: Interval
+    pass_at_k: dict[str, Interval] = field(default_factory=dict)
+    questions: int | None = None
+    samples: int | None = None
+    response_tokens: float | None = None
+    truncated: float | None = None
+    """Share of the samples."""
+    tokens_per_second: float | None = None
+    date: str = ""
+
+
+@dataclass
+class Comparison:
+    """One task of one compare.json; a is FP8 as a rule, b the baseline."""
+
+    folder: str
+    checkpoint: str
+    task: str
+    names: tuple[str, str]
+    a: float | None
+    b: float | None
+    difference: Interval
+    questions: int | None
+    lost: int
+    won: int
+    speed_ratio: float | None
+    gap: dict[str, float]
+    """logprob_gap: mean_abs, p99, max, k1, k3, tokens."""
+
+    @property
+    def verdict(self) -> str:
+        """What the interval says, in words."""
+        value, low, high = self.difference
+        if low is None or high is None:
+            return "no interval was recorded"
+        if high < 0:
+            return f"{self.names[0]} is significantly worse"
+        if low > 0:
+            return f"{self.names[0]} is significantly better"
+        return "no significant difference"
+
+
+def read_evaluations(folder: Path, notes: list[str]) -> list[Evaluation]:
+    """Every finished evaluation, by step, precision and task; unfinished ones are noted."""
+    from fp8slurm.run.read_json import read_json
+
+    out: list[Evaluation] = []
+    for path in _find(folder, "summary.json"):
+        said = read_json(path, notes)
+        name = path.parent.relative_to(folder).as_posix()
+        if not said:
+            continue
+        tasks = said.get("tasks")
+        if not isinstance(tasks, dict):  # the first format: one task, no interval
+            tasks = {"held_out": said} if number(said.get("accuracy")) is not None else {}
+        for task, figures in tasks.items():
+            if not isinstance(figures, dict) or (accuracy := _interval(figures.get("accuracy"))) is None:
+                notes.append(f"eval/{name}/summary.json: task {task} has no accuracy")
+                continue
+            lengths = figures.get("response_tokens")
+            passes = figures.get("pass_at_k")
+            samples = _count(figures.get("samples"), figures.get("questions"))
+            truncated = number(figures.get("truncated"))
+            if figures is said and truncated is not None and samples:
+                truncated /= samples
+            out.append(
+                Evaluation(
+                    name, Path(str(said.get("checkpoint", "?"))).name, _count(said.get("step")),
+                    str(said.get("precision", "?")), str(said.get("made_by", "eval")), str(task), accuracy,
+                    {str(k): i for k, v in passes.items() if (i := _interval(v))} if isinstance(passes, dict) else {},
+                    _count(figures.get("questions")), samples,
+                    number(lengths.get("mean")) if isinstance(lengths, dict) else None, truncated,
+                    number(said.get("tokens_per_second")), str(said.get("date", "")),
+                )
+            )  # fmt: skip
+    for path in _find(folder, "settings.json"):
+        if not (path.parent / "summary.json").is_file():
+            notes.append(f"eval/{path.parent.relative_to(folder).as_posix()} is not finished: it has no summary.json")
+    return sorted(out, key=lambda e: (e.made_by != "eval", e.task, e.step if e.step is not None else -1, e.precision))
+
+
+def read_comparisons(folder: Path, notes: list[str]) -> list[Comparison]:
+    """Every compare.json, one entry a task."""
+    from fp8slurm.run.read_json import read_json
+
+    out = []
+    for path in _find(folder, "compare.json"):
+        said = read_json(path, notes)
+        tasks, names = said.get("tasks"), said.get("precision")
+        if not isinstance(tasks, dict):
+            continue
+        both = tuple(str(n).upper() for n in names) if isinstance(names, list) and len(names) == 2 else ("A", "B")
+        raw = said.get("logprob_gap")
+        gap = {k: v for k, x in raw.items() if (v := number(x)) is not None} if isinstance(raw, dict) else {}
+        for task, figures in tasks.items():
+            difference = _interval(figures.get("difference")) if isinstance(figures, dict) else None
+            if difference is None:
+                notes.append(f"eval/{path.parent.name}/compare.json: task {task} has no difference")
+                continue
+            lost, won = (len(x) if isinstance(x := figures.get(k), list) else 0 for k in ("lost", "won"))
+            out.append(
+                Comparison(
+                    path.parent.relative_to(folder).as_posix(), str(said.get("checkpoint", "?")), str(task),
+                    (both[0], both[1]), number(figures.get("a")), number(figures.get("b")), difference,
+                    _count(figures.get("questions")), lost, won, number(said.get("speed_ratio")), gap,
+                )
+            )  # fmt: skip
+    return out
+
+
+def _find(folder: Path, name: str) -> list[Path]:
+    try:
+        return sorted([*folder.glob(f"*/{name}"), *folder.glob(f"*/*/{name}")])
+    except OSError:
+        return []
+
+
+def _interval(value: Any) -> Interval | None:
+    if isinstance(value, dict):
+        middle = number(value.get("value"))
+        return None if middle is None else (middle, number(value.get("low")), number(value.get("high")))
+    plain = number(value)
+    return None if plain is None else (plain, None, None)
+
+
+def _count(*values: Any) -> int | None:
+    return next((int(n) for v in values if (n := number(v)) is not None), None)

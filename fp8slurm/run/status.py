@@ -1,0 +1,322 @@
+"""Where runs stand, from their directories and from Slurm; nothing is written, and nothing has to be whole."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fp8slurm.core.processes import process_start
+from fp8slurm.observe.metrics import Record, order, position
+from fp8slurm.run.directory import SLURM_FOLDER, RunDirectory, is_run, rl_step
+from fp8slurm.scheduler.queue import SlurmJob, jobs
+
+TAIL_BYTES = 1 << 18
+"""As much of metrics.jsonl is read, from its end."""
+SPEED_WINDOW = 10
+"""Steps of the latest phase whose mean time is the speed."""
+
+
+@dataclass(frozen=True)
+class Link:
+    """One job of a chain (chain.json)."""
+
+    name: str
+    job_id: str | None
+    """None: it was done already when the chain was submitted."""
+    state: str
+    """Slurm's, in lower case; done for a link that was skipped; unknown where Slurm has forgotten the job."""
+    log: str
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """One run; None is "not known" or "not yet"."""
+
+    name: str
+    path: str
+    state: str
+    """A Slurm job's state in lower case while it waits or runs; running, held (by a process on
+    another machine), finished, failed, stopped or new without one; unknown where Slurm was asked about a job and did not answer."""
+    attempt: int | None
+    job_id: str | None
+    job: SlurmJob | None
+    phase: str | None
+    step: int | None
+    total: int | None
+    """Steps of the phase, from config.json."""
+    reward: float | None
+    """reward/mean of the newest step that has one."""
+    accuracy: float | None
+    """eval/accuracy of the newest step that has one."""
+    step_seconds: float | None
+    """Mean of the last steps, saving included."""
+    tokens_per_s: float | None
+    remaining_s: float | None
+    record_age_s: float | None
+    """Since metrics.jsonl was written to."""
+    checkpoint: str | None
+    """Newest complete one; sizes are compared, checksums are not."""
+    checkpoint_age_s: float | None
+    stop: str | None
+    """How the newest attempt stopped as planned, and what follows (stopped.json)."""
+    error: str | None
+    """Of the newest attempt that left one."""
+    error_attempt: int | None
+    links: tuple[Link, ...]
+    notes: tuple[str, ...]
+    """What could not be read, and why."""
+    problem: str | None
+    """Why Slurm could not be asked about the run's job."""
+
+
+def find_runs(root: Path) -> list[Path]:
+    """Run directories in `root`, by name."""
+    try:
+        return sorted(p for p in root.iterdir() if _is_run(p))
+    except OSError:
+        return []
+
+
+def _is_run(path: Path) -> bool:
+    try:
+        return path.is_dir() and is_run(path)
+    except OSError:  # somebody else's: run directories are 0700
+        return False
+
+
+def find_run(name: str, root: Path) -> Path:
+    """A run by its path or by its name in `root`. ValueError: there is none."""
+    for path in (Path(name), root / name):
+        if path in find_runs(path.parent):
+            return path
+    there = ", ".join(p.name for p in find_runs(root)) or "none"
+    raise ValueError(f"{name}: no run directory of that path, and none of that name in {root} (--root); there: {there}")
+
+
+def statuses(paths: Iterable[Path], now: float | None = None) -> tuple[list[RunStatus], str]:
+    """The runs' statuses, and why Slurm could not be asked ("": it answered, or no run has a job)."""
+    gathered = [Facts(path, time.time() if now is None else now) for path in paths]
+    known, problem = jobs(i for facts in gathered for i in facts.job_ids)
+    return [facts.status(known, problem) for facts in gathered], problem
+
+
+class Facts:
+    """What a run directory says, before Slurm is asked."""
+
+    def __init__(self, path: Path, now: float) -> None:
+        self.path, self.now = path, now
+        self.notes: list[str] = []
+        self.run = RunDirectory(path)
+        self.config = self._json(path / "config.json")
+        self.attempts = sorted(int(p.name) for p in path.glob("attempts/*") if p.name.isdigit())
+        self.newest = self.attempts[-1] if self.attempts else None
+        self.records = self._records()
+        self.chain = [link for link in self._json(path / "chain.json").get("links") or () if isinstance(link, dict)]
+        self.owner = self._attempt_file(self.newest, "owner.json")
+        self.stopped = self._attempt_file(self.newest, "stopped.json")
+        pickles = [(p.stat().st_mtime, p.name.partition("_")[0]) for p in (path / SLURM_FOLDER).glob("*_submitted.pkl")]
+        newest = max(pickles)[1] if pickles else None  # a queued job has no attempt before it starts
+        named = (self.stopped.get("resubmitted"), self.owner.get("job"), newest)
+        self.training_jobs = [str(i) for i in named if i]
+
+    @property
+    def job_ids(self) -> list[str]:
+        """Every job that Slurm should be asked about."""
+        ids = [link.get("job_id") for link in self.chain]
+        return [i for i in ids if isinstance(i, str) and i] + self.training_jobs
+
+    def status(self, known: dict[str, SlurmJob], problem: str = "") -> RunStatus:
+        """The status, given what Slurm knows; problem: why it knows nothing of the other jobs, "" if it has forgotten them."""
+        links = tuple(_link(link, known) for link in self.chain)
+        alive = [i for i in self.training_jobs if i in known and known[i].active]
+        job_id = next(iter(alive + self.training_jobs), None)
+        job = known.get(job_id or "")
+        silent = problem if any(i not in known for i in self.training_jobs) and not alive else ""
+        last = self.records[-1] if self.records else {}
+        phase = last.get("phase")
+        total = self._total(phase)
+        same = [r for r in self.records if r["phase"] == phase and _number(r, "time/step")][-SPEED_WINDOW:]
+        seconds = _mean([_number(r, "time/step") + (_number(r, "time/checkpoint") or 0.0) for r in same])
+        checkpoint, age = self._checkpoint()
+        error_attempt, error = self._error()
+        return RunStatus(
+            name=self.path.resolve().name,
+            path=str(self.path),
+            state=self._state(job, checkpoint, error_attempt, bool(silent)),
+            attempt=self.newest,
+            job_id=job_id,
+            job=job,
+            phase=phase,
+            step=last.get("step"),
+            total=total,
+            reward=self._latest("reward/mean"),
+            accuracy=self._latest("eval/accuracy"),
+            step_seconds=seconds,
+            tokens_per_s=_mean([_number(r, "throughput/tokens_per_s") for r in same]),
+            remaining_s=None if seconds is None or total is None else max(0, total - last["step"]) * seconds,
+            record_age_s=self._age(self.path / "metrics.jsonl") if self.records else None,
+            checkpoint=checkpoint,
+            checkpoint_age_s=age,
+            stop=self._stop(),
+            error=error,
+            error_attempt=error_attempt,
+            links=links,
+            notes=tuple(self.notes),
+            problem=silent or None,
+        )
+
+    # -- parts ---------------------------------------------------------------------------------------------------
+
+    def _state(self, job: SlurmJob | None, checkpoint: str | None, error_attempt: int | None, silent: bool) -> str:
+        steps = self._total("rl")
+        if job is not None and job.active:
+            return job.state.lower()
+        held = self.held()
+        if held == "running":
+            return held
+        if steps is not None and rl_step(checkpoint or "") >= steps:
+            return "finished"
+        if silent:  # its job may wait or run
+            return "unknown"
+        if job is not None and job.state != "COMPLETED":
+            return job.state.lower()
+        if self.newest is None:
+            return "new"
+        return held or ("failed" if error_attempt == self.newest else "stopped")
+
+    def held(self) -> str | None:
+        """Whether a process outside Slurm that holds the newest attempt is alive, or on another machine; None: gone."""
+        host, pid, start = (self.owner.get(key) for key in ("host", "pid", "start"))
+        if "job" in self.owner or not isinstance(pid, int) or start is None:
+            return None
+        if host != socket.gethostname():
+            self.notes.append(f"process {pid} on {host} holds attempt {self.newest} and cannot be seen from here")
+            return "held"
+        return "running" if process_start(pid) == start else None
+
+    def _attempt_file(self, attempt: int | None, name: str) -> dict[str, Any]:
+        return {} if attempt is None else self._json(self.run.attempts / str(attempt) / name)
+
+    def _records(self) -> list[Record]:
+        """The last whole records of metrics.jsonl, in the order of the run."""
+        try:
+            with open(self.path / "metrics.jsonl", "rb") as f:
+                size = f.seek(0, 2)
+                f.seek(max(0, size - TAIL_BYTES))
+                lines = f.read().split(b"\n")
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            self.notes.append(f"metrics.jsonl cannot be read: {error.strerror}")
+            return []
+        lines = lines[1 if size > TAIL_BYTES else 0 : -1]  # the first may be half a line, the last is not finished
+        records, broken = [], 0
+        for line in lines:
+            try:
+                record = json.loads(line)
+                order(position(record))
+                records.append(record)
+            except (ValueError, KeyError, TypeError):
+                broken += 1
+        if broken:
+            self.notes.append(f"metrics.jsonl: {broken} of the last {len(lines)} lines cannot be read")
+        return sorted(records, key=lambda r: order(position(r)))
+
+    def _latest(self, key: str) -> float | None:
+        return next((v for r in reversed(self.records) if (v := _number(r, key)) is not None), None)
+
+    def _total(self, phase: str | None) -> int | None:
+        section, key = ("sft", "max_steps") if phase == "sft" else ("run", "steps")
+        value = self.config.get(section)
+        total = value.get(key) if isinstance(value, dict) else None
+        return total if isinstance(total, int) and phase else None
+
+    def _checkpoint(self) -> tuple[str | None, float | None]:
+        """(name, age) of the newest checkpoint whose files have the sizes that COMPLETE says."""
+        for name in self.run.checkpoint_names():
+            folder = self.run.checkpoints / name
+            reason = size_damage(folder)
+            if reason is None:
+                return name, self._age(folder / "COMPLETE")
+            self.notes.append(f"checkpoint {name}: {reason}")
+        return None, None
+
+    def _stop(self) -> str | None:
+        s = self.stopped
+        if not s:
+            return None
+        saved = f"{'saved' if s.get('saved') else 'not saved'} at {s['at']}" if s.get("at") else ""
+        return "; ".join(str(x) for x in (s.get("why"), saved, s.get("next") or s.get("why_not")) if x)
+
+    def _error(self) -> tuple[int | None, str | None]:
+        """(attempt, text) of the newest attempt that left an error of its own; tasks that Slurm ended, or
+        that ended with another, count for the newest attempt alone."""
+        for attempt in reversed(self.attempts):
+            folder = self.run.attempts / str(attempt)
+            verdict = self._json(folder / "errors" / "verdict.json").get("text")  # the job script's, from srun
+            if isinstance(verdict, str):
+                return attempt, verdict.strip()
+            errors = [e for p in folder.glob("errors/task_*.json") if isinstance((e := self._json(p)).get("text"), str)]
+            if any(e.get("primary", True) for e in errors) or (errors and attempt == self.newest):
+                first = min(errors, key=lambda e: (not e.get("primary", True), e.get("time") or 0.0))
+                return attempt, f"task {first.get('task', '?')}: {first['text'].strip()}"
+        return None, None
+
+    def _age(self, path: Path) -> float | None:
+        try:
+            return max(0.0, self.now - path.stat().st_mtime)
+        except OSError:
+            return None
+
+    def _json(self, path: Path) -> dict[str, Any]:
+        """A JSON object; empty where there is no file, or (with a note) where it cannot be read."""
+        try:
+            value = json.loads(path.read_text())
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "not JSON"
+            self.notes.append(f"{path.relative_to(self.path)} cannot be read: {reason}")
+            return {}
+        if not isinstance(value, dict):
+            self.notes.append(f"{path.relative_to(self.path)} is no JSON object")
+            return {}
+        return value
+
+
+def size_damage(folder: Path) -> str | None:
+    """Why a checkpoint is not complete, without reading its files; None if names and sizes are as COMPLETE says."""
+    try:
+        files = json.loads((folder / "COMPLETE").read_text())["files"]
+        for name, want in files.items():
+            size = (folder / name).stat().st_size
+            if size != want["bytes"]:
+                return f"{name} has {size} bytes instead of {want['bytes']}"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except OSError as error:
+        return error.strerror or "cannot be read"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return "COMPLETE cannot be read"
+    return None
+
+
+def _link(link: dict[str, Any], known: dict[str, SlurmJob]) -> Link:
+    job_id = link.get("job_id")
+    state = "done" if not job_id else known[job_id].state.lower() if job_id in known else "unknown"
+    return Link(str(link.get("name")), job_id, state, str(link.get("log") or ""))
+
+
+def _number(record: Record, key: str) -> float | None:
+    value = record.get(key)
+    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+
+def _mean(values: list[float | None]) -> float | None:
+    numbers = [v for v in values if v is not None]
+    return sum(numbers) / len(numbers) if numbers else None

@@ -1,0 +1,43 @@
+"""What tasks leave in an attempt's folder when they end: their last words, and how the attempt stopped."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+from fp8slurm.core.files import write_atomic
+
+STOPPED = "stopped.json"
+
+VERDICT = "verdict.json"
+
+
+def record_error(folder: Path, index: int, text: str, primary: bool = True, permanent: bool = False) -> None:
+    """Write a task's last words where the launcher looks for them; secondary ones are consequences of another's, after
+    permanent ones it is no use to start again."""
+    path = folder / f"task_{index}.json"
+    if not path.exists():
+        said = {"time": time.time(), "task": index, "primary": primary, "permanent": permanent, "text": text}
+        write_atomic(path, json.dumps(said))
+
+
+def first_error(attempt_dir: Path, vanished: bool = True) -> str | None:
+    """What brought the attempt down: what the job script found out from srun, else a task that vanished without a word
+    (killed), else the earliest error that was nobody else's consequence. None if there was no error.
+    `vanished` False: the launcher itself killed what was left.
+    """
+    verdict = attempt_dir / "errors" / VERDICT
+    if verdict.is_file():
+        return json.loads(verdict.read_text())["text"]
+    errors = [json.loads(p.read_text()) for p in (attempt_dir / "errors").glob("task_*.json")]
+    spoken = {str(e["task"]) for e in errors}
+    for path in sorted((attempt_dir / "tasks").glob("[0-9]*.json")):
+        if vanished and path.stem not in spoken and not path.with_suffix(".done").exists():
+            return (
+                f"task {path.stem} (process {json.loads(path.read_text())['pid']}) was killed or ended without a word"
+            )
+    if not errors:
+        return None
+    first = min(errors, key=lambda e: (not e["primary"], e["time"]))
+    return f"task {first['task']}: {first['text']}"

@@ -1,0 +1,142 @@
+"""The last line of a job script: `python -m fp8slurm.slurm.epilogue STATUS RUN_DIR`, once srun has ended.
+
+Where the tasks stopped as planned, or the run is finished, there is nothing left to do. Where one of them died, the job
+goes back into the queue, as long as the run makes progress; else the reason is the last thing in the job's log.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import time
+from pathlib import Path
+
+from fp8slurm.config import RunConfig
+from fp8slurm.core.files import write_atomic
+from fp8slurm.run.directory import RunDirectory
+from fp8slurm.run.task_errors import STOPPED, VERDICT, first_error
+from fp8slurm.scheduler import job as slurm
+from fp8slurm.scheduler.job import Job
+from fp8slurm.slurm import attempt
+from fp8slurm.slurm.requeue import requeue_or_resubmit
+
+LINGER_S = 60.0
+"""Slurm ends the script of a job that was requeued; until then it must not look as if the job had ended by itself."""
+FAILED = re.compile(r"srun: error: (\S+): tasks? ([\d,-]+): (.*)")
+LOST = re.compile(r"srun: error: (Aborting, io error.*|Node failure on .*)")
+"""srun has lost a node, and ends the tasks of the others for it."""
+OTHERS = re.compile(r"srun: |slurmstepd\S*: |submitit ")
+"""Begins a line that is not the task's own."""
+
+
+def after(status: int, path: Path) -> int:
+    """What to do after the tasks ended with `status`; returns the job script's exit status."""
+    job = Job.here()
+    if job is None:
+        raise ValueError("this is no Slurm job: the command is the last line of a job script")
+    run = attempt.find(path, Job(job.id, job.restart, None))
+    if run is None:  # it never began: the reason is in the log already
+        return status
+    stopped = run.attempt_dir / STOPPED
+    if stopped.is_file():
+        said = json.loads(stopped.read_text())
+        print(f"fp8slurm: {said['why']}: {said['next'] or said['why_not']}", file=sys.stderr, flush=True)
+        if said["next"] == "requeued":
+            time.sleep(LINGER_S)
+        return 0 if said["next"] else status or 1
+    if status == 0:
+        return 0
+    shown = slurm.show_job(job.id) or {}
+    text = _verdict(run, shown)
+    _say(f"attempt {run.attempt} failed:\n{text}")
+    if shown.get("JobState") != "RUNNING":  # cancelled, out of time, or requeued by Slurm
+        return status
+    config = RunConfig.model_validate_json((run.path / "config.json").read_text())
+    return status if not _again(config, run, job) else 0
+
+
+def _again(config: RunConfig, run: RunDirectory, job: Job) -> bool:
+    """Requeue the job if that makes sense; whether it was."""
+    if not config.slurm.requeue:
+        _say("slurm.requeue is off: submit the run again to go on")
+        return False
+    errors = [json.loads(p.read_text()) for p in (run.attempt_dir / "errors").glob("task_*.json")]
+    if any(e["permanent"] for e in errors):
+        _say("another attempt would only meet this again: the run ends")
+        return False
+    count = attempt.without_progress(run, Job(job.id, job.restart, None))
+    if count >= config.slurm.max_attempts_without_progress:
+        _say(attempt.no_progress(config, run, count))
+        return False
+    said = {"why": "a task died", "at": "", "saved": False, "time": time.time(), "why_not": ""}
+    # Slurm ends this script as soon as it has taken the requeue.
+    write_atomic(run.attempt_dir / STOPPED, json.dumps(said | {"next": "requeued"}))
+    said |= requeue_or_resubmit(run, job, dict(os.environ))
+    write_atomic(run.attempt_dir / STOPPED, json.dumps(said))
+    _say(said["next"] or said["why_not"])
+    if said["next"] == "requeued":
+        time.sleep(LINGER_S)
+    return bool(said["next"])
+
+
+def _verdict(run: RunDirectory, job: dict[str, str]) -> str:
+    """Who failed first, by srun's word, and that task's own last words; kept for first_error."""
+    log = Path(job.get("StdErr", ""))
+    lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
+    begun = f"attempt {run.attempt}, logs in"
+    start = max((i for i, line in enumerate(lines) if begun in line), default=0)
+    first = next((m for line in lines[start:] if (m := LOST.search(line) or FAILED.search(line))), None)
+    text = first_error(run.attempt_dir) or "the tasks ended without a word"
+    if first is not None and first.re is LOST:
+        nodes = f" (nodes {job['NodeList']}, counted from 0)" if "on node " in first[1] and job.get("NodeList") else ""
+        text = f"{first[1]}{nodes}"
+    elif first is not None:
+        task = re.match(r"\d+", first[2])[0]
+        own = run.attempt_dir / "errors" / f"task_{task}.json"
+        said = json.loads(own.read_text()) if own.is_file() else None
+        if said is None:
+            text = f"task {first[2]} on {first[1]}: {first[3]}{_last_words(run, task)}"
+        elif said["primary"]:
+            text = f"task {task}: {said['text']}"
+    (run.attempt_dir / "errors").mkdir(exist_ok=True)
+    write_atomic(run.attempt_dir / "errors" / VERDICT, json.dumps({"time": time.time(), "text": text}))
+    return text
+
+
+def _last_words(run: RunDirectory, task: str) -> str:
+    """The last line that a task wrote before it had a log in its attempt, and where it stands; "" where it had one."""
+    from fp8slurm.run.directory import SLURM_FOLDER
+
+    job = (run.owner(run.attempt) or {}).get("job")
+    file = run.path / SLURM_FOLDER / f"{job}_{task}_log.err"
+    lines = file.read_text(errors="replace").splitlines() if file.is_file() else []
+    own = [line.strip() for line in lines if line.strip() and not OTHERS.match(line)]
+    return f"; {file}: {own[-1]}" if own and "logs in" not in own[-1] else ""
+
+
+def _say(text: str) -> None:
+    print(f"fp8slurm: {text}", file=sys.stderr, flush=True)
+
+
+def main(argv: list[str]) -> int:
+    """`fp8slurm after STATUS --recipe R [--section.key VALUE ...]`: for hand-written job scripts."""
+    from fp8slurm.config import parse_command, recipe_parser
+
+    asks = argv[:1] in (["-h"], ["--help"])
+    if not asks and (not argv or not argv[0].isdigit()):
+        raise ValueError('the first argument must be the exit status of srun: exec fp8slurm after $? "${ARGS[@]}"')
+    if "--dry-run" in argv:
+        raise ValueError("--dry-run: use fp8slurm submit --dry-run")
+    parser = recipe_parser(
+        "fp8slurm after STATUS",
+        "The last line of a job script of your own, with srun's exit status and the settings of its workers: exec fp8slurm "
+        'after $? "${ARGS[@]}". Requeues the job where a task died, as long as the run makes progress.',
+    )
+    _, config = parse_command(parser, argv if asks else argv[1:])
+    return after(int(argv[0]), (config.run.root / config.run.name).resolve())
+
+
+if __name__ == "__main__":
+    sys.exit(after(int(sys.argv[1]), Path(sys.argv[2])))

@@ -1,0 +1,75 @@
+"""A job back in the queue under its own number, or, where the site has that disabled, submitted anew with what waits for it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from fp8slurm.core.files import write_atomic
+from fp8slurm.run.chain_record import CHAIN, read_chain
+from fp8slurm.run.directory import SLURM_FOLDER, RunDirectory
+from fp8slurm.scheduler import job as slurm
+from fp8slurm.scheduler.job import Job, SlurmError
+
+log = logging.getLogger(__name__)
+
+
+def requeue_or_resubmit(run: RunDirectory, job: Job, environment: dict[str, str]) -> dict[str, Any]:
+    """Put the job back into the queue; where the site has that disabled, submit it anew. Returns next, why_not, resubmitted."""
+    try:
+        slurm.requeue(job.id)
+        return {"next": "requeued"}
+    except SlurmError as refusal:
+        try:
+            new = resubmit(run, job, environment)
+        except (SlurmError, OSError) as error:
+            return {"next": "", "why_not": f"scontrol requeue: {refusal}; sbatch: {error}"}
+        return {"next": f"resubmitted as job {new}", "resubmitted": new, "why_not": f"scontrol requeue: {refusal}"}
+
+
+def resubmit(run: RunDirectory, job: Job, environment: dict[str, str]) -> str:
+    """Submit the job's own script again with its arguments, to start when this job has ended; returns the new job's id.
+
+    environment: that of a process of the job, before anything was changed in it.
+
+    Raises:
+        SlurmError: Slurm refuses.
+    """
+    script = run.attempt_dir / "job_script.sh"
+    slurm.ask("scontrol", "write", "batch_script", job.id, str(script))
+    flags = slurm.asked_again(slurm.show_job(job.id) or {}, environment)
+    arguments = (run.owner(run.attempt) or {}).get("arguments", [])
+    said = slurm.ask(
+        "sbatch", "--parsable", f"--dependency=afterany:{slurm.number_of(job.id)}", *flags, str(script), *arguments,
+        environment=slurm.environment_for_a_job(environment), cwd=environment.get("SLURM_SUBMIT_DIR"),
+    )  # fmt: skip
+    new = said.strip().split(";")[0]
+
+    pickle = run.path / SLURM_FOLDER / f"{job.id}_submitted.pkl"
+    if pickle.is_file():  # submitit looks for what to run under the job's number
+        os.link(pickle, pickle.with_name(f"{new}_submitted.pkl"))
+    try:
+        follow(run.path, job.id, new)
+    except SlurmError as error:
+        log.warning("the jobs of the chain that wait for job %s cannot be moved behind job %s: %s", job.id, new, error)
+    return new
+
+
+def follow(run: Path, old: str, new: str) -> None:
+    """Let the links that wait for job `old` wait for `new`, which goes on with its work (a site without requeueing).
+
+    Raises:
+        SlurmError: Slurm refused; the chain is then cancelled when `old` ends.
+    """
+    record = read_chain(run / CHAIN)
+    for link in record.get("links", []):
+        if link["job_id"] == old:
+            link["job_id"] = new
+        elif old in link["after"]:
+            link["after"] = [new if i == old else i for i in link["after"]]
+            slurm.ask("scontrol", "update", f"JobId={link['job_id']}", f"Dependency=afterok:{':'.join(link['after'])}")
+    if record:
+        write_atomic(run / CHAIN, json.dumps(record, indent=1))

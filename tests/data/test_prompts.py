@@ -1,0 +1,194 @@
+import json
+import logging
+from types import SimpleNamespace
+
+import pytest
+
+from fp8slurm.config.schema import DataSection, SftSection
+from fp8slurm.data import prompts as data_module
+from fp8slurm.data.prompts import PromptOrder, encode, end_token_ids, load_prompts, load_sft, load_tokenizer
+from fp8slurm.models import tiny
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tiny.write_model(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(model):
+    return load_tokenizer(model)
+
+
+def user(text):
+    return [{"role": "user", "content": text}]
+
+
+def write(path, *rows):
+    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows), encoding="utf-8")
+    return path
+
+
+def test_messages_get_the_template_and_text_does_not(tmp_path, tokenizer):
+    path = write(tmp_path / "a.jsonl", {"prompt": user("12+34="), "label": "64"}, {"prompt": "12+34=", "label": 64})
+    templated, plain = load_prompts(DataSection(), tokenizer, path)
+    assert tokenizer.decode(templated.token_ids) == "<|im_start|>user\n12+34=<|im_end|>\n<|im_start|>assistant\n"
+    assert len(templated.token_ids) == 14
+    assert tokenizer.decode(plain.token_ids) == "12+34="
+    assert [(p.index, p.label) for p in (templated, plain)] == [(0, "64"), (1, "64")]
+
+
+def test_chat_template_kwargs_reach_the_template(tmp_path, tokenizer):
+    path = write(tmp_path / "a.jsonl", {"prompt": user("1"), "label": "1"})
+    data = DataSection(chat_template_kwargs={"enable_thinking": False})
+    (prompt,) = load_prompts(data, tokenizer, path)
+    assert tokenizer.decode(prompt.token_ids).endswith("assistant\n<think>\n\n</think>\n\n")
+    with pytest.raises(ValueError, match="add_generation_prompt"):
+        load_prompts(DataSection(chat_template_kwargs={"add_generation_prompt": False}), tokenizer, path)
+
+
+def test_parquet_equals_jsonl(tmp_path, tokenizer):
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [{"q": user(f"{a}+1="), "a": str(a + 1)} for a in range(5)]
+    data = DataSection(prompt_key="q", label_key="a")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    expected = load_prompts(data, tokenizer, write(tmp_path / "a.jsonl", *rows))
+    assert load_prompts(data, tokenizer, tmp_path / "a.parquet") == expected
+    assert len(expected) == 5
+
+
+def test_an_empty_prompt_is_left_out(tmp_path, tokenizer):
+    """No token would predict its response's first."""
+    path = write(tmp_path / "a.jsonl", {"prompt": "", "label": "x"}, {"prompt": "1", "label": "y"})
+    assert [p.label for p in load_prompts(DataSection(), tokenizer, path)] == ["y"]
+
+
+def test_no_text_is_lost_between_calls_of_the_tokenizer_and_none_gets_another_beginning(monkeypatch):
+    """The chat template is applied already: a tokenizer that puts a token of its own in front must not."""
+    monkeypatch.setattr(data_module, "TEXTS_PER_CALL", 2)
+
+    def tokenizer(texts, add_special_tokens=True):
+        return {"input_ids": [[1] * add_special_tokens + [ord(c) for c in text] for text in texts]}
+
+    assert encode(tokenizer, ["a", "bc", "d", "e", "f"]) == [[97], [98, 99], [100], [101], [102]]
+
+
+def test_only_the_first_rows_are_read_where_so_many_are_asked_for(tmp_path, tokenizer):
+    path = write(tmp_path / "a.jsonl", *({"prompt": str(i), "label": "", "response": ""} for i in range(3)), "torn")
+    assert [p.index for p in load_prompts(DataSection(), tokenizer, path, limit=2)] == [0, 1]
+    assert len(load_sft(DataSection(), SftSection(data=tmp_path / "other"), tokenizer, path, limit=3)) == 3
+
+
+def test_long_prompts_are_left_out_and_counted(tmp_path, tokenizer, caplog):
+    path = write(tmp_path / "a.jsonl", {"prompt": "1" * 9, "label": ""}, {"prompt": "1" * 8, "label": "x"})
+    with caplog.at_level(logging.WARNING):
+        (prompt,) = load_prompts(DataSection(max_prompt_tokens=8), tokenizer, path)
+    assert prompt.index == 1 and len(prompt.token_ids) == 8
+    assert "1 of 2 prompts left out" in caplog.text
+
+
+GOOD = {"prompt": "1+1=", "label": "2"}
+BAD = {
+    "no label": ({"prompt": "1"}, r"no 'label' among its keys \['prompt'\] \(data.label_key\)"),
+    "null label": ({"prompt": "1", "label": None}, r"'label' is null \(data.label_key\)"),
+    "no prompt": ({"label": "1"}, "data.prompt_key"),
+    "label is a list": ({"prompt": "1", "label": ["1"]}, "text or a number, not list"),
+    "prompt is a number": ({"prompt": 3, "label": "1"}, "text or a list of messages"),
+    "no messages": ({"prompt": [], "label": "1"}, "text or a list of messages"),
+    "message without role": ({"prompt": [{"content": "x"}], "label": "1"}, "role and content"),
+    "torn": ('{"prompt": "1", "lab', "not JSON"),
+    "not an object": ("[1]", "object is expected, not list"),
+}
+
+
+@pytest.mark.parametrize("row, reason", BAD.values(), ids=BAD.keys())
+def test_a_bad_line_is_named_or_skipped(tmp_path, tokenizer, caplog, row, reason):
+    path = write(tmp_path / "a.jsonl", GOOD, "", row, GOOD)
+    with pytest.raises(ValueError, match=reason) as error:
+        load_prompts(DataSection(), tokenizer, path)
+    assert f"{path}:3: " in str(error.value)
+    with caplog.at_level(logging.WARNING):
+        prompts = load_prompts(DataSection(on_bad_line="skip"), tokenizer, path)
+    assert [p.index for p in prompts] == [0, 3]
+    assert "1 bad lines left out" in caplog.text
+
+
+def test_bytes_that_are_not_utf8(tmp_path, tokenizer):
+    (tmp_path / "a.jsonl").write_bytes(b'{"prompt": "\xff", "label": "1"}\n')
+    with pytest.raises(ValueError, match="a.jsonl:1: not JSON in UTF-8"):
+        load_prompts(DataSection(), tokenizer, tmp_path / "a.jsonl")
+
+
+@pytest.mark.parametrize("rows", [[], [""], [{"prompt": "1" * 99, "label": "1"}]], ids=["empty", "blank", "too long"])
+def test_an_empty_data_set_is_refused(tmp_path, tokenizer, rows):
+    with pytest.raises(ValueError, match="a.jsonl is an empty data set"):
+        load_prompts(DataSection(max_prompt_tokens=50), tokenizer, write(tmp_path / "a.jsonl", *rows))
+
+
+def test_a_missing_file_and_an_unknown_suffix(tmp_path, tokenizer):
+    with pytest.raises(ValueError, match="does not exist"):
+        load_prompts(DataSection(), tokenizer, tmp_path / "a.jsonl")
+    (tmp_path / "a.csv").write_text("")
+    with pytest.raises(ValueError, match=r"'\.csv' is not one of \.jsonl, \.parquet"):
+        load_prompts(DataSection(), tokenizer, tmp_path / "a.csv")
+    (tmp_path / "a.parquet").write_text("no")
+    with pytest.raises(ValueError, match="not a readable parquet"):
+        load_prompts(DataSection(), tokenizer, tmp_path / "a.parquet")
+
+
+def test_messages_without_a_chat_template(tmp_path, model):
+    bare = load_tokenizer(model)
+    bare.chat_template = None
+    path = write(tmp_path / "a.jsonl", {"prompt": user("1"), "label": "1"})
+    for on_bad_line in ("error", "skip"):
+        with pytest.raises(ValueError, match="no chat template"):
+            load_prompts(DataSection(on_bad_line=on_bad_line), bare, path)
+
+
+def test_sft_ends_with_the_end_token(tmp_path, tokenizer):
+    path = write(tmp_path / "s.jsonl", {"prompt": user("12+34="), "response": "64"})
+    (example,) = load_sft(DataSection(), SftSection(data=path), tokenizer)
+    assert tokenizer.decode(example.response_ids) == "64<|im_end|>"
+    (prompt,) = load_prompts(DataSection(label_key="response"), tokenizer, path)
+    assert example.prompt_ids == prompt.token_ids
+    with pytest.raises(ValueError, match="s.jsonl:1: no 'answer'.*sft.response_key"):
+        load_sft(DataSection(), SftSection(data=path, response_key="answer"), tokenizer)
+    with pytest.raises(ValueError, match="eos_token"):
+        load_sft(DataSection(), SftSection(data=path), SimpleNamespace(eos_token_id=None))
+
+
+def test_end_tokens_of_both_configs(tmp_path, model):
+    assert end_token_ids(model) == [256, 258]
+    (tmp_path / "config.json").write_text('{"eos_token_id": 7}')
+    assert end_token_ids(tmp_path) == [7]
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [3]}')
+    assert end_token_ids(tmp_path) == [3, 7]
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "generation_config.json").unlink()
+    with pytest.raises(ValueError, match="eos_token_id"):
+        end_token_ids(tmp_path)
+
+
+def test_the_order_is_a_function_of_the_cursor():
+    order = PromptOrder(n=7, seed=3)
+    whole, end = order.take(0, 40)
+    assert end == 40
+    cursor, parts = 0, []
+    for k in (1, 7, 0, 13, 19):
+        part, cursor = PromptOrder(n=7, seed=3).take(cursor, k)
+        parts += part
+    assert parts == whole
+    epochs = [whole[i : i + 7] for i in range(0, 35, 7)]
+    assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
+    assert len({tuple(e) for e in epochs}) > 1
+    assert PromptOrder(n=7, seed=4).take(0, 40)[0] != whole
+    # seeds have no order in common: not one seed's second epoch as the next one's first
+    orders = {tuple(PromptOrder(n=7, seed=s).take(7 * e, 7)[0]) for s in range(4) for e in range(4)}
+    assert len(orders) == 16
+    assert PromptOrder(n=3, seed=0, shuffle=False).take(2, 5) == ([2, 0, 1, 2, 0], 7)
+    with pytest.raises(ValueError, match="empty"):
+        PromptOrder(n=0, seed=0)

@@ -1,0 +1,91 @@
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fp8slurm.core.types import Prompt, Sample, SampleGroup
+from fp8slurm.rollout.serialization import decode_groups, encode_groups
+
+int32 = st.integers(-(2**31), 2**31 - 1)
+float32 = st.floats(width=32, allow_nan=False)
+samples = st.lists(st.tuples(int32, float32, int32), max_size=6).flatmap(
+    lambda tokens: st.builds(
+        Sample,
+        response_ids=st.just([t for t, _, _ in tokens]),
+        logprobs=st.just([p for _, p, _ in tokens]),
+        weight_versions=st.just([v for _, _, v in tokens]),
+        finish_reason=st.sampled_from(["stop", "length", "abort"]),
+        text=st.text(max_size=9),
+        reward=st.floats(allow_nan=False),
+        train=st.booleans(),
+    )
+)
+prompts = st.builds(
+    Prompt, index=st.integers(0, 2**60), token_ids=st.lists(int32, max_size=6).map(tuple), label=st.text(max_size=9)
+)
+some_groups = st.lists(st.builds(SampleGroup, prompts, st.lists(samples, max_size=3)), max_size=3)
+
+
+@settings(max_examples=100, deadline=None)
+@given(some_groups)
+def test_round_trip(groups):
+    data = encode_groups(groups)
+    assert data.dtype == torch.uint8 and data.dim() == 1
+    assert decode_groups(data) == groups
+
+
+@settings(max_examples=100, deadline=None)
+@given(some_groups, st.data())
+def test_anything_else_is_a_value_error_or_groups(groups, data):
+    good = encode_groups(groups)
+    cut = data.draw(st.integers(0, len(good) - 1))
+    with pytest.raises(ValueError, match="sample groups"):
+        decode_groups(good[:cut])
+    with pytest.raises(ValueError, match="sample groups"):
+        decode_groups(torch.cat([good, torch.zeros(4, dtype=torch.uint8)]))
+    flipped = good.clone()
+    flipped[cut] ^= data.draw(st.integers(1, 255))
+    try:
+        decode_groups(flipped)
+    except ValueError:
+        pass
+
+
+def forged(header, payload=b""):
+    text = json.dumps(header).encode()
+    raw = b"f8sgrp01" + len(text).to_bytes(8, "little") + text + bytes(-len(text) % 8) + payload
+    return torch.frombuffer(bytearray(raw), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"a": 1},
+        [1],
+        7,
+        [{"tokens": -1, "samples": []}],
+        [{"tokens": 2**62, "samples": []}],
+        [{"tokens": True, "samples": []}],
+        [{"tokens": 0, "samples": [{"tokens": 0}], "index": 0, "label": ""}],
+        [{"tokens": 0, "samples": []}],
+    ],
+)
+def test_a_forged_header_is_refused(header):
+    with pytest.raises(ValueError, match="sample groups"):
+        decode_groups(forged(header))
+
+
+def test_a_header_longer_than_the_data_and_a_wrong_dtype_are_refused():
+    data = encode_groups([])
+    data[8:16] = 255
+    with pytest.raises(ValueError, match="a header of"):
+        decode_groups(data)
+    with pytest.raises(ValueError, match="uint8"):
+        decode_groups(torch.zeros(40))
+
+
+def test_lists_that_differ_in_length_are_a_bug():
+    with pytest.raises(AssertionError, match="differ in length"):
+        encode_groups([SampleGroup(Prompt(0, (1,), ""), [Sample([1, 2], [0.0], [0, 0], "stop")])])

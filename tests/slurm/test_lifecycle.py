@@ -1,0 +1,410 @@
+"""Attempts inside a job, notices and deadlines, and what follows the end of the tasks; Slurm's commands are faked here."""
+
+import json
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+from fp8slurm.checkpoint import hf_to_fp8
+from fp8slurm.config import RunConfig
+from fp8slurm.core.deadlines import REQUEUE_S
+from fp8slurm.models.tiny import write_model
+from fp8slurm.run.directory import FencedError, RunBusyError, RunDirectory
+from fp8slurm.run.status import statuses
+from fp8slurm.run.task_errors import STOPPED, first_error, record_error
+from fp8slurm.scheduler import job
+from fp8slurm.scheduler.job import Job, SlurmError
+from fp8slurm.slurm import attempt, worker
+from fp8slurm.slurm import epilogue as after
+from fp8slurm.slurm.lifecycle import JobLifecycle, StoppedForGood
+
+
+@pytest.fixture
+def config(tmp_path):
+    return RunConfig(run={"root": tmp_path, "name": "r"})
+
+
+@pytest.fixture
+def slurm(monkeypatch):
+    """A controller: `requeued` are the jobs it was asked to requeue, `refuses` its answer if it will not."""
+
+    class Controller:
+        requeued: list[str] = []
+        refuses: str | None = None
+        state = "RUNNING"
+        end: float | None = None
+
+        def requeue(self, id: str) -> None:
+            if self.refuses:
+                raise SlurmError(self.refuses)
+            self.requeued.append(id)
+
+    c = Controller()
+    c.requeued = []
+    monkeypatch.setattr(job, "requeue", c.requeue)
+    monkeypatch.setattr(job, "show_job", lambda id: {"JobState": c.state, "StdErr": str(getattr(c, "log", ""))})
+    monkeypatch.setattr(job, "end_time", lambda id: c.end)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
+    monkeypatch.delenv("SLURM_STEP_ID", raising=False)
+    monkeypatch.setattr(after, "LINGER_S", 0)
+    return c
+
+
+def begin(config: RunConfig, restart: int = 0, id: str = "7") -> RunDirectory:
+    return attempt.begin(config, config.run.root / "r", Job(id, restart, "0"))
+
+
+def checkpoint(run: RunDirectory, step: int) -> None:
+    folder = run.checkpoints / f"step_{step:06d}"
+    folder.mkdir(parents=True)
+    (folder / "COMPLETE").touch()
+
+
+# -- attempts --------------------------------------------------------------------------------------------------------
+
+
+def test_one_task_begins_and_the_others_find_it(config, slurm):
+    path = config.run.root / "r"
+    with pytest.raises(TimeoutError, match="job 7"):
+        attempt.join(path, Job("7", 0, "0"), timeout_s=0)
+    run = begin(config)
+    assert attempt.join(path, Job("7", 0, "0"), timeout_s=0).attempt == run.attempt == 0
+    for other in (Job("7", 1, "0"), Job("8", 0, "0"), Job("7", 0, "1")):  # a restart, another job, a second srun
+        assert attempt.find(path, other) is None
+    assert begin(config, restart=1).attempt == 1
+    owner = json.loads((run.attempts / "1" / "owner.json").read_text())
+    assert (owner["job"], owner["restart"], owner["checkpoint"]) == ("7", 1, "")
+    assert json.loads((run.path / "config.json").read_text())["run"]["name"] == "r"
+
+
+def test_another_spelling_of_a_path_is_the_same_model(config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = RunDirectory(tmp_path / "r")
+    checkpoint(run, 1)
+
+    def settled(path) -> list[str]:
+        model = config.model.model_copy(update={"hf_checkpoint": path})
+        return attempt.settle_configuration(config.model_copy(update={"model": model}), run)
+
+    assert settled(Path("models/m")) == settled(tmp_path / "models" / "m") == settled(Path("models/../models/m")) == []
+    with pytest.raises(ValueError, match="belongs to another run .model.hf_checkpoint"):
+        settled(Path("m"))
+
+
+def test_a_rollout_checkpoint_of_another_precision_is_another_run(config, tmp_path):
+    run = RunDirectory(tmp_path / "r")
+    run.path.mkdir()
+    (bf16 := tmp_path / "bf16").mkdir()
+    write_model(bf16)
+    hf_to_fp8(bf16, tmp_path / "fp8")
+    shutil.copytree(tmp_path / "fp8", tmp_path / "moved")
+
+    def settled(path: Path | None) -> list[str]:
+        model = config.model.model_copy(update={"hf_checkpoint": Path("m"), "rollout_checkpoint": path})
+        fp8 = config.fp8.model_copy(update={"backend": "emulated"})
+        return attempt.settle_configuration(config.model_copy(update={"model": model, "fp8": fp8}), run)
+
+    settled(tmp_path / "bf16")
+    assert len(settled(tmp_path / "fp8")) == 1, "without a checkpoint nothing binds"
+    checkpoint(run, 1)
+    assert len(settled(tmp_path / "moved")) == 1
+    assert len(settled(None)) == 1, "made from the model it is in FP8, too"
+    with pytest.raises(ValueError, match="belongs to another run .model.rollout_checkpoint"):
+        settled(tmp_path / "bf16")
+
+
+def test_another_job_is_refused_while_the_first_is_active(config, slurm):
+    begin(config)
+    with pytest.raises(RunBusyError, match="job 7"):
+        _as_job("8", begin, config, 0, "8")
+    slurm.state = "FAILED"
+    assert _as_job("8", begin, config, 0, "8").attempt == 1
+
+
+def _as_job(id: str, call, *arguments):
+    import os
+
+    before, os.environ["SLURM_JOB_ID"] = os.environ["SLURM_JOB_ID"], id
+    try:
+        return call(*arguments)
+    finally:
+        os.environ["SLURM_JOB_ID"] = before
+
+
+def test_attempts_without_a_new_checkpoint_are_counted_and_limited(config, slurm):
+    for restart in range(3):
+        run = begin(config, restart)
+        record_error(_errors(run), 0, f"reason {restart}")
+    with pytest.raises(ValueError, match="3 attempts in a row without a new checkpoint.*reason 2"):
+        begin(config, 3)
+    checkpoint(run, 2)
+    assert begin(config, 3).attempt == 3
+    assert attempt.without_progress(run, Job("7", 3, None)) == 1
+    assert attempt.without_progress(run, Job("9", 0, None)) == 0, "a new job begins to count anew"
+
+
+def _shown(run: RunDirectory):
+    """What `fp8slurm status` says of the run."""
+    return statuses([run.path])[0][0]
+
+
+def test_a_run_that_ends_before_its_next_attempt_says_why_in_its_folder(config, slurm, monkeypatch):
+    monkeypatch.setenv("PATH", "/nonexistent")
+    for restart in range(3):
+        run = begin(config, restart)
+        said = {
+            "why": "stopped as planned",
+            "at": "sft_000000",
+            "saved": False,
+            "time": time.time() + 50,
+            "next": "requeued",
+            "why_not": "",
+        }
+        (run.attempt_dir / "stopped.json").write_text(json.dumps(said))
+    texts = []
+    for _ in range(2):  # a job that somebody requeues once more
+        with pytest.raises(attempt.NoProgressError) as error:
+            begin(config, 3)
+        texts.append(str(error.value))
+    assert (
+        "Attempt 2: it stopped as planned at sft_000000 50 s after its start; --slurm.time" in texts[0]
+        and "killed" not in texts[0]
+    )
+    assert texts[0] == texts[1] == _shown(run).error
+    assert _shown(run).error_attempt == 2 and _shown(run).stop.endswith("too many attempts without a new checkpoint")
+
+
+def test_an_attempt_that_is_refused_before_it_begins_says_why(config, slurm, monkeypatch):
+    monkeypatch.setenv("PATH", "/nonexistent")
+    run = begin(config)
+    checkpoint(run, 1)
+    with pytest.raises(ValueError, match="belongs to another run"):
+        begin(config.model_copy(update={"data": config.data.model_copy(update={"shuffle": False})}), 1)
+    assert _shown(run).error_attempt == 1 and "belongs to another run" in _shown(run).error
+
+
+@pytest.mark.parametrize("began", [True, False])
+def test_a_task_that_refuses_its_job_ends_the_run_with_its_reason(config, slurm, monkeypatch, capsys, began):
+    """As where srun deals the tasks in another order: nothing that another attempt would mend."""
+    two = config.model_copy(update={"slurm": config.slurm.model_copy(update={"nodes": 2})})
+    for name, value in {"PROCID": "1", "NTASKS": "4", "NODEID": "1", "STEP_ID": "0"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.setattr(worker, "RECORD_TIMEOUT_S", 0.0)
+    run = begin(two) if began else RunDirectory(config.run.root / "r")
+    with pytest.raises(SystemExit) as end:
+        worker.work(two.model_dump_json(), str(run.path))
+    said = capsys.readouterr().err
+    assert (
+        end.value.code == 2 and "task 1 is on node 1 instead of 0" in said.splitlines()[0] and "Traceback" not in said
+    )
+    monkeypatch.delenv("SLURM_STEP_ID")
+    assert after.after(2, run.path) == 2 and slurm.requeued == []
+    if began:
+        assert (
+            "task 1: task 1 is on node 1 instead of 0" in (said := capsys.readouterr().err) and "the run ends" in said
+        )
+
+
+def test_a_resubmitted_job_goes_on_counting(config, slurm):
+    run = begin(config)
+    (run.attempt_dir / "stopped.json").write_text('{"resubmitted": "8"}')
+    slurm.state = "COMPLETED"
+    again = _as_job("8", begin, config, 0, "8")
+    assert attempt.without_progress(again, Job("8", 0, None)) == 2
+
+
+def _errors(run: RunDirectory):
+    (run.attempt_dir / "errors").mkdir(exist_ok=True)
+    return run.attempt_dir / "errors"
+
+
+def test_settings_that_a_run_must_keep(config, slurm):
+    run = begin(config)
+    checkpoint(run, 1)
+    other = config.model_copy(update={"data": config.data.model_copy(update={"shuffle": False})})
+    with pytest.raises(ValueError, match="data.shuffle: True -> False"):
+        begin(other, 1)
+    faster = config.model_copy(update={"optim": config.optim.model_copy(update={"lr": 2e-6})})
+    assert attempt.settle_configuration(faster, run) == ["optim.lr: 1e-06 -> 2e-06"]
+
+
+# -- notice and deadline ---------------------------------------------------------------------------------------------
+
+
+def test_a_notice_stops_the_run_at_the_next_border_and_requeues_once(config, slurm):
+    run = begin(config)
+    rank = JobLifecycle(config, run, Job("7", 0, "0"), first=True)
+    assert not rank.noticed() and rank.at_step_boundary(False, 10, 10) == "" and rank.in_rollout(10) == ""
+    slurm.end = time.time() + 1000
+    rank.notice()
+    assert rank.noticed() and rank.at_step_boundary(True, 10, 10) and rank.in_rollout(10) == ""
+    rank.stopped("step_000004", True)
+    rank.stopped("step_000004", True)
+    rank.tick()
+    assert slurm.requeued == ["7"]
+    said = json.loads((run.attempt_dir / "stopped.json").read_text())
+    assert said["saved"] and said["next"] == "requeued" and said["at"] == "step_000004"
+
+
+def test_the_jobs_own_clock_stops_it_in_time_to_save(config, slurm):
+    slurm.end = time.time() + 100
+    rank = JobLifecycle(config, begin(config), Job("7", 0, "0"), first=True)
+    assert rank.at_step_boundary(False, 10, 10) == ""
+    assert "a step and a save may take" in rank.at_step_boundary(False, 60, 20)
+    slurm.end = time.time() + 1000
+    assert rank.at_step_boundary(False, 60, 20) == "", "the limit was extended meanwhile"
+
+
+def test_a_step_is_given_up_when_only_the_save_fits(config, slurm):
+    rank = JobLifecycle(config, begin(config), Job("7", 0, "0"), first=True)
+    slurm.end = time.time() + 60
+    rank.notice()
+    assert rank.in_rollout(5) == "" and "too few" in rank.in_rollout(40)
+
+
+def test_the_last_moment_requeues_without_a_save(config, slurm):
+    run = begin(config)
+    slurm.end = time.time() + REQUEUE_S / 2
+    other = JobLifecycle(config, run, Job("7", 0, "0"), first=False)
+    other.tick()
+    assert slurm.requeued == []
+    JobLifecycle(config, run, Job("7", 0, "0"), first=True).tick()
+    assert slurm.requeued == ["7"] and not json.loads((run.attempt_dir / "stopped.json").read_text())["saved"]
+
+
+def test_an_old_attempt_does_not_requeue(config, slurm):
+    old = begin(config)
+    rank = JobLifecycle(config, old, Job("7", 0, "0"), first=True)
+    begin(config, 1)
+    with pytest.raises(FencedError):
+        rank.stopped("step_000004", True)
+    assert slurm.requeued == []
+
+
+def test_where_requeue_is_disabled_the_job_is_submitted_again(config, slurm, monkeypatch):
+    run = begin(config)
+    asked = []
+    monkeypatch.setattr(job, "ask", lambda *command, **_: asked.append(command) or "99\n")
+    (run.path / "slurm").mkdir()
+    (run.path / "slurm" / "7_submitted.pkl").write_text("call")
+    slurm.refuses = "Requested operation is presently disabled"
+    JobLifecycle(config, run, Job("7", 0, "0"), first=True).stopped("step_000004", True)
+    said = json.loads((run.attempt_dir / "stopped.json").read_text())
+    assert said["resubmitted"] == "99" and "presently disabled" in said["why_not"]
+    assert asked[1][:3] == ("sbatch", "--parsable", "--dependency=afterany:7")
+    assert (run.path / "slurm" / "99_submitted.pkl").read_text() == "call"
+
+
+def test_the_jobs_of_a_chain_wait_for_the_resubmitted_one(config, slurm, monkeypatch):
+    run, asked = begin(config), []
+    links = [{"job_id": "7", "after": []}, {"job_id": "8", "after": ["7"]}]
+    (run.path / "chain.json").write_text(json.dumps({"links": links}))
+    monkeypatch.setattr(job, "ask", lambda *command, **_: asked.append(command) or "99\n")
+    slurm.refuses = "Requested operation is presently disabled"
+    JobLifecycle(config, run, Job("7", 0, "0"), first=True).stopped("step_000004", True)
+    assert ("scontrol", "update", "JobId=8", "Dependency=afterok:99") in asked
+    assert json.loads((run.path / "chain.json").read_text())["links"][0]["job_id"] == "99"
+
+
+def test_a_run_that_may_not_requeue_says_so(config, slurm):
+    off = config.model_copy(update={"slurm": config.slurm.model_copy(update={"requeue": False})})
+    with pytest.raises(StoppedForGood, match="slurm.requeue is off.*Submit the run again"):
+        JobLifecycle(off, begin(off), Job("7", 0, "0"), first=True).stopped("step_000004", True)
+
+
+# -- after the tasks -------------------------------------------------------------------------------------------------
+
+
+def test_a_task_that_died_is_named_by_srun_and_the_job_requeued(config, slurm, tmp_path, capsys):
+    run = begin(config)
+    record_error(_errors(run), 0, "connection reset")
+    slurm.log = tmp_path / "log"
+    slurm.log.write_text(
+        "srun: error: node9: task 5: Killed\n"
+        f"task 0 (rank 0): attempt {run.attempt}, logs in x\n"
+        "srun: error: node1: task 1: Killed\nsrun: error: node2: tasks 3-4: Exited with exit code 1\n"
+    )
+    assert after.after(137, run.path) == 0 and slurm.requeued == ["7"]
+    assert "task 1 on node1: Killed" in capsys.readouterr().err
+    assert first_error(run.attempt_dir) == "task 1 on node1: Killed"
+
+
+def test_the_traceback_of_the_task_that_failed_is_the_last_thing_said(config, slurm, tmp_path, capsys):
+    run = begin(config)
+    record_error(_errors(run), 3, "Traceback\nKeyError: 'x'")
+    slurm.log = tmp_path / "log"
+    slurm.log.write_text("srun: error: node2: task 3: Exited with exit code 1\n")
+    off = config.model_copy(update={"slurm": config.slurm.model_copy(update={"requeue": False})})
+    (run.path / "config.json").write_text(off.model_dump_json())
+    assert after.after(1, run.path) == 1 and slurm.requeued == []
+    assert "task 3: Traceback\nKeyError: 'x'" in capsys.readouterr().err
+
+
+def test_the_last_words_of_a_task_before_it_had_a_log(config, slurm, tmp_path, capsys):
+    run = begin(config)
+    slurm.log = tmp_path / "log"
+    slurm.log.write_text("srun: error: node2: task 1: Exited with exit code 1\n")
+    (run.path / "slurm").mkdir()
+    own = run.path / "slurm" / "7_1_log.err"
+    own.write_text("Traceback\nModuleNotFoundError: No module named 'x'\nsrun: Job step aborted\n\n")
+    after.after(1, run.path)
+    text = f"task 1 on node2: Exited with exit code 1; {own}: ModuleNotFoundError: No module named 'x'"
+    assert text in capsys.readouterr().err and first_error(run.attempt_dir) == text
+    run = begin(config, 1)
+    own.write_text("task 1 (rank 1): attempt 1, logs in x\n")
+    after._verdict(run, {"StdErr": str(slurm.log)})
+    assert first_error(run.attempt_dir) == "task 1 on node2: Exited with exit code 1"
+
+
+def test_a_node_that_srun_lost_goes_before_the_tasks_that_it_ends_for_it(config, slurm, tmp_path):
+    run = begin(config)
+    log = tmp_path / "log"
+    lost = "srun: error: Aborting, io error and missing step on node 1\n"
+    ended = "srun: error: node1: tasks 0-2: Killed\n"
+    log.write_text(lost + ended)
+    shown = {"StdErr": str(log), "NodeList": "node[1-2]"}
+    assert (
+        after._verdict(run, shown) == "Aborting, io error and missing step on node 1 (nodes node[1-2], counted from 0)"
+    )
+    log.write_text(ended + lost)
+    assert after._verdict(run, shown) == "task 0-2 on node1: Killed"
+
+
+@pytest.mark.parametrize("state", ["CANCELLED", "TIMEOUT", "PENDING", "COMPLETING"])
+def test_a_job_that_slurm_has_ended_is_left_alone(config, slurm, state):
+    run = begin(config)
+    slurm.state = state
+    assert after.after(143, run.path) == 143 and slurm.requeued == []
+
+
+def test_a_mistake_is_not_started_again(config, slurm, capsys):
+    run = begin(config)
+    record_error(_errors(run), 2, "--data.train: no such file", permanent=True)
+    assert after.after(1, run.path) == 1 and slurm.requeued == []
+    assert "the run ends" in capsys.readouterr().err
+
+
+def test_a_run_without_progress_ends_with_the_reason(config, slurm, capsys):
+    for restart in range(3):
+        run = begin(config, restart)
+    record_error(_errors(run), 2, "CUDA error")
+    import os
+
+    os.environ["SLURM_RESTART_COUNT"] = "2"
+    try:
+        assert after.after(1, run.path) == 1 and slurm.requeued == []
+    finally:
+        del os.environ["SLURM_RESTART_COUNT"]
+    assert "3 attempts in a row without a new checkpoint" in capsys.readouterr().err
+
+
+def test_nothing_to_do_after_a_good_end_or_without_an_attempt(config, slurm, tmp_path):
+    assert after.after(2, tmp_path / "none") == 2
+    run = begin(config)
+    assert after.after(0, run.path) == 0
+    (run.attempt_dir / STOPPED).write_text('{"why": "w", "next": "", "why_not": "slurm.requeue is off"}')
+    assert after.after(0, run.path) == 1, "a chain of jobs must not take a stop for the end"
+    assert slurm.requeued == []
