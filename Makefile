@@ -52,7 +52,7 @@ OURS  := [ -e "$(VENV)/.made-by-make" ] || [ -e "$(VENV)/.complete" ] || [ ! -e 
 
 .DEFAULT_GOAL := help
 .PHONY: help setup tiny-data tiny-moe-data train-tiny-fp8 train-tiny-moe-fp8 train-4b-fp8 train-30b-a3b-fp8 all-4b-fp8 all-tiny-fp8 convert-fp8 eval-fp8 \
-        status plot report test test-fast test-faults clean
+        status plot report lint test test-fast test-faults clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -138,6 +138,13 @@ report:  ## RUN=runs/NAME: its report, one HTML file
 
 # Two processes: much of the time is waiting. A file's tests stay together, they share servers.
 PYTEST = sh tools/test_packages.sh && OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest --numprocesses 2 --dist loadfile
+
+# Everything that reads the code without running it; caches make the second time quick.
+lint: $(STAMP)  ## format, style, types and import contracts: half a minute, seconds when little has changed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports --no-logo --cache-dir .cache/import-linter
+	$(BIN)/mypy
 
 test: tiny-data  ## every test that this machine can run, node faults (test-faults) left out
 	$(PYTEST) -m "not faults" $(ARGS)

@@ -6,15 +6,15 @@ from typing import Literal
 
 from fp8slurm.config.schema import RunConfig
 
-Transport = Literal["gloo", "cuda-ipc", "shared-memory", "nccl", "gloo-direct"]
+TransportName = Literal["gloo", "cuda-ipc", "shared-memory", "nccl", "gloo-direct"]
 
 
-def transport_of(config: RunConfig) -> Transport:
+def transport_of(config: RunConfig) -> TransportName:
     """sync.transport: by the handle of the memory where trainer and engines share GPUs, by NCCL where each have their
     own, else through the host."""
-    way = config.sync.transport
-    if way != "auto":
-        return way
+    chosen = config.sync.transport
+    if chosen != "auto":
+        return chosen
     if not config.slurm.gpus_per_node:
         return "gloo"
     return "nccl" if config.engine.placement == "split" else "cuda-ipc"

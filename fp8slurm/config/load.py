@@ -11,7 +11,7 @@ from textwrap import indent
 from typing import Any
 
 import tyro
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from fp8slurm.config.schema import FROM_FLAGS, OutOfRange, RunConfig
 
@@ -59,7 +59,7 @@ def read_recipe(recipe: str | Path) -> RunConfig:
     return build(values, str(path))
 
 
-def build(values: dict, origin: str) -> RunConfig:
+def build(values: dict[str, Any], origin: str) -> RunConfig:
     """RunConfig from nested values; `origin` is named in errors. Raises ValueError."""
     try:
         return RunConfig.model_validate(values)
@@ -72,11 +72,11 @@ def _explain(error: ValidationError) -> list[str]:
     for e in error.errors():
         key = ".".join(str(k) for k in e["loc"])
         if e["type"] == "extra_forbidden":
-            model: type | None = RunConfig
-            for part in e["loc"][:-1]:
-                model = RunConfig.model_fields[str(part)].annotation if model is RunConfig else None
-            known = ", ".join(model.model_fields) if model else ""
-            lines.append(f"unknown key {key}; known here: {known}")
+            section: object = RunConfig
+            if len(e["loc"]) > 1:
+                section = RunConfig.model_fields[str(e["loc"][0])].annotation
+            known = section.model_fields if isinstance(section, type) and issubclass(section, BaseModel) else ()
+            lines.append(f"unknown key {key}; known here: {', '.join(known)}")
         else:
             lines.append(f"{key} = {e['input']!r}: {e['msg'].removeprefix('Value error, ')}")
     return lines

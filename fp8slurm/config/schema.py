@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -30,6 +30,9 @@ class OutOfRange(Exception):
         self.section, self.error = section, error
 
 
+NUMBERS: tuple[object, ...] = (int, float, int | None, float | None)
+
+
 class Section(BaseModel):
     """A frozen group of settings; a key that it does not know is refused."""
 
@@ -39,18 +42,13 @@ class Section(BaseModel):
     @classmethod
     def _no_truth_values(cls, value: Any, info: ValidationInfo) -> Any:
         """Refuse true and false where a number is meant: pydantic takes them for 1 and 0."""
-        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation in (
-            int,
-            float,
-            int | None,
-            float | None,
-        ):
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation in NUMBERS:
             raise ValueError("a number is needed")
         return value
 
     @model_validator(mode="wrap")
     @classmethod
-    def _let_through(cls, values: Any, handler: ModelWrapValidatorHandler) -> Any:
+    def _let_through(cls, values: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
         try:
             return handler(values)
         except ValidationError as error:
@@ -242,6 +240,14 @@ class RolloutSection(Section):
             raise ValueError("0 tokens to choose from; allowed: 1 or more, or -1 (off)")
         return top_k
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_max_staleness(cls, values: Any) -> Any:
+        """Recipes and run directories of before 2026-11-30 may have it, with the one value that it could have."""
+        if isinstance(values, dict) and values.get("max_staleness") == 0:
+            return {key: value for key, value in values.items() if key != "max_staleness"}
+        return values
+
     truncated: Literal["mask", "penalize", "keep"] = "mask"
     """A sample that hits max_tokens: left out of the loss, given reward 0, or treated like any other."""
     drop_no_signal: bool = True
@@ -250,8 +256,6 @@ class RolloutSection(Section):
     """Rounds of replacement for dropped groups (0: none); after that the step goes on with what it has."""
     stop_token_ids: list[int] = Field(default_factory=list)
     """Further end tokens; those of the checkpoint's generation_config.json and config.json always stop a sample."""
-    max_staleness: Literal[0] = 0
-    """How many steps the rollout may run ahead of the trainer (only 0 so far)."""
     routing_replay: bool = False
     """Mixture of experts: route every token in the trainer to the experts that the engine chose for it."""
     save_every: int = Field(0, ge=0)

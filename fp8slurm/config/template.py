@@ -29,7 +29,8 @@ def from_words(words: Sequence[str]) -> dict[str, Any]:
     text = " ".join(words)
     if text.lstrip().startswith("{"):
         try:
-            return json.loads(text)
+            values: dict[str, Any] = json.loads(text)
+            return values
         except json.JSONDecodeError as error:
             raise ValueError(f"{text} is not JSON ({error}); {FORMS}") from None
     if len(words) % 2:

@@ -57,7 +57,4 @@ def mappable() -> Iterator[None]:
 
 
 def _set(on: bool) -> None:
-    change = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
-    if change is None:  # torch before 2.9
-        change = torch._C._cuda_cudaCachingAllocator_set_allocator_settings
-    change(settings(given(), on))
+    torch._C._accelerator_setAllocatorSettings(settings(given(), on))

@@ -1,4 +1,4 @@
-"""Several engines that take work from one queue; one that fails is brought back, and its work is given to the others."""
+"""Several engines that take work from one queue; one that fails is restarted, and its work is given to the others."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class WorkQueue(Generic[T]):
 
     def __init__(self, work: Sequence[list[T]], most: int, engines: int, one_by_one: bool) -> None:
         """most: requests that an engine can work on; one_by_one: an engine has one piece at a time."""
-        self.queue, self.left = deque(work), len(work)
+        self.waiting, self.left = deque(work), len(work)
         self.one_by_one, self._most = one_by_one, most
         # equal shares to begin with, so that no engine takes what another one has room for
         self._room = min(most, math.ceil(sum(map(len, work)) / engines))
@@ -96,16 +96,16 @@ class WorkQueue(Generic[T]):
         """The next pieces for an engine with `busy` requests on their way: a whole one where it has none."""
         pieces: list[list[T]] = []
         with self.changed:
-            while self.queue and not self.over:
-                if busy and (self.one_by_one or busy + len(self.queue[0]) > self._room):
+            while self.waiting and not self.over:
+                if busy and (self.one_by_one or busy + len(self.waiting[0]) > self._room):
                     break
-                pieces.append(self.queue.popleft())
+                pieces.append(self.waiting.popleft())
                 busy += len(pieces[-1])
         return pieces
 
     def give_back(self, pieces: Sequence[list[T]]) -> None:
         with self.changed:
-            self.queue.extendleft(reversed(pieces))
+            self.waiting.extendleft(reversed(pieces))
             self._room = self._most
             self.changed.notify_all()
 
@@ -121,7 +121,7 @@ class WorkQueue(Generic[T]):
 
     def wait_for_work(self, timeout_s: float) -> None:
         with self.changed:
-            self.changed.wait_for(lambda: self.queue or self.over, timeout_s)
+            self.changed.wait_for(lambda: self.waiting or self.over, timeout_s)
 
 
 class EnginePool:
@@ -178,13 +178,13 @@ class EnginePool:
     def client(self, engine: Engine) -> EngineClient:
         return EngineClient(engine.url, engine.api_key, self.section.request_timeout_s)
 
-    def bring_back(self, member: Member) -> None:
+    def restart_once(self, member: Member) -> None:
         """Restart an engine that failed, with the weights that it should have. EngineError: it failed again."""
         member.engine.restart()
         member.client = self.client(member.engine)
 
-    def repair(self, member: Member, error: EngineError) -> None:
-        """Bring an engine back that failed with `error`, which is raised after engine.max_restarts failures in a row."""
+    def restart(self, member: Member, error: EngineError) -> None:
+        """Restart an engine that failed with `error`, which is raised after engine.max_restarts failures in a row."""
         if member.engine.wait_exit(DYING_S):
             why = member.engine.obituary()
             error = EngineError(f"{error}; {why}") if why else error
@@ -198,7 +198,7 @@ class EnginePool:
             with self._lock:
                 self.restarts += 1
             try:
-                self.bring_back(member)
+                self.restart_once(member)
                 if self._stopped.is_set():  # between its stop and its start
                     member.engine.stop()
                 return
@@ -211,15 +211,15 @@ class EnginePool:
         with ThreadPoolExecutor(max(1, len(chosen))) as pool:
             return engine_errors({member: pool.submit(work, member) for member in chosen})
 
-    def mend(self, failed: dict[Member, EngineError]) -> None:
-        """Bring back all engines that failed, at once. EngineError: one of them failed too often."""
-        for error in self.each(lambda member: self.repair(member, failed[member]), list(failed)).values():
+    def restart_failed(self, failed: dict[Member, EngineError]) -> None:
+        """Restart all engines that failed, at once. EngineError: one of them failed too often."""
+        for error in self.each(lambda member: self.restart(member, failed[member]), list(failed)).values():
             raise error
 
     # -- work ----------------------------------------------------------------------------------------------------
 
-    def deal(self, work: Sequence[list[T]]) -> WorkQueue[T]:
-        """How the work of one call of `ask` is dealt out."""
+    def queue_of(self, work: Sequence[list[T]]) -> WorkQueue[T]:
+        """How the work of one call of `ask` is handed out."""
         return WorkQueue(work, self.section.max_running_requests, len(self.members), self.one_by_one)
 
     def ask(
@@ -230,46 +230,46 @@ class EnginePool:
     ) -> None:
         """Have every piece of work answered, each as one batch: an engine takes the next one as soon as it has room.
 
-        answered(piece, generations) is called from several threads, once for a piece. An engine that fails is brought
-        back while the others go on with its work; at the end all of them are back. Raises EngineError: one failed
+        answered(piece, generations) is called from several threads, once for a piece. An engine that fails is
+        restarted while the others go on with its work; at the end all of them are back. Raises EngineError: one failed
         engine.max_restarts + 1 times without an answer in between; ValueError: a refused request; WeightsLost.
         """
-        deal = self.deal(work)
+        queue = self.queue_of(work)
         threads = [
-            threading.Thread(target=self._drive, args=(m, deal, request, answered), name=m.title, daemon=True)
+            threading.Thread(target=self._drive, args=(m, queue, request, answered), name=m.title, daemon=True)
             for m in self.members
         ]
-        with self._watched(deal):
+        with self._watched():
             for thread in threads:
                 thread.start()
             for thread in threads:
                 while thread.is_alive():
                     thread.join(0.5)  # so that Ctrl-C is heard
-        if deal.error is not None:
-            raise deal.error
-        if deal.left:
+        if queue.error is not None:
+            raise queue.error
+        if queue.left:
             raise EngineError("the engines were ended with work left") if self._stopped.is_set() else WeightsLost
 
-    def _drive(self, member: Member, deal: WorkQueue, request: Callable, answered: Callable) -> None:
+    def _drive(self, member: Member, queue: WorkQueue, request: Callable, answered: Callable) -> None:
         """Thread of one engine: keeps it full until everything is answered."""
         try:
-            while not deal.over and not member.behind and not self._stopped.is_set():
-                error = self._until_it_fails(member, deal, request, answered)
+            while not queue.over and not member.behind and not self._stopped.is_set():
+                error = self._until_it_fails(member, queue, request, answered)
                 if error is not None and not self._stopped.is_set():
-                    self.repair(member, error)
-                deal.wait_for_work(1.0)  # what another engine gives back
+                    self.restart(member, error)
+                queue.wait_for_work(1.0)  # what another engine gives back
         except BaseException as error:
-            deal.fail(error)
+            queue.fail(error)
 
     def _until_it_fails(
-        self, member: Member, deal: WorkQueue, request: Callable, answered: Callable
+        self, member: Member, queue: WorkQueue, request: Callable, answered: Callable
     ) -> EngineError | None:
         """Work until the queue is empty (None), or until the engine fails, with its unanswered pieces given back."""
         running: dict[Future, list] = {}
         client = member.client
         with ThreadPoolExecutor(self.section.max_running_requests) as pool:
-            while not deal.error and not self._stopped.is_set():
-                for piece in deal.take(member.busy):
+            while not queue.error and not self._stopped.is_set():
+                for piece in queue.take(member.busy):
                     member.take(len(piece))
                     running[pool.submit(client.generate, [request(one) for one in piece], True)] = piece
                 if not running:
@@ -280,39 +280,39 @@ class EnginePool:
                     if isinstance(future.exception(), EngineError):
                         failed = future.exception()
                     else:
-                        self._accept(member, deal, future, running.pop(future), answered)
+                        self._accept(member, queue, future, running.pop(future), answered)
                 if failed is not None:
                     if not member.engine.wait_exit(DYING_S):  # a broken answer: end the other requests too
                         member.engine.stop()
-                    self._give_back(member, deal, running, answered)
+                    self._give_back(member, queue, running, answered)
                     return failed
             member.engine.stop()  # another engine failed for good: nobody waits for these any more
             member.busy = 0
         return None
 
-    def _accept(self, member: Member, deal: WorkQueue, future: Future, piece: list, answered: Callable) -> None:
+    def _accept(self, member: Member, queue: WorkQueue, future: Future, piece: list, answered: Callable) -> None:
         generations = future.result()
         member.busy -= len(piece)
         member.answers += 1
         member.done()
         answered(piece, generations)
-        deal.answered()
+        queue.answered()
 
-    def _give_back(self, member: Member, deal: WorkQueue, running: dict[Future, list], answered: Callable) -> None:
+    def _give_back(self, member: Member, queue: WorkQueue, running: dict[Future, list], answered: Callable) -> None:
         """Wait for what was on its way; what is without an answer goes to the front of the queue."""
         left = []
         for future, piece in running.items():
             if future.exception() is None:
-                self._accept(member, deal, future, piece, answered)
+                self._accept(member, queue, future, piece, answered)
             else:
                 left.append(piece)
         member.busy = 0
-        deal.give_back(left)
+        queue.give_back(left)
 
     # -- progress ------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def _watched(self, deal: WorkQueue) -> Iterator[None]:
+    def _watched(self) -> Iterator[None]:
         """While this is open progress is reported, and an engine without any is ended: its requests then fail."""
         over = threading.Event()
         watcher = threading.Thread(target=self._watch, args=(over,), name="engines-progress", daemon=True)
@@ -354,12 +354,12 @@ def pieces(requests: Sequence[GenerateRequest], engines: int, most: int) -> list
     once, cut where an engine's equal share ends; single requests where they are more than the engines can compute at
     once (most: by one), so that each place that gets free is filled at once."""
     share = math.ceil(len(requests) / engines) if requests else 0
-    found: list[list[int]] = []
+    work: list[list[int]] = []
     for i, request in enumerate(requests):
         if share > most or not i % share or request.token_ids != requests[i - 1].token_ids:
-            found.append([])
-        found[-1].append(i)
-    return found
+            work.append([])
+        work[-1].append(i)
+    return work
 
 
 def shares(count: int, engines: int) -> list[list[int]]:

@@ -367,12 +367,12 @@ def vital_of(family: list[psutil.Process]) -> list[psutil.Process]:
 
 def _temporary_dir(log_dir: Path, name: str) -> Path:
     """A folder for the server's sockets: beside its log, or in the system's if that path is too long for a socket."""
-    wanted = log_dir.resolve() / f".{name}"
-    if len(str(wanted)) > _SOCKET_PATH_LIMIT:
+    folder = log_dir.resolve() / f".{name}"
+    if len(str(folder)) > _SOCKET_PATH_LIMIT:
         return Path(tempfile.mkdtemp(prefix="fp8slurm-"))
-    shutil.rmtree(wanted, ignore_errors=True)
-    wanted.mkdir(mode=0o700)
-    return wanted
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(mode=0o700)
+    return folder
 
 
 def _unlink_shared_memory(family: list[psutil.Process]) -> None:

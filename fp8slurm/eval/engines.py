@@ -30,9 +30,9 @@ class Engines(EnginePool):
         """What is asked from now on is asked by several nodes, with so many engines: they claim it in this folder."""
         self._shared = claims, engines
 
-    def deal(self, work: Sequence[list[EvalRequest]]) -> WorkQueue[EvalRequest]:
+    def queue_of(self, work: Sequence[list[EvalRequest]]) -> WorkQueue[EvalRequest]:
         if self._shared is None:
-            return super().deal(work)
+            return super().queue_of(work)
         return SharedWorkQueue(work, self.section.max_running_requests, *self._shared)
 
     def warm_up(self, request: GenerateRequest) -> None:
@@ -40,7 +40,7 @@ class Engines(EnginePool):
         for member in self.members:
             try:
                 self.client(member.engine).generate([replace(request, max_tokens=1)], one_batch=True)
-            except EngineError as error:  # `ask` brings it back
+            except EngineError as error:  # `ask` restarts it
                 log.warning("%s did not answer its first request: %s", member.title, error)
 
 

@@ -185,9 +185,9 @@ class SharedWorkQueue(WorkQueue[T]):
     def take(self, busy: int) -> list[list[T]]:
         pieces: list[list[T]] = []
         with self.changed:
-            while self.queue and not self.over and not (busy and busy + len(self.queue[0]) > self._room):
-                new = len(self.queue) == self._count - self._seen
-                piece = self.queue.popleft()
+            while self.waiting and not self.over and not (busy and busy + len(self.waiting[0]) > self._room):
+                new = len(self.waiting) == self._count - self._seen
+                piece = self.waiting.popleft()
                 if new:
                     self._seen += 1
                     if not self._claim(self._seen - 1):

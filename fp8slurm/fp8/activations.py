@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import torch
 
-from fp8slurm.fp8.block import BLOCK, E4M3, BlockFP8
+from fp8slurm.fp8 import BLOCK
+from fp8slurm.fp8.block import E4M3, BlockFP8
 from fp8slurm.fp8.decode import decode, decode_scaled
 from fp8slurm.fp8.panels import PANEL_ELEMENTS, NotFinite, buffer, checked, scaled, scales
 from fp8slurm.fp8.reference import dequantize_reference, quantize_reference

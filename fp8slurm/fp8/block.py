@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
+from fp8slurm.fp8 import BLOCK
+
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
-BLOCK = 128
 # 448 / amax overflows fp32 somewhat below this
 SMALLEST_USUAL_AMAX = 1.4e-36
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -33,10 +34,10 @@ class BlockFP8:
     def __post_init__(self) -> None:
         if self.data.dtype != E4M3 or self.data.dim() != 2:
             raise ValueError(f"block FP8 codes are float8_e4m3fn [N, K], not {self.data.dtype} {list(self.data.shape)}")
-        wanted = scale_shape(self.data.shape, self.block)
-        if self.scale_inv.dtype != torch.float32 or tuple(self.scale_inv.shape) != wanted:
+        expected = scale_shape(self.data.shape, self.block)
+        if self.scale_inv.dtype != torch.float32 or tuple(self.scale_inv.shape) != expected:
             raise ValueError(
-                f"scale_inv of codes {list(self.data.shape)} in blocks of {self.block} is float32 {list(wanted)}, "
+                f"scale_inv of codes {list(self.data.shape)} in blocks of {self.block} is float32 {list(expected)}, "
                 f"not {self.scale_inv.dtype} {list(self.scale_inv.shape)}"
             )
 

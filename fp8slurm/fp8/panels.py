@@ -6,7 +6,8 @@ import threading
 
 import torch
 
-from fp8slurm.fp8.block import BLOCK, FLOAT_DTYPES, scale_from_amax
+from fp8slurm.fp8 import BLOCK
+from fp8slurm.fp8.block import FLOAT_DTYPES, scale_from_amax
 
 PANEL_ELEMENTS = 1 << 19
 _INT = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}

@@ -48,8 +48,8 @@ def excluded_by(module: str, modules_to_not_convert: Sequence[str]) -> str | Non
     """
     parts = module.split(".")
     for entry in modules_to_not_convert:
-        wanted = entry.rstrip(".").split(".")
-        if parts[: len(wanted)] == wanted or parts[-len(wanted) :] == wanted:
+        kept = entry.rstrip(".").split(".")
+        if parts[: len(kept)] == kept or parts[-len(kept) :] == kept:
             return entry
     return None
 
@@ -86,9 +86,9 @@ def decide(name: str, shape: Sequence[int], modules_to_not_convert: Sequence[str
     if not (linear or fused):
         reason = next((why for pattern, why in KEPT if pattern.fullmatch(name)), "not a Linear weight of a layer")
         return Decision(False, reason)
-    wanted = 2 if linear else 3
-    if len(shape) != wanted:
-        raise ValueError(f"{name}: shape {list(shape)}, but a weight of this name has {wanted} dimensions")
+    dimensions = 2 if linear else 3
+    if len(shape) != dimensions:
+        raise ValueError(f"{name}: shape {list(shape)}, but a weight of this name has {dimensions} dimensions")
     entry = excluded_by(name.removesuffix(".weight"), modules_to_not_convert)
     if entry is not None:
         return Decision(False, f"modules_to_not_convert: {entry}", entry)

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import torch
 
+from fp8slurm.fp8 import BLOCK
 from fp8slurm.fp8.activations import dequantize_1x128, fake_quantize_1x128, fake_quantize_128x1, quantize_1x128
-from fp8slurm.fp8.block import BLOCK, E4M3, BlockFP8, scale_shape
+from fp8slurm.fp8.block import E4M3, BlockFP8, scale_shape
 from fp8slurm.fp8.decode import decode_scaled, has_nan
 from fp8slurm.fp8.panels import NotFinite, buffer, checked, not_finite_error, panels, scaled, scales
 from fp8slurm.fp8.reference import dequantize_reference

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from fp8slurm.fp8.block import BLOCK, E4M3, E4M3_MAX, BlockFP8, scale_from_amax, scale_shape
+from fp8slurm.fp8 import BLOCK
+from fp8slurm.fp8.block import E4M3, E4M3_MAX, BlockFP8, scale_from_amax, scale_shape
 
 
 def quantize_reference(

@@ -1,6 +1,6 @@
 """The weight quantizer on CUDA: one program a 128x128 tile, every element read once and written once.
 
-`launch` works on one matrix, `Group` on many with one launch. Imported only when a CUDA tensor is quantized (or by the GPU
+`launch` works on one matrix, `GroupedLaunch` on many with one launch. Imported only when a CUDA tensor is quantized (or by the GPU
 test): Triton is not needed anywhere else.
 """
 
@@ -14,7 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
-from fp8slurm.fp8.block import BLOCK, E4M3_MAX, BlockFP8
+from fp8slurm.fp8 import BLOCK
+from fp8slurm.fp8.block import E4M3_MAX, BlockFP8
 
 
 @dataclass(frozen=True)
@@ -111,9 +112,7 @@ def _quantize_group(
     scale_inv_ptr = tl.load(entry + 2).to(tl.pointer_type(tl.float32))
     w_stride, data_stride = tl.load(entry + 3), tl.load(entry + 4)
     rows, columns = tl.arange(0, EDGE).to(tl.int64), tl.arange(0, EDGE)
-    if (
-        EVEN
-    ):  # what Group has seen to; it cannot be seen from a number in a table, and loads would be element by element
+    if EVEN:  # what GroupedLaunch has seen to; it cannot be seen from a number in a table, and loads would be element by element
         w_ptr, data_ptr = tl.multiple_of(w_ptr, 16), tl.multiple_of(data_ptr, 16)
         w_stride, data_stride = tl.multiple_of(w_stride, 16), tl.multiple_of(data_stride, 16)
         w = tl.load(w_ptr + (rows[:, None] * w_stride + columns[None, :])).to(tl.float32)
@@ -135,7 +134,7 @@ def _quantize_group(
 DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
-class Group:
+class GroupedLaunch:
     """Many matrices that are quantized again and again, in place: one launch, whatever their number.
 
     Where every tile lies is written down once, 64 bytes for 128x128 elements. The tensors must stay where they are (they
@@ -179,13 +178,13 @@ class Group:
 
 
 def fits_group(source: torch.Tensor, codes: torch.Tensor) -> bool:
-    """Whether Group takes this matrix as it lies; otherwise it has to be made contiguous first."""
+    """Whether GroupedLaunch takes this matrix as it lies; otherwise it has to be made contiguous first."""
     parts = source.shape[0] if source.dim() == 3 else 1
     return source.stride(-1) == 1 and (parts == 1 or codes.shape[0] // parts % BLOCK == 0)
 
 
 def _tiles(source: torch.Tensor, out: BlockFP8, number: int) -> np.ndarray:
-    """int64 [tiles, Group.WIDTH] of one matrix."""
+    """int64 [tiles, GroupedLaunch.WIDTH] of one matrix."""
     n, k = out.data.shape
     parts = source.shape[0] if source.dim() == 3 else 1
     part_rows = n // parts
@@ -199,10 +198,10 @@ def _tiles(source: torch.Tensor, out: BlockFP8, number: int) -> np.ndarray:
         raise ValueError(f"a matrix {list(source.shape)} with strides {source.stride()} for codes {[n, k]}")
     if parts > 1 and part_rows % BLOCK:
         raise ValueError(f"parts of {part_rows} rows of {source.shape}: allowed: multiples of {BLOCK}")
-    row, column = np.meshgrid(np.arange(0, n, BLOCK), np.arange(0, k, BLOCK), indexing="ij")
-    row, column = row.ravel().astype(np.int64), column.ravel().astype(np.int64)
+    rows, columns = np.meshgrid(np.arange(0, n, BLOCK), np.arange(0, k, BLOCK), indexing="ij")
+    row, column = rows.ravel().astype(np.int64), columns.ravel().astype(np.int64)
     at = row // part_rows * part_stride + row % part_rows * source.stride(-2) + column
-    tiles = np.empty((len(row), Group.WIDTH), dtype=np.int64)
+    tiles = np.empty((len(row), GroupedLaunch.WIDTH), dtype=np.int64)
     tiles[:, 0] = source.data_ptr() + at * source.element_size()
     tiles[:, 1] = out.data.data_ptr() + row * out.data.stride(0) + column
     tiles[:, 2] = out.scale_inv.data_ptr() + np.arange(len(row)) * 4

@@ -6,7 +6,7 @@ TransformerEngine layer spec, which is also that of the checkpoints, except that
 
 Every fused parameter is cut along one dimension, and a tensor-parallel rank's piece of it splits into one contiguous
 slice of each HF tensor; the slices of ranks 0, 1, ... laid end to end are that tensor. So each rank can quantize what
-it holds, wherever the cut falls on a block boundary (`SliceSpec.on_block_border`).
+it holds, wherever the cut falls on a block boundary (`SliceSpec.on_block_boundary`).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Literal
 
 import torch
 
+from fp8slurm.fp8 import BLOCK
 from fp8slurm.models.qwen3 import ModelSpec
 
 Kind = Literal["plain", "qkv", "gate_up"]
@@ -56,7 +57,7 @@ class SliceSpec:
     def is_whole(self) -> bool:
         return self.dim is None or self.length == self.tensor.shape[self.dim]
 
-    def on_block_boundary(self, block: int = 128) -> bool:
+    def on_block_boundary(self, block: int = BLOCK) -> bool:
         """True where both ends of the slice are ends of FP8 blocks: quantized alone it gives the whole's bytes."""
         if self.is_whole:
             return True
@@ -213,6 +214,17 @@ class NameTable:
     def hf_tensors(self) -> dict[str, HfTensor]:
         """Every HF tensor of the model by name, in model order."""
         return {t.name: t for e in self.entries for t in e.tensors}
+
+    def stage(self, entry: Entry, stages: int) -> int:
+        """The pipeline stage of `stages` that holds a parameter: equally many layers each, the embedding with the first,
+        the final norm and an output layer of its own with the last."""
+        if entry.layer is None:
+            return 0 if entry is self.entries[0] else stages - 1
+        return entry.layer // (self.spec.num_layers // stages)
+
+    def expert_rank(self, entry: Entry, ranks: int) -> int | None:
+        """The expert-parallel rank of `ranks` that holds a parameter; None: all of them do."""
+        return None if entry.expert is None else entry.expert // (self.spec.num_experts // ranks)
 
     def canonical(self, module_name: str, layer_offset: int = 0, expert_offset: int = 0) -> str:
         """Global name of a parameter of a Megatron GPTModel, local or TransformerEngine spec.

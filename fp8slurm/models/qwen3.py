@@ -3,38 +3,72 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.nn.functional as F
+from fp8slurm.fp8 import BLOCK
 
-BLOCK = 128
-"""Edge of a weight's FP8 block."""
-
-ARCHITECTURES = ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
+MODEL_TYPES = {"Qwen3ForCausalLM": "qwen3", "Qwen3MoeForCausalLM": "qwen3_moe"}
+"""transformers chooses its config class by the type, SGLang its model by the architecture."""
 
 
 def _only(where: str, key: str, value: Any, allowed: tuple[Any, ...]) -> None:
-    if value not in allowed:
+    """As JSON writes it: 0 is not false, and 1.0 not 1."""
+    if json.dumps(value) not in map(json.dumps, allowed):
         raise ValueError(f"{where}: {key} = {value!r} is not supported; allowed: {', '.join(map(repr, allowed))}")
 
 
-def _size(where: str, config: Mapping[str, Any], key: str) -> int:
-    """A size that every model has."""
-    value = config.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        said = f"{key} = {value!r}" if key in config else f"{key} is missing"
-        raise ValueError(f"{where}: {said}; a number of at least 1 is needed")
+def _field(where: str, config: Mapping[str, Any], key: str, default: Any) -> Any:
+    """A key's value, of the default's very type where it is there: what transformers' strict config classes demand."""
+    value = config.get(key, default)
+    if type(value) is not type(default) or (isinstance(value, float) and not math.isfinite(value)):
+        kind = {
+            bool: "true or false",
+            float: "a number with a point or an exponent, such as 1e-06",
+            int: "a whole number",
+        }
+        raise ValueError(f"{where}: {key} = {value!r} is not supported; allowed: {kind[type(default)]}")
+    return value
+
+
+def _size(where: str, config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    """A size that every model has. default: what transformers takes where the key is missing; None: refused then."""
+    value = config.get(key, default)
+    if type(value) is not int or value < 1:
+        what = f"{key} = {value!r}" if key in config else f"{key} is missing"
+        raise ValueError(f"{where}: {what}; a number of at least 1 is needed")
     return value
 
 
 def _object(where: str, key: str, value: Any) -> Mapping[str, Any]:
     """The value of a key that holds keys itself; nothing is as good as no keys."""
-    if value and not isinstance(value, Mapping):
+    if value is not None and not isinstance(value, Mapping):
         raise ValueError(f"{where}: {key} = {value!r} is not supported; allowed: an object, or null")
     return value or {}
+
+
+def _rope_theta(where: str, config: Mapping[str, Any]) -> float:
+    """The base of plain rotary embeddings; anything else is refused.
+
+    As transformers 5 reads it (convert_rope_params_to_dict), and SGLang through it: rope_scaling where it has keys,
+    else rope_parameters, whole; the rope_theta in it, else the one beside it, else 10,000.
+    """
+    first, second = (_object(where, key, config.get(key)) for key in ("rope_scaling", "rope_parameters"))
+    key, rope = ("rope_scaling", first) if first else ("rope_parameters", second)
+    for name in ("rope_type", "type"):
+        _only(where, f"{key}: {name}", rope.get(name, "default"), ("default",))
+    if more := sorted(set(rope) - {"rope_type", "type", "rope_theta"}):
+        raise ValueError(
+            f"{where}: {key} has {more[0]!r}, which plain rotary embeddings do not have; allowed: rope_type, rope_theta"
+        )
+    _only(where, "partial_rotary_factor", config.get("partial_rotary_factor"), (None, 1.0))
+    theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
+    if type(theta) not in (int, float) or not math.isfinite(theta) or theta <= 0:
+        raise ValueError(f"{where}: rope_theta = {theta!r} is not supported; allowed: a number above 0")
+    return float(theta)
 
 
 @dataclass(frozen=True)
@@ -114,54 +148,59 @@ class ModelSpec:
 
     @classmethod
     def from_hf_config(cls, config: Mapping[str, Any], where: str = "config.json") -> ModelSpec:
-        """Parse the dictionary of a config.json, in the spelling of transformers 4 or 5.
+        """Parse the dictionary of a config.json, in the spelling of transformers 4 or 5: every field as transformers 5
+        reads it, or refused. A model that the trainer read otherwise than the engine would be another model.
 
         ValueError, naming `where` and the key: a model that is not a plain Qwen3, or a size that is missing or none.
         """
-        architecture = (config.get("architectures") or [None])[0]
-        _only(where, "architectures[0]", architecture, ARCHITECTURES)
-        key = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
-        rope = _object(where, key, config.get(key))
-        _only(where, "rope type", rope.get("rope_type", rope.get("type", "default")), ("default",))
+        architectures = config.get("architectures")
+        architecture = architectures[0] if isinstance(architectures, list) and architectures else architectures
+        _only(where, "architectures[0]", architecture, tuple(MODEL_TYPES))
+        assert isinstance(architecture, str)
+        _only(where, f"model_type (of {architecture})", config.get("model_type"), (MODEL_TYPES[architecture],))
+        is_moe = architecture == "Qwen3MoeForCausalLM"
+        hidden, heads = _size(where, config, "hidden_size"), _size(where, config, "num_attention_heads")
+        layers = _size(where, config, "num_hidden_layers")
         _only(where, "hidden_act", config.get("hidden_act", "silu"), ("silu",))
         _only(where, "attention_bias", config.get("attention_bias", False), (False,))
         _only(where, "use_sliding_window", config.get("use_sliding_window", False), (False,))
+        _only(where, "layer_types", config.get("layer_types"), (None, ["full_attention"] * layers))
         moe: dict[str, Any] = {}
-        if architecture == "Qwen3MoeForCausalLM":
+        if is_moe:
             _only(where, "decoder_sparse_step", config.get("decoder_sparse_step", 1), (1,))
-            _only(where, "mlp_only_layers", config.get("mlp_only_layers") or [], ([],))
-            local = (
-                "num_local_experts"
-                if config.get("num_local_experts") and not config.get("num_experts")
-                else "num_experts"
-            )
+            _only(where, "mlp_only_layers", config.get("mlp_only_layers"), (None, []))
+            names = [key for key in ("num_experts", "num_local_experts") if key in config] or ["num_experts"]
+            _only(where, names[-1], config.get(names[-1]), (config.get(names[0]),))
             moe = {
-                "num_experts": _size(where, config, local),
+                "num_experts": _size(where, config, names[0]),
                 "experts_per_token": _size(where, config, "num_experts_per_tok"),
                 "moe_ffn_hidden_size": _size(where, config, "moe_intermediate_size"),
-                "norm_topk_prob": config.get("norm_topk_prob", False),
+                "norm_topk_prob": _field(where, config, "norm_topk_prob", False),
             }
         quantization = _object(where, "quantization_config", config.get("quantization_config"))
-        hidden, heads = _size(where, config, "hidden_size"), _size(where, config, "num_attention_heads")
+        # Where a key is missing: the defaults of transformers' Qwen3Config and Qwen3MoeConfig, which differ.
+        no_kv_heads = not is_moe and "num_key_value_heads" in config and config["num_key_value_heads"] is None
         return cls(
             architecture=architecture,
             vocab_size=_size(where, config, "vocab_size"),
             hidden_size=hidden,
-            num_layers=_size(where, config, "num_hidden_layers"),
+            num_layers=layers,
             num_heads=heads,
-            num_kv_heads=_size(where, config, "num_key_value_heads") if config.get("num_key_value_heads") else heads,
-            head_dim=_size(where, config, "head_dim") if config.get("head_dim") else hidden // heads,
+            num_kv_heads=heads if no_kv_heads else _size(where, config, "num_key_value_heads", 4 if is_moe else 32),
+            head_dim=_size(where, config, "head_dim", hidden // heads if is_moe else 128),
             ffn_hidden_size=_size(where, config, "intermediate_size"),
-            rms_norm_eps=config.get("rms_norm_eps", 1e-6),
-            rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
-            max_position_embeddings=config.get("max_position_embeddings", 32768),
-            tie_word_embeddings=config.get("tie_word_embeddings", False),
+            rms_norm_eps=_field(where, config, "rms_norm_eps", 1e-6),
+            rope_theta=_rope_theta(where, config),
+            max_position_embeddings=_size(where, config, "max_position_embeddings", 32768),
+            tie_word_embeddings=_field(where, config, "tie_word_embeddings", False),
             quantization=QuantizationSpec.from_config(quantization, where) if quantization else None,
             **moe,
         )
 
     def transformer_config_arguments(self) -> dict[str, Any]:
         """The arguments of Megatron's TransformerConfig that follow from the model alone."""
+        from torch.nn.functional import silu
+
         arguments: dict[str, Any] = {
             "num_layers": self.num_layers,
             "hidden_size": self.hidden_size,
@@ -173,7 +212,7 @@ class ModelSpec:
             "layernorm_epsilon": self.rms_norm_eps,
             "qk_layernorm": True,
             "gated_linear_unit": True,
-            "activation_func": F.silu,
+            "activation_func": silu,
             "add_bias_linear": False,
             "add_qkv_bias": False,
             "hidden_dropout": 0.0,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -35,7 +36,7 @@ CHAT_TEMPLATE = (
 )
 
 
-def model_config(moe: bool = False) -> dict:
+def model_config(moe: bool = False) -> dict[str, Any]:
     """config.json: hidden 256, 2 layers, 4 heads and 2 key-value heads of 128, so that every fused matrix splits at a
     128-block boundary at TP 1 and 2; feed-forward 512, or 8 experts of 256 with 2 for each token."""
     config = {
@@ -82,7 +83,7 @@ def model_config(moe: bool = False) -> dict:
     return config
 
 
-def weight_shapes(config: dict) -> dict[str, tuple[int, ...]]:
+def weight_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Hugging Face names (per expert, where there are any) and shapes of every tensor, in a fixed order."""
     hidden, head = config["hidden_size"], config["head_dim"]
     q, kv = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
@@ -113,7 +114,7 @@ def weight_shapes(config: dict) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def random_weights(config: dict, seed: int) -> dict[str, torch.Tensor]:
+def random_weights(config: dict[str, Any], seed: int) -> dict[str, torch.Tensor]:
     """bf16 tensors: norms 1, everything else normal with standard deviation `initializer_range`."""
     generator = torch.Generator().manual_seed(seed)
     weights = {}
@@ -155,7 +156,7 @@ def tokenizer_json() -> str:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL_TOKENS[:3]])
     tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in SPECIAL_TOKENS[3:]])
-    return tokenizer.to_str(pretty=True)
+    return str(tokenizer.to_str(pretty=True))
 
 
 def write_model(folder: Path, seed: int = 0, moe: bool = False) -> None:

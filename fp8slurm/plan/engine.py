@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass
 
 from fp8slurm.config import RunConfig
+from fp8slurm.fp8.block import scale_shape
 from fp8slurm.fp8.policy import decide
+from fp8slurm.models.engine_layout import EngineLayout
 from fp8slurm.models.names import NameTable
-from fp8slurm.models.qwen3 import BLOCK, QuantizationSpec
-
-COLUMN = re.compile(r".*\.(gate_proj|up_proj)\.weight|lm_head\.weight|.*embed_tokens\.weight")
-ROW = re.compile(r".*\.(o_proj|down_proj)\.weight")
-HEADS = re.compile(r".*\.(q|k|v)_proj\.weight")
+from fp8slurm.models.qwen3 import QuantizationSpec
 
 
 @dataclass(frozen=True)
@@ -40,37 +37,21 @@ def quantized(name: str, shape: tuple[int, ...], quantization: QuantizationSpec 
 def tensor_bytes(name: str, shape: tuple[int, ...], quantization: QuantizationSpec | None, itemsize: int) -> int:
     """Bytes of a tensor, or of a piece of it: one an element and 4 a 128x128 block, or `itemsize` an element."""
     n = math.prod(shape)
-    if not quantized(name, shape, quantization):
-        return n * itemsize
-    return n + 4 * math.prod(-(-size // BLOCK) for size in shape)
+    return n + 4 * math.prod(scale_shape(shape)) if quantized(name, shape, quantization) else n * itemsize
 
 
 def weights_on_gpu(
     table: NameTable, quantization: QuantizationSpec | None, itemsize: int, tensor: int, expert: int = 1
 ) -> int:
-    """Bytes of weights on one GPU of an engine of `tensor` GPUs, of which `expert` share the experts.
-
-    SGLang cuts embedding, head, gate and up along their rows, o and down along their columns, q, k and v by heads (each
-    GPU keeps at least one key-value head), and replicates norms and routers. Experts are dealt out over `expert` GPUs
-    and cut over tensor / expert.
-    """
-    spec = table.spec
-    total = 0
-    for entry in table:
-        if entry.expert is not None and entry.expert >= spec.num_experts // expert:
-            continue
-        cut = tensor if entry.expert is None else tensor // expert
-        for t in entry.tensors:
-            shape = list(t.shape)
-            if m := HEADS.fullmatch(t.name):
-                heads = spec.num_heads if m[1] == "q" else spec.num_kv_heads
-                shape[0] = max(1, heads // cut) * spec.head_dim
-            elif COLUMN.fullmatch(t.name):
-                shape[0] = -(-shape[0] // cut)
-            elif ROW.fullmatch(t.name):
-                shape[1] = -(-shape[1] // cut)
-            total += tensor_bytes(t.name, tuple(shape), quantization, itemsize)
-    return total
+    """Bytes of weights on one GPU of an engine of `tensor` GPUs, of which `expert` share the experts."""
+    layout = EngineLayout(table.spec.num_kv_heads, tensor, expert)
+    held = layout.experts(0, table.spec.num_experts)
+    return sum(
+        tensor_bytes(t.name, layout.cut(t.name).shape(t.shape), quantization, itemsize)
+        for entry in table
+        if entry.expert is None or entry.expert in held
+        for t in entry.tensors
+    )
 
 
 def engine_memory(

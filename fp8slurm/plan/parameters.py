@@ -10,7 +10,6 @@ from typing import NamedTuple
 from fp8slurm.config.schema import ParallelSection
 from fp8slurm.fp8.policy import decide
 from fp8slurm.models.names import Entry, NameTable
-from fp8slurm.models.qwen3 import ModelSpec
 
 EMBEDDING = "embedding.word_embeddings.weight"
 
@@ -144,19 +143,9 @@ def _pad(n: int, multiple: int) -> int:
 
 def stages(table: NameTable, layout: Layout) -> list[StageParameters]:
     """The parameters of a rank of each stage: equally many layers on each, an expert-parallel share of the experts."""
-    spec: ModelSpec = table.spec
-    per_stage = spec.num_layers // layout.pipeline
-    local_experts = spec.num_experts // layout.expert if spec.is_moe else 0
-    last = layout.pipeline - 1
     held: list[list[Entry]] = [[] for _ in range(layout.pipeline)]
     for entry in table:
-        if entry.expert is not None and entry.expert >= local_experts:
-            continue
-        if entry.layer is None:
-            held[0 if entry.name == EMBEDDING else last].append(entry)
-        else:
-            held[entry.layer // per_stage].append(entry)
-    return [
-        StageParameters(s, layout, tuple(entries), per_stage, table[EMBEDDING], spec.tie_word_embeddings)
-        for s, entries in enumerate(held)
-    ]
+        if not table.expert_rank(entry, layout.expert):
+            held[table.stage(entry, layout.pipeline)].append(entry)
+    layers, tied = table.spec.num_layers // layout.pipeline, table.spec.tie_word_embeddings
+    return [StageParameters(s, layout, tuple(e), layers, table[EMBEDDING], tied) for s, e in enumerate(held)]

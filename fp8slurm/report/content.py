@@ -9,6 +9,7 @@ from typing import Any
 
 from fp8slurm.config import RunConfig
 from fp8slurm.core.numbers import number
+from fp8slurm.models.precision import serves_fp8
 from fp8slurm.observe.plot import TIMES
 from fp8slurm.report.safe import figure, seconds, size
 from fp8slurm.run.reader import Run
@@ -69,8 +70,7 @@ def precision(run: Run) -> str:
     engine = run.setting("fp8.engine")
     if run.setting("model.rollout_checkpoint"):
         return f"{trainer}, engine as {run.setting('model.rollout_checkpoint')}"
-    in_fp8 = engine == "fp8" or (engine == "auto" and backend != "off")
-    return f"{trainer}, {'FP8' if in_fp8 else 'BF16'} engine"
+    return f"{trainer}, {'FP8' if serves_fp8(None, engine, backend) else 'BF16'} engine"
 
 
 def controls(run: Run) -> list[str]:

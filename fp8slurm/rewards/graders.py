@@ -150,9 +150,7 @@ def last_number(text: str, alone: bool = False) -> Fraction | None:
 def _is_dash(text: str, at: int) -> bool:
     """Whether the "-" before a number, with white space behind it, is a list's bullet or stands between two numbers."""
     before = text[:at].rstrip(" \t")
-    return text[at + 1].isspace() and (
-        before.endswith("\n") or before[-1:].isdigit() or before.endswith((")", "]", "}"))
-    )
+    return text[at + 1].isspace() and (before[-1:].isdigit() or before.endswith(("\n", ")", "]", "}")))
 
 
 def chosen_letter(text: str) -> str | None:

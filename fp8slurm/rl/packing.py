@@ -5,10 +5,11 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, TypedDict
 
 import torch
 
+from fp8slurm.config import RunConfig
 from fp8slurm.core.types import PackedBatch, SampleGroup
 from fp8slurm.data.prompts import SftExample
 
@@ -84,6 +85,23 @@ def pack_sft(
     """The micro-batches of one supervised update: [data-parallel rank][micro-batch], without advantages."""
     rows = [_Row(i, e.prompt_ids, e.response_ids, [0.0] * len(e.response_ids), 0.0) for i, e in enumerate(examples)]
     return _pack_update(rows, data_parallel_size, tokens_per_micro_batch, pad_multiple, loss_mean)
+
+
+class Packing(TypedDict):
+    """What `pack` and `pack_sft` have to know of the trainer."""
+
+    data_parallel_size: int
+    tokens_per_micro_batch: int
+    pad_multiple: int
+
+
+def packing_of(config: RunConfig, trainer: Any) -> Packing:
+    """Of this trainer."""
+    return {
+        "data_parallel_size": trainer.data_parallel_size,
+        "tokens_per_micro_batch": config.train.tokens_per_micro_batch,
+        "pad_multiple": trainer.pad_multiple,
+    }
 
 
 def _pack_update(rows: list[_Row], ranks: int, budget: int, pad_multiple: int, loss_mean: str) -> RankBatches:

@@ -18,7 +18,7 @@ class Stopwatch:
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
-        """Counts what happens inside to `phase`, but for phases within it: a rollout that has to send the weights first."""
+        """Count what happens inside as `phase`, but for phases within it: a rollout may have to send weights first."""
         start, outside, self._within_s = time.perf_counter(), self._within_s, 0.0
         yield
         whole = time.perf_counter() - start

@@ -32,7 +32,7 @@ from fp8slurm.sync.receiver import checksum, publish_checksums
 from fp8slurm.sync.stream import Cut, WeightStream, parse_description
 
 VERIFIED_AT_FIRST = 2
-"""Updates that sync.verify = "first" compares: SGLang's own load, and the first that is made again as copies (engine/inside/recorded.py)."""
+"""Updates that sync.verify = "first" compares: SGLang's own load, the first as copies (engine/inside/recorded.py)."""
 Answers = list[tuple[dict[str, Any], torch.Tensor]]
 
 
@@ -62,12 +62,13 @@ class EngineWeights:
     def connect(self) -> None:
         """Plan the updates, and tell the rollout workers."""
         c, t = self.config, self.trainer
+        rank, size, group = t.expert_tensor_parallel
         self._stream = WeightStream(
-            NameTable(t.spec), t.named_shards, engine_quantization(c), c.sync.bucket_bytes, getattr(torch, c.engine.dtype),
+            NameTable(t.spec), t.named_shards, engine_quantization(c), c.sync.bucket_bytes,
+            getattr(torch, c.engine.dtype),
             Cut(t.tensor_parallel_rank, t.tensor_parallel_size, t.tensor_parallel_group, t.data_parallel_rank == 0),
             t.pipeline_parallel_rank,
-            Cut(*t.expert_tensor_parallel, t.expert_data_parallel_rank == 0),
-            t.expert_parallel_rank,
+            Cut(rank, size, group, t.expert_data_parallel_rank == 0), t.expert_parallel_rank,
         )  # fmt: skip
         if t.rank == 0:
             p = c.parallel
@@ -102,8 +103,8 @@ class EngineWeights:
             self._asleep, self.sent_version = True, None
 
     def ask(self, kind: str, version: int, abandon: Callable[[], str] | None = None, **arguments: Any) -> Answers:
-        """The rollout workers' answers to a command that needs the weights of `version`, or those that engines have been sent; where
-        one lost them they are sent again, then the command.
+        """The rollout workers' answers to a command that needs the weights of `version`, or those that engines were
+        sent last. Where an engine lost them they are sent again, and then the command.
 
         Raises:
             StepAbandoned: as RankChannel.collect.
@@ -130,10 +131,10 @@ class EngineWeights:
                 sender.close()
 
     def _send(self, version: int) -> bool:
-        """One update; False if an engine lost the weights again meanwhile, and no copy was kept (sync.keep_last_update)."""
+        """One update; False if an engine lost the weights meanwhile, and no copy was kept (sync.keep_last_update)."""
         self._sends += 1
-        wanted = self.config.sync.verify
-        verify = wanted == "always" or wanted == "first" and self._verified < VERIFIED_AT_FIRST
+        when = self.config.sync.verify
+        verify = when == "always" or when == "first" and self._verified < VERIFIED_AT_FIRST
         checksums: dict[str, list[int]] = {name: [] for name in self._groups}
 
         def start(source: str, bucket: WeightBucket) -> dist.Work:
@@ -156,14 +157,14 @@ class EngineWeights:
                 self._stream.send(version, start)
             for source in self._groups if verify else ():
                 publish_checksums(self.store, self._sends, source, checksums[source])
-            said = [a for a, _ in self.channel.collect()]
+            answers = [a for a, _ in self.channel.collect()]
         self._asleep = False
-        lost = any(a.get("weights_lost") for a in said)
+        lost = any(a.get("weights_lost") for a in answers)
         self._verified += verify and not lost
         for part, seconds in self._stream.seconds.items():
             self.watch.spent(f"sync_{part}", seconds)
-        for part in said[0].get("seconds", ()):
-            self.watch.spent(f"sync_{part}", max(a["seconds"][part] for a in said if "seconds" in a))
+        for part in answers[0].get("seconds", ()):
+            self.watch.spent(f"sync_{part}", max(a["seconds"][part] for a in answers if "seconds" in a))
         return not lost
 
     def _link(self, direct: DirectSender) -> None:

@@ -71,7 +71,7 @@ class EngineSet(EnginePool):
         """Wait until all of them answer, and link up with them. held: the last whole update, or nothing. EngineError."""
         self.held = held
         self.wait_ready()
-        self.mend(self.each(self._link_up))
+        self.restart_failed(self.each(self._link_up))
 
     def _link_up(self, member: RunEngine) -> None:
         e, mode = self.config.engine, self.config.sync.pause_mode
@@ -86,12 +86,12 @@ class EngineSet(EnginePool):
         )
         member.link.open()
 
-    def bring_back(self, member: RunEngine) -> None:
+    def restart_once(self, member: RunEngine) -> None:
         """Restart it and give it the weights that it should have; where sync.verify is on, compared byte by byte."""
         member.link.close()
         self.asleep.discard(member)
         with self.at_work():
-            super().bring_back(member)
+            super().restart_once(member)
         self._link_up(member)
         if self.held():
             self._load(member, iter(self.held()), self.config.sync.verify != "off")
@@ -108,7 +108,7 @@ class EngineSet(EnginePool):
             self.asleep.add(member)
 
         while awake := [m for m in self.members if m not in self.asleep]:  # one that is restarted here comes back awake
-            self.mend(self.each(release, awake))
+            self.restart_failed(self.each(release, awake))
 
     def wake(self) -> None:
         """Take the memory again, for an update."""
@@ -127,18 +127,20 @@ class EngineSet(EnginePool):
                 raise EngineError(f"{why}; {error}") from error
             self.asleep.discard(member)
 
-        self.mend(self.each(resume))
+        self.restart_failed(self.each(resume))
 
     # -- weight groups (sync/direct.py) ---------------------------------------------------------------------------
 
     def linked(self, generation: int) -> bool:
         """Whether all engines are members of this generation, and nobody in it has failed. One that died unnoticed is
         restarted here: in an update it would take the others with it."""
-        self.mend({m: EngineError("it is gone") for m in self.members if not m.engine.alive()})
+        self.restart_failed({m: EngineError("it is gone") for m in self.members if not m.engine.alive()})
         joined = [member.link.transport.generation for member in self.members]
         return all(g is not None and g.number == generation and not g.failed() for g in joined)
 
-    def link(self, generation: direct.Generation, sources: Sequence[str], address: str, port: int, node: int) -> None:
+    def link(
+        self, generation: direct.GroupGeneration, sources: Sequence[str], address: str, port: int, node: int
+    ) -> None:
         """Have all engines join; those that cannot are restarted. address, port: of the job's store. EngineError."""
         ranks = self.config.engine.tensor_parallel_size
         size = 1 + self.config.slurm.nodes * len(self.members) * ranks
@@ -152,7 +154,7 @@ class EngineSet(EnginePool):
                 generation.fail(f"{member.title} did not join: {error}")
                 raise
 
-        self.mend(self.each(join))
+        self.restart_failed(self.each(join))
 
     # -- weights -------------------------------------------------------------------------------------------------
 
@@ -170,7 +172,7 @@ class EngineSet(EnginePool):
                 for number, m in enumerate(self.members)
             }
             fan.produce(incoming)
-        self.mend(engine_errors(loading))
+        self.restart_failed(engine_errors(loading))
         if all(m.behind for m in self.members):
             raise WeightsLost
 

@@ -1,10 +1,13 @@
-"""Which samples of a group are trained on, and whether the group has anything to say."""
+"""Groups of samples: which are trained on, which have anything to say, and all rollout workers' as one rollout."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
+
+import torch
 
 from fp8slurm.core.types import SampleGroup
+from fp8slurm.rollout.serialization import decode_groups
 
 
 def has_signal(group: SampleGroup) -> bool:
@@ -25,3 +28,33 @@ def apply_truncation_policy(groups: list[SampleGroup], truncated: Literal["mask"
                 sample.train = False
             elif sample.finish_reason == "length" and truncated == "penalize":
                 sample.reward = 0.0
+
+
+def merge(
+    answers: list[tuple[dict[str, Any], torch.Tensor]], sent_version: int | None
+) -> tuple[list[SampleGroup], dict[str, float]]:
+    """The groups in the rollout workers' answers to "rollout" (worker.py), in their order, and metrics (docs/metrics.md).
+
+    RuntimeError: a token was generated under other weights than those of `sent_version`.
+    """
+    groups = [g for _, payload in answers for g in decode_groups(payload)]
+    values = [a for a, _ in answers]
+    samples = [s for g in groups for s in g.samples]
+    stale = {v for s in samples for v in s.weight_versions} - {sent_version}
+    if stale:
+        raise RuntimeError(
+            f"tokens were generated under weight versions {sorted(stale)}; the engines were sent {sent_version}"
+        )
+    total, count = (sum(a["rewards"][i] for a in values) for i in (0, 1))
+    generated = sum(len(s.response_ids) for s in samples)
+    return groups, {
+        "cursor": values[0]["cursor"],
+        "reward/mean": total / max(1, count),
+        "reward/failures": sum(a["reward_failures"] for a in values),
+        "rollout/groups": len(groups),
+        "rollout/dropped": sum(a["dropped"] for a in values),
+        "rollout/tokens": sum(a["generated"] for a in values),
+        "rollout/response_length": generated / max(1, len(samples)),
+        "rollout/truncated": sum(s.finish_reason == "length" for s in samples) / max(1, len(samples)),
+        "tokens": generated + sum(len(g.prompt.token_ids) * len(g.samples) for g in groups),
+    }

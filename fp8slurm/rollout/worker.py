@@ -35,7 +35,7 @@ from fp8slurm.rollout.sampler import Sampler
 from fp8slurm.rollout.serialization import encode_groups
 from fp8slurm.run.directory import RunDirectory
 from fp8slurm.sync.check import check_engine_checkpoint
-from fp8slurm.sync.direct import DirectReceiver, Generation
+from fp8slurm.sync.direct import DirectReceiver, GroupGeneration
 from fp8slurm.sync.groups import Group
 from fp8slurm.sync.mapped import MappedReceiver
 from fp8slurm.sync.receiver import Receiver
@@ -164,7 +164,9 @@ class RolloutWorker:
         assert self.engines is not None
         plain = self.store.plain
         with self._at_work():
-            self.engines.link(Generation(self.store, generation), self.sources, plain.host, plain.port, self.number)
+            self.engines.link(
+                GroupGeneration(self.store, generation), self.sources, plain.host, plain.port, self.number
+            )
         return {}, None
 
     def do_update(self, version: int, verify: bool, number: int) -> tuple[dict, None]:

@@ -98,9 +98,11 @@ def read_evaluations(folder: Path, notes: list[str]) -> list[Evaluation]:
                     number(said.get("tokens_per_second")), str(said.get("date", "")),
                 )
             )  # fmt: skip
-    for path in _find(folder, "settings.json"):
-        if not (path.parent / "summary.json").is_file():
-            notes.append(f"eval/{path.parent.relative_to(folder).as_posix()} is not finished: it has no summary.json")
+    notes.extend(
+        f"eval/{path.parent.relative_to(folder).as_posix()} is not finished: it has no summary.json"
+        for path in _find(folder, "settings.json")
+        if not (path.parent / "summary.json").is_file()
+    )
     return sorted(out, key=lambda e: (e.made_by != "eval", e.task, e.step if e.step is not None else -1, e.precision))
 
 

@@ -10,7 +10,7 @@ from fp8slurm.core.files import write_atomic
 from fp8slurm.run.directory import RunDirectory
 
 
-@dataclass(frozen=True)
+@dataclass
 class StepTimes:
     """Measured seconds; 0: not measured yet. Kept in runs/NAME/pace.json, so the next attempt knows them from its start."""
 
@@ -21,9 +21,13 @@ class StepTimes:
 
     @classmethod
     def read(cls, run: RunDirectory | Path) -> StepTimes:
-        """The pace of a run so far."""
+        """Those of a run so far."""
         path = (run.path if isinstance(run, RunDirectory) else run) / "pace.json"
         return cls(**json.loads(path.read_text())) if path.is_file() else cls()
+
+    def step_took(self, seconds: float) -> None:
+        """Measured from boundary to boundary."""
+        self.step_s = max(seconds, 0.8 * self.step_s)
 
     def write(self, run: RunDirectory) -> None:
         write_atomic(run.path / "pace.json", json.dumps(asdict(self)))

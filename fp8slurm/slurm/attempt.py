@@ -12,6 +12,7 @@ from fp8slurm.checkpoint.formats.complete import damage
 from fp8slurm.config import RunConfig
 from fp8slurm.core.files import write_atomic
 from fp8slurm.core.processes import process_of
+from fp8slurm.models.precision import engine_in_fp8, serves_fp8
 from fp8slurm.run.directory import RunDirectory, RunState, rl_step
 from fp8slurm.scheduler import job as slurm
 from fp8slurm.scheduler.job import Job, SlurmError
@@ -74,20 +75,9 @@ def check_configuration(config: RunConfig, run: RunDirectory) -> list[str]:
 
 
 def _same_precision(before: str | None, config: RunConfig) -> bool:
-    """Whether engines that loaded the folder `before` (None: made from the model) had the precision that they get now.
-
-    What rl.precision.engine_in_fp8 says, but read here: that one imports torch, and a task of a job begins the attempt before
-    its environment is set.
-    """
-    made = config.fp8.engine == "fp8" or (config.fp8.engine == "auto" and config.fp8.backend != "off")
-
-    def in_fp8(folder: str | Path | None) -> bool:
-        if folder is None:
-            return made
-        return bool(json.loads((Path(folder) / "config.json").read_text()).get("quantization_config"))
-
+    """Whether engines that loaded the folder `before` (None: made from the model) had the precision that they get now."""
     try:
-        return in_fp8(before) == in_fp8(config.model.rollout_checkpoint)
+        return serves_fp8(before, config.fp8.engine, config.fp8.backend) == engine_in_fp8(config)
     except (OSError, ValueError):  # the folder is gone
         return True
 

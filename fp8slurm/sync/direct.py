@@ -42,7 +42,7 @@ class Broken(Exception):
     """A member of this generation of the groups failed."""
 
 
-class Generation:
+class GroupGeneration:
     """One generation of the groups, as everybody sees it in the job's store."""
 
     def __init__(self, store: dist.Store, number: int) -> None:
@@ -81,14 +81,14 @@ class DirectSender:
         self.store, self.sources, self.size, self.address = store, list(sources), 1 + engine_ranks, address
         self.on_gpu = torch.cuda.is_available()
         self.device = torch.cuda.current_device() if self.on_gpu else None
-        self.generation = Generation(store, 0)
+        self.generation = GroupGeneration(store, 0)
         self._groups: dict[str, dist.ProcessGroup] = {}
         self._pool: ThreadPoolExecutor | None = None
 
     def link(self, number: int) -> None:
         """Leave the groups there are, and make those of generation `number`, while the engines join."""
         self.close()
-        self.generation = Generation(self.store, number)
+        self.generation = GroupGeneration(self.store, number)
         self._groups = {}
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="weight-groups")
         for source in self.sources:
@@ -203,7 +203,7 @@ class DirectTransport(Transport):
 
     def __init__(self) -> None:
         super().__init__()
-        self.generation: Generation | None = None
+        self.generation: GroupGeneration | None = None
         """The groups that the engine is a member of."""
         self._sources: tuple[str, ...] = ()
         self._client: EngineClient | None = None
@@ -216,7 +216,7 @@ class DirectTransport(Transport):
 
     def join(
         self,
-        generation: Generation,
+        generation: GroupGeneration,
         sources: Sequence[str],
         address: str,
         port: int,
@@ -238,7 +238,7 @@ class DirectTransport(Transport):
             self._wait(generation, joining)
         self.generation = generation
 
-    def _wait(self, generation: Generation, future: Future) -> None:
+    def _wait(self, generation: GroupGeneration, future: Future) -> None:
         try:
             generation.wait(future)
         except Broken as error:

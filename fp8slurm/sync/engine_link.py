@@ -93,12 +93,6 @@ class EngineLink:
             log.debug("closing the link: %s", error)
         self._is_open = False
 
-    def reopen(self, client: EngineClient) -> None:
-        """Link up with a restarted engine."""
-        self.close()
-        self.client, self.broken = client, None
-        self.open()
-
     def update(
         self, version: int, buckets: Iterable[WeightBucket], verify: bool = False, expected: Expected | None = None
     ) -> Digests | None:
@@ -107,7 +101,7 @@ class EngineLink:
         While a bucket is loaded the next is asked for, and no further one. verify: compare the raw bytes in the engine
         with what was sent, before anything is generated (the buckets' payloads must last until then), and return the
         engine's digests. expected: this update's, where several links share it. Raises EngineError on any failure; the
-        engine then has to be restarted and the link reopened.
+        engine then has to be restarted, and gets another link.
         """
         if self.broken is not None:
             raise EngineError(f"{self.client.url} needs a restart: {self.broken}")
@@ -159,7 +153,7 @@ class EngineLink:
         dtype = getattr(torch, self.client.server_info()["dtype"])
         with ThreadPoolExecutor(1) as pool:  # the engine computes its digests meanwhile
             answer = pool.submit(self.client.digest)
-            wanted = (expected or Expected()).get(
+            right = (expected or Expected()).get(
                 lambda: expected_digests(
                     (pair for bucket in buckets for pair in bucket.views()),
                     num_key_value_heads=config["num_key_value_heads"],
@@ -170,7 +164,7 @@ class EngineLink:
                 )
             )
             held = answer.result()
-        difference = first_difference(held, wanted)
+        difference = first_difference(held, right)
         if difference is not None:
             self._break(difference)
             raise EngineError(f"the weights in {self.client.url} are not those that were sent: {difference}")

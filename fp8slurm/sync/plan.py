@@ -2,7 +2,7 @@
 
 Every source sends one list of buckets: `stageS` the tensors of pipeline stage S, `stageS.expertsE` those experts of the
 stage that expert-parallel rank E holds (mixture-of-experts models only). The source is the first rank that holds them,
-so experts are quantized where they lie and never pass through another rank. For every tensor one of four ways is taken:
+so experts are quantized where they lie and never pass through another rank. For every tensor one of four methods is used:
 
     local        the source has the whole tensor; it is copied, or quantized into the bucket
     shard-fp8    every tensor-parallel rank quantizes its slice; codes and scales are gathered (half the bytes of BF16)
@@ -17,9 +17,11 @@ from dataclasses import dataclass
 
 import torch
 
+from fp8slurm.fp8 import BLOCK
+from fp8slurm.fp8.block import scale_shape
 from fp8slurm.fp8.policy import decide
 from fp8slurm.models.names import Entry, NameTable, SliceSpec
-from fp8slurm.models.qwen3 import BLOCK, QuantizationSpec
+from fp8slurm.models.qwen3 import QuantizationSpec
 from fp8slurm.sync.bucket import TensorForm, WeightSpec, layout
 
 FP8 = torch.float8_e4m3fn
@@ -36,7 +38,7 @@ class Planned:
     name: str
     shape: tuple[int, ...]
     quantized: bool
-    way: str
+    method: str
     reason: str
     slices: tuple[SliceSpec, ...]
     """One for every rank that the tensor is cut over; a single one where it is not cut."""
@@ -45,21 +47,16 @@ class Planned:
         """What goes into the bucket for it; `dtype` is the engine's for what is not quantized."""
         if not self.quantized:
             return [(self.name, dtype, self.shape)]
-        return [(self.name, FP8, self.shape), (self.name + SCALE, torch.float32, _scales(self.shape))]
+        return [(self.name, FP8, self.shape), (self.name + SCALE, torch.float32, scale_shape(self.shape))]
 
     def piece_forms(self, dtype: torch.dtype, trainer_dtype: torch.dtype) -> list[TensorForm]:
         """What each rank hands to the source for it: nothing unless it is cut."""
-        if self.way == "local":
+        if self.method == "local":
             return []
         shape = self.slices[0].shape
-        if self.way == "shard-fp8":
-            return [(self.name, FP8, shape), (self.name + SCALE, torch.float32, _scales(shape))]
-        return [(self.name, dtype if self.way == "gather" else trainer_dtype, shape)]
-
-
-def _scales(shape: tuple[int, ...]) -> tuple[int, int]:
-    n, k = shape
-    return -(-n // BLOCK), -(-k // BLOCK)
+        if self.method == "shard-fp8":
+            return [(self.name, FP8, shape), (self.name + SCALE, torch.float32, scale_shape(shape))]
+        return [(self.name, dtype if self.method == "gather" else trainer_dtype, shape)]
 
 
 def plan(
@@ -85,14 +82,14 @@ def plan(
                 decision = decide(tensor.name, tensor.shape, quantization.modules_to_not_convert)
                 fp8, why = decision.quantize, decision.reason
             if world == 1:
-                way, reason = "local", f"{why}; not cut"
+                method, reason = "local", f"{why}; not cut"
             elif not fp8:
-                way, reason = "gather", why
+                method, reason = "gather", why
             elif all(s.on_block_boundary() for s in slices):
-                way, reason = "shard-fp8", f"{why}; every cut is a block boundary"
+                method, reason = "shard-fp8", f"{why}; every cut is a block boundary"
             else:
-                way, reason = "gather-quantize", f"{why}; a cut at {slices[0].length} is inside a {BLOCK} block"
-            out.append(Planned(entry, part, tensor.name, tensor.shape, fp8, way, reason, slices))
+                method, reason = "gather-quantize", f"{why}; a cut at {slices[0].length} is inside a {BLOCK} block"
+            out.append(Planned(entry, part, tensor.name, tensor.shape, fp8, method, reason, slices))
     return out
 
 
@@ -106,17 +103,8 @@ def source_names(stages: int, expert_ranks: int = 0) -> list[str]:
 
 
 def stage_names(table: NameTable, stages: int) -> list[list[str]]:
-    """Megatron names that each pipeline stage sends: equally many layers each, the embedding with the first, the final
-    norm and an output layer of its own with the last (a tied one is the embedding, and not sent again)."""
-    per_stage = table.spec.num_layers // stages
-    out: list[list[str]] = [[] for _ in range(stages)]
-    for entry in table:
-        if entry.layer is not None:
-            stage = entry.layer // per_stage
-        else:
-            stage = 0 if entry.name.startswith("embedding.") else stages - 1
-        out[stage].append(entry.name)
-    return out
+    """Megatron names that each pipeline stage sends (a tied output layer is the embedding, and not sent again)."""
+    return [[e.name for e in table if table.stage(e, stages) == stage] for stage in range(stages)]
 
 
 @dataclass(frozen=True)

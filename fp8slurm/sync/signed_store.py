@@ -50,8 +50,8 @@ class SignedStore(dist.Store):
 
     def get(self, name: str) -> bytes:
         """Waits for the name. Raises ForgedError."""
-        said = self.plain.get(name)
-        signature, value = said[:SIGNATURE_BYTES], said[SIGNATURE_BYTES:]
+        stored = self.plain.get(name)
+        signature, value = stored[:SIGNATURE_BYTES], stored[SIGNATURE_BYTES:]
         if not hmac.compare_digest(signature, self._sign(name, value)):
             raise ForgedError(
                 f"{name} in the job's store was not written by this run: somebody else writes to its port"

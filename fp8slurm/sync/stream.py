@@ -28,7 +28,8 @@ import torch
 import torch.distributed as dist
 
 from fp8slurm.core.gpu_memory import mappable
-from fp8slurm.fp8.block import BLOCK, BlockFP8
+from fp8slurm.fp8 import BLOCK
+from fp8slurm.fp8.block import BlockFP8
 from fp8slurm.fp8.panels import not_finite_error
 from fp8slurm.fp8.quantize import quantize
 from fp8slurm.models.names import NameTable
@@ -99,7 +100,7 @@ class _Writes:
             self.one_by_one = [w for w in quantized if not triton_quantize.fits_group(w.source, w.target)]
             if self.grouped:
                 outs = [BlockFP8(w.target, w.scale) for w in self.grouped if w.scale is not None]
-                self._group = triton_quantize.Group(
+                self._group = triton_quantize.GroupedLaunch(
                     [(w.source, out) for w, out in zip(self.grouped, outs, strict=True)]
                 )
 
@@ -154,7 +155,7 @@ class _Lane:
         if not self.cut.takes_part or not self.source.planned:
             return
         planned = self.source.planned
-        cut_inside = next((p for p in planned if p.way == "gather-quantize"), planned[0])
+        cut_inside = next((p for p in planned if p.method == "gather-quantize"), planned[0])
         device = _data(parameters[planned[0].entry.name]).device
         trainer_dtype = _data(parameters[cut_inside.entry.name]).dtype
         pieces = [self.source.pieces(i, self.dtype, trainer_dtype) for i in range(len(self.source.buckets))]
@@ -172,8 +173,7 @@ class _Lane:
         split = _Split(parameters, self.cut)
         self.fills = []
         handed = 0  # buckets without pieces (norms, routers) hand nothing over: by their number a buffer would come round too soon
-        for i, specs in enumerate(self.source.buckets):
-            size = piece_sizes[i]
+        for i, size in enumerate(piece_sizes):
             mine = own[handed % len(own)][:size]
             handed += size > 0
             if self.is_source:
@@ -183,7 +183,7 @@ class _Lane:
                 fill = _Fill(mine[:0], mine if size else None)
                 views = dict(WeightBucket(0, pieces[i], mine).views())
                 for item in self.source.items(i):
-                    if item.way != "local":
+                    if item.method != "local":
                         fill.own += split.writes(item, views[item.name], views.get(item.name + SCALE))
             fill.ready()
             self.fills.append(fill)
@@ -202,19 +202,19 @@ class _Lane:
         received = [dict(WeightBucket(0, pieces, b).views()) for b in fill.incoming]
         for item in self.source.items(bucket):
             name, data, scale = item.name, whole[item.name], whole.get(item.name + SCALE)
-            if item.way == "local":
+            if item.method == "local":
                 fill.own += split.writes(item, data, scale)
                 continue
             dim, length = item.slices[0].dim, item.slices[0].length
             assert dim is not None
-            if item.way == "gather-quantize":  # into a matrix of its own first
+            if item.method == "gather-quantize":  # into a matrix of its own first
                 data, final = torch.empty(item.shape, dtype=dtype, device=fill.payload.device), data
             targets = [data.narrow(dim, r * length, length) for r in range(self.cut.size)]
             for part, target in zip(received, targets[1:]):
                 fill.assemble.append(_Write(part[name], target))
-            if item.way != "shard-fp8":
+            if item.method != "shard-fp8":
                 fill.own += split.writes(item, targets[0], None)
-                if item.way == "gather-quantize":
+                if item.method == "gather-quantize":
                     fill.assemble.append(_Write(data, final, scale, name))
                 continue
             assert scale is not None
@@ -301,7 +301,7 @@ def check_as_they_are(planned: Iterable[Planned], held: Mapping[str, Parameter])
         whole = len(p.entry.tensors) == 1 or all(
             t.shape[0] // max(p.entry.groups, 1) % BLOCK == 0 for t in p.entry.tensors
         )
-        if p.way == "gather-quantize" or not whole:
+        if p.method == "gather-quantize" or not whole:
             raise ValueError(
                 f"--fp8.param-gather: the {BLOCK}x{BLOCK} blocks of the trainer's {p.entry.name} are not those of {p.name}: a cut "
                 f"falls inside a block; use another tensor-parallel size, or --fp8.no-param-gather"

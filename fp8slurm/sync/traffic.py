@@ -5,11 +5,13 @@ The same quantities are counted while an update runs: `WeightStream.counts` and 
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 
+from fp8slurm.fp8.block import scale_shape
 from fp8slurm.models.names import NameTable
 from fp8slurm.models.qwen3 import QuantizationSpec
 from fp8slurm.sync.bucket import payload_bytes
@@ -56,8 +58,8 @@ class Traffic:
     """Bytes of those matrices in BF16."""
     gather_bf16: int
     """Bytes handed to sources if everything that is cut were gathered in BF16."""
-    ways: dict[str, int] = field(default_factory=dict)
-    """Number of tensors by way."""
+    methods: dict[str, int] = field(default_factory=dict)
+    """Number of tensors by method."""
     unaligned: list[str] = field(default_factory=list)
     """Tensors whose cut falls inside a block: gathered in the trainer's dtype."""
 
@@ -97,7 +99,7 @@ def traffic(
             _add(result, source, members, dtype, trainer_dtype)
 
         for expert_rank in range(expert_parallel_size if table.spec.is_moe else 1):
-            held = [n for n in names if _holder(table, n, expert_parallel_size) in (None, expert_rank)]
+            held = [n for n in names if table.expert_rank(table[n], expert_parallel_size) in (None, expert_rank)]
             dense, experts = source_plans(
                 table, held, f"stage{stage}", quantization, dtype, bucket_bytes,
                 tensor_parallel_size, expert_tensor_parallel_size, expert_rank,
@@ -109,12 +111,6 @@ def traffic(
         result.ranks += [ranks[i] for i in sorted(ranks)]
     result.loaded = result.payload
     return result
-
-
-def _holder(table: NameTable, name: str, expert_parallel_size: int) -> int | None:
-    """Expert-parallel rank that holds a parameter; None: all of them."""
-    expert = table[name].expert
-    return None if expert is None else expert // (table.spec.num_experts // expert_parallel_size)
 
 
 def _add(
@@ -133,15 +129,13 @@ def _add(
             member.gathers += 1
             total.gathers += 1
     for p in source.planned:
-        elements = 1
-        for n in p.shape:
-            elements *= n
+        elements = math.prod(p.shape)
         total.bf16 += 2 * elements
-        total.ways[p.way] = total.ways.get(p.way, 0) + 1
-        if p.way != "local":
+        total.methods[p.method] = total.methods.get(p.method, 0) + 1
+        if p.method != "local":
             total.gather_bf16 += 2 * elements * (len(p.slices) - 1) // len(p.slices)
         if p.quantized:
             total.quantized_bf16 += 2 * elements
-            total.quantized += elements + 4 * -(-p.shape[0] // 128) * -(-p.shape[1] // 128)
-        if p.way == "gather-quantize":
+            total.quantized += elements + 4 * math.prod(scale_shape(p.shape))
+        if p.method == "gather-quantize":
             total.unaligned.append(p.name)

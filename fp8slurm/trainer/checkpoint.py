@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from fp8slurm.trainer import build, primary_fp8
-from fp8slurm.trainer.optimizer_state import Shards, distributed_parts, planning, save_groups
+from fp8slurm.trainer.optimizer_state import OptimizerShards, distributed_parts, planning, save_groups
 
 if TYPE_CHECKING:
     from fp8slurm.trainer.trainer import Trainer
@@ -54,7 +54,7 @@ class Snapshot:
         for _, _, (_, tensors) in self._writer.write_buckets:
             for i, (item, tensor) in enumerate(tensors):
                 tensors[i] = (item, tensor if tensor.is_meta else tensor.to("cpu", copy=copy))
-        self._shards = Shards(parts, _groups[trainer])
+        self._shards = OptimizerShards(parts, _groups[trainer])
         self.most_bytes = 0
         """Known once it is written: the most host memory that tensors took on this rank, copies included."""
 
@@ -108,7 +108,7 @@ class Snapshot:
 
 
 _groups: weakref.WeakKeyDictionary[Trainer, list[Any]] = weakref.WeakKeyDictionary()
-"""What `Shards` sends over: made with the first snapshot, by all ranks together."""
+"""What `OptimizerShards` sends over: made with the first snapshot, by all ranks together."""
 
 
 def save(trainer: Trainer, path: Path) -> None:

@@ -3,9 +3,9 @@
 Megatron puts it together before a save is planned: whole, in FP32, on every data-parallel rank. Only the first of them
 writes it, and only the plan has to be made while training waits:
 
-    planning       tensors without data stand for the whole state
-    Shards()       every rank copies its own share to host memory
-    complete()     in any thread: the first rank gathers the shares, over a group that nobody else uses
+    planning           tensors without data stand for the whole state
+    OptimizerShards()  every rank copies its own share to host memory
+    complete()         in any thread: the first rank gathers the shares, over a group that nobody else uses
 
 The file is the same to the byte.
 """
@@ -40,7 +40,7 @@ def distributed_parts(optimizer: Any) -> list[Any]:
 def planning(parts: list[Any]) -> Iterator[dict[int, tuple[int, int, str]]]:
     """While it lasts the parts describe their whole state without having it: nothing is copied, sent or allocated.
 
-    Yields a dict that then says, for every such tensor's storage, (part, buffer, key) of `Shards`.
+    Yields a dict that then says, for every such tensor's storage, (part, buffer, key) of `OptimizerShards`.
     """
     owners: dict[int, tuple[int, int, str]] = {}
 
@@ -64,7 +64,7 @@ def planning(parts: list[Any]) -> Iterator[dict[int, tuple[int, int, str]]]:
         yield owners
 
 
-class Shards:
+class OptimizerShards:
     """This rank's share of the parts' state as it is now, in host memory, FP32; `host_bytes` of it."""
 
     def __init__(self, parts: list[Any], groups: list[dist.ProcessGroup | None]) -> None:
@@ -150,7 +150,7 @@ def _put(piece: torch.Tensor, at: int, end: int, to: Places) -> None:
 
 
 def save_groups(parts: list[Any]) -> list[dist.ProcessGroup | None]:
-    """For each part a gloo group of its data-parallel ranks for `Shards`, None where that is one; all ranks together."""
+    """For each part a gloo group of its data-parallel ranks for `OptimizerShards`, None where that is one; all ranks together."""
     from fp8slurm.trainer.start import TIMEOUT
 
     mine = [tuple(dist.get_process_group_ranks(part.data_parallel_group)) for part in parts]

@@ -22,7 +22,7 @@ from fp8slurm.trainer import build, checkpoint, primary_fp8
 from fp8slurm.trainer.experts import RoutingReplay, scale_aux_loss, take_aux_loss
 from fp8slurm.trainer.forward import Outputs, run_schedule
 from fp8slurm.trainer.optimizer_sleep import OptimizerSleep
-from fp8slurm.trainer.weights import HfReader, Shards
+from fp8slurm.trainer.weights import HfReader, ParameterShards
 
 LossFunction = Callable[
     [torch.Tensor, "torch.Tensor | None", PackedBatch], "tuple[torch.Tensor, dict[str, torch.Tensor]]"
@@ -65,7 +65,7 @@ class Trainer:
         self.ddp = build.build_ddp(config, self.module, self.transformer_config)
         self.optimizer = build.build_optimizer(config, self.ddp)
         self.sleeping = OptimizerSleep(self.optimizer, self.module)
-        self.shards = Shards(self.module, self.table)
+        self.shards = ParameterShards.of(self.module, self.table)
         self.memory: dict[str, float] = {}
         """GB of torch's allocator at the last make_room, of the fullest rank: what it kept, what of that was in use, and the most
         since the one before."""

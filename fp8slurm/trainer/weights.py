@@ -35,24 +35,34 @@ class HfReader(Mapping[str, torch.Tensor]):
         return len(self._source.tensors)
 
 
-class Shards:
+class ParameterShards:
     """This rank's parameters under their global names, with the rank and size of the group that cuts each."""
 
-    def __init__(self, module: torch.nn.Module, table: NameTable) -> None:
+    def __init__(
+        self, table: NameTable, parameters: list[tuple[Entry, torch.nn.Parameter, bool]], tensor_parallel: tuple[int, int],
+        expert_tensor_parallel: tuple[int, int],
+    ) -> None:  # fmt: skip
+        """parameters: (entry, parameter, whether it is a tied model's second copy of the embedding)."""
+        self.table, self.parameters = table, parameters
+        self.tensor_parallel, self.expert_tensor_parallel = tensor_parallel, expert_tensor_parallel
+
+    @classmethod
+    def of(cls, module: torch.nn.Module, table: NameTable) -> ParameterShards:
+        """Those of a Megatron model."""
         from megatron.core import parallel_state as ps
 
-        self.table = table
-        self.tensor_parallel = (ps.get_tensor_model_parallel_rank(), ps.get_tensor_model_parallel_world_size())
-        self.expert_tensor_parallel = (ps.get_expert_tensor_parallel_rank(), ps.get_expert_tensor_parallel_world_size())
         layers = module.decoder.layers
         layer_offset = layers[0].layer_number - 1 if len(layers) else 0
         experts = table.spec.num_experts // ps.get_expert_model_parallel_world_size()
         expert_offset = experts * ps.get_expert_model_parallel_rank()
-        self.parameters: list[tuple[Entry, torch.nn.Parameter, bool]] = []
+        parameters = []
         for name, parameter in module.named_parameters():
             entry = table[table.canonical(name, layer_offset, expert_offset)]
             copy = name == "output_layer.weight" and table.spec.tie_word_embeddings
-            self.parameters.append((entry, parameter, copy))
+            parameters.append((entry, parameter, copy))
+        dense = (ps.get_tensor_model_parallel_rank(), ps.get_tensor_model_parallel_world_size())
+        experts_cut = (ps.get_expert_tensor_parallel_rank(), ps.get_expert_tensor_parallel_world_size())
+        return cls(table, parameters, dense, experts_cut)
 
     def cut(self, entry: Entry) -> tuple[int, int]:
         """(rank, size) of the group that cuts this parameter."""

@@ -1,4 +1,4 @@
-"""Commands in docs/install.md and docs/first-run.md: those marked `sh run` are run, the others' names must exist."""
+"""The pages: commands marked `sh run` are run, names in the others exist, links lead somewhere, tables are readable."""
 
 from __future__ import annotations
 
@@ -13,14 +13,31 @@ import pytest
 
 from fp8slurm.cli import COMMANDS
 from fp8slurm.config import parse, recipe_names
+from fp8slurm.config.schema import RewardSection
+from fp8slurm.core.types import Prompt, Sample, SampleGroup
+from fp8slurm.rewards.pool import RewardPool
 
 ROOT = Path(__file__).parents[2]
-PAGES = ("install.md", "first-run.md")
+RUN = ("docs/install.md", "docs/first-run.md")
+PAGES = ("README.md", "CONTRIBUTING.md", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").rglob("*.md")))
+LONGEST_CELL = 150
 TIMEOUT_S = 900
 
 
-def blocks(page: str, kind: str) -> list[str]:
-    return re.findall(rf"^```{kind}\n(.*?)^```", (ROOT / "docs" / page).read_text(), re.M | re.S)
+def blocks(page: str, *kinds: str) -> list[str]:
+    """The page's blocks between ``` and ```, of these kinds (the words behind the first ```)."""
+    every = re.findall(r"^```([^\n]*)\n(.*?)^```$", (ROOT / page).read_text(), re.M | re.S)
+    return [text for kind, text in every if kind in kinds]
+
+
+def without_blocks(page: str) -> str:
+    return re.sub(r"^```.*?^```", "", (ROOT / page).read_text(), flags=re.M | re.S)
+
+
+def anchors(page: Path) -> set[str]:
+    """What GitHub makes of the page's headings: small letters, hyphens for spaces, no other signs."""
+    headings = re.findall(r"^#+ (.*)", re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S), re.M)
+    return {re.sub(r"[^\w\- ]", "", re.sub(r"\]\([^)]*\)", "", h).lower()).strip().replace(" ", "-") for h in headings}
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +62,7 @@ def checkout(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", RUN)
 def test_marked_commands_run(page, checkout):
     found = blocks(page, "sh run")
     assert len(found) >= 4
@@ -64,31 +81,79 @@ def test_marked_commands_run(page, checkout):
                 timeout=TIMEOUT_S,
             )
             assert done.returncode == 0, f"{page}: {command}\n{done.stdout[-2000:]}{done.stderr[-3000:]}"
-    if page == "first-run.md":
+    if page == "docs/first-run.md":
         assert (checkout / "runs" / "first" / "metrics.jsonl").is_file()
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_other_commands_name_what_is_there(page, checkout):
+def test_other_commands_name_what_is_there(page):
     makefile = (ROOT / "Makefile").read_text()
-    for block in blocks(page, "sh"):
+    for block in blocks(page, "sh", ""):
         for line in block.splitlines():
-            for target in re.findall(r"\bmake (?:\w+=\S+ )*([a-z0-9-]+)", line):
+            for target in re.findall(r"^(?:\w+=\S+ )*make (?:\w+=\S+ )*([a-z0-9-]+)", line):
                 assert re.search(rf"^{target}:", makefile, re.M), line
             for name in re.findall(r"fp8slurm ([a-z]+) --", line):
                 assert name in COMMANDS, line
-            for recipe in re.findall(r"--recipe (\S+)", line):
-                assert recipe in recipe_names(), line
-            for path in re.findall(r"\b(?:tools|container|sbatch|requirements)/[\w./-]+", line):
-                assert (ROOT / path).is_file(), line
+            for recipe in re.findall(r"--recipe ([\w.-]+)", line):
+                assert recipe in recipe_names() or recipe.endswith(".toml"), line
+            for path in re.findall(r"(?<![\w/.-])(?:tools|tests|container|sbatch|requirements)/[\w./-]*\w", line):
+                assert (ROOT / path).exists(), line
 
 
-def test_settings_that_the_pages_name_exist():
+@pytest.mark.parametrize("page", PAGES)
+def test_settings_that_the_pages_name_exist(page):
     """Every --section.key in the text is a setting."""
     settings = {f"--{s}.{k.replace('_', '-')}" for s, values in parse(None, []).model_dump().items() for k in values}
-    for page in PAGES + ("security.md",):
-        for flag in re.findall(r"--[a-z0-9]+\.[a-z0-9-]+", (ROOT / "docs" / page).read_text()):
-            assert flag in settings or flag.replace(".no-", ".") in settings, f"{page}: {flag}"
+    for flag in re.findall(r"--[a-z0-9]+\.[a-z0-9-]+", (ROOT / page).read_text()):
+        assert flag in settings or flag.replace(".no-", ".") in settings, f"{page}: {flag}"
+
+
+@pytest.mark.parametrize("page", (*PAGES, "CHANGELOG.md"))
+def test_files_that_the_pages_name_are_there(page):
+    """tests/x.py and the like from the project's folder, sync/plan.py and the like from fp8slurm/."""
+    rooms = "|".join(p.parent.name for p in (ROOT / "fp8slurm").glob("*/__init__.py"))
+    paths = rf"(?<![\w/.-])(?:fp8slurm|tests|tools|sbatch|container|requirements|{rooms})/[\w/.-]+\.\w+"
+    for path in re.findall(paths, without_blocks(page)):
+        if not path.startswith("data/"):  # a user's
+            assert (ROOT / path).exists() or (ROOT / "fp8slurm" / path).exists(), f"{page}: {path}"
+
+
+@pytest.mark.parametrize("page", sorted({*PAGES, "CHANGELOG.md"} - {"docs/DESIGN.md"}))
+def test_cells_of_tables_are_short(page):
+    """A cell is read at a glance; what needs more room is a sentence below the table."""
+    for line in without_blocks(page).splitlines():
+        if line.startswith("|"):
+            for cell in re.split(r"(?<!\\)\|", line.strip().strip("|")):
+                assert len(cell.strip()) <= LONGEST_CELL, f"{page}: {len(cell.strip())} characters: {cell.strip()}"
+
+
+def test_every_page_is_listed():
+    """docs/README.md says which page is for whom."""
+    links = {
+        (ROOT / "docs" / link).resolve() for link in re.findall(r"\]\(([^)#:]+)", (ROOT / "docs/README.md").read_text())
+    }
+    assert [page for page in PAGES[2:] if page != "docs/README.md" and (ROOT / page).resolve() not in links] == []
+
+
+def test_rooms_in_the_tree_are_those_that_there_are():
+    """README's tree has a line for every package of fp8slurm/."""
+    listed = re.findall(r"^fp8slurm/(\w+)/ ", (ROOT / "README.md").read_text(), re.M)
+    assert sorted(listed) == sorted(p.parent.name for p in (ROOT / "fp8slurm").glob("*/__init__.py"))
+
+
+def test_the_reward_in_the_readme_works(tmp_path, monkeypatch):
+    """The function and the flag as README.md gives them, through the pool that the rollout worker uses."""
+    (source,) = blocks("README.md", "python")
+    (flag,) = re.findall(r"--reward\.kind ([\w.:]+)", (ROOT / "README.md").read_text())
+    module, _, name = flag.partition(":")
+    assert f"`{module}.py`" in (ROOT / "README.md").read_text() and f"def {name}(" in source
+    (tmp_path / f"{module}.py").write_text(source)
+    monkeypatch.chdir(tmp_path)
+    responses = ["879", " 872\n", "8794", "8", ""]
+    group = SampleGroup(Prompt(0, (1,), "879"), [Sample([], [], [], "stop", text=text) for text in responses])
+    with RewardPool(RewardSection(kind=flag, timeout_s=60), workers=1) as pool:
+        pool.score([group])
+    assert [round(sample.reward, 3) for sample in group.samples] == [1.0, 0.667, 0.75, 0.333, 0.0]
 
 
 def test_example_lines_are_accepted(tmp_path):
@@ -100,7 +165,7 @@ def test_example_lines_are_accepted(tmp_path):
     write_model(tmp_path / "model")
     tokenizer = load_tokenizer(tmp_path / "model")
     config = parse("tiny-fp8", ["--data.max-prompt-tokens=4096"])
-    groups = blocks("first-run.md", "json")
+    groups = blocks("docs/first-run.md", "json")
     assert [len(g.splitlines()) for g in groups] == [3, 3, 3]
     for number, group in enumerate(groups):
         assert all(json.loads(line) for line in group.splitlines())
@@ -112,10 +177,13 @@ def test_example_lines_are_accepted(tmp_path):
             assert len(load_prompts(config.data, tokenizer, file)) == 3
 
 
-def test_links_lead_somewhere():
-    for page in (*PAGES, "security.md"):
-        for link in re.findall(r"\]\(([^)#:]+)\)", (ROOT / "docs" / page).read_text()):
-            assert (ROOT / "docs" / link).exists(), f"{page}: {link}"
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^):]+)\)", without_blocks(page)):
+        path, _, anchor = link.partition("#")
+        target = ((ROOT / page).parent / path).resolve() if path else ROOT / page
+        assert target.exists(), f"{page}: {link}"
+        assert not anchor or anchor in anchors(target), f"{page}: {link}"
 
 
 @pytest.mark.slow

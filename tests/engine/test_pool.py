@@ -280,8 +280,8 @@ def test_a_refused_request_is_the_callers_mistake():
 
 def test_an_engine_without_weights_is_left_out_and_without_any_the_work_is_handed_back():
     class Forgets(Pool):
-        def bring_back(self, member):
-            super().bring_back(member)
+        def restart_once(self, member):
+            super().restart_once(member)
             member.behind = True
 
     asked_too = threading.Event()

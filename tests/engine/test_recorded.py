@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from fp8slurm.engine.inside.recorded import KNOWN, FlatBucket, bucket_id, in_bytes, load, loads_of, merged
+from fp8slurm.engine.inside.recorded import KNOWN, FlatBucket, bucket_id, in_bytes, load_bucket, loads_of, merged
 from fp8slurm.sync.bucket import WeightBucket, layout, payload_bytes
 
 Pairs = Iterable[tuple[str, torch.Tensor]]
@@ -75,7 +75,7 @@ def bucket(names: list[str], seed: int) -> WeightBucket:
     generator = torch.Generator().manual_seed(seed)
     payload = torch.randint(0, 255, (payload_bytes(specs),), generator=generator, dtype=torch.uint8)
     out = WeightBucket(seed, specs, payload)
-    for name, view in out.views():  # numbers, not bytes: a NaN would not equal itself
+    for _, view in out.views():  # numbers, not bytes: a NaN would not equal itself
         view.copy_(torch.randn(view.shape, generator=generator))
     return out
 
@@ -110,7 +110,7 @@ def test_later_loads_are_the_same_copies_without_the_model(known: bool) -> None:
     model = Model()
     for seed in range(4):
         b = bucket(GOOD, seed)
-        load(model, arrives(b, known and seed > 0), original)
+        load_bucket(model, arrives(b, known and seed > 0), original)
         check(model, b)
     assert model.calls == 1
     (found,) = loads_of(model).values()
@@ -136,7 +136,7 @@ def test_what_is_no_plain_copy_is_loaded_by_the_model_every_time(name: str, why:
     model = Model()
     for seed in range(3):
         b = bucket(["q", name, "expert2"], seed)
-        load(model, arrives(b, seed > 0), original)
+        load_bucket(model, arrives(b, seed > 0), original)
         check(model, b)
     assert model.calls == 3
     (found,) = loads_of(model).values()
@@ -148,7 +148,7 @@ def test_copies_that_convert_and_buckets_of_other_ranks(names: list[str], copies
     model = Model()
     for seed in range(3):
         b = bucket(names, seed)
-        load(model, arrives(b, seed > 0), original)
+        load_bucket(model, arrives(b, seed > 0), original)
         check(model, b)
     (found,) = loads_of(model).values()
     assert (model.calls, found.replays, len(found.copies)) == (1, 2, copies)
@@ -156,21 +156,21 @@ def test_copies_that_convert_and_buckets_of_other_ranks(names: list[str], copies
 
 def test_parameters_that_were_replaced() -> None:
     model = Model()
-    load(model, arrives(bucket(GOOD, 0)), original)
+    load_bucket(model, arrives(bucket(GOOD, 0)), original)
     old = model.fused
     model.fused = torch.nn.Parameter(torch.ones_like(old), requires_grad=False)  # the same form elsewhere
     model.norm.data = torch.ones(9)
     second = bucket(GOOD, 1)
-    load(model, arrives(second, True), original)
+    load_bucket(model, arrives(second, True), original)
     check(model, second)
     assert model.calls == 1 and torch.equal(old.float(), expected(bucket(GOOD, 0))["fused"].float())
     model.fused = torch.nn.Parameter(torch.ones(8, 12, dtype=torch.bfloat16).t(), requires_grad=False)  # another form
     third = bucket(GOOD, 2)
-    load(model, arrives(third, True), original)
+    load_bucket(model, arrives(third, True), original)
     check(model, third)
     assert model.calls == 2
     fourth = bucket(GOOD, 3)
-    load(model, arrives(fourth, True), original)
+    load_bucket(model, arrives(fourth, True), original)
     check(model, fourth)
     assert model.calls == 2
 
@@ -179,10 +179,10 @@ def test_several_buckets_and_one_that_is_not_known() -> None:
     model = Model()
     first, second = bucket(["q", "k"], 0), bucket(["v", "norm"], 1)
     for b in (first, second):
-        load(model, arrives(b), original)
+        load_bucket(model, arrives(b), original)
     assert len(loads_of(model)) == 2
     with pytest.raises(KeyError):
-        load(model, arrives(bucket(["q", "v"], 0), True), original)
+        load_bucket(model, arrives(bucket(["q", "v"], 0), True), original)
     other = bucket(["q", "k"], 0)
     assert bucket_id(s.form for s in other.specs) == bucket_id(s.form for s in first.specs)
     assert bucket_id(s.form for s in second.specs) != bucket_id(s.form for s in first.specs)
@@ -196,9 +196,9 @@ def test_a_load_that_fails_leaves_nothing_to_be_made_again() -> None:
         raise RuntimeError("broken")
 
     with pytest.raises(RuntimeError, match="broken"):
-        load(model, arrives(bucket(GOOD, 0)), broken)
+        load_bucket(model, arrives(bucket(GOOD, 0)), broken)
     b = bucket(GOOD, 1)
-    load(model, arrives(b, True), original)
+    load_bucket(model, arrives(b, True), original)
     check(model, b)
     assert model.calls == 2
 

@@ -50,24 +50,24 @@ def test_two_tasks_a_node_are_refused(monkeypatch, tmp_path, capsys):
     assert "4 tasks of this evaluation on 2 nodes" in capsys.readouterr().err
 
 
-def take_all(deal, got):
-    while pieces := deal.take(0):
-        got += [(deal, p) for p in pieces]
+def take_all(queue, got):
+    while pieces := queue.take(0):
+        got += [(queue, p) for p in pieces]
         for _ in pieces:
-            deal.answered()
+            queue.answered()
 
 
 def test_every_piece_is_taken_by_one_task(tmp_path):
     work = [[i, i] for i in range(300)]
-    deals = [SharedWorkQueue(work, 64, tmp_path, 6) for _ in range(3)]
+    queues = [SharedWorkQueue(work, 64, tmp_path, 6) for _ in range(3)]
     got: list = []
-    threads = [threading.Thread(target=take_all, args=(d, got)) for d in deals for _ in range(2)]
+    threads = [threading.Thread(target=take_all, args=(q, got)) for q in queues for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert sorted(piece for _, piece in got) == work
-    assert all(d.over and not d.left and not d.queue for d in deals)
+    assert all(q.over and not q.left and not q.waiting for q in queues)
 
 
 def test_the_first_task_leaves_the_others_their_share(tmp_path):
@@ -83,8 +83,8 @@ def test_what_an_engine_gives_back_stays_with_its_task(tmp_path):
     assert other.take(0) == [[1]] and other.take(0) == [[2]]
     assert mine.take(0) == [[0]] and mine.take(0) == [[3]] and mine.take(0) == []
     assert other.take(0) == [] and mine.left == 2 and other.left == 2
-    for deal in (mine, other):
-        deal.answered(), deal.answered()
+    for queue in (mine, other):
+        queue.answered(), queue.answered()
     assert mine.over and other.over
 
 

@@ -18,7 +18,7 @@ def room(n: int, k: int) -> BlockFP8:
 
 @pytest.mark.parametrize("power_of_two", [False, True])
 def test_a_group_has_the_bytes_of_its_matrices(power_of_two: bool) -> None:
-    from fp8slurm.fp8.triton_quantize import Group, fits_group
+    from fp8slurm.fp8.triton_quantize import GroupedLaunch, fits_group
 
     generator = torch.Generator("cuda").manual_seed(0)
 
@@ -38,7 +38,7 @@ def test_a_group_has_the_bytes_of_its_matrices(power_of_two: bool) -> None:
         (draw(256, 384), BlockFP8(wide.view(E4M3)[:, 512:896], torch.zeros(2, 3, device="cuda"))), (draw(256, 384), odd),
     ]  # fmt: skip
     assert all(fits_group(source, out.data) for source, out in cases)
-    group = Group(cases, power_of_two)
+    group = GroupedLaunch(cases, power_of_two)
     for _ in range(2):
         group.launch()
         assert group.first_bad() is None
@@ -58,10 +58,10 @@ def test_a_group_has_the_bytes_of_its_matrices(power_of_two: bool) -> None:
 
 
 def test_what_a_group_does_not_take() -> None:
-    from fp8slurm.fp8.triton_quantize import Group, fits_group
+    from fp8slurm.fp8.triton_quantize import GroupedLaunch, fits_group
 
     parts = torch.zeros(2, 64, 128, dtype=torch.bfloat16, device="cuda")  # heads of 64: a tile would be of two parts
     assert not fits_group(parts, room(128, 128).data)
     assert not fits_group(torch.zeros(128, 128, device="cuda").t(), room(128, 128).data)
     with pytest.raises(ValueError, match="multiples of 128"):
-        Group([(parts, room(128, 128))])
+        GroupedLaunch([(parts, room(128, 128))])

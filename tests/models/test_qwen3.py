@@ -9,12 +9,14 @@ from fp8slurm.config.schema import ParallelSection
 from fp8slurm.models.qwen3 import ModelSpec, QuantizationSpec, check_layout
 
 DENSE = {
-    "architectures": ["Qwen3ForCausalLM"], "vocab_size": 384, "hidden_size": 256, "num_hidden_layers": 4,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 128, "intermediate_size": 512,
+    "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": 384, "hidden_size": 256,
+    "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 128, "intermediate_size": 512,
     "rms_norm_eps": 1e-6, "rope_theta": 1000000, "max_position_embeddings": 512, "tie_word_embeddings": True,
 }  # fmt: skip
 MOE = DENSE | {
-    "architectures": ["Qwen3MoeForCausalLM"], "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 256,
+    "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "num_experts": 8,
+    "num_experts_per_tok": 2, "moe_intermediate_size": 256,
     "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [],
 }  # fmt: skip
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}

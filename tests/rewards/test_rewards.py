@@ -155,8 +155,7 @@ def test_maths_failures_are_the_responses_and_end_no_run():
         ("my_rewards:by_text", "zero", True),
         ("my_rewards:by_text", "error", False),
     ):
-        pool = object.__new__(RewardPool)  # without its processes
-        pool.reward, pool.failures = RewardSection(kind=kind, on_error=on_error), 0
+        pool = RewardPool(RewardSection(kind=kind, on_error=on_error), workers=0)
         with nullcontext() if counted else pytest.raises(RewardError, match="sample 0: no answer"):
             pool._fail(group("x"), 0, "no answer", 1)
         assert pool.failures == int(counted)

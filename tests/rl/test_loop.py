@@ -5,19 +5,29 @@ from __future__ import annotations
 import json
 import math
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from fp8slurm.config import RunConfig
-from fp8slurm.core.stopping import StepAbandoned
+from fp8slurm.core.stopping import NeverStop, StepAbandoned
 from fp8slurm.core.types import Prompt, Sample, SampleGroup
 from fp8slurm.data.prompts import SftExample
 from fp8slurm.rl import loop as loop_module
+from fp8slurm.rl import recompute as recompute_module
+from fp8slurm.rl import recorder as recorder_module
+from fp8slurm.rl import supervised
+from fp8slurm.rl.boundary import StepBoundary
 from fp8slurm.rl.loop import Loop
+from fp8slurm.rl.loss import sft_loss
+from fp8slurm.rl.recompute import recompute, save_logprobs
+from fp8slurm.rl.recorder import Recorder
+from fp8slurm.rl.saving import Saver, first_state, load_newest
 from fp8slurm.rl.stopwatch import Stopwatch
 from fp8slurm.rollout.serialization import encode_groups
 from fp8slurm.run.checkpoint_writer import Saved
@@ -28,18 +38,47 @@ from fp8slurm.trainer.trainer import StepResult
 NAN = math.nan
 
 
-def loop_with(config: RunConfig, **attributes) -> Loop:
-    """A loop on one rank, of which only what a test needs is there."""
-    loop = object.__new__(Loop)
-    loop.config, loop.state, loop.policy_loss, loop.failed_saves = config, RunState("rl", 0), None, 0
-    loop.watch, loop.heartbeat = Stopwatch(), lambda: None
-    loop.weights = SimpleNamespace(sync=lambda version: None, sleep=lambda: None, sent_version=None)
-    for name, value in attributes.items():
-        setattr(loop, name, value)
-    return loop
+def rank_of(**calls) -> SimpleNamespace:
+    """The trainer of a run with one rank; `calls`: what a test needs of it."""
+    one = {"rank": 0, "data_parallel_rank": 0, "data_parallel_size": 1, "pad_multiple": 1, "memory": {}}
+    return SimpleNamespace(**one | calls)
 
 
-def stepping(results: list[StepResult], events: list[str]) -> Loop:
+def engines_that_answer(*answers: tuple[dict, torch.Tensor], sent_version: int = 0) -> SimpleNamespace:
+    """Engines that answer every command so; what they were asked and sent is in `commands` and `sent`."""
+    engines = SimpleNamespace(sent_version=sent_version, sleep=lambda: None, commands=[], sent=[])
+
+    def ask(kind: str, version: int, abandon, **arguments) -> list[tuple[dict, torch.Tensor]]:
+        engines.commands.append((kind, arguments))
+        return list(answers)
+
+    engines.ask, engines.sync = ask, engines.sent.append
+    return engines
+
+
+def saver_of(config: RunConfig, run_dir: Any, times: StepTimes | None = None) -> Saver:
+    return Saver(config, run_dir, rank_of(), dist.HashStore(), 1, Stopwatch(), times or StepTimes(), None)
+
+
+def loop_with(
+    config: RunConfig, trainer: Any = None, weights: Any = None, state: RunState = RunState("rl", 0), run_dir: Any = None,
+    recorder: Any = None, saver: Any = None, boundary: Any = None, watch: Stopwatch | None = None,
+) -> Loop:  # fmt: skip
+    """A loop on one rank that is never told to stop; every part can be given."""
+    watch, saver = watch or Stopwatch(), saver or saver_of(config, run_dir)
+    recorder = recorder or Recorder(config, run_dir, watch, False, None)
+    boundary = boundary or StepBoundary(dist.HashStore(), True, NeverStop(), saver, saver.times)
+    weights = weights or engines_that_answer()
+    return Loop(config, run_dir, trainer or rank_of(), weights, recorder, saver, boundary, watch, state)
+
+
+@pytest.fixture
+def no_gap(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Log-probabilities are not recomputed: the trainer has none to give."""
+    monkeypatch.setattr(loop_module, "recompute", lambda *_, **__: {})
+
+
+def stepping(results: list[StepResult], events: list[str], state: RunState = RunState("rl", 0)) -> Loop:
     """A loop whose updates have these results."""
     config = RunConfig.model_validate(
         {"rollout": {"n_samples": 2}, "train": {"updates_per_step": 2, "epochs_per_step": 2}}
@@ -56,16 +95,12 @@ def stepping(results: list[StepResult], events: list[str]) -> Loop:
         events.append("update")
         return next(given)
 
-    trainer = SimpleNamespace(data_parallel_rank=0, data_parallel_size=1, pad_multiple=1, train_step=train_step)
-    return loop_with(
-        config,
-        trainer=trainer,
-        heartbeat=lambda: events.append("beat"),
-        rollout=lambda *_: (groups, {"cursor": 2}),
-        recompute=lambda batches: {},
-    )
+    watch = Stopwatch(heartbeat=lambda: events.append("beat"))
+    engines = engines_that_answer(answer_of(groups, cursor=2))
+    return loop_with(config, rank_of(train_step=train_step), engines, state, watch=watch)
 
 
+@pytest.mark.usefixtures("no_gap")
 def test_a_step_that_was_not_made_records_no_invented_zeros_and_every_update_beats():
     events: list[str] = []
     bad = StepResult(NAN, math.inf, False, {"entropy": NAN, "tokens": 4.0})
@@ -75,17 +110,19 @@ def test_a_step_that_was_not_made_records_no_invented_zeros_and_every_update_bea
     assert events.count("update") == 4 and all(events[i + 1] == "beat" for i, e in enumerate(events) if e == "update")
 
 
+@pytest.mark.usefixtures("no_gap")
 def test_of_several_updates_those_that_were_made_are_averaged():
     bad, good = StepResult(NAN, NAN, False, {"entropy": NAN}), StepResult(2.0, 1.0, True, {"entropy": 3.0})
-    loop = stepping([good, bad, good, bad], [])
-    loop.state = RunState("rl", 0, bad_steps=2)
+    loop = stepping([good, bad, good, bad], [], RunState("rl", 0, bad_steps=2))
     record = loop.step(1)
     assert (record["loss"], record["grad_norm"], record["entropy"], record["skipped"]) == (2.0, 1.0, 3.0, 1.0)
     assert loop.state.bad_steps == 0, "bad steps count while they are in a row"
 
 
-def resumed(tmp_path, state: RunState, has_reference: bool = True, damaged: bool = False, **sections) -> Loop:
-    """A loop that continues from a checkpoint with this state."""
+def resumed(
+    tmp_path, state: RunState, has_reference: bool = True, damaged: bool = False, **sections
+) -> tuple[RunState, RunDirectory]:
+    """Where a run goes on that has a checkpoint with this state, and its directory."""
     first = RunDirectory(tmp_path / "r")
     first.acquire()
     folder = first.commit_checkpoint(first.begin_checkpoint(state), state)
@@ -94,20 +131,14 @@ def resumed(tmp_path, state: RunState, has_reference: bool = True, damaged: bool
     run.acquire()
     if damaged:
         (folder / "state.json").write_text(json.dumps({"phase": "rl", "step": 99}))
-    trainer = SimpleNamespace(
-        load_hf=lambda path: None, snapshot_reference=lambda: None, load=lambda path: has_reference
-    )
-    loop = loop_with(
-        RunConfig.model_validate(sections), run_dir=run, trainer=trainer, first=True, store=dist.HashStore(),
-        _open_metrics=lambda resumed: None,
-    )  # fmt: skip
-    loop.resume()
-    return loop
+    trainer = rank_of(load_hf=lambda path: None, snapshot_reference=lambda: None, load=lambda path: has_reference)
+    config = RunConfig.model_validate(sections)
+    return first_state(config, load_newest(config, run, trainer, dist.HashStore())), run
 
 
 def test_a_run_that_ended_for_bad_steps_starts_their_count_anew(tmp_path):
-    assert resumed(tmp_path / "ended", RunState("rl", 7, bad_steps=3), run={"max_bad_steps": 3}).state.bad_steps == 0
-    assert resumed(tmp_path / "going", RunState("rl", 7, bad_steps=2), run={"max_bad_steps": 3}).state.bad_steps == 2
+    assert resumed(tmp_path / "ended", RunState("rl", 7, bad_steps=3), run={"max_bad_steps": 3})[0].bad_steps == 0
+    assert resumed(tmp_path / "going", RunState("rl", 7, bad_steps=2), run={"max_bad_steps": 3})[0].bad_steps == 2
 
 
 def test_a_reference_that_is_gone_is_not_made_up(tmp_path):
@@ -121,70 +152,63 @@ def test_a_reference_that_is_gone_is_not_made_up(tmp_path):
 
 
 def test_a_damaged_checkpoint_is_set_aside(tmp_path):
-    loop = resumed(tmp_path, RunState("rl", 7), damaged=True)
-    assert loop.state.step == 0 and loop.run_dir.checkpoint_names() == []
-    assert [p.name for p in loop.run_dir.checkpoints.iterdir()] == ["step_000007.damaged.1"]
+    state, run = resumed(tmp_path, RunState("rl", 7), damaged=True)
+    assert state.step == 0 and run.checkpoint_names() == []
+    assert [p.name for p in run.checkpoints.iterdir()] == ["step_000007.damaged.1"]
 
 
 def test_engines_that_were_to_keep_their_weights_cannot_do_so_over_a_resume(tmp_path):
     frozen = {"control": {"freeze_engine": True}}
     with pytest.raises(ValueError, match=r"--control.freeze-engine: .*step_000007 has other weights"):
         resumed(tmp_path / "a", RunState("rl", 7), **frozen)
-    assert resumed(tmp_path / "b", RunState("sft", 7), **frozen).state.step == 7
-    assert resumed(tmp_path / "c", RunState("rl", 0), **frozen).state.step == 0
+    assert resumed(tmp_path / "b", RunState("sft", 7), **frozen)[0].step == 7
+    assert resumed(tmp_path / "c", RunState("rl", 0), **frozen)[0].step == 0
 
 
 def test_a_run_that_cannot_save_ends_and_says_why(tmp_path, caplog):
     """A full disk: the state of a run that goes on for hundreds of steps would be lost."""
-    run = RunDirectory(tmp_path)
     errors = iter(["no space", "", "no space", "no space", "no space"])
-    loop = loop_with(
-        RunConfig(), run_dir=run, first=False, on_disk=None, step_times=StepTimes(), trainer=SimpleNamespace(memory={})
-    )
-    loop.writer = SimpleNamespace(take=lambda wait: Saved(RunState("rl", 4), next(errors), 1.0))
-    lines: list[dict] = []
-    loop.sinks = [SimpleNamespace(write=lines.append)]
+    saver = saver_of(RunConfig(), RunDirectory(tmp_path))
+    saver.writer = SimpleNamespace(take=lambda wait: Saved(RunState("rl", 4), next(errors), 1.0))
     for failed in (1, 0, 1, 2):
-        loop.collect_finished_save()
-        loop._record({}, 0.0)
-        assert lines[-1].get("checkpoint/failed", 0) == failed
+        saver.collect()
+        assert saver.figures().get("checkpoint/failed", 0) == failed
     with pytest.raises(
         OSError,
         match=r"3 checkpoints in a row could not be written; the newest is step_000004: no space .* are free in",
     ):
-        loop.collect_finished_save()
+        saver.collect()
 
 
 @pytest.mark.parametrize("step, steps, given_up", [(4, 9, True), (9, 9, False)])
 def test_an_evaluation_that_leaves_no_time_to_save_is_given_up(step: int, steps: int, given_up: bool):
     """The step before it is whole: its record is written, without figures. The last step's would never be made up for."""
     config = RunConfig.model_validate({"run": {"steps": steps}, "data": {"eval": "there"}, "eval": {"every": 1}})
-    loop = loop_with(
-        config,
-        state=RunState("rl", step),
-        step_times=StepTimes(save_s=3.0),
-        writer=SimpleNamespace(left=lambda usual: usual),
-    )
-    loop.stop_policy = SimpleNamespace(in_rollout=lambda save_s: f"{save_s:g} s for a save")
-    asked: list[str] = []
+    policy = SimpleNamespace(in_rollout=lambda save_s: f"{save_s:g} s for a save")
+    saver = SimpleNamespace(left_s=lambda: 3.0, figures=dict)
+    recorded: list[dict[str, float]] = []
+    boundary = StepBoundary(dist.HashStore(), True, policy, saver, StepTimes(save_s=3.0))
+    recorder = SimpleNamespace(begin=lambda: None, write=lambda state, record: recorded.append(record))
+    engines = engines_that_answer()
+    loop = loop_with(config, None, engines, RunState("rl", step), saver=saver, boundary=boundary, recorder=recorder)
+    reasons: list[str] = []
 
     def ask(kind, version, abandon, checkpoint):
         assert (kind, version, checkpoint) == ("evaluate", loop.state.version, loop.state.name)
-        asked.append(abandon() if abandon else "")
+        reasons.append(abandon() if abandon else "")
         raise StepAbandoned("too late")
 
-    loop.weights.ask = ask
+    engines.ask = ask
     with pytest.raises(StepAbandoned):
         loop.evaluate()
-    assert asked == ["6 s for a save" if given_up else ""]
-    loop.state, recorded = RunState("rl", step - 1), []
+    assert reasons == ["6 s for a save" if given_up else ""]
+    loop.state = RunState("rl", step - 1)
 
     def make(number: int) -> dict[str, float]:
         loop.state = RunState("rl", number)
         return {"loss": 1.0}
 
-    loop.step_boundary, loop._begin, loop.step = lambda: None, lambda: 0.0, make
-    loop._record = lambda record, _: recorded.append(record)
+    boundary.cross, loop.step = lambda: None, make
     with pytest.raises(StepAbandoned):
         loop.reinforce()
     assert recorded == [{"loss": 1.0}]
@@ -210,13 +234,12 @@ def trained(step: int = 1, rank: int = 0, ranks: int = 1, **sections) -> tuple[l
         seen.append(SimpleNamespace(batches=batches, loss=loss, lr=lr, with_entropy=with_entropy))
         return StepResult(1.0, 1.0, True, {})
 
-    loop = loop_with(
-        RunConfig.model_validate({"rollout": {"n_samples": 2}} | sections), recompute=lambda batches: {}, policy_loss="policy",
-        trainer=SimpleNamespace(data_parallel_rank=rank, data_parallel_size=ranks, pad_multiple=1, train_step=train_step),
-        rollout=lambda *_: (groups, {"cursor": 2}), synced=[],
-    )  # fmt: skip
-    loop.weights.sync = loop.synced.append
-    loop.step(step)
+    trainer = rank_of(data_parallel_rank=rank, data_parallel_size=ranks, train_step=train_step)
+    config = RunConfig.model_validate({"rollout": {"n_samples": 2}} | sections)
+    loop = loop_with(config, trainer, engines_that_answer(answer_of(groups, cursor=2)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop_module, "recompute", lambda *_, **__: {})
+        loop.step(step)
     return seen, loop
 
 
@@ -230,9 +253,9 @@ def test_updates_of_a_step_are_cut_and_repeated_in_order() -> None:
     seen, loop = trained(train={"updates_per_step": 2, "epochs_per_step": 2})
     prompts = [[b.tokens[0].item() for b in s.batches] for s in seen]
     assert prompts == [[10], [20], [10], [20]]
-    assert all(s.loss == "policy" and s.with_entropy for s in seen)
-    assert (loop.state.step, loop.state.cursor, loop.synced) == (1, 2, [1])
-    assert trained(control={"freeze_engine": True})[1].synced == []
+    assert all(s.loss is loop.policy_loss and s.with_entropy for s in seen)
+    assert (loop.state.step, loop.state.cursor, loop.weights.sent) == (1, 2, [1])
+    assert trained(control={"freeze_engine": True})[1].weights.sent == []
 
 
 def test_batches_are_for_the_policy_that_was_sampled_from_and_the_mean_that_is_asked_for() -> None:
@@ -253,8 +276,8 @@ def advantages_of(**sections) -> list[float]:
     """Of the four samples, in order."""
     ((update,), _) = trained(**sections)
     (batch,) = update.batches
-    found = {n: batch.advantages[end - 2].item() for n, end in zip(batch.samples, batch.cu_seqlens.tolist()[1:])}
-    return [found[n] for n in range(4)]
+    values = {n: batch.advantages[end - 2].item() for n, end in zip(batch.samples, batch.cu_seqlens.tolist()[1:])}
+    return [values[n] for n in range(4)]
 
 
 def test_advantages_follow_the_settings_and_the_controls(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,7 +301,7 @@ def test_advantages_follow_the_settings_and_the_controls(monkeypatch: pytest.Mon
 # -- what a rollout says ----------------------------------------------------------------------------------------
 
 
-def said(groups: list[SampleGroup], **values) -> tuple[dict, torch.Tensor]:
+def answer_of(groups: list[SampleGroup], **values) -> tuple[dict, torch.Tensor]:
     """A rollout worker's answer."""
     plain = {"cursor": 9, "dropped": 0, "generated": 0, "rewards": [0.0, 0], "reward_failures": 0}
     return plain | values, encode_groups(groups)
@@ -292,27 +315,24 @@ def test_a_rollouts_figures_are_those_of_all_workers() -> None:
     stopped = Sample([5, 6], [-0.1] * 2, [4] * 2, "stop", reward=1.0)
     cut, aborted = Sample([5] * 4, [-0.1] * 4, [4] * 4, "length"), Sample([], [], [], "abort")
     answers = [
-        said([group_of(3, stopped, cut)], dropped=1, generated=20, rewards=[4.0, 4], reward_failures=1),
-        said([group_of(8, aborted, stopped)], dropped=2, generated=5, rewards=[0.0, 2], reward_failures=2),
+        answer_of([group_of(3, stopped, cut)], dropped=1, generated=20, rewards=[4.0, 4], reward_failures=1),
+        answer_of([group_of(8, aborted, stopped)], dropped=2, generated=5, rewards=[0.0, 2], reward_failures=2),
     ]
-    loop = loop_with(RunConfig(), weights=SimpleNamespace(sent_version=4, ask=lambda *_, **__: answers))
-    groups, record = loop.rollout(1, 4)
+    loop = loop_with(RunConfig(), weights=engines_that_answer(*answers, sent_version=4))
+    groups, record = loop.rollout(1)
     assert [g.prompt.index for g in groups] == [3, 8]
     assert record == {
         "cursor": 9, "reward/mean": 4 / 6, "reward/failures": 3, "rollout/groups": 2, "rollout/dropped": 3,
         "rollout/tokens": 25, "rollout/response_length": 8 / 4, "rollout/truncated": 1 / 4, "tokens": 4 * 3 + 8,
     }  # fmt: skip  # the mean counts groups that were dropped; an aborted sample was not cut off at max_tokens
-    loop.weights.ask = lambda *_, **__: [said([])]
-    assert loop.rollout(1, 4)[1]["reward/mean"] == 0
+    assert loop_with(RunConfig(), weights=engines_that_answer(answer_of([]))).rollout(1)[1]["reward/mean"] == 0
 
 
 def test_a_token_of_other_weights_than_were_sent_ends_the_run() -> None:
     mixed = Sample([5, 6, 7], [-0.1] * 3, [4, 4, 3], "stop")  # only the last token is stale
-    loop = loop_with(
-        RunConfig(), weights=SimpleNamespace(sent_version=4, ask=lambda *_, **__: [said([group_of(0, mixed)])])
-    )
+    loop = loop_with(RunConfig(), weights=engines_that_answer(answer_of([group_of(0, mixed)]), sent_version=4))
     with pytest.raises(RuntimeError, match=r"under weight versions \[3\]; the engines were sent 4"):
-        loop.rollout(1, 1)
+        loop.rollout(1)
 
 
 # -- the gap ----------------------------------------------------------------------------------------------------
@@ -321,19 +341,18 @@ def test_a_token_of_other_weights_than_were_sent_ends_the_run() -> None:
 def gap_loop(monkeypatch: pytest.MonkeyPatch, leader: bool = True, **sections) -> tuple[Loop, list, list]:
     """A loop whose trainer's log-probabilities are 0.5 above the engine's, and the reference's 2; what ranks gather."""
     config = RunConfig.model_validate({"algorithm": {"kl_coef": 0.1}, "rollout": {"n_samples": 1}} | sections)
-    trainer = SimpleNamespace(
+    trainer = rank_of(
         logprobs=lambda batches, reference=False: [b.rollout_logprobs + (2.0 if reference else 0.5) for b in batches],
         is_data_parallel_leader=leader,
-        data_parallel_rank=0,
-        data_parallel_size=1,
-        pad_multiple=1,
     )
-    loop = loop_with(config, trainer=trainer)
     groups = [group_of(i, Sample([5, 6, 258], [-1.0, -2.0, -0.25], [0] * 3, "stop")) for i in range(2)]
+    for group in groups if config.rollout.routing_replay else ():
+        group.samples[0].routing = torch.zeros(5, 1, 1, dtype=torch.uint8)
+    loop = loop_with(config, trainer, engines_that_answer(answer_of(groups)))
     gathered: list[torch.Tensor] = []
     # another rank's row: a gap of 2.5
     monkeypatch.setattr(
-        loop_module,
+        recompute_module,
         "gather_rows",
         lambda rows: gathered.append(rows) or torch.cat([rows, torch.tensor([[-1.0, -3.5]])]),
     )
@@ -342,8 +361,8 @@ def gap_loop(monkeypatch: pytest.MonkeyPatch, leader: bool = True, **sections) -
 
 def test_the_gap_counts_trained_tokens_of_all_ranks_once(monkeypatch: pytest.MonkeyPatch) -> None:
     loop, groups, gathered = gap_loop(monkeypatch)
-    ((batches,),) = loop.pack(groups, [[0.0], [0.0]], 1)
-    record = loop.recompute(batches)
+    (batches,) = loop.pack(groups, [[0.0], [0.0]], 1)
+    record = recompute(loop.trainer, batches, True)
     assert [rows.shape for rows in gathered] == [(6, 2)]
     assert record["gap/mean_abs"] == pytest.approx((6 * 0.5 + 2.5) / 7) and record["gap/max"] == 2.5
     assert record["gap/k1"] == pytest.approx(-(6 * 0.5 + 2.5) / 7)  # of KL(engine || trainer): the trainer's are higher
@@ -351,17 +370,17 @@ def test_the_gap_counts_trained_tokens_of_all_ranks_once(monkeypatch: pytest.Mon
         assert torch.equal(b.trainer_logprobs, b.rollout_logprobs + 0.5)
         assert torch.equal(b.reference_logprobs, b.rollout_logprobs + 2)
     loop, groups, gathered = gap_loop(monkeypatch, leader=False)  # its tokens are the leader's: nothing to add
-    ((batches,),) = loop.pack(groups, [[0.0], [0.0]], 1)
-    assert loop.recompute(batches)["gap/mean_abs"] == 2.5 and gathered[0].shape == (0, 2)
+    (batches,) = loop.pack(groups, [[0.0], [0.0]], 1)
+    assert recompute(loop.trainer, batches, True)["gap/mean_abs"] == 2.5 and gathered[0].shape == (0, 2)
 
 
 def test_saved_log_probabilities_are_written_once_a_sample(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
     for leader, rows in ((True, 6), (False, 0)):
         loop, groups, gathered = gap_loop(monkeypatch, leader)
-        loop.first, loop.run_dir = False, SimpleNamespace(path=tmp_path)
-        ((batches,),) = loop.pack(groups, [[0.0], [0.0]], 1)
-        loop.recompute(batches)
-        loop.save_logprobs(3, groups, batches)
+        loop.trainer.rank = 1
+        (batches,) = loop.pack(groups, [[0.0], [0.0]], 1)
+        recompute(loop.trainer, batches, True)
+        save_logprobs(loop.trainer, tmp_path / "rows", groups, batches)
         assert gathered[-1].shape == (rows, 2)
     assert list(tmp_path.iterdir()) == [], "rank 0 writes"
 
@@ -385,24 +404,25 @@ def test_rows_of_all_ranks_however_many(monkeypatch: pytest.MonkeyPatch) -> None
 
     def rank(number: int) -> torch.Tensor:
         mine.rank = number
-        return loop_module.gather_rows(torch.full((1 + 2 * number, 2), float(number + 1)))
+        return recompute_module.gather_rows(torch.full((1 + 2 * number, 2), float(number + 1)))
 
     with ThreadPoolExecutor(2) as pool:
-        for found in pool.map(rank, range(2)):
-            assert found.tolist() == [[1.0, 1.0]] + [[2.0, 2.0]] * 3
+        for rows in pool.map(rank, range(2)):
+            assert rows.tolist() == [[1.0, 1.0]] + [[2.0, 2.0]] * 3
 
 
 def test_a_probe_keeps_every_group_and_is_made_without_replay_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    loop, groups, _ = gap_loop(monkeypatch, rollout={"n_samples": 1, "prompts_per_step": 2, "routing_replay": True})
-    for group in groups:
-        group.samples[0].routing = torch.zeros(5, 1, 1, dtype=torch.uint8)
-    asked, replayed = [], []
-    loop.rollout = lambda *a, **k: (asked.append((a, k)), (groups, {}))[1]
-    loop.recompute = lambda batches: (
-        replayed.append([b.routing is not None for b in batches]) or {"gap/k3": float(len(replayed))}
-    )
+    loop, _, _ = gap_loop(monkeypatch, rollout={"n_samples": 1, "prompts_per_step": 2, "routing_replay": True})
+    replayed: list[list[bool]] = []
+
+    def count(trainer, batches, with_reference: bool) -> dict[str, float]:
+        replayed.append([b.routing is not None for b in batches])
+        return {"gap/k3": float(len(replayed))}
+
+    monkeypatch.setattr(loop_module, "recompute", count)
     assert loop.probe_gap() == {"gap/k3": 1.0, "gap_no_replay/k3": 2.0}
-    assert asked == [((0, 2), {"keep_all": True})] and replayed == [[True], [False]]
+    assert loop.weights.commands == [("rollout", {"step": 0, "cursor": 0, "prompts": 2, "keep_all": True})]
+    assert replayed == [[True], [False]]
 
 
 # -- the supervised phase ---------------------------------------------------------------------------------------
@@ -411,26 +431,26 @@ def test_a_probe_keeps_every_group_and_is_made_without_replay_too(monkeypatch: p
 def warming_up(monkeypatch: pytest.MonkeyPatch, state: RunState, accuracy: float = 0.0, **sft) -> tuple[Loop, list]:
     """A supervised phase on five examples, whose prompts are 1 to 5; what happened in it."""
     examples = [SftExample((i,), (9, 258)) for i in range(1, 6)]
-    monkeypatch.setattr(loop_module, "load_sft", lambda *_: examples)
-    monkeypatch.setattr(loop_module, "load_tokenizer", lambda _: None)
+    monkeypatch.setattr(supervised, "load_sft", lambda *_: examples)
+    monkeypatch.setattr(supervised, "load_tokenizer", lambda _: None)
     events: list = []
 
     def train_step(batches, loss, lr) -> StepResult:
-        assert loss is loop_module.sft_loss
+        assert loss is sft_loss
         events.append((sorted(b.tokens[s].item() for b in batches for s in b.cu_seqlens[:-1]), round(lr, 6)))
         return StepResult(1.0, 1.0, True, {})
 
-    trainer = SimpleNamespace(
-        data_parallel_rank=0, data_parallel_size=1, pad_multiple=1, train_step=train_step,
-        new_optimizer=lambda: events.append("optimizer"), snapshot_reference=lambda: events.append("reference"),
+    trainer = rank_of(
+        train_step=train_step, new_optimizer=lambda: events.append("optimizer"), snapshot_reference=lambda: events.append("reference")
     )  # fmt: skip
     settings = {"max_steps": 3, "batch_size": 2, "lr": 1.0, "warmup_steps": 1} | sft
-    sections = {"sft": settings, "data": {"shuffle": False}, "algorithm": {"kl_coef": 0.1}, "checkpoint": {"every": 2}}
-    loop = loop_with(
-        RunConfig.model_validate(sections), trainer=trainer, state=state, step_boundary=lambda: None, _record=lambda *_: None,
-        evaluate=lambda: {"eval/accuracy": accuracy}, saved=False,
-    )  # fmt: skip
-    loop.save = lambda: events.append(loop.state.name)
+    sections = {
+        "sft": settings, "data": {"shuffle": False}, "algorithm": {"kl_coef": 0.1}, "checkpoint": {"every": 2},
+        "model": {"hf_checkpoint": "tiny"},
+    }  # fmt: skip
+    loop = loop_with(RunConfig.model_validate(sections), trainer, state=state)
+    loop.evaluate = lambda: {"eval/accuracy": accuracy}
+    loop.saver.save = lambda state: events.append(state.name)
     loop.warm_start()
     return loop, events
 
@@ -461,17 +481,16 @@ def test_the_supervised_phase_ends_at_the_accuracy_that_is_asked_for(monkeypatch
 
 def test_the_last_step_is_saved_and_evaluated_whatever_the_intervals_are() -> None:
     events: list = []
-    loop = loop_with(
-        RunConfig.model_validate({"run": {"steps": 5}, "checkpoint": {"every": 3}, "eval": {"every": 2}}), saved=False,
-        step_boundary=lambda: None, probe_gap=lambda: {"gap/k3": 1.0}, _record=lambda record, _: events.append((loop.state.step, record)),
-        evaluate=lambda: {"eval/accuracy": 0.5}, save=lambda: events.append(loop.state.name),
-    )  # fmt: skip
+    recorder = SimpleNamespace(begin=lambda: None, write=lambda state, record: events.append((state.step, record)))
+    config = RunConfig.model_validate({"run": {"steps": 5}, "checkpoint": {"every": 3}, "eval": {"every": 2}})
+    loop = loop_with(config, recorder=recorder)
+    loop.saver.save = lambda state: events.append(state.name)
 
     def step(number: int) -> dict[str, float]:
         loop.state = RunState("rl", number)
         return {}
 
-    loop.step = step
+    loop.step, loop.probe_gap, loop.evaluate = step, lambda: {"gap/k3": 1.0}, lambda: {"eval/accuracy": 0.5}
     loop.reinforce()
     accuracy = {"eval/accuracy": 0.5}
     assert events == [
@@ -484,31 +503,33 @@ def test_a_stop_is_planned_with_the_longest_of_late_steps_and_with_the_save_unde
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     now = iter((0.0, 10.0, 11.0, 12.0))  # steps of 10 s, 1 s, 1 s
-    monkeypatch.setattr(loop_module.time, "monotonic", lambda: next(now))
     told, left = [], [0.0, 0.0, 0.0, 50.0]
     stop_policy = SimpleNamespace(
         noticed=lambda: False, at_step_boundary=lambda noticed, step_s, save_s: told.append((step_s, save_s)) or ""
     )
-    loop = loop_with(
-        RunConfig(), stop_policy=stop_policy, first=True, store=dist.HashStore(), boundaries=0, step_times=loop_module.StepTimes(0.0, 7.0), boundary_at=0.0,
-        writer=SimpleNamespace(take=lambda wait: None, left=lambda usual: left[len(told)]),
-    )  # fmt: skip
+    saver = SimpleNamespace(collect=lambda wait: None, left_s=lambda: left[len(told)])
+    boundary = StepBoundary(dist.HashStore(), True, stop_policy, saver, StepTimes(0.0, 7.0))
+    monkeypatch.setattr(time, "monotonic", lambda: next(now))
     for _ in range(4):
-        loop.step_boundary()
+        boundary.cross()
     # a long step is forgotten slowly; where a save will take longer than a step, the next save waits for that
-    assert told == [(0.0, 7.0), (10.0, 7.0), (8.0, 7.0), (50.0, 7.0)] and loop.step_times.step_s == 6.4
+    assert told == [(0.0, 7.0), (10.0, 7.0), (8.0, 7.0), (50.0, 7.0)] and boundary.times.step_s == 6.4
 
 
 def test_a_record_has_what_passed_through_the_trainer_in_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop_module.time, "perf_counter", lambda: 14.0)
-    written: list = []
-    loop = loop_with(
-        RunConfig(), state=RunState("rl", 3), first=False, trainer=SimpleNamespace(memory={"memory/peak": 2.0}), write_s=5.0,
-        sinks=[SimpleNamespace(write=written.append)],
-    )  # fmt: skip
-    loop.watch.spent("train", 1.5)
-    loop._record({"tokens": 100, "rollout/tokens": 9}, started=10.0)
-    loop._record({}, started=12.0)
+    now, written = iter((10.0, 14.0, 12.0, 14.0)), []
+    monkeypatch.setattr(time, "perf_counter", lambda: next(now))
+    watch, saver = Stopwatch(), saver_of(RunConfig(), None)
+    saver.writer = SimpleNamespace(take=lambda wait: Saved(RunState("rl", 2), "", 5.0))
+    saver.trainer.rank = 1  # rank 0 writes pace.json
+    saver.collect()
+    recorder = Recorder(RunConfig(), None, watch, False, None)
+    recorder.sinks.append(SimpleNamespace(write=written.append))
+    loop = loop_with(RunConfig(), rank_of(memory={"memory/peak": 2.0}), None, RunState("rl", 3), None, recorder, saver)
+    for figures in ({"tokens": 100, "rollout/tokens": 9}, {}):
+        recorder.begin()
+        watch.spent("train", 1.5)
+        loop._record(figures)
     first = {
         "tokens": 100,
         "rollout/tokens": 9,
@@ -532,9 +553,9 @@ def test_records_go_on_behind_the_checkpoints(
 ) -> None:
     """The checkpoint between the phases is older than the record of RL step 0, which is made again."""
     opened = []
-    monkeypatch.setattr(loop_module, "MetricsWriter", lambda path, at: opened.append(at))
+    monkeypatch.setattr(recorder_module, "MetricsWriter", lambda path, at: opened.append(at))
     run = SimpleNamespace(own_copy=lambda name: name, publish=lambda name: None, path=None)
-    loop = loop_with(RunConfig.model_validate({"observe": {"tensorboard": False}}), state=state, run_dir=run)
-    loop._open_metrics(resumed=True)
-    loop._open_metrics(resumed=False)
+    config = RunConfig.model_validate({"observe": {"tensorboard": False}})
+    for resumed_from in (state, None):
+        Recorder(config, run, Stopwatch(), True, resumed_from)
     assert opened == [at, None]

@@ -10,7 +10,7 @@ import pytest
 import torch.distributed as dist
 
 from fp8slurm.core.stopping import NeverStop, StepAbandoned, StopRequested
-from fp8slurm.rl.loop import Loop
+from fp8slurm.rl.boundary import StepBoundary
 from fp8slurm.rollout import channel
 from fp8slurm.rollout.channel import RankChannel, WorkerChannel
 from fp8slurm.run.step_times import StepTimes
@@ -58,19 +58,17 @@ def together(works) -> list:
 
 
 @pytest.mark.parametrize("noticed_at", [(3, 99, 99), (99, 99, 3), (4, 3, 99)])
-def test_all_ranks_stop_at_the_same_border(stores, noticed_at):
+def test_all_ranks_stop_at_the_same_boundary(stores, noticed_at):
     step_over = threading.Barrier(3, timeout=60)  # a step's collectives keep the ranks together
 
     def rank(i: int):
-        loop = Loop.__new__(Loop)
-        loop.first, loop.store, loop.stop_policy = i == 0, stores[i], Told(noticed_at[i])
-        loop.boundaries, loop.step_times, loop.boundary_at = 0, StepTimes(), 0.0
-        loop.writer = SimpleNamespace(take=lambda wait: None, left=lambda usual: 0.0)
+        saver = SimpleNamespace(collect=lambda wait: None, left_s=lambda: 0.0)
+        boundary = StepBoundary(stores[i], i == 0, Told(noticed_at[i]), saver, StepTimes())
 
         def work() -> int:
             for step in range(50):
                 try:
-                    loop.step_boundary()
+                    boundary.cross()
                 except StopRequested:
                     return step
                 step_over.wait()
@@ -106,8 +104,8 @@ def test_ranks_wait_patiently_for_a_worker_at_work(stores, monkeypatch):
             assert all(beats.acquire(timeout=30) for _ in range(3))
         worker.answer({"cursor": 5})
 
-    ((said, _),), _ = together([rank.collect, answer])
-    assert said["cursor"] == 5
+    ((answered, _),), _ = together([rank.collect, answer])
+    assert answered["cursor"] == 5
 
 
 def test_two_workers_take_part_in_each_others_payloads(stores):

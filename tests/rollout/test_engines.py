@@ -66,7 +66,7 @@ def test_an_engine_that_finds_no_room_when_it_wakes_says_so(tmp_path, monkeypatc
 
     engines = EngineSet(RunConfig(engine={"per_node": 2}), tmp_path, tmp_path, 0, [(), ()], nullcontext, lambda: None)
     failed = {}
-    monkeypatch.setattr(engines, "mend", failed.update)
+    monkeypatch.setattr(engines, "restart_failed", failed.update)
     asleep, awake = engines.members
     engines.asleep.add(asleep)
     for member in engines.members:
@@ -83,12 +83,12 @@ def two_stand_ins(tmp_path, monkeypatch) -> EngineSet:
     config = RunConfig(engine={"per_node": 2, "max_restarts": 3})
     engines = EngineSet(config, tmp_path, tmp_path, 0, [(), ()], nullcontext, lambda: None)
 
-    def bring_back(member) -> None:
+    def restart_once(member) -> None:
         engines.asleep.discard(member)
         engines.loads(member)
 
     engines.loads = lambda member: None
-    monkeypatch.setattr(engines, "bring_back", bring_back)
+    monkeypatch.setattr(engines, "restart_once", restart_once)
     return engines
 
 
@@ -98,11 +98,11 @@ def test_an_engine_that_only_comes_back_and_takes_its_weights_is_given_up(tmp_pa
     member.link = SimpleNamespace(update=lambda version, buckets, **_: None)
     engines.loads = lambda m: engines._load(m, iter(()), False)  # what a restart ends with
     for _ in range(3):
-        engines.repair(member, EngineError("it died of this prompt"))
+        engines.restart(member, EngineError("it died of this prompt"))
     with pytest.raises(EngineError, match="it died of this prompt"):
-        engines.repair(member, EngineError("it died of this prompt"))
+        engines.restart(member, EngineError("it died of this prompt"))
     member.done()  # an answer
-    engines.repair(member, EngineError("it died of another one"))
+    engines.restart(member, EngineError("it died of another one"))
 
 
 def test_what_the_engines_of_a_node_should_hold_is_computed_once(tmp_path, monkeypatch):
@@ -122,7 +122,7 @@ def test_what_the_engines_of_a_node_should_hold_is_computed_once(tmp_path, monke
         RunConfig(engine={"per_node": 3}), tmp_path, tmp_path, 0, [(), (), ()], nullcontext, lambda: None
     )
     failed = {}
-    monkeypatch.setattr(engines, "mend", failed.update)
+    monkeypatch.setattr(engines, "restart_failed", failed.update)
     for number, member in enumerate(engines.members):
         held = right if number < 2 else [{"model.norm.weight": "0" * 64}]
         client = MagicMock(url=member.title)

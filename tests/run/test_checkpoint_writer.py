@@ -12,7 +12,8 @@ import torch.distributed as dist
 
 from fp8slurm.config import RunConfig
 from fp8slurm.core.stopping import NeverStop, StopRequested
-from fp8slurm.rl.loop import Loop
+from fp8slurm.rl.boundary import StepBoundary
+from fp8slurm.rl.saving import Saver
 from fp8slurm.rl.stopwatch import Stopwatch
 from fp8slurm.run.checkpoint_writer import CheckpointWriter
 from fp8slurm.run.directory import FencedError, RunDirectory, RunState
@@ -34,8 +35,8 @@ class Part:
             (self.folder / f"part{self.rank}").write_text("weights")
         return json.dumps(self.error).encode()
 
-    def finish(self, said: list[bytes]) -> None:
-        errors = [f"rank {i}: {e}" for i, text in enumerate(said) if (e := json.loads(text))]
+    def finish(self, written: list[bytes]) -> None:
+        errors = [f"rank {i}: {e}" for i, text in enumerate(written) if (e := json.loads(text))]
         if errors:
             raise OSError("; ".join(errors))
         (self.folder / "index").write_text("all")
@@ -117,22 +118,17 @@ class Noticed(NeverStop):
     """Stops the run, and remembers what was on disk then."""
 
     def __init__(self) -> None:
-        self.said = None
+        self.told = None
 
     def stopped(self, where: str, saved: bool) -> None:
-        self.said = (where, saved)
+        self.told = (where, saved)
 
 
 @pytest.mark.parametrize("same_state", [True, False])
 def test_a_stop_waits_for_the_save_under_way_and_saves_what_is_new(run, same_state):
     """Of the same state: that save is enough. Of a step before: another one follows it."""
     store, _ = host_store("127.0.0.1")
-    loop = Loop.__new__(Loop)
-    loop.config, loop.run_dir, loop.store, loop.stop_policy = RunConfig(), run, store, Noticed()
-    loop.first, loop.sinks, loop.watch, loop.saves, loop.failed_saves = True, [], Stopwatch(), 0, 0
-    loop.on_disk, loop.step_times, loop.channel = None, StepTimes(), SimpleNamespace(call=lambda kind: None)
-    loop.close = lambda: None
-    loop.writer = CheckpointWriter(run, store, 0, 1, loop.config.checkpoint)
+    policy = Noticed()
     parts = []
 
     def snapshot(folder: str, copy: bool):
@@ -142,17 +138,18 @@ def test_a_stop_waits_for_the_save_under_way_and_saves_what_is_new(run, same_sta
             parts[0].may.clear()
         return parts[-1]
 
-    loop.trainer = SimpleNamespace(snapshot=snapshot)
-    loop.state = RunState("rl", 4)
-    loop.save()
-    loop.state = RunState("rl", 4 if same_state else 5)
-    stop = threading.Thread(target=loop.stop, args=(StopRequested("notice"),))
+    trainer, times = SimpleNamespace(rank=0, snapshot=snapshot), StepTimes()
+    saver = Saver(RunConfig(), run, trainer, store, 1, Stopwatch(), times, None)
+    boundary = StepBoundary(store, True, policy, saver, times)
+    saver.save(RunState("rl", 4))
+    state = RunState("rl", 4 if same_state else 5)
+    stop = threading.Thread(target=boundary.stop, args=(state, StopRequested("notice")))
     stop.start()
     stop.join(0.5)
-    assert stop.is_alive() and loop.stop_policy.said is None and run.newest_checkpoint() == ""
+    assert stop.is_alive() and policy.told is None and run.newest_checkpoint() == ""
     parts[0].may.set()
     stop.join(60)
     name = "step_000004" if same_state else "step_000005"
-    assert loop.stop_policy.said == (name, True) and run.newest_checkpoint() == name
+    assert policy.told == (name, True) and run.newest_checkpoint() == name
     assert len(parts) == (1 if same_state else 2)
-    assert loop.step_times.save_s > 0 and StepTimes.read(run) == loop.step_times
+    assert times.save_s > 0 and StepTimes.read(run) == times

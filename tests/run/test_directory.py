@@ -104,15 +104,17 @@ def test_damaged_checkpoints_that_were_set_aside_do_not_count(run):
 
 
 def test_a_resumed_run_sets_damaged_checkpoints_aside(run, caplog):
+    import torch.distributed as dist
+
     from fp8slurm.config import RunConfig
-    from fp8slurm.rl.loop import Loop
+    from fp8slurm.rl.saving import load_newest
 
     saved(run, RunState("rl", 1))
     (saved(run, RunState("rl", 2)) / "shard").write_text("damaged")
-    loop = MagicMock(first=True, run_dir=run, config=RunConfig(), **{"store.get.return_value": b"step_000001"})
-    Loop.resume(loop)
-    loop.store.set.assert_called_once_with("resume", "step_000001")
-    assert run.checkpoint_names() == ["step_000001"] and loop.state == RunState("rl", 1)
+    trainer, store = MagicMock(rank=0), dist.HashStore()
+    state = load_newest(RunConfig(), run, trainer, store)
+    assert store.get("resume") == b"step_000001" and trainer.load.call_args.args == (run.checkpoints / "step_000001",)
+    assert run.checkpoint_names() == ["step_000001"] and state == RunState("rl", 1)
     assert "step_000002 is skipped: shard was altered (SHA-256); set aside as step_000002.damaged.0" in caplog.text
 
 

@@ -94,9 +94,11 @@ def listening(job: Job) -> list[tuple[str, str, int]]:
     """(process, address, port) of everything of the job that listens, UDP included."""
     out = []
     for p in job.family():
-        for c in p.net_connections("inet"):
-            if c.status == psutil.CONN_LISTEN or (c.type == 2 and c.laddr):
-                out.append((" ".join(p.cmdline()), c.laddr.ip, c.laddr.port))
+        out.extend(
+            (" ".join(p.cmdline()), c.laddr.ip, c.laddr.port)
+            for c in p.net_connections("inet")
+            if c.status == psutil.CONN_LISTEN or (c.type == 2 and c.laddr)
+        )
     return out
 
 

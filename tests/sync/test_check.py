@@ -178,7 +178,7 @@ def known(name: str) -> NameTable:
 
 def test_what_travels_of_the_real_models() -> None:
     dense = traffic(known("Qwen3-4B"), QuantizationSpec(), 512 * 2**20, tensor_parallel_size=2)
-    assert dense.ways["shard-fp8"] == 252 and dense.bf16 == 8_044_936_192 and not dense.unaligned
+    assert dense.methods["shard-fp8"] == 252 and dense.bf16 == 8_044_936_192 and not dense.unaligned
     assert dense.quantized <= 0.502 * dense.quantized_bf16 and dense.ratio <= 0.55
     assert [r.gathered > 0 for r in dense.ranks] == [False, True] and dense.ranks[1].gathered < 0.56 * dense.gather_bf16
     assert dense.gathers == dense.buckets == dense.ranks[1].gathers
@@ -189,4 +189,4 @@ def test_what_travels_of_the_real_models() -> None:
     assert experts.quantized / (128 * 128 + 4) % 1 == 0 and experts.ratio < 0.52
     assert len(experts.ranks) == 8 and all(r.broadcast > 3e9 for r in experts.ranks)  # every rank sends its own experts
     assert sum(r.broadcast for r in experts.ranks) == experts.payload == experts.loaded
-    assert sum(w for w in experts.ways.values()) == sum(len(e.tensors) for e in known("Qwen3-30B-A3B"))
+    assert sum(w for w in experts.methods.values()) == sum(len(e.tensors) for e in known("Qwen3-30B-A3B"))

@@ -90,7 +90,9 @@ def test_failed_update_serves_nothing_until_a_restart(engine: Engine) -> None:
         requests.post(engine.url + "/generate", json=body, headers=key, timeout=2)
 
     engine.restart()
-    link.reopen(client_of(engine))
+    link.close()
+    link = EngineLink(client_of(engine), 2)
+    link.open()
     link.update(8, buckets(engine.second, 8), verify=True)
     assert {v for g in link.client.generate(BATCH) for v in g.weight_versions} == {8}
 

@@ -155,7 +155,7 @@ def test_in_place_goes_on_with_the_old_keys_and_values(engine: Engine, link: Eng
     before, after = [], []
     for request, g, score in zip(LONG, generations, scores):
         assert g.weight_versions == sorted(g.weight_versions)
-        for i, (a, b, v) in enumerate(zip(g.logprobs, score[len(request.token_ids) - 1 :], g.weight_versions)):
+        for a, b, v in zip(g.logprobs, score[len(request.token_ids) - 1 :], g.weight_versions):
             if v == 50:
                 before.append(abs(a - b))
             elif of[v] == "first":  # the same weights again, on keys and values that are partly the other model's

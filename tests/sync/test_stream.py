@@ -175,12 +175,12 @@ def test_modules_to_not_convert_are_sent_as_they_are():
 
 def test_the_plan_says_which_way_and_why():
     table = NameTable(spec_of(intermediate_size=384))
-    ways = {p.name: p for p in plan(table, [e.name for e in table], 2, QuantizationSpec())}
-    assert ways["model.layers.0.self_attn.q_proj.weight"].way == "shard-fp8"
-    assert ways["model.layers.0.mlp.gate_proj.weight"].way == "gather-quantize"
-    assert "192" in ways["model.layers.0.mlp.gate_proj.weight"].reason
-    assert ways["model.embed_tokens.weight"].way == "gather"
-    assert ways["model.norm.weight"].way == "local"
+    methods = {p.name: p for p in plan(table, [e.name for e in table], 2, QuantizationSpec())}
+    assert methods["model.layers.0.self_attn.q_proj.weight"].method == "shard-fp8"
+    assert methods["model.layers.0.mlp.gate_proj.weight"].method == "gather-quantize"
+    assert "192" in methods["model.layers.0.mlp.gate_proj.weight"].reason
+    assert methods["model.embed_tokens.weight"].method == "gather"
+    assert methods["model.norm.weight"].method == "local"
 
 
 def test_a_plan_that_does_not_fit_together_is_refused():

@@ -26,7 +26,7 @@ from fp8slurm.trainer import optimizer_state
 from fp8slurm.trainer.build import allocate_fused_state
 from fp8slurm.trainer.logprobs import vocab_parallel_logprobs
 from fp8slurm.trainer.start import check_machine
-from fp8slurm.trainer.weights import HfReader, Shards
+from fp8slurm.trainer.weights import HfReader, ParameterShards
 
 
 @pytest.mark.parametrize(
@@ -170,10 +170,8 @@ def test_a_ranks_shards_are_filled_with_nothing_else(tmp_path: Path) -> None:
     """On the second of two tensor-parallel ranks; what would be another model than config.json says is refused."""
     spec = ModelSpec.from_hf_dir(write_model(tmp_path / "m"))
     hf, table = dict(HfReader(tmp_path / "m")), NameTable(spec)
-    shards = object.__new__(Shards)  # Shards() wants a Megatron module
-    shards.table, shards.tensor_parallel = table, (1, 2)
     parameters = {e.name: torch.nn.Parameter(torch.full(e.shard_shape(2), torch.nan)) for e in table}
-    shards.parameters = [(table[n], p, False) for n, p in parameters.items()]
+    shards = ParameterShards(table, [(table[n], p, False) for n, p in parameters.items()], (1, 2), (0, 1))
     filled = []
     shards.load(hf, loaded=lambda parameter, shard: filled.append(parameter))
     for entry in table:

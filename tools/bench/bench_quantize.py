@@ -26,7 +26,7 @@ def main() -> None:
     from fp8slurm.fp8.block import E4M3, BlockFP8, scale_shape
     from fp8slurm.fp8.policy import decide
     from fp8slurm.fp8.quantize import quantize
-    from fp8slurm.fp8.triton_quantize import Group, Launch
+    from fp8slurm.fp8.triton_quantize import GroupedLaunch, Launch
     from fp8slurm.models.tiny import weight_shapes
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -48,7 +48,7 @@ def main() -> None:
     half = 3 * elements // 2
     source, target = (torch.empty(half, dtype=torch.uint8, device="cuda").random_(0, 256) for _ in range(2))
     began = time.perf_counter()
-    group = Group(cases)
+    group = GroupedLaunch(cases)
     torch.cuda.synchronize()
     table_s = time.perf_counter() - began
 

@@ -15,7 +15,8 @@ from fp8slurm.checkpoint.formats.hf_folder import HfFolder, open_hf
 from fp8slurm.checkpoint.formats.safetensors_file import TensorInfo
 from fp8slurm.checkpoint.formats.sources import SCALE_SUFFIX, DequantizedSource, HfSource, Source
 from fp8slurm.core.errors import BadCheckpoint
-from fp8slurm.fp8.block import BLOCK, FLOAT_DTYPES
+from fp8slurm.fp8 import BLOCK
+from fp8slurm.fp8.block import FLOAT_DTYPES
 from fp8slurm.fp8.policy import LINEAR, Decision, decide, engine_matrix, has_effect, kept_name
 
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)

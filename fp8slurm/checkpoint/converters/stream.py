@@ -171,7 +171,9 @@ def write_shard(shard: Shard, path: Path, options: ConvertOptions, progress: Pro
         os.fsync(descriptor)
     except BaseException as error:
         path.unlink(missing_ok=True)
-        raise disk_full(error, path) if isinstance(error, OSError) else error
+        if isinstance(error, OSError):
+            raise disk_full(error, path) from None
+        raise
     finally:
         os.close(descriptor)
     return digests

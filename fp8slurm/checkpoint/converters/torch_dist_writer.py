@@ -196,7 +196,9 @@ def _write_file(file: DistFile, output: OutputFolder, source: Source, progress: 
         output.check_owner()
     except BaseException as error:
         part.unlink(missing_ok=True)
-        raise disk_full(error, path) if isinstance(error, OSError) else error
+        if isinstance(error, OSError):
+            raise disk_full(error, path) from None
+        raise
     write_durably(lengths_file, json.dumps(lengths).encode())
     os.rename(part, path)
     return lengths

@@ -12,7 +12,8 @@ import torch
 from fp8slurm.checkpoint.formats.safetensors_file import TensorInfo
 from fp8slurm.checkpoint.formats.sources import SCALE_SUFFIX, Source, scratch
 from fp8slurm.core.errors import BadCheckpoint
-from fp8slurm.fp8.block import BLOCK, E4M3, BlockFP8, scale_shape
+from fp8slurm.fp8 import BLOCK
+from fp8slurm.fp8.block import E4M3, BlockFP8, scale_shape
 from fp8slurm.fp8.quantize import quantize
 from fp8slurm.fp8.reference import quantize_reference
 

@@ -15,8 +15,9 @@ from functools import partial
 
 import torch
 
+from fp8slurm.models.engine_layout import EngineCut, EngineLayout
+
 DIGEST_ACTION = "raw_digest"
-VOCAB_MULTIPLE = 64  # SGLang pads embeddings to this (vocab_parallel_embedding.DEFAULT_VOCAB_PADDING_SIZE)
 
 MOST_THREADS = 8
 """As many parameters are copied to host memory at once."""
@@ -61,6 +62,7 @@ def expected_digests(
     neighbouring ranks that hold different experts.
     Raises ValueError if a fused parameter misses a part.
     """
+    layout = EngineLayout(num_key_value_heads, tensor_parallel_size, expert_parallel_size)
     jobs: list[tuple[int, str, Callable[[], torch.Tensor]]] = []  # (rank, the engine's name, what it holds)
     parts: dict[str, dict[tuple[int, int], torch.Tensor]] = {}  # fused name -> (expert, position) -> tensor
     for name, tensor in tensors:
@@ -70,16 +72,11 @@ def expected_digests(
             tensor = tensor.to(dtype)
         fused, key = _fused_name(name)
         if fused is None:
-            for rank in range(tensor_parallel_size):
-                jobs.append(
-                    (rank, name, partial(_shard, name, tensor, rank, tensor_parallel_size, num_key_value_heads))
-                )
+            jobs += [(rank, name, partial(_shard, layout.cut(name), tensor, rank)) for rank in range(layout.tensor)]
         else:
             parts.setdefault(fused, {})[key] = tensor
     for fused, pieces in parts.items():
-        groups = expert_parallel_size if ".experts." in fused else 1
-        for rank, make in enumerate(_fuse(fused, pieces, tensor_parallel_size, num_key_value_heads, groups)):
-            jobs.append((rank, fused, make))
+        jobs += [(rank, fused, make) for rank, make in enumerate(_fuse(fused, pieces, layout))]
     ranks: list[dict[str, str]] = [{} for _ in range(tensor_parallel_size)]
     for (rank, name, _), digest in zip(jobs, raw_digests([make for _, _, make in jobs])):
         ranks[rank][name] = digest
@@ -97,8 +94,8 @@ def first_difference(actual: list[dict[str, str]], expected: list[dict[str, str]
             if name not in want:
                 return f"nothing was expected for parameter {name} of the engine's rank {rank}"
             if have[name] != want[name]:
-                found = f"sha256 {have[name][:16]}, expected {want[name][:16]}"
-                return f"{name} on the engine's rank {rank} differs: {found}"
+                sums = f"sha256 {have[name][:16]}, expected {want[name][:16]}"
+                return f"{name} on the engine's rank {rank} differs: {sums}"
     return None
 
 
@@ -122,43 +119,30 @@ def _part_names(fused: str) -> tuple[str, ...]:
     return next(names for target, names in _FUSED.items() if f".{target}." in fused)
 
 
-def _shard(name: str, tensor: torch.Tensor, rank: int, size: int, num_key_value_heads: int) -> torch.Tensor:
-    """What rank `rank` of `size` keeps of a tensor; blocks of scales are cut like the codes they belong to."""
-    if name.endswith(("embed_tokens.weight", "lm_head.weight")):
-        rows = -(-tensor.shape[0] // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
-        padded = torch.cat([tensor, tensor.new_zeros(rows - tensor.shape[0], tensor.shape[1])])
-        return padded.chunk(size, 0)[rank]
-    if any(f".{part}." in name for part in ("o_proj", "down_proj")):
-        return tensor.chunk(size, 1)[rank]
-    if any(f".{part}." in name for part in ("k_proj", "v_proj")):
-        copies = max(1, size // num_key_value_heads)  # with fewer heads than ranks, neighbours share one
-        return tensor.chunk(size // copies, 0)[rank // copies]
-    if any(f".{part}." in name for part in ("q_proj", "gate_proj", "up_proj")):
-        return tensor.chunk(size, 0)[rank]
-    return tensor
+def _shard(cut: EngineCut, tensor: torch.Tensor, rank: int) -> torch.Tensor:
+    """What the engine's rank `rank` keeps of a tensor."""
+    if cut.dim is None:
+        return tensor
+    missing = cut.rows(tensor.shape[0]) - tensor.shape[0]
+    if missing:
+        tensor = torch.cat([tensor, tensor.new_zeros(missing, tensor.shape[1])])
+    return tensor.chunk(cut.pieces, cut.dim)[cut.piece(rank)]
 
 
 def _fuse(
-    fused: str, pieces: dict[tuple[int, int], torch.Tensor], ranks: int, num_key_value_heads: int, expert_parallel_size: int
-) -> list[Callable[[], torch.Tensor]]:  # fmt: skip
-    """What makes one fused parameter, for every rank; experts are cut by the ranks of one expert-parallel group."""
+    fused: str, pieces: dict[tuple[int, int], torch.Tensor], layout: EngineLayout
+) -> list[Callable[[], torch.Tensor]]:
+    """What makes one fused parameter, for every rank: of all experts of a rank, or of one layer's matrices."""
     names = _part_names(fused)
     experts = max(expert for expert, _ in pieces) + 1
     if len(pieces) != experts * len(names):
         raise ValueError(f"{fused} is made of {experts * len(names)} tensors, only {len(pieces)} were given")
     stacked = ".experts." in fused
-    size = ranks // expert_parallel_size if stacked else ranks
-    share = experts // expert_parallel_size if stacked else 1
+    cuts = [layout.cut(f"{'.experts' if stacked else ''}.{part}.") for part in names]
 
     def make(rank: int) -> torch.Tensor:
-        first = rank // size * share
-        whole = torch.cat(
-            [
-                _shard(f".{part}.", pieces[expert, position], rank % size, size, num_key_value_heads)
-                for expert in range(first, first + share)
-                for position, part in enumerate(names)
-            ]
-        )
-        return whole.unflatten(0, (share, -1)) if stacked else whole
+        held = layout.experts(rank, experts) if stacked else range(1)
+        whole = torch.cat([_shard(cut, pieces[e, i], rank) for e in held for i, cut in enumerate(cuts)])
+        return whole.unflatten(0, (len(held), -1)) if stacked else whole
 
-    return [partial(make, rank) for rank in range(ranks)]
+    return [partial(make, rank) for rank in range(layout.tensor)]

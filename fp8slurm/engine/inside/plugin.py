@@ -8,7 +8,7 @@ import tempfile
 from typing import Any
 
 from fp8slurm.engine.inside.digest import DIGEST_ACTION, overall, raw_digests
-from fp8slurm.engine.inside.recorded import RECORDED, FlatBucket, load, loads_of
+from fp8slurm.engine.inside.recorded import RECORDED, FlatBucket, load_bucket, loads_of
 
 
 @functools.cache
@@ -48,7 +48,7 @@ def _add_raw_digest() -> None:
         checksums = dict(zip(parameters, raw_digests(makes)))
         whole = overall(checksums)
         # the server passes nothing on but these three, of which only the first is a dict of texts
-        checksums[RECORDED] = json.dumps([found.replays for found in loads_of(model).values()])
+        checksums[RECORDED] = json.dumps([load.replays for load in loads_of(model).values()])
         return {
             "checksums": checksums,
             "per_gpu_checksum": whole,
@@ -135,7 +135,7 @@ def _record_loads() -> None:
         @functools.wraps(original)
         def load_weights(self: Any, weights: Any, *args: Any, **kwargs: Any) -> Any:
             if isinstance(weights, FlatBucket):
-                return load(self, weights, lambda model, pairs: original(model, pairs, *args, **kwargs))
+                return load_bucket(self, weights, lambda model, pairs: original(model, pairs, *args, **kwargs))
             return original(self, weights, *args, **kwargs)
 
         return load_weights

@@ -133,7 +133,7 @@ def loads_of(model: torch.nn.Module) -> dict[str, Load]:
     return model.__dict__.setdefault("_fp8slurm_loads", {})
 
 
-def load(model: torch.nn.Module, bucket: FlatBucket, original: Callable[[torch.nn.Module, Any], Any]) -> None:
+def load_bucket(model: torch.nn.Module, bucket: FlatBucket, original: Callable[[torch.nn.Module, Any], Any]) -> None:
     """Load a bucket into a model. original(model, pairs): SGLang's load_weights.
 
     Raises KeyError for a bucket that is announced by an id that this model does not know.
@@ -141,13 +141,13 @@ def load(model: torch.nn.Module, bucket: FlatBucket, original: Callable[[torch.n
     known = loads_of(model)
     first = bucket.forms[0][0]
     if first.startswith(KNOWN):
-        found = known[first.removeprefix(KNOWN)]
+        load = known[first.removeprefix(KNOWN)]
     else:
-        found = known.setdefault(bucket_id(bucket.forms), Load(bucket.forms))
-    if found.copies is not None and _replay(model, bucket.flat, found):
+        load = known.setdefault(bucket_id(bucket.forms), Load(bucket.forms))
+    if load.copies is not None and _replay(model, bucket.flat, load):
         return
-    pairs = FlatBucket(bucket.flat, found.forms)
-    if found.refused:
+    pairs = FlatBucket(bucket.flat, load.forms)
+    if load.refused:
         original(model, pairs)
         return
     with _Recorder(model, bucket.flat) as recorder:
@@ -156,31 +156,31 @@ def load(model: torch.nn.Module, bucket: FlatBucket, original: Callable[[torch.n
         recorder.refused = recorder.refused or "it writes twice to the same place"
     if name := recorder.moved(model):
         recorder.refused = recorder.refused or f"it gives {name} other memory"
-    found.refused = recorder.refused
-    found.copies = None if recorder.refused else merged(recorder.copies)
-    found.held, found.views, found.addresses = recorder.held, [], {}
+    load.refused = recorder.refused
+    load.copies = None if recorder.refused else merged(recorder.copies)
+    load.held, load.views, load.addresses = recorder.held, [], {}
     if recorder.refused:
-        log.info("a bucket from %s on is loaded by SGLang every time: %s", found.forms[0][0], recorder.refused)
+        log.info("a bucket from %s on is loaded by SGLang every time: %s", load.forms[0][0], recorder.refused)
 
 
-def _replay(model: torch.nn.Module, flat: torch.Tensor, found: Load) -> bool:
+def _replay(model: torch.nn.Module, flat: torch.Tensor, load: Load) -> bool:
     """Make the copies; False, and nothing is done, if a parameter is not what it was."""
-    assert found.copies is not None
+    assert load.copies is not None
     try:
-        parameters = {name: model.get_parameter(name) for name in found.held}
+        parameters = {name: model.get_parameter(name) for name in load.held}
     except AttributeError:
         return False
-    if any(Held.of(p) != found.held[name] for name, p in parameters.items()):
+    if any(Held.of(p) != load.held[name] for name, p in parameters.items()):
         return False
     addresses = {name: p.untyped_storage().data_ptr() for name, p in parameters.items()}
-    if addresses != found.addresses:
+    if addresses != load.addresses:
         storages = {name: _all_bytes(p) for name, p in parameters.items()}
-        found.views = [copy.target(storages[copy.parameter]) for copy in found.copies]
-        found.addresses = addresses
-    if found.copies:  # else all of it is other ranks'
+        load.views = [copy.target(storages[copy.parameter]) for copy in load.copies]
+        load.addresses = addresses
+    if load.copies:  # else all of it is other ranks'
         with torch.no_grad():
-            torch._foreach_copy_(found.views, [copy.origin(flat) for copy in found.copies])
-    found.replays += 1
+            torch._foreach_copy_(load.views, [copy.origin(flat) for copy in load.copies])
+    load.replays += 1
     return True
 
 
@@ -239,8 +239,8 @@ class _Recorder(TorchDispatchMode):
 
 def _tensors(argument: Any) -> list[torch.Tensor]:
     """The tensors of an operator's argument, which may be a list of them."""
-    found = argument if isinstance(argument, (list, tuple)) else [argument]
-    return [t for t in found if isinstance(t, torch.Tensor)]
+    several = argument if isinstance(argument, (list, tuple)) else [argument]
+    return [t for t in several if isinstance(t, torch.Tensor)]
 
 
 def overlapping(copies: list[Copy]) -> bool:

@@ -1,0 +1,55 @@
+"""Step boundaries: between two steps all ranks go on together or stop together."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+import torch.distributed as dist
+
+from fp8slurm.core.stopping import StopPolicy, StopRequested
+from fp8slurm.rl.saving import Saver
+from fp8slurm.run.directory import RunState
+from fp8slurm.run.step_times import StepTimes
+
+log = logging.getLogger(__name__)
+
+
+class StepBoundary:
+    """A training rank's end; the ranks agree through the store on what rank 0's policy says."""
+
+    def __init__(self, store: dist.Store, first: bool, policy: StopPolicy, saver: Saver, times: StepTimes) -> None:
+        """first: whether this is rank 0."""
+        self.store, self.first, self.policy, self.saver, self.times = store, first, policy, saver, times
+        self._crossed, self._crossed_at = 0, 0.0
+
+    def cross(self) -> None:
+        """Between two steps, on all ranks. Raises StopRequested on all of them, or on none."""
+        self.saver.collect(wait=False)
+        now = time.monotonic()
+        key, self._crossed = f"boundary/{self._crossed}", self._crossed + 1
+        if self.first:
+            if self._crossed > 1:
+                self.times.step_took(now - self._crossed_at)
+            noticed = self.policy.noticed() or self.store.check(["noticed"])
+            busy = max(self.times.step_s, self.saver.left_s())  # the next save waits for this one
+            self.store.set(key, self.policy.at_step_boundary(noticed, busy, self.times.save_s))
+        elif self.policy.noticed():
+            self.store.set("noticed", "")
+        self._crossed_at = now
+        self.store.wait([key])
+        reason = self.store.get(key).decode()
+        if reason:
+            raise StopRequested(reason)
+
+    def too_late(self) -> str:
+        """Why what the engines generate is not waited for any longer, or ""."""
+        return self.policy.in_rollout(self.times.save_s + self.saver.left_s())
+
+    def stop(self, state: RunState, reason: StopRequested) -> None:
+        """All ranks stop here: save what is not saved yet, and tell the policy."""
+        if self.first:
+            log.warning("stopping after %s step %d: %s", state.phase, state.step, reason)
+        saved = self.saver.save_if_new(state)
+        if self.first:
+            self.policy.stopped(state.name, saved)

@@ -1,0 +1,53 @@
+"""The trainer's own log-probabilities of what the engines sampled, and how far they are from the engines'."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from fp8slurm.core.gap import gap_metrics
+from fp8slurm.core.types import PackedBatch, SampleGroup
+from fp8slurm.rollout.files import logprob_rows, write_trainer_logprobs
+
+
+def recompute(trainer: Any, batches: list[PackedBatch], with_reference: bool) -> dict[str, float]:
+    """Fill in the trainer's log-probabilities, and the reference's; metrics of the gap over all ranks (core/gap.py)."""
+    pairs = []  # each [N, 2]
+    for batch, logprobs in zip(batches, trainer.logprobs(batches)):
+        batch.trainer_logprobs = own = logprobs.cpu()
+        pairs.append(torch.stack([own, batch.rollout_logprobs], 1)[batch.loss_mask])
+    if with_reference:
+        for batch, logprobs in zip(batches, trainer.logprobs(batches, reference=True)):
+            batch.reference_logprobs = logprobs.cpu()
+    rows = gather_rows(_once(trainer, torch.cat(pairs).float()))
+    return gap_metrics(rows[:, 0], rows[:, 1])
+
+
+def save_logprobs(trainer: Any, path: Path, groups: list[SampleGroup], batches: list[PackedBatch]) -> None:
+    """Write the trainer's log-probabilities of a saved rollout (rollout/files.py); rank 0 writes, all ranks send."""
+    rows = gather_rows(_once(trainer, logprob_rows(batches)))
+    if trainer.rank == 0:
+        write_trainer_logprobs(path, groups, rows)
+
+
+def _once(trainer: Any, rows: torch.Tensor) -> torch.Tensor:
+    """Ranks that cut one model have the same rows: one of them brings them."""
+    return rows if trainer.is_data_parallel_leader else rows[:0]
+
+
+def gather_rows(rows: torch.Tensor) -> torch.Tensor:
+    """float32 [N_r, C] of every rank -> [sum N_r, C], in the order of the ranks, on all of them (in host memory)."""
+    world = dist.get_world_size()
+    if dist.get_backend() == "nccl":
+        rows = rows.cuda()
+    sizes = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(world)]
+    dist.all_gather(sizes, torch.tensor([rows.shape[0]], device=rows.device))
+    longest = max(int(s) for s in sizes)
+    padded = torch.zeros(longest, rows.shape[1], device=rows.device)
+    padded[: rows.shape[0]] = rows
+    parts = [torch.empty_like(padded) for _ in range(world)]
+    dist.all_gather(parts, padded)
+    return torch.cat([p[: int(n)] for p, n in zip(parts, sizes)]).cpu()

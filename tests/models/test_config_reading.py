@@ -1,0 +1,238 @@
+"""config.json is read as transformers reads it, or refused: the trainer must train the model that the engine serves.
+
+transformers' own config classes say what is right; the engine reads the folder through them.
+"""
+
+import copy
+import json
+import random
+from typing import Any
+
+import pytest
+from transformers import Qwen3Config, Qwen3MoeConfig
+
+from fp8slurm.models.known import FOLDER as KNOWN
+from fp8slurm.models.known import known_models
+from fp8slurm.models.qwen3 import ModelSpec
+
+CLASSES = {"qwen3": Qwen3Config, "qwen3_moe": Qwen3MoeConfig}
+COMMON = {
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "max_position_embeddings": 40960,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+DENSE = COMMON | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
+MOE = COMMON | {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "norm_topk_prob": True,
+    "output_router_logits": False,
+    "router_aux_loss_coef": 0.001,
+    "num_experts_per_tok": 8,
+}
+SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+
+
+def dense(*sizes: int, **more: Any) -> dict[str, Any]:
+    return DENSE | dict(zip(SIZES, sizes, strict=True)) | {"max_window_layers": sizes[2]} | more
+
+
+def moe(experts: int, width: int, *sizes: int, **more: Any) -> dict[str, Any]:
+    return MOE | dict(zip(SIZES, sizes, strict=True)) | {"num_experts": experts, "moe_intermediate_size": width} | more
+
+
+LONG = {"max_position_embeddings": 262144, "rope_theta": 5000000}
+PUBLISHED = {
+    "Qwen3-0.6B": dense(1024, 3072, 28, 16, 8, tie_word_embeddings=True),
+    "Qwen3-1.7B": dense(2048, 6144, 28, 16, 8, tie_word_embeddings=True),
+    "Qwen3-4B": dense(2560, 9728, 36, 32, 8, tie_word_embeddings=True),
+    "Qwen3-4B-Instruct-2507": dense(2560, 9728, 36, 32, 8, tie_word_embeddings=True, **LONG),
+    "Qwen3-4B-Thinking-2507": dense(2560, 9728, 36, 32, 8, tie_word_embeddings=True, **LONG),
+    "Qwen3-8B": dense(4096, 12288, 36, 32, 8),
+    "Qwen3-14B": dense(5120, 17408, 40, 40, 8),
+    "Qwen3-32B": dense(5120, 25600, 64, 64, 8),
+    "Qwen3-30B-A3B": moe(128, 768, 2048, 6144, 48, 32, 4),
+    "Qwen3-30B-A3B-Thinking-2507": moe(128, 768, 2048, 6144, 48, 32, 4, **LONG | {"rope_theta": 10000000}),
+    "Qwen3-Coder-30B-A3B": moe(128, 768, 2048, 6144, 48, 32, 4, **LONG | {"rope_theta": 10000000}, head_dim=128),
+    "Qwen3-235B-A22B": moe(128, 1536, 4096, 12288, 94, 64, 4),
+}
+"""The fields of the published config.json files."""
+
+ROPE = [
+    None,
+    {},
+    {"rope_type": "default"},
+    {"type": "default"},
+    {"rope_theta": 7777.0},
+    {"rope_type": "default", "rope_theta": 500},
+    {"rope_type": "linear", "factor": 2.0},
+    {"type": "linear", "factor": 2.0, "rope_theta": 3e4},
+    {"rope_theta": None},
+    {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768},
+    {"rope_type": "dynamic", "factor": 2.0},
+    {"full_attention": {"rope_type": "default", "rope_theta": 1e6}},
+    {"rope_theta": "1e6"},
+    {"rope_type": "default", "factor": 2.0},
+    {"type": "linear", "rope_type": "default", "factor": 2.0},
+    {"rope_type": "default", "partial_rotary_factor": 0.5},
+    [],
+    "yarn",
+]
+MISSING = object()
+CHANGES: dict[str, list[Any]] = {
+    "rope_scaling": [MISSING, *ROPE],
+    "rope_parameters": [MISSING, *ROPE],
+    "rope_theta": [MISSING, None, 10000.0, 1000000, 5e6, "1e6", True, float("nan"), 0, -1.0],
+    "partial_rotary_factor": [None, 0.5, 1.0],
+    "head_dim": [MISSING, None, 64, 128, 128.0, "128", True, 0],
+    "num_key_value_heads": [MISSING, None, 1, 4, 8, 8.0, "8"],
+    "num_attention_heads": [16, "16", 16.0],
+    "hidden_size": [MISSING, 2048, 2048.0, "2048", True],
+    "num_hidden_layers": [4, "4", None],
+    "vocab_size": [151936, "151936", 151936.0],
+    "rms_norm_eps": [MISSING, 1e-5, 1, "1e-6", None, float("inf")],
+    "tie_word_embeddings": [MISSING, True, False, "false", 0, 1, None],
+    "max_position_embeddings": [MISSING, 4096, 4096.0, "4096", None],
+    "attention_bias": [MISSING, False, True, 0, "false", None],
+    "use_sliding_window": [MISSING, False, True, 0, None],
+    "layer_types": [
+        None,
+        ["full_attention"] * 36,
+        ["full_attention"] * 48,
+        ["sliding_attention"] * 36,
+        "full_attention",
+    ],
+    "hidden_act": [MISSING, "silu", "gelu", None],
+    "norm_topk_prob": [MISSING, True, False, "true", 0],
+    "num_experts": [MISSING, 64, "64", 64.0],
+    "num_local_experts": [32, 128],
+    "num_experts_per_tok": [4, "4"],
+    "mlp_only_layers": [MISSING, None, [], [0], "[]"],
+    "decoder_sparse_step": [MISSING, 1, 2, True, 1.0],
+    "model_type": [MISSING, "qwen3", "qwen3_moe", "qwen2"],
+}
+
+
+def as_transformers_reads(config: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a ModelSpec out of transformers' own class, as its models and SGLang's use them."""
+    c = CLASSES[config["model_type"]].from_dict(copy.deepcopy(config))
+    assert c.rope_parameters["rope_type"] == "default", "no other kind is supported, so none may be taken"
+    assert set(c.rope_parameters) <= {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+    assert (
+        c.rope_parameters.get("partial_rotary_factor", 1.0) == 1.0 and not c.attention_bias and c.hidden_act == "silu"
+    )
+    assert c.sliding_window is None and set(getattr(c, "layer_types", None) or ["full_attention"]) == {"full_attention"}
+    fields = {
+        "vocab_size": c.vocab_size,
+        "hidden_size": c.hidden_size,
+        "num_layers": c.num_hidden_layers,
+        "num_heads": c.num_attention_heads,
+        "num_kv_heads": c.num_key_value_heads,
+        "ffn_hidden_size": c.intermediate_size,
+        "head_dim": getattr(c, "head_dim", c.hidden_size // c.num_attention_heads),
+        "rms_norm_eps": c.rms_norm_eps,
+        "rope_theta": c.rope_parameters["rope_theta"],
+        "max_position_embeddings": c.max_position_embeddings,
+        "tie_word_embeddings": c.tie_word_embeddings,
+    }
+    if config["model_type"] == "qwen3_moe":
+        assert c.decoder_sparse_step == 1 and c.mlp_only_layers == []
+        fields |= {
+            "num_experts": c.num_experts,
+            "experts_per_token": c.num_experts_per_tok,
+            "moe_ffn_hidden_size": c.moe_intermediate_size,
+            "norm_topk_prob": c.norm_topk_prob,
+        }
+    return fields
+
+
+def check(config: dict[str, Any]) -> bool:
+    """Whether a config is taken; then every field must be what transformers says."""
+    try:
+        spec = ModelSpec.from_hf_config(copy.deepcopy(config))
+    except ValueError:
+        return False
+    expected = as_transformers_reads(config)
+    assert {key: getattr(spec, key) for key in expected} == expected, json.dumps(config)
+    return True
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_models_are_read(name: str) -> None:
+    assert check(PUBLISHED[name])
+
+
+@pytest.mark.parametrize("name", known_models())
+def test_known_shapes_are_those_of_the_published_files(name: str) -> None:
+    known = json.loads((KNOWN / f"{name}.json").read_text())
+    assert ModelSpec.from_hf_config(known) == ModelSpec.from_hf_config(PUBLISHED[name])
+
+
+@pytest.mark.parametrize("key", CHANGES)
+@pytest.mark.parametrize("name", ["Qwen3-4B", "Qwen3-30B-A3B"])
+def test_one_field_written_otherwise(name: str, key: str) -> None:
+    for value in CHANGES[key]:
+        check(changed(PUBLISHED[name], {key: value}))
+
+
+def test_random_variations() -> None:
+    rng, taken = random.Random(0), 0
+    for _ in range(1500):
+        keys = rng.sample(sorted(CHANGES), rng.choice([1, 2, 2, 3]))
+        taken += check(
+            changed(PUBLISHED[rng.choice(sorted(PUBLISHED))], {key: rng.choice(CHANGES[key]) for key in keys})
+        )
+    assert 300 < taken < 1200, "both outcomes are tried"
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            {
+                "rope_parameters": {"rope_theta": 1e6, "rope_type": "default"},
+                "rope_scaling": {"rope_type": "linear", "factor": 2.0},
+            },
+            "rope_scaling: rope_type = 'linear'",
+        ),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}, "rope_theta": MISSING}, "'dynamic'"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "rope_parameters has 'full_attention'"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings = 'false' is not supported; allowed: true or false"),
+        ({"rms_norm_eps": "1e-6"}, "rms_norm_eps = '1e-6'"),
+        ({"attention_bias": 0}, "attention_bias = 0 is not supported; allowed: False"),
+        ({"num_experts": 128, "num_local_experts": 64}, "num_local_experts = 64 is not supported; allowed: 128"),
+        ({"model_type": "qwen3"}, "model_type .* = 'qwen3' is not supported; allowed: 'qwen3_moe'"),
+    ],
+)
+def test_what_is_refused_is_named(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ModelSpec.from_hf_config(changed(PUBLISHED["Qwen3-30B-A3B"], change))
+
+
+def test_where_both_rope_keys_are_there_the_one_that_transformers_takes_wins() -> None:
+    both = {"rope_parameters": {"rope_theta": 1e6}, "rope_scaling": {"rope_type": "default", "rope_theta": 5e5}}
+    assert ModelSpec.from_hf_config(changed(PUBLISHED["Qwen3-4B"], both)).rope_theta == 5e5
+    without = both | {"rope_scaling": {"rope_type": "default"}, "rope_theta": MISSING}
+    assert ModelSpec.from_hf_config(changed(PUBLISHED["Qwen3-4B"], without)).rope_theta == 10000.0
+    assert ModelSpec.from_hf_config(changed(PUBLISHED["Qwen3-4B"], {"head_dim": MISSING})).head_dim == 128
+
+
+def changed(config: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
+    """A copy with other values; MISSING takes a key away."""
+    return {key: copy.deepcopy(value) for key, value in {**config, **change}.items() if value is not MISSING}
