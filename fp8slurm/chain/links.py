@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fp8slurm.config import RunConfig
+from fp8slurm.core.processes import PACKAGE_ROOT
 from fp8slurm.run.directory import RunDirectory
 from fp8slurm.slurm.attempt import WAITING, last_checkpoint
 from fp8slurm.slurm.script import SAFE_PATH, gpus_per_node, task_python
@@ -55,7 +56,7 @@ def links(
     """The chain of a configuration, in order. `run`: the run directory; the others: sbatch flags, --name=value.
 
     Raises:
-        ValueError: a flag of sbatch that is not --name or --name=value; the training job waits for others (slurm.sbatch dependency).
+        ValueError: a flag of sbatch that is not --name or --name=value; a dependency of the training job.
     """
     for key in config.slurm.sbatch:
         if key.replace("_", "-") in WAITING:
@@ -80,14 +81,14 @@ def links(
     def convert(name: str, kind: str, source: Path, out: Path, after: tuple[str, ...], *flags: str) -> Link:
         return Link(name, ("convert", kind, str(source), str(out), *flags), out, after, on_cpu)
 
-    found = [convert("hf-to-torch-dist", "hf-to-torch-dist", hf, run / "torch_dist", ())]
+    chain = [convert("hf-to-torch-dist", "hf-to-torch-dist", hf, run / "torch_dist", ())]
     if rollout is None:  # the rollout workers look for it here, and would make it themselves
-        found.append(convert("hf-to-fp8", "hf-to-fp8", hf, run / "engine_model", ()))
-    found.append(Link(TRAIN, (), checkpoint, tuple(x.name for x in found), {}))
+        chain.append(convert("hf-to-fp8", "hf-to-fp8", hf, run / "engine_model", ()))
+    chain.append(Link(TRAIN, (), checkpoint, tuple(x.name for x in chain), {}))
     as_hf, as_fp8 = exported / f"{last}-hf", exported / f"{last}-fp8"
     skip = _exclusions(rollout)
     keep = ("--modules-to-not-convert", *skip) if skip else ()
-    found += [
+    chain += [
         convert("torch-dist-to-hf", "torch-dist-to-hf", checkpoint, as_hf, (TRAIN,), f"--origin-hf-dir={hf}"),
         convert("export-to-fp8", "hf-to-fp8", as_hf, as_fp8, ("torch-dist-to-hf",), *keep),
         Link(
@@ -98,7 +99,7 @@ def links(
             on_gpu,
         ),
     ]
-    return tuple(found)
+    return tuple(chain)
 
 
 def script(link: Link, number: int, config: RunConfig, run: Path) -> str:
@@ -111,7 +112,6 @@ def script(link: Link, number: int, config: RunConfig, run: Path) -> str:
     } | dict(link.directives)
     if not config.slurm.requeue:
         directives = {("no-requeue" if k == "requeue" else k): v for k, v in directives.items()}
-    source = Path(__file__).resolve().parents[2]
     tasks = ["--ntasks-per-node=1", "--kill-on-bad-exit=1"] if "ntasks-per-node" in directives else ["--ntasks=1"]
     srun = ["srun", *tasks, f"--cpus-per-task={directives.get('cpus-per-task', '1')}"]
     if config.slurm.container_image:
@@ -129,7 +129,7 @@ def script(link: Link, number: int, config: RunConfig, run: Path) -> str:
             "unset SLURM_EXPORT_ENV",  # as in the training job's script
             *config.slurm.setup,
             SAFE_PATH,
-            f"export PYTHONPATH={shlex.quote(str(source))}${{PYTHONPATH:+:$PYTHONPATH}}",
+            f"export PYTHONPATH={shlex.quote(PACKAGE_ROOT)}${{PYTHONPATH:+:$PYTHONPATH}}",
             f"if [ -e {done} ]; then",
             f"    echo {done} is there already",
             "    exit 0",
@@ -152,14 +152,14 @@ def log_file(run: Path, number: int, name: str) -> Path:
 
 def parse_sbatch(flag: str, arguments: Sequence[str]) -> dict[str, str]:
     """sbatch flags as long name -> value ("" for a flag without one). ValueError: something else."""
-    found = {}
+    flags = {}
     for argument in arguments:
         name, _, value = argument.removeprefix("--").partition("=")
         if not argument.startswith("--") or not name:
             example = f'{flag}="--partition=cpu"'
             raise ValueError(f"{flag} {argument}: sbatch flags are written --name=value, as in {example}")
-        found[name] = value
-    return found
+        flags[name] = value
+    return flags
 
 
 def _site(config: RunConfig) -> dict[str, str]:
@@ -173,20 +173,20 @@ def _eval_directives(config: RunConfig) -> dict[str, str]:
     cores = (s.ranks_per_node + 1) * (s.cpus_per_task or 1)
     if s.cpus_per_task is None and s.gpus_per_node:
         cores = EVAL_CPUS_PER_GPU * s.gpus_per_node
-    found = _site(config) | {"nodes": "1", "ntasks-per-node": "1", "cpus-per-task": str(cores), "time": s.time}
-    if asked := gpus_per_node(config):
-        found["gpus-per-node"] = asked
+    directives = _site(config) | {"nodes": "1", "ntasks-per-node": "1", "cpus-per-task": str(cores), "time": s.time}
+    if gpus := gpus_per_node(config):
+        directives["gpus-per-node"] = gpus
     if s.memory:
-        found["mem"] = s.memory
-    return found
+        directives["mem"] = s.memory
+    return directives
 
 
 def _exclusions(rollout: Path | None) -> tuple[str, ...]:
     """Modules that the given rollout checkpoint keeps in high precision: the exported one keeps the same."""
     if rollout is None:
         return ()
-    said = json.loads((rollout / "config.json").read_text()).get("quantization_config") or {}
-    return tuple(said.get("modules_to_not_convert") or ())
+    quantization = json.loads((rollout / "config.json").read_text()).get("quantization_config") or {}
+    return tuple(quantization.get("modules_to_not_convert") or ())
 
 
 def dependency(job_ids: Sequence[str]) -> list[str]:

@@ -17,7 +17,7 @@ from fp8slurm.core.files import write_atomic
 from fp8slurm.run.chain_record import CHAIN, read_chain
 from fp8slurm.run.directory import RunDirectory
 from fp8slurm.run.status import Facts, size_damage
-from fp8slurm.scheduler.job import SlurmError, ask, environment_for_a_job, one_line
+from fp8slurm.scheduler.job import SlurmError, ask, environment_for_a_job, one_line, sbatch
 from fp8slurm.scheduler.queue import jobs, jobs_of_scripts
 from fp8slurm.slurm.attempt import finished, same_path
 
@@ -43,9 +43,9 @@ def main(argv: list[str]) -> int:
 
     parser = recipe_parser(
         "fp8slurm chain",
-        "Hugging Face -> torch_dist and FP8 -> train -> Hugging Face -> FP8 -> evaluation, as Slurm jobs that wait for each "
-        "other. The same command again leaves out what is done. The settings below change the recipe; with --recipe R "
-        "before --help their defaults are R's.",
+        "Hugging Face -> torch_dist and FP8 -> train -> Hugging Face -> FP8 -> evaluation, as Slurm jobs that wait for "
+        "each other. The same command again leaves out what is done. The settings below change the recipe; with "
+        "--recipe R before --help their defaults are R's.",
     )
     parser.add_argument("--dry-run", action="store_true", help="print the scripts, queue nothing")
     parser.add_argument(
@@ -63,25 +63,25 @@ def main(argv: list[str]) -> int:
     for warning in preflight(config, dry_run=own.dry_run):
         print(f"fp8slurm chain: warning: {warning}", file=sys.stderr)
     run = (config.run.root / config.run.name).resolve()
-    found = plan(config, run, own.convert_sbatch, own.eval_sbatch)
+    planned = plan(config, run, own.convert_sbatch, own.eval_sbatch)
     if own.dry_run:
         from fp8slurm.check.cluster import check_in_passing
 
         for warning in check_in_passing(config):
             print(f"fp8slurm chain: warning: {warning}", file=sys.stderr)
-        print(describe(found, config, run), end="")
+        print(describe(planned, config, run), end="")
         return 0
-    if all(p.done for p in found):
-        print(f"{run}: every job of the chain is done; the evaluation is {found[-1].link.output}")
+    if all(p.done for p in planned):
+        print(f"{run}: every job of the chain is done; the evaluation is {planned[-1].link.output}")
         return 0
     from fp8slurm.check.cluster import check_cluster
     from fp8slurm.check.doctor.quick import quick
 
-    for warning in [*quick(config), *check_cluster(config), *check_scripts(found, config, run)]:
+    for warning in [*quick(config), *check_cluster(config), *check_scripts(planned, config, run)]:
         print(f"fp8slurm chain: warning: {warning}", file=sys.stderr)
     refuse_second(run)
     try:
-        record = submit(found, config, run, argv)
+        record = submit(planned, config, run, argv)
     except SlurmError as error:
         print(f"fp8slurm chain: {error}", file=sys.stderr)
         return 1
@@ -101,7 +101,7 @@ def plan(config: RunConfig, run: Path, convert_sbatch: list[str], eval_sbatch: l
             f"{run} holds a chain that began with {before}, not with --model.hf-checkpoint "
             f"{config.model.hf_checkpoint}: choose another name with --run.name"
         )
-    found: list[Planned] = []
+    planned: list[Planned] = []
     trained = False
     for number, link in enumerate(links(config, run, convert_sbatch, eval_sbatch), 1):
         if link.name == TRAIN:
@@ -114,22 +114,22 @@ def plan(config: RunConfig, run: Path, convert_sbatch: list[str], eval_sbatch: l
             done = f"{link.output} is there" if trained else ""
         else:
             done = f"{link.output} is there" if link.output.exists() else ""
-            if done and not trained and TRAIN in [p.link.name for p in found]:
+            if done and not trained and TRAIN in [p.link.name for p in planned]:
                 raise ValueError(
                     f"{done}, but the checkpoint that it comes from is not: move it away, or choose another name with "
                     f"--run.name"
                 )
-        found.append(Planned(link, number, done))
-    return found
+        planned.append(Planned(link, number, done))
+    return planned
 
 
-def describe(found: list[Planned], config: RunConfig, run: Path) -> str:
+def describe(planned: list[Planned], config: RunConfig, run: Path) -> str:
     """The scripts, as --dry-run prints them."""
     from fp8slurm.slurm.script import script as train_script
 
     parts = []
-    waiting = [p.link.name for p in found if not p.done]
-    for p in found:
+    waiting = [p.link.name for p in planned if not p.done]
+    for p in planned:
         head = f"# ---- {p.number} {p.link.name}: "
         flags = dependency([f"<{name}>" for name in p.link.after if name in waiting])
         if p.done:
@@ -167,7 +167,7 @@ FLAGS = {"eval": "--eval-sbatch"}
 """Where what a job asks for comes from, besides [slurm]."""
 
 
-def check_scripts(found: list[Planned], config: RunConfig, run: Path) -> list[str]:
+def check_scripts(planned: list[Planned], config: RunConfig, run: Path) -> list[str]:
     """Ask sbatch about every other script than the training job's before the first is queued; returns warnings.
 
     Raises:
@@ -175,12 +175,12 @@ def check_scripts(found: list[Planned], config: RunConfig, run: Path) -> list[st
     """
     from fp8slurm.check.cluster import NO_SUCH_NODE, away_of, nodes_of, test_only
 
-    warnings, asked = [], []
-    for p in found:
+    warnings, checked = [], []
+    for p in planned:
         # The conversions all ask for the same.
-        if p.done or p.link.name == TRAIN or p.link.directives in asked:
+        if p.done or p.link.name == TRAIN or p.link.directives in checked:
             continue
-        asked.append(p.link.directives)
+        checked.append(p.link.directives)
         refusal = test_only(script(p.link, p.number, config, run))
         partition = p.link.directives.get("partition") or os.environ.get("SBATCH_PARTITION", "")
         away = away_of(nodes_of(set(filter(None, partition.split(","))))) if NO_SUCH_NODE in refusal else ""
@@ -190,14 +190,14 @@ def check_scripts(found: list[Planned], config: RunConfig, run: Path) -> list[st
             )
         elif refusal:
             flag = FLAGS.get(p.link.name, "--convert-sbatch")
-            wanted = " ".join(f"--{k}={v}" if v else f"--{k}" for k, v in p.link.directives.items())
+            requested = " ".join(f"--{k}={v}" if v else f"--{k}" for k, v in p.link.directives.items())
             raise ValueError(
-                f"Slurm would refuse the job {p.link.name}: {refusal}; it asks for {wanted} ({flag} changes that)"
+                f"Slurm would refuse the job {p.link.name}: {refusal}; it asks for {requested} ({flag} changes that)"
             )
     return warnings
 
 
-def submit(found: list[Planned], config: RunConfig, run: Path, arguments: list[str]) -> dict[str, Any]:
+def submit(planned: list[Planned], config: RunConfig, run: Path, arguments: list[str]) -> dict[str, Any]:
     """Queue the links that need a job; returns what chain.json says.
 
     Raises:
@@ -213,7 +213,7 @@ def submit(found: list[Planned], config: RunConfig, run: Path, arguments: list[s
     }
     ids: dict[str, str] = {}
     try:
-        for p in found:
+        for p in planned:
             entry = {"name": p.link.name, "job_id": None, "done": p.done, "after": [], "log": ""}
             if not p.done:
                 after = [ids[name] for name in p.link.after if name in ids]
@@ -248,17 +248,17 @@ def queue(planned: Planned, after: list[str], config: RunConfig, run: Path) -> t
     text = script(link, planned.number, config, run)
     write_atomic(file, text)
     try:
-        said = ask("sbatch", "--parsable", *flags, str(file), environment=environment_for_a_job(dict(os.environ), text))
+        job_id = sbatch(*flags, str(file), environment=environment_for_a_job(dict(os.environ), text))
     except SlurmError as error:
         raise SlurmError(f"sbatch refused {file}: {one_line(str(error))}") from None
-    return said.strip().split(";")[0], str(log_file(run, planned.number, link.name))
+    return job_id, str(log_file(run, planned.number, link.name))
 
 
 def withdraw(run: Path, ids: list[str], patience_s: float) -> str:
     """Cancel the chain's jobs; returns what is left of them in the queue, in words.
 
-    They are those with the numbers `ids`, and those whose scripts are the run's: a job whose sbatch was given up may be queued all
-    the same, and `patience_s` later than that.
+    They are those with the numbers `ids`, and those whose scripts are the run's: a job whose sbatch was given up may be
+    queued all the same, and `patience_s` later than that.
     """
     from fp8slurm.run.directory import SLURM_FOLDER
 

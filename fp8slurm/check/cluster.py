@@ -55,7 +55,7 @@ def check_cluster(config: RunConfig, timeout_s: float = slurm.COMMAND_TIMEOUT_S)
     return _time(config) + _down(chosen) + _grace(config, chosen) + _sbatch_agrees(config, chosen, timeout_s)
 
 
-def wanted_partition(config: RunConfig) -> tuple[str | None, str]:
+def requested_partition(config: RunConfig) -> tuple[str | None, str]:
     """(partitions that the job asks for, what says so); None: the default one."""
     if config.slurm.partition is not None:
         return config.slurm.partition, "--slurm.partition"
@@ -68,20 +68,20 @@ def _partitions(timeout_s: float) -> dict[str, dict[str, str]]:
 
 
 def _chosen(config: RunConfig, partitions: dict[str, dict[str, str]]) -> list[dict[str, str]]:
-    wanted, source = wanted_partition(config)
-    if wanted is None:
+    requested, source = requested_partition(config)
+    if requested is None:
         return [p for p in partitions.values() if p.get("Default") == "YES"]
-    missing = [name for name in wanted.split(",") if name not in partitions]
+    missing = [name for name in requested.split(",") if name not in partitions]
     if missing:
         raise ValueError(
-            f"{source} {wanted}: there is no partition {', '.join(missing)}; there are {', '.join(sorted(partitions))}"
+            f"{source} {requested}: there is no partition {', '.join(missing)}; there are {', '.join(sorted(partitions))}"
             f"{' (--slurm.partition wins over the variable)' if source == PARTITION else ''}"
         )
-    return [partitions[name] for name in wanted.split(",")]
+    return [partitions[name] for name in requested.split(",")]
 
 
 def _fitting(config: RunConfig, chosen: list[dict[str, str]]) -> list[dict[str, str]]:
-    """Those of the partitions that can take the job: of a list, Slurm takes one that can. Raises ValueError where none can."""
+    """Those of the partitions that can take the job (of a list, Slurm takes one that can). ValueError: none can."""
     refusals = {p["PartitionName"]: _refusal(config, p) for p in chosen}
     if chosen and all(refusals.values()):
         raise ValueError("; ".join(refusals.values()))
@@ -91,8 +91,8 @@ def _fitting(config: RunConfig, chosen: list[dict[str, str]]) -> list[dict[str, 
 def _refusal(config: RunConfig, p: dict[str, str]) -> str:
     """Why a partition cannot take the job, "" where it can."""
     s, name = config.slurm, p["PartitionName"]
-    wanted, source = wanted_partition(config)
-    if wanted and source == PARTITION:
+    requested, source = requested_partition(config)
+    if requested and source == PARTITION:
         name = f"{name} ({PARTITION})"
     allowed = min(int(n) for n in (p.get("TotalNodes", "0"), p.get("MaxNodes", "UNLIMITED")) if n.isdigit())
     if s.nodes > allowed:
@@ -115,8 +115,8 @@ def _time(config: RunConfig) -> list[str]:
         )
     if step_times.save_s and s.signal_delay_s < needed:
         return [
-            f"slurm.signal_delay_s {s.signal_delay_s}: a step and a save of this run may take {needed:.0f} s; the job's own "
-            f"clock then stops it earlier than the notice"
+            f"slurm.signal_delay_s {s.signal_delay_s}: a step and a save of this run may take {needed:.0f} s; the "
+            f"job's own clock then stops it earlier than the notice"
         ]
     return []
 
@@ -141,14 +141,14 @@ def _grace(config: RunConfig, chosen: list[dict[str, str]]) -> list[str]:
         if grace < SAFETY * step_times.save_s + REQUEUE_S:
             save = f"a save takes {step_times.save_s:.0f} s" if step_times.save_s else "there is no time to save"
             warnings.append(
-                f"partition {p['PartitionName']} is preemptible with {grace} s of notice, {save}: after a preemption the run "
-                f"goes on from its newest checkpoint (checkpoint.every {config.checkpoint.every} steps)"
+                f"partition {p['PartitionName']} is preemptible with {grace} s of notice, {save}: after a "
+                f"preemption the run goes on from its newest checkpoint (checkpoint.every {config.checkpoint.every} steps)"
             )
     return warnings
 
 
 def _sbatch_agrees(config: RunConfig, chosen: list[dict[str, str]], timeout_s: float) -> list[str]:
-    """sbatch's own check of the script: account, QOS, features, GPUs. Returns warnings; ValueError: it would refuse the job."""
+    """sbatch's own check of the script: account, QOS, features, GPUs. Warnings; ValueError: it would refuse the job."""
     with tempfile.TemporaryDirectory() as folder:
         refusal = test_only(script(config, Path(folder)), timeout_s)
     if not refusal:
@@ -161,8 +161,8 @@ def _sbatch_agrees(config: RunConfig, chosen: list[dict[str, str]], timeout_s: f
     if away := away_of(nodes):
         return [f"the job will wait: Slurm could not start it on the nodes that are there now; away: {away}"]
     where = f" of {', '.join(sorted(names))}" if names else ""
-    there = f"; nodes{where}: {_given(nodes)}" if nodes else ""
-    raise ValueError(f"Slurm would refuse this job: {refusal}. Asked for: {_asked(config)}{there}")
+    there = f"; nodes{where}: {_offer(nodes)}" if nodes else ""
+    raise ValueError(f"Slurm would refuse this job: {refusal}. Asked for: {_request(config)}{there}")
 
 
 def test_only(text: str, timeout_s: float = slurm.COMMAND_TIMEOUT_S) -> str:
@@ -178,7 +178,7 @@ def test_only(text: str, timeout_s: float = slurm.COMMAND_TIMEOUT_S) -> str:
     return ""
 
 
-def _asked(config: RunConfig) -> str:
+def _request(config: RunConfig) -> str:
     """What the job asks of its nodes, with the flags that say so."""
     s = config.slurm
     tasks, cores = s.ranks_per_node + 1, s.cpus_per_task or 1
@@ -195,7 +195,7 @@ def _asked(config: RunConfig) -> str:
     return ", ".join(p for p in parts if p)
 
 
-def _given(nodes: list[dict[str, str]]) -> str:
+def _offer(nodes: list[dict[str, str]]) -> str:
     """How many nodes there are of each kind."""
     kinds: dict[str, list[str]] = {}
     for n in nodes:
@@ -207,7 +207,7 @@ def _given(nodes: list[dict[str, str]]) -> str:
 
 
 def nodes_of(partitions: set[str], timeout_s: float = slurm.COMMAND_TIMEOUT_S) -> list[dict[str, str]]:
-    """`scontrol show node` of the partitions' nodes (of all, where none is named); empty where Slurm does not answer."""
+    """`scontrol show node` of the partitions' nodes (all, where none is named); empty where Slurm does not answer."""
     try:
         lines = slurm.ask("scontrol", "-o", "show", "node", timeout_s=timeout_s).splitlines()
     except slurm.SlurmError:

@@ -23,7 +23,8 @@ def describe(config: RunConfig) -> str:
         else f"FP8 {config.fp8.format} {config.fp8.recipe} ({config.fp8.backend})"
     )
     lines = [
-        f"tasks        {placement.nodes} node(s) x ({placement.ranks_per_node} ranks + 1 rollout worker), executor {config.slurm.executor}",
+        f"tasks        {placement.nodes} node(s) x ({placement.ranks_per_node} ranks + 1 rollout worker), "
+        f"executor {config.slurm.executor}",
         f"layout       tensor {p.tensor_parallel_size} x pipeline {p.pipeline_parallel_size} x data {data}",
         f"precision    trainer {trainer}, engine {'block FP8' if engine_in_fp8(config) else config.engine.dtype}",
         f"a step       {r.prompts_per_step} prompts x {r.n_samples} samples of at most {r.max_tokens} tokens, "

@@ -6,6 +6,7 @@ import importlib.util
 import math
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +31,15 @@ ROWS_CHECKED = 20_000
 def preflight(config: RunConfig, dry_run: bool = False) -> list[str]:
     """Check a configuration against files and installed packages; returns warnings.
 
-    `dry_run`: nothing will be started, so what a start would be refused for (a checkpoint, a data file or a package that
-    is not here, a feature that is not there yet) is among the warnings; a layout that cannot be still is an error.
+    `dry_run`: nothing will be started, so what a start would be refused for (a checkpoint, a data file or a package
+    that is not here, a feature that is not there yet) is among the warnings; a layout that cannot be still is an error.
 
     Raises:
         ValueError: names the key, the value, what is allowed and the flag.
     """
     set_fp32_scales()
     refusals: list[str] = []
+    warnings: list[str] = []
 
     def check(what: Callable[..., None], *arguments: Any) -> None:
         try:
@@ -62,9 +64,10 @@ def preflight(config: RunConfig, dry_run: bool = False) -> list[str]:
         check(_folder, path, flag, what)
     if len(refusals) == paths and (config.model.hf_checkpoint or Path()).is_dir():
         check(_data, config)
+        check(_end_tokens, config, warnings)
     if dry_run:  # a start looks itself, under the run's lock
         check(check_configuration, config, RunDirectory(config.run.root / config.run.name))
-    return refusals + _warnings(config) + _room(config, spec)
+    return refusals + warnings + _warnings(config) + _room(config, spec)
 
 
 def _folder(path: Path | None, flag: str, what: str) -> Path:
@@ -98,10 +101,10 @@ def _model(config: RunConfig) -> None:
         from fp8slurm.sync.check import check_rollout_checkpoint
 
         check_rollout_checkpoint(rollout, spec)
-        there, asked = engine_in_fp8(config), config.fp8.engine
-        if asked != "auto" and there != (asked == "fp8"):
+        there, requested = engine_in_fp8(config), config.fp8.engine
+        if requested != "auto" and there != (requested == "fp8"):
             raise ValueError(
-                f"--fp8.engine {asked} with --model.rollout-checkpoint {rollout}, which is in {'FP8' if there else 'BF16'}; allowed: "
+                f"--fp8.engine {requested} with --model.rollout-checkpoint {rollout}, which is in {'FP8' if there else 'BF16'}; allowed: "
                 f"leave --fp8.engine out, or give another folder"
             )
 
@@ -118,8 +121,8 @@ def _fp8(config: RunConfig) -> None:
             "fp8 (or an FP8 --model.rollout-checkpoint), or --fp8.no-param-gather"
         )
     # A job in a container has packages of its own: there every rank looks for itself when it starts (trainer/start.py).
-    here = config.slurm.executor != "slurm" or config.slurm.container_image is None
-    if fp8.backend == "transformer_engine" and here and importlib.util.find_spec("transformer_engine") is None:
+    checkable = config.slurm.executor != "slurm" or config.slurm.container_image is None
+    if fp8.backend == "transformer_engine" and checkable and importlib.util.find_spec("transformer_engine") is None:
         raise ValueError(
             "--fp8.backend transformer_engine: TransformerEngine is not installed, and without it Megatron would ignore FP8 silently; "
             "install it (requirements/gpu.txt), or ask for --fp8.backend emulated (CPU) or --fp8.backend off (no FP8)"
@@ -128,27 +131,29 @@ def _fp8(config: RunConfig) -> None:
 
 def _sync(config: RunConfig) -> None:
     """How the weights travel, and whether engines sleep, against the GPUs."""
-    way, gpus = config.sync.transport, config.slurm.gpus_per_node
-    if way == "cuda-ipc" and not gpus:
+    transport, gpus = config.sync.transport, config.slurm.gpus_per_node
+    if transport == "cuda-ipc" and not gpus:
         raise ValueError(
             "--sync.transport cuda-ipc needs GPUs (--slurm.gpus-per-node); allowed: auto, gloo, shared-memory"
         )
-    if way in ("shared-memory", "gloo-direct") and gpus:
-        raise ValueError(f"--sync.transport {way} is for machines without GPUs; allowed: auto, cuda-ipc, nccl, gloo")
+    if transport in ("shared-memory", "gloo-direct") and gpus:
+        raise ValueError(
+            f"--sync.transport {transport} is for machines without GPUs; allowed: auto, cuda-ipc, nccl, gloo"
+        )
     split = config.engine.placement == "split"
-    if way == "cuda-ipc" and split:
+    if transport == "cuda-ipc" and split:
         raise ValueError(
             "--sync.transport cuda-ipc with --engine.placement split: no engine shares a GPU with a training rank; allowed: "
             "auto, nccl, gloo"
         )
-    if way == "nccl" and not split:
+    if transport == "nccl" and not split:
         raise ValueError(
             "--sync.transport nccl with --engine.placement shared: NCCL does not join two processes on one GPU; allowed: auto, "
             "cuda-ipc, gloo, or --engine.placement split"
         )
     if config.sync.keep_last_update and transport_of(config) != "gloo":
         raise ValueError(
-            f"--sync.keep-last-update with --sync.transport {way}: the weights do not pass through the host, so there is "
+            f"--sync.keep-last-update with --sync.transport {transport}: the weights do not pass through the host, so there is "
             f"nothing to keep; allowed: leave it out, or --sync.transport gloo"
         )
     if config.engine.sleep and not (gpus and config.engine.placement == "shared"):
@@ -258,14 +263,14 @@ def _stop_tokens(config: RunConfig, spec: ModelSpec) -> None:
 
 def _gpus(config: RunConfig) -> None:
     """A run on this machine needs its GPUs here; under Slurm the nodes have them."""
-    wanted = config.slurm.gpus_per_node
-    if not wanted or config.slurm.executor == "slurm":
+    needed = config.slurm.gpus_per_node
+    if not needed or config.slurm.executor == "slurm":
         return
     import torch
 
-    if torch.cuda.device_count() < wanted:
+    if torch.cuda.device_count() < needed:
         raise ValueError(
-            f"--slurm.gpus-per-node {wanted} with --slurm.executor {config.slurm.executor}: this machine has "
+            f"--slurm.gpus-per-node {needed} with --slurm.executor {config.slurm.executor}: this machine has "
             f"{torch.cuda.device_count()} GPUs; start it where they are, or as a Slurm job (--slurm.executor slurm)"
         )
 
@@ -343,16 +348,18 @@ def _data_files(config: RunConfig) -> list[tuple[Path | None, str, str]]:
 def _data(config: RunConfig) -> None:
     """The rows of the data files, which are there."""
     from fp8slurm.data.prompts import load_prompts, load_sft, load_tokenizer
+    from fp8slurm.rewards.graders import label_error
     from fp8slurm.rewards.pool import RewardPool
 
     assert config.model.hf_checkpoint is not None
     tokenizer = load_tokenizer(config.model.hf_checkpoint)
+    unanswerable = partial(label_error, config.reward.kind)
     if config.run.steps:
         assert config.data.train is not None
-        load_prompts(config.data, tokenizer, config.data.train, limit=ROWS_CHECKED)
+        load_prompts(config.data, tokenizer, config.data.train, ROWS_CHECKED, unanswerable)
         RewardPool(config.reward, workers=1).close()
     if config.data.eval is not None:
-        load_prompts(config.data, tokenizer, config.data.eval, limit=ROWS_CHECKED)
+        load_prompts(config.data, tokenizer, config.data.eval, ROWS_CHECKED, unanswerable)
     _eval_tasks(config, tokenizer)
     if config.sft.data is not None:
         load_sft(config.data, config.sft, tokenizer, config.sft.data, limit=ROWS_CHECKED)
@@ -362,6 +369,20 @@ def _data(config: RunConfig) -> None:
             )
     if not config.run.steps and config.sft.data is None:
         raise ValueError("--run.steps 0 without --sft.data: there is nothing to do")
+
+
+def _end_tokens(config: RunConfig, warnings: list[str]) -> None:
+    from fp8slurm.data.prompts import end_token_ids, load_tokenizer, unlisted_ends
+
+    folder = config.model.hf_checkpoint
+    assert folder is not None
+    tokenizer = load_tokenizer(folder)
+    end_token_ids(folder, tokenizer)
+    for token, why in unlisted_ends(folder, tokenizer).items():
+        warnings.append(
+            f"token {token} ({tokenizer.convert_ids_to_tokens(token)}) ends responses too: {why}, and eos_token_id of "
+            f"{folder}/generation_config.json and config.json leaves it out"
+        )
 
 
 def _eval_tasks(config: RunConfig, tokenizer: Any) -> None:
@@ -391,30 +412,31 @@ def _room(config: RunConfig, spec: ModelSpec) -> list[str]:
     if free >= n * one:
         return []
     return [
-        f"run.root {config.run.root} has {free / 1e9:.1f} GB free; checkpoint.keep_last + 1 checkpoints of {one / 1e9:.1f} GB need "
-        f"{n * one / 1e9:.1f} GB"
+        f"run.root {config.run.root} has {free / 1e9:.1f} GB free; checkpoint.keep_last + 1 checkpoints of "
+        f"{one / 1e9:.1f} GB need {n * one / 1e9:.1f} GB"
     ]
 
 
 def _idle_settings(config: RunConfig) -> list[str]:
     """Settings that do nothing beside the others."""
     o, r, c, steps = config.optim, config.rollout, config.checkpoint, config.run.steps
-    said = {
+    warnings = {
         f"sft.max_steps {config.sft.max_steps} without sft.data: there is no supervised phase": (
             config.sft.data is None and config.sft.max_steps
         ),
-        f"optim.min_lr {o.min_lr:g} with optim.schedule constant: nothing decays": o.schedule == "constant"
-        and o.min_lr,
-        f"optim.warmup_steps {o.warmup_steps} of run.steps {steps}: the warm-up does not end, optim.lr is never reached": (
+        f"optim.min_lr {o.min_lr:g} with optim.schedule constant: nothing decays": (
+            o.schedule == "constant" and o.min_lr
+        ),
+        f"optim.warmup_steps {o.warmup_steps} of run.steps {steps}: optim.lr is never reached": (
             steps and o.warmup_steps >= steps
         ),
-        f"rollout.max_replacements {r.max_replacements} without rollout.drop_no_signal: nothing is dropped, so nothing is replaced": (
+        f"rollout.max_replacements {r.max_replacements} without rollout.drop_no_signal: nothing is dropped": (
             r.max_replacements and not r.drop_no_signal
         ),
         f"checkpoint.keep_every {c.keep_every} with checkpoint.every {c.every}: only checkpoints at multiples of "
         f"{math.lcm(c.every, c.keep_every or 1)} are kept for good": c.keep_every % c.every,
     }
-    return [text for text, applies in said.items() if applies]
+    return [text for text, applies in warnings.items() if applies]
 
 
 def _time_to_work(config: RunConfig) -> list[str]:
@@ -426,8 +448,8 @@ def _time_to_work(config: RunConfig) -> list[str]:
     if s.executor != "slurm" or left >= START_S:
         return []
     return [
-        f"slurm.time {s.time} with slurm.signal_delay_s {s.signal_delay_s}: the notice comes {left} s after the start, or up to 60 s "
-        f"earlier; a start, a step and a save must fit in before"
+        f"slurm.time {s.time} with slurm.signal_delay_s {s.signal_delay_s}: the notice comes {left} s after the start, "
+        f"or up to 60 s earlier; a start, a step and a save must fit in before"
     ]
 
 
@@ -443,15 +465,11 @@ def _warnings(config: RunConfig) -> list[str]:
         )
     if s.data is not None and s.stop_accuracy < 1 and not s.eval_every:
         warnings.append(
-            f"sft.stop_accuracy {s.stop_accuracy:g} without sft.eval_every: nothing is evaluated, so the supervised phase "
-            f"takes all of sft.max_steps"
+            f"sft.stop_accuracy {s.stop_accuracy:g} without sft.eval_every: nothing is evaluated, so the supervised "
+            f"phase takes all of sft.max_steps"
         )
     if config.rollout.top_p < 1 or config.rollout.top_k > 0:
         warnings.append(
-            "rollout.top_p or rollout.top_k cut the sampling distribution: log-probabilities of engine and trainer then differ by construction"
-        )
-    if config.run.deterministic and config.slurm.nodes > 1:
-        warnings.append(
-            "run.deterministic over several nodes fixes the deal of prompts to nodes: the slowest node sets the pace"
+            "rollout.top_p or rollout.top_k cut the distribution: engine and trainer then differ by construction"
         )
     return warnings

@@ -1,6 +1,6 @@
-"""Checkpoints: their formats on disk, and the converters between them. Runs on a login node or in a job of its own; the trainer reads with it.
+"""Checkpoints: their formats on disk, and the converters between them. Runs anywhere; the trainer reads with it.
 
-The names are imported when they are first used: what begins an attempt needs checkpoint.formats before torch may be imported.
+Names are imported at their first use: what begins an attempt needs checkpoint.formats before torch may be imported.
 """
 
 from importlib import import_module

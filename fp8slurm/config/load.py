@@ -140,8 +140,8 @@ def flags_named() -> Iterator[None]:
         lines = []
         for e in refused.error.errors(include_url=False):
             flag = ".".join(map(str, (sections.get(refused.section, "?"), *e["loc"]))).replace("_", "-")
-            said = e["msg"].removeprefix("Value error, ").replace("Input should be", "allowed:")
-            lines.append(said if said.startswith(f"--{flag} ") else f"--{flag} {e['input']}: {said}")
+            text = e["msg"].removeprefix("Value error, ").replace("Input should be", "allowed:")
+            lines.append(text if text.startswith(f"--{flag} ") else f"--{flag} {e['input']}: {text}")
         raise ValueError("\n".join(lines)) from None
     finally:
         FROM_FLAGS.reset(token)

@@ -35,7 +35,7 @@ class EnginePlace:
 
 @dataclass(frozen=True)
 class Placement:
-    """All tasks of a job: on every node `ranks_per_node` Megatron ranks, then the node's rollout worker; and the engines."""
+    """All tasks of a job (on every node its Megatron ranks, then its rollout worker), and the engines."""
 
     nodes: int
     ranks_per_node: int
@@ -82,7 +82,7 @@ def place(config: RunConfig) -> Placement:
 def _check_gpus(config: RunConfig) -> int:
     """Whether ranks and engines fit the GPUs of a node; returns the first GPU index that an engine gets."""
     s, e = config.slurm, config.engine
-    wanted = e.per_node * e.tensor_parallel_size
+    needed = e.per_node * e.tensor_parallel_size
     engines = f"--engine.per-node {e.per_node} x --engine.tensor-parallel-size {e.tensor_parallel_size}"
     if e.placement == "shared":
         if e.gpus:
@@ -94,8 +94,8 @@ def _check_gpus(config: RunConfig) -> int:
                 f"--slurm.ranks-per-node {s.ranks_per_node} with --slurm.gpus-per-node {s.gpus_per_node}: with "
                 f"--engine.placement shared every GPU trains; allowed: equal numbers"
             )
-        if s.gpus_per_node and wanted > s.gpus_per_node:
-            raise ValueError(f"{engines} = {wanted} GPUs; a node has --slurm.gpus-per-node {s.gpus_per_node}")
+        if s.gpus_per_node and needed > s.gpus_per_node:
+            raise ValueError(f"{engines} = {needed} GPUs; a node has --slurm.gpus-per-node {s.gpus_per_node}")
         return 0
     if not s.gpus_per_node:
         raise ValueError("--engine.placement split needs GPUs to split: set --slurm.gpus-per-node")
@@ -104,6 +104,6 @@ def _check_gpus(config: RunConfig) -> int:
             f"--engine.placement split: --slurm.ranks-per-node {s.ranks_per_node} + --engine.gpus {e.gpus} must be "
             f"--slurm.gpus-per-node {s.gpus_per_node}, and both at least 1"
         )
-    if wanted != e.gpus:
-        raise ValueError(f"{engines} = {wanted} GPUs, and --engine.gpus is {e.gpus}: they must be equal")
+    if needed != e.gpus:
+        raise ValueError(f"{engines} = {needed} GPUs, and --engine.gpus is {e.gpus}: they must be equal")
     return s.ranks_per_node

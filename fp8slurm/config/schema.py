@@ -86,7 +86,7 @@ class RunSection(Section):
     steps: int = Field(100, ge=0)
     """Reinforcement-learning steps (0 with a warm start is plain SFT)."""
     deterministic: bool = False
-    """Seeded sampling in one fixed batch: an interrupted and resumed run equals an uninterrupted one to the last bit (CPU)."""
+    """Seeded sampling in one fixed batch: a resumed run equals an uninterrupted one to the last bit (CPU)."""
     max_bad_steps: int = Field(3, ge=1)
     """Steps in a row with a NaN or infinite loss or gradient after which the job ends."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
@@ -101,7 +101,7 @@ class ModelSection(Section):
     hf_checkpoint: Path | None = None
     """Hugging Face checkpoint folder in BF16 or FP32; the trainer starts from it."""
     rollout_checkpoint: Path | None = None
-    """Folder that the engine loads; its config.json says whether the engine runs in FP8 and in which blocks. Left out: made from hf_checkpoint."""
+    """Folder that the engine loads, in the precision of its config.json; left out: made from hf_checkpoint."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Dtype of the trainer's parameters outside FP8 GEMMs."""
 
@@ -116,9 +116,10 @@ class Fp8Section(Section):
     backend: Literal["transformer_engine", "emulated", "off"] = "transformer_engine"
     """Who multiplies in FP8: TransformerEngine (GPU), its formula emulated (CPU), or nobody (plain BF16 or FP32)."""
     param_gather: bool = False
-    """Keep the Linear weights themselves in FP8, with FP32 masters in the optimizer; updates send their codes and scales as they are. Needs TransformerEngine on a GPU."""
+    """Keep the Linear weights themselves in FP8, with FP32 masters in the optimizer; updates send their codes and
+    scales as they are. Needs TransformerEngine on a GPU."""
     engine: Literal["auto", "fp8", "bf16"] = "auto"
-    """Precision of the engine when its checkpoint is made from hf_checkpoint: auto follows backend. A rollout_checkpoint has its own."""
+    """Precision of the engine's checkpoint where it is made from hf_checkpoint; auto follows backend."""
 
 
 class ParallelSection(Section):
@@ -169,9 +170,10 @@ class OptimSection(Section):
     distributed: bool = True
     """Shard optimizer state and FP32 master weights over the data-parallel ranks."""
     cpu_offload: bool = False
-    """Keep Adam's state and FP32 master weights in host memory and step there, copies overlapped (Megatron's HybridDeviceOptimizer)."""
+    """Keep Adam's state and FP32 master weights in host memory and step there (Megatron's HybridDeviceOptimizer)."""
     sleep: bool = False
-    """Keep Adam's state and the FP32 master weights in pinned host memory while engines work on the same GPU: more room for their KV cache, for two copies a step. The weights stay. Needs GPUs that trainer and engines share."""
+    """Keep Adam's state and the FP32 master weights in pinned host memory while engines work on the same GPU: more room
+    for their KV cache, for two copies a step. Needs GPUs that trainer and engines share."""
     moments: Literal["float32", "bfloat16"] = "float32"
     """Dtype of Adam's two moments; bfloat16 needs TransformerEngine's FusedAdam, on the GPU."""
 
@@ -201,7 +203,8 @@ class DataSection(Section):
     label_key: str = "label"
     """Key of the reference answer."""
     chat_template_kwargs: TemplateArguments = Field(default_factory=dict)
-    """Arguments for the chat template, the same in rollout and evaluation. Qwen3 without thinking: enable_thinking False, or '{"enable_thinking": false}'."""
+    """Arguments for the chat template, in rollout and evaluation. Qwen3 without thinking: enable_thinking False, or
+    '{"enable_thinking": false}'."""
 
     @field_validator("chat_template_kwargs", mode="before")
     @classmethod
@@ -229,7 +232,7 @@ class RolloutSection(Section):
     temperature: float = Field(1.0, ge=0)
     """Sampling temperature."""
     top_p: float = Field(1.0, gt=0, le=1)
-    """Nucleus sampling; below 1 the engine's log-probabilities are of the cut distribution only if it says so: keep 1 to train."""
+    """Nucleus sampling; keep 1 to train: below it the engine's log-probabilities are not the trainer's."""
     top_k: int = Field(-1, ge=-1)
     """Top-k sampling: 1 or more; -1 is off."""
 
@@ -259,22 +262,24 @@ class RolloutSection(Section):
     routing_replay: bool = False
     """Mixture of experts: route every token in the trainer to the experts that the engine chose for it."""
     save_every: int = Field(0, ge=0)
-    """Write rollouts/step_N.jsonl every so many steps, with the trainer's log-probabilities for the report (0: never)."""
+    """Steps between files rollouts/step_N.jsonl, with the trainer's log-probabilities for the report (0: none)."""
 
 
 class RewardSection(Section):
     """Rewards."""
 
     kind: str = "exact"
-    """exact, digits, numeric, choice, math, or a user's own function as module:function(response: str, label: str) -> float."""
+    """exact, digits, numeric, choice, math, or a function of your own, module:function(response, label) -> float."""
     digits_weight: float = Field(0.5, ge=0, le=1)
     """For digits: the share of the per-digit part; the rest is the exact match."""
     timeout_s: float = Field(5.0, gt=0)
     """Time limit of one call; each runs in a process of its own kind, not in the rollout worker."""
     on_error: Literal["error", "zero"] = "error"
-    """A reward function of one's own that raises, hangs or returns NaN ends the run with the reason, or counts as 0. An answer that math cannot digest always counts as 0."""
+    """A function of your own that raises, hangs or returns NaN ends the run, or counts as 0. An answer that math cannot
+    digest always counts as 0."""
     memory_mib: int | None = Field(None, ge=0)
-    """Address space in MiB of each process that calls math or a function of one's own (0: no limit); left out: 2048 for math, no limit otherwise."""
+    """Address space in MiB of each process that calls math or a function of your own (0: no limit); left out: 2048 for
+    math, no limit otherwise."""
 
 
 class AlgorithmSection(Section):
@@ -333,7 +338,7 @@ class EngineSection(Section):
     per_node: int = Field(1, ge=1)
     """Engines on each node; they share its work, and one that fails leaves its own to the others."""
     placement: Literal["shared", "split"] = "shared"
-    """shared: trainer and engines take turns on the same GPUs; split: on every node engine.gpus GPUs serve, the others train."""
+    """shared: trainer and engines take turns on the same GPUs; split: engine.gpus a node serve, the others train."""
     gpus: int = Field(0, ge=0)
     """For split: GPUs of each node that serve (engine.per_node times engine.tensor_parallel_size)."""
     max_running_requests: int = Field(256, ge=1, le=4096)
@@ -347,7 +352,7 @@ class EngineSection(Section):
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Dtype outside the FP8 layers."""
     sleep: bool | None = None
-    """Engines give their GPU memory back while the trainer works. Left out: yes on GPUs that trainer and engines share."""
+    """Engines give their GPU memory back while the trainer works; left out: yes on GPUs that both share."""
     ready_timeout_s: float = Field(600.0, gt=0)
     """Deadline for the server to come up. On GPUs the first start compiles kernels, which can take half an hour."""
     request_timeout_s: float = Field(3600.0, gt=0)
@@ -355,7 +360,7 @@ class EngineSection(Section):
     max_restarts: int = Field(3, ge=0)
     """Restarts of one engine in a row after which the job ends."""
     extra_args: list[str] = Field(default_factory=list)
-    """Further arguments of SGLang's server; the first after an equals sign: --engine.extra-args=--attention-backend triton."""
+    """Further arguments of SGLang's server; the first after a =: --engine.extra-args=--attention-backend triton."""
 
 
 class SyncSection(Section):
@@ -364,13 +369,17 @@ class SyncSection(Section):
     bucket_bytes: int = Field(512 * 2**20, ge=2**16)
     """Size of one bucket."""
     verify: Literal["off", "first", "always"] = "first"
-    """Compare a digest of the raw bytes in the engine with what was sent: never, after the first two updates, after every one."""
+    """Compare a digest of the bytes in the engine with what was sent: never, after the first two updates, after all."""
     pause_mode: Literal["retract", "abort", "in_place"] = "retract"
-    """What an update does to running requests: back to the queue (go on under the new weights), end now, or go on with the old weights' KV cache. (While rollouts do not run ahead of the trainer, none runs then.)"""
+    """What an update does to running requests: back to the queue (they go on under the new weights), end now, or go on
+    with the old weights' KV cache. (While rollouts do not run ahead of the trainer, none runs then.)"""
     transport: Literal["auto", "gloo", "cuda-ipc", "nccl", "shared-memory", "gloo-direct"] = "auto"
-    """How weights reach the engines: through the host (gloo), mapped where they lie on the GPU that trainer and engine share (cuda-ipc), or broadcast from GPU to GPU where each have their own (nccl). shared-memory and gloo-direct are the stand-ins of the last two without GPUs. auto: gloo without GPUs, else cuda-ipc or nccl by engine.placement."""
+    """How weights reach the engines: through the host (gloo), mapped on the GPU that trainer and engine share
+    (cuda-ipc), or broadcast from GPU to GPU where each have their own (nccl). shared-memory and gloo-direct stand in for the
+    last two without GPUs. auto: gloo without GPUs, else cuda-ipc or nccl by engine.placement."""
     keep_last_update: bool | None = None
-    """Keep the last update in the host memory of every node, for an engine that restarts; without it the trainer sends it again. Left out: yes with gloo; the other transports cannot."""
+    """Keep the last update in the host memory of every node, for an engine that restarts; without it the trainer sends
+    it again. Left out: yes with gloo; the other transports cannot."""
 
 
 class CheckpointSection(Section):
@@ -383,7 +392,8 @@ class CheckpointSection(Section):
     keep_every: int = Field(0, ge=0)
     """Checkpoints at multiples of this are kept for good (0: none)."""
     asynchronous: bool = True
-    """Write checkpoints while the next step runs: a step waits only for the plan and a copy of each rank's own share to host memory, which needs the room there (fp8slurm plan says how much)."""
+    """Write checkpoints while the next step runs: a step waits only for the plan and a copy of each rank's own share to
+    host memory, which needs the room there (fp8slurm plan says how much)."""
 
 
 class EvalSection(Section):
@@ -392,7 +402,7 @@ class EvalSection(Section):
     every: int = Field(10, ge=0)
     """Steps between evaluations (0: only at the start and the end)."""
     tasks: list[str] = Field(default_factory=list)
-    """Further tasks, each NAME=FILE with a shipped definition, FILE.jsonl or FILE.parquet with prompt and label, or MY.toml[=FILE] (docs/eval.md)."""
+    """Further tasks: NAME=FILE of a shipped definition, FILE.jsonl, FILE.parquet, or MY.toml[=FILE] (docs/eval.md)."""
     n_samples: int = Field(1, ge=1)
     """Samples a question, of data.eval and of every task; above 1 needs a temperature."""
     max_tokens: int | None = Field(None, ge=1)
@@ -409,7 +419,7 @@ class ObserveSection(Section):
     tensorboard: bool = True
     """Write TensorBoard files to tb/."""
     wandb: bool = False
-    """Send the metrics to Weights & Biases, too (needs the package wandb and a key; without them the run says so and goes on)."""
+    """Send the metrics to Weights & Biases, too (without the package wandb or a key the run says so and goes on)."""
     wandb_project: str = "fp8slurm"
     """Its project; the run there has the name of run.name."""
     plot: bool = True
@@ -420,7 +430,8 @@ class WatchdogSection(Section):
     """Hangs."""
 
     timeout_s: float = Field(1800.0, gt=0)
-    """Longest time without any progress before every task dumps its stacks and the job step ends. Engines that compute are progress, however long a rollout takes; one that has work and computes nothing for half of this is restarted."""
+    """Longest time without any progress before every task dumps its stacks and the job step ends. Engines that compute
+    are progress, however long a rollout takes; one that has work and computes nothing for half of this is restarted."""
 
 
 class SlurmSection(Section):
@@ -467,7 +478,7 @@ class SlurmSection(Section):
     setup: list[str] = Field(default_factory=list)
     """Shell lines that the job script runs before it starts the tasks, such as module loads."""
     sbatch: dict[str, bool | str | int] = Field(default_factory=dict)
-    """Any other sbatch parameter by its long name, such as mail-type END; True is a flag without a value, such as exclusive True."""
+    """Any other sbatch parameter by its long name, such as mail-type END; True for a flag: exclusive True."""
     srun: list[str] = Field(default_factory=list)
     """Further arguments of srun; the first after an equals sign: --slurm.srun=--mpi=none."""
     signal_delay_s: int = Field(300, ge=1)

@@ -12,7 +12,7 @@ FORMS = """allowed: enable_thinking False, or as JSON '{"enable_thinking": false
 
 
 def check_values(values: Any) -> None:
-    """ValueError: a value that a recipe cannot hold, or text that looks like a truth value and counts as true in a template."""
+    """ValueError: no value for a recipe, or text that looks like a truth value, which a template takes for true."""
     if not isinstance(values, dict):
         raise ValueError(f"{values!r} is not an object of names and values; {FORMS}")
     for key, value in values.items():

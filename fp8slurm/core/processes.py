@@ -1,10 +1,19 @@
-"""Whether a process that was written down is still the one that lives."""
+"""Processes: where new ones find this package, and whether one that was written down is still the one that lives."""
 
 from __future__ import annotations
 
+import os
 import socket
 from pathlib import Path
 from typing import Any
+
+PACKAGE_ROOT = str(Path(__file__).parents[2])
+"""The folder that holds this package."""
+
+
+def python_path() -> str:
+    """PYTHONPATH for a process that imports this package from where this one has it."""
+    return os.pathsep.join(filter(None, (PACKAGE_ROOT, os.environ.get("PYTHONPATH"))))
 
 
 def process_start(pid: int) -> str | None:

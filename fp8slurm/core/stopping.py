@@ -1,4 +1,4 @@
-"""Stopping before the end: what the loop asks at step boundaries. Who gives notice, and what follows, is not its business."""
+"""Stopping before the end: what the loop asks at step boundaries. Others know who gives notice, and what follows."""
 
 from __future__ import annotations
 
@@ -43,4 +43,4 @@ class NeverStop:
         return ""
 
     def stopped(self, where: str, saved: bool) -> None:
-        raise AssertionError("nobody asked for it")
+        raise AssertionError("no stop was requested")

@@ -34,7 +34,7 @@ class Sample:
     text: str = ""
     """The response decoded, end token left out."""
     reward: float = 0.0
-    """What the reward function said."""
+    """What the reward function returned."""
     routing: torch.Tensor | None = field(default=None, compare=False)
     """Experts that the engine chose, uint8 or int16 [prompt + response tokens - 1, layers, k]: the last token was never
     an input. None unless rollout.routing_replay is on."""
@@ -73,4 +73,4 @@ class PackedBatch:
     samples: tuple[int, ...] = ()
     """Which sample every segment is, counted over all samples of the packed groups; a padding tail has no number."""
     temperature: float = 1.0
-    """The policy is softmax(logits / temperature): the one that the engine sampled from, and took log-probabilities of."""
+    """The policy is softmax(logits / temperature): what the engine sampled from and took log-probabilities of."""

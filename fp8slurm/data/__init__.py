@@ -1,1 +1,1 @@
-"""Rows of prompts and examples, made into tokens. Runs in training ranks, in rollout workers, and before a job is queued."""
+"""Rows of prompts and examples, made into tokens. Runs in both kinds of tasks, and before a job is queued."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import numpy as np
 
 from fp8slurm.config.schema import DataSection, SftSection
 from fp8slurm.core.types import Prompt
+from fp8slurm.models.qwen3 import ModelSpec
 
 log = logging.getLogger(__name__)
 
@@ -51,28 +54,78 @@ def load_tokenizer(folder: Path) -> Any:
         ) from None
 
 
-def end_token_ids(folder: Path) -> list[int]:
-    """Every token that ends a response: eos_token_id of generation_config.json and config.json together, ascending."""
-    found: set[int] = set()
+def end_token_ids(folder: Path, tokenizer: Any) -> list[int]:
+    """Every token that ends a response, ascending: eos_token_id of generation_config.json and config.json, and
+    `unlisted_ends`.
+
+    ValueError: there is none, or one is beyond the model's embedding.
+    """
+    ends = sorted({*_listed_ends(folder), *unlisted_ends(folder, tokenizer)})
+    if not ends:
+        raise ValueError(f"{folder}: neither generation_config.json nor config.json has an eos_token_id")
+    rows = _spec(tokenizer).vocab_size
+    if ends[-1] >= rows:
+        raise ValueError(f"{folder}: eos_token_id {ends[-1]}: the model has {rows} tokens; allowed: 0 to {rows - 1}")
+    return ends
+
+
+def unlisted_ends(folder: Path, tokenizer: Any) -> dict[int, str]:
+    """Tokens that end a response though no eos_token_id names them, and what says so.
+
+    A base model that was tuned with a chat template often has only its own end of text there: a response would run on
+    behind the end of its turn until max_tokens. Supervised examples end with the tokenizer's eos_token.
+    """
+    ends = {_end_of_turn(tokenizer): "the chat template writes it behind an answer"}
+    ends[tokenizer.eos_token_id] = "the tokenizer's eos_token"
+    listed = _listed_ends(folder)
+    return {token: why for token, why in ends.items() if token is not None and token not in listed}
+
+
+def _listed_ends(folder: Path) -> set[int]:
+    ends: set[int] = set()
     for name in ("generation_config.json", "config.json"):
         path = Path(folder) / name
         if path.is_file():
             value = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-            found.update([value] if isinstance(value, int) else value or [])
-    if not found:
-        raise ValueError(f"{folder}: neither generation_config.json nor config.json has an eos_token_id")
-    return sorted(found)
+            ends.update([value] if isinstance(value, int) else value or [])
+    return ends
 
 
-def load_prompts(data: DataSection, tokenizer: Any, path: Path, limit: int | None = None) -> list[Prompt]:
+def _end_of_turn(tokenizer: Any) -> int | None:
+    """The first special token behind what an assistant says; None without a chat template, or where it writes none."""
+    if not tokenizer.chat_template:
+        return None
+    answer = "an answer"
+    turns = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": answer}]
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+    except Exception as error:  # templates raise what they like
+        log.warning("the chat template refuses a question with its answer (%s): its end of turn is not known", error)
+        return None
+    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    return next((i for i in encode(tokenizer, [text.rpartition(answer)[2]])[0] if i in special), None)
+
+
+def load_prompts(
+    data: DataSection, tokenizer: Any, path: Path, limit: int | None = None,
+    label_error: Callable[[str], str | None] = lambda label: None,
+) -> list[Prompt]:  # fmt: skip
     """The prompts of one file, in the file's order; `Prompt.index` is the row (from 0, blank lines of a JSONL counted).
 
     A prompt is text, tokenized as it stands, or a list of messages, to which the chat template is applied with the
     generation prompt and data.chat_template_kwargs. Prompts longer than data.max_prompt_tokens are left out; how many
     is logged. ValueError: no such file, a row that cannot be used (file and line are named; with on_bad_line = "skip"
-    it is counted and logged instead), or no prompt left. `limit`: read only that many rows.
+    it is counted and logged instead), or no prompt left. `limit`: read only that many rows. label_error: why no
+    response could equal a label under the run's reward, or None; such a row cannot be used.
     """
-    rows = _rows(path, data, tokenizer, lambda row: _label(row, data.label_key, "data.label_key"), limit)
+
+    def checked_label(row: dict) -> str:
+        label = _label(row, data.label_key, "data.label_key")
+        if (error := label_error(label)) is not None:
+            raise BadRow(f"{error} (data.label_key)")
+        return label
+
+    rows = _rows(path, data, tokenizer, checked_label, limit)
     return [Prompt(index=i, token_ids=tuple(ids), label=label) for i, ids, label in rows]
 
 
@@ -89,6 +142,14 @@ def load_sft(
     rows = _rows(path, data, tokenizer, lambda row: _label(row, sft.response_key, "sft.response_key"), limit)
     responses = encode(tokenizer, [response for _, _, response in rows])
     end = (tokenizer.eos_token_id,)
+    positions = _spec(tokenizer).max_position_embeddings
+    for (index, ids, _), response in zip(rows, responses):
+        check_tokens(f"{path}:{index + 1}", response, tokenizer)
+        if len(ids) + len(response) + 1 > positions:
+            raise ValueError(
+                f"{path}:{index + 1}: prompt and response have {len(ids) + len(response) + 1} tokens with the end "
+                f"token; the model has {positions} positions (max_position_embeddings)"
+            )
     return [SftExample(tuple(ids), tuple(response) + end) for (_, ids, _), response in zip(rows, responses)]
 
 
@@ -144,17 +205,14 @@ def _rows(
         texts.append(text)
     ids = encode(tokenizer, texts)
     kept = [row for row in zip(indices, ids, values) if 0 < len(row[1]) <= data.max_prompt_tokens]
+    for index, tokens, _ in kept:
+        check_tokens(f"{path}:{index + 1}", tokens, tokenizer)
     long = len(ids) - len(kept)
     if bad:
         log.warning("%s: %d bad lines left out", path, bad)
     if long:
-        log.warning(
-            "%s: %d of %d prompts left out: empty or longer than data.max_prompt_tokens = %d tokens",
-            path,
-            long,
-            len(ids),
-            data.max_prompt_tokens,
-        )
+        why = f"empty or longer than data.max_prompt_tokens = {data.max_prompt_tokens} tokens"
+        log.warning("%s: %d of %d prompts left out: %s", path, long, len(ids), why)
     if not kept:
         raise ValueError(
             f"{path} is an empty data set: 0 prompts to use, {bad} bad lines left out, "
@@ -213,14 +271,37 @@ def _field(row: dict, key: str, flag: str) -> Any:
 
 
 def _label(row: dict, key: str, flag: str) -> str:
-    value = _field(row, key, flag)
+    return label_text(_field(row, key, flag), repr(key), f" ({flag})")
+
+
+def label_text(value: Any, what: str, where: str = "") -> str:
+    """A label as text: 64.0 is 64, since a column of whole numbers with a gap in it becomes one of floats. BadRow."""
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        raise BadRow(f"{key!r} is text or a number, not {type(value).__name__} ({flag})")
+        raise BadRow(f"{what} is text or a number, not {type(value).__name__}{where}")
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise BadRow(f"{what} is {value}, which no answer equals{where}")
+        if value.is_integer() and abs(value) < 2**53:
+            return str(int(value))
     return str(value)
 
 
+def _messages(prompt: Any) -> Any:
+    """A prompt; messages that were kept as JSON text (a column of strings) are messages again."""
+    if not isinstance(prompt, str) or not prompt.lstrip().startswith("["):
+        return prompt
+    try:
+        value = json.loads(prompt)
+    except ValueError:
+        return prompt
+    fits = (
+        isinstance(value, list) and value and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in value)
+    )
+    return value if fits else prompt
+
+
 def prompt_text(row: dict, data: DataSection, tokenizer: Any) -> str:
-    prompt = _field(row, data.prompt_key, "data.prompt_key")
+    prompt = _messages(_field(row, data.prompt_key, "data.prompt_key"))
     if isinstance(prompt, str):
         return prompt
     if not isinstance(prompt, list) or not prompt:
@@ -253,6 +334,28 @@ def encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     for start in range(0, len(texts), TEXTS_PER_CALL):
         ids += tokenizer(texts[start : start + TEXTS_PER_CALL], add_special_tokens=False)["input_ids"]
     return ids
+
+
+def check_tokens(where: str, tokens: Sequence[int], tokenizer: Any) -> None:
+    """ValueError for a token that the model has no embedding for: on a GPU it would read another row, or end the
+    process."""
+    rows = _spec(tokenizer).vocab_size
+    if tokens and max(tokens) >= rows:
+        token = max(tokens)
+        raise ValueError(
+            f"{where}: token {token} ({tokenizer.convert_ids_to_tokens(token)!r}) is beyond the model's embedding of "
+            f"{rows} rows (config.json: vocab_size): the tokenizer is not this model's"
+        )
+
+
+def _spec(tokenizer: Any) -> ModelSpec:
+    """Of the model folder that the tokenizer was loaded from."""
+    return _spec_of(tokenizer.name_or_path)
+
+
+@lru_cache
+def _spec_of(folder: str) -> ModelSpec:
+    return ModelSpec.from_hf_dir(folder)
 
 
 def sample_seed(seed: int, position: int | str, sample: int) -> int:

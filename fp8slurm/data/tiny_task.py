@@ -1,7 +1,7 @@
 """The task that the tiny model learns: the larger of two numbers in every place, 473|829= is answered 879.
 
-It is learned digit by digit, so a group of samples seldom agrees, and a model that is right in most places has something
-to gain from every step. (Addition with reversed digits was tried first: docs/results.md.)
+It is learned digit by digit, so a group of samples seldom agrees, and a model that is right in most places gains
+from every step. (Addition with reversed digits was tried first: docs/results.md.)
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def split(seed: int) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
 
 
 def write_data(folder: Path, seed: int = 0) -> None:
-    """train.jsonl and eval.jsonl (prompt, label) and sft.jsonl (prompt, response, from the training pairs) into a folder."""
+    """train.jsonl and eval.jsonl (prompt, label) and sft.jsonl (prompt, response; the training pairs) into a folder."""
     train, held = split(seed)
     files = {"train.jsonl": (train, "label"), "eval.jsonl": (held, "label"), "sft.jsonl": (train, "response")}
     for name, (pairs, key) in files.items():

@@ -21,6 +21,7 @@ from pathlib import Path
 import psutil
 
 from fp8slurm.config.schema import EngineSection
+from fp8slurm.core.processes import python_path
 
 CPU_CACHE_TOKENS = 65536
 _SOCKET_PATH_LIMIT = 60  # zmq appends up to 40 characters, and a socket's path ends at 107
@@ -248,10 +249,9 @@ class Engine:
         self._process.stdin.flush()
 
     def _environment(self) -> dict[str, str]:
-        package_root = str(Path(__file__).parents[2])
         env = {
             **os.environ,
-            "PYTHONPATH": os.pathsep.join(p for p in (package_root, os.environ.get("PYTHONPATH")) if p),
+            "PYTHONPATH": python_path(),
             "PYTHONUNBUFFERED": "1",
             "PYTHONSAFEPATH": "1",  # a folder triton/ or a queue.py in the working folder is none of the server's modules
             "HF_HUB_OFFLINE": "1",

@@ -42,8 +42,8 @@ def batches(
 
     The boundaries do not depend on what is done, so that what is left is asked for in the company it would have had.
     """
-    wanted = [EvalRequest(task, q, k) for q in questions for k in range(task.n_samples)]
-    cut = [wanted[i : i + size] for i in range(0, len(wanted), size)]
+    requests = [EvalRequest(task, q, k) for q in questions for k in range(task.n_samples)]
+    cut = [requests[i : i + size] for i in range(0, len(requests), size)]
     left = [[w for w in batch if w.key not in done] for batch in cut]
     return [batch for batch in left if batch]
 

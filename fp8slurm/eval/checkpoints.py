@@ -160,7 +160,7 @@ def prepare(checkpoint: Checkpoint, precision: Precision, keep: tuple[str, ...] 
     if precision == ("fp8" if checkpoint.kind.endswith("FP8") else "bf16") and not from_dist:
         return source, "as it is"
     target = checkpoint.eval_dir / "models" / f"{checkpoint.name}-{precision}"
-    wanted = {
+    expected = {
         "source": str(source.resolve()),
         "files": files_stamp(source),
         "precision": precision,
@@ -168,7 +168,7 @@ def prepare(checkpoint: Checkpoint, precision: Precision, keep: tuple[str, ...] 
         "modules_to_not_convert": list(kept) if precision == "fp8" else [],
     }
     stamp = target.with_name(target.name + ".source.json")
-    if target.is_dir() and stamp.is_file() and json.loads(stamp.read_text()) == wanted:
+    if target.is_dir() and stamp.is_file() and json.loads(stamp.read_text()) == expected:
         return target, "converted earlier"
     target.parent.mkdir(parents=True, exist_ok=True)
     stamp.unlink(missing_ok=True)
@@ -183,5 +183,5 @@ def prepare(checkpoint: Checkpoint, precision: Precision, keep: tuple[str, ...] 
         )
     else:
         report = converters.hf_to_fp8(source, target, modules_to_not_convert=kept, **settings)
-    write_atomic(stamp, json.dumps(wanted))
+    write_atomic(stamp, json.dumps(expected))
     return target, f"converted: {report.written_bytes / 1e9:.3f} GB in {report.seconds:.1f} s"

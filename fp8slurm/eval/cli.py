@@ -68,7 +68,7 @@ def _start_step(command: list[str]) -> int:
 
 
 def step_command(nodes: int, flags: Sequence[str], argv: Sequence[str]) -> list[str]:
-    """What --nodes starts: the same command with one task a node. In an allocation a task gets the cores that it has."""
+    """What --nodes starts: the same command with one task a node; in an allocation each gets all cores."""
     cores = os.environ.get("SLURM_CPUS_PER_TASK") or os.environ.get("SLURM_CPUS_ON_NODE")
     command = ["srun", f"--nodes={nodes}", "--ntasks-per-node=1", "--kill-on-bad-exit=1"]
     if "SLURM_JOB_ID" in os.environ and cores:
@@ -85,23 +85,23 @@ def _run_on_nodes(plan: _Plan, place: Any) -> int:
     from fp8slurm.eval.nodes import StepRendezvous
     from fp8slurm.eval.run import assist
 
-    meeting = StepRendezvous(plan.checkpoint.eval_dir, place)
+    rendezvous = StepRendezvous(plan.checkpoint.eval_dir, place)
     try:
         if place.number:
             for precision in plan.precisions:
-                assist(plan.asked, plan.serving, precision, meeting)
+                assist(plan.spec, plan.serving, precision, rendezvous)
             return 0
-        meeting.remove_old()
-        meeting.wait_started()
-        return plan.run(meeting)
+        rendezvous.remove_old()
+        rendezvous.wait_started()
+        return plan.run(rendezvous)
     except (EngineError, ValueError, OSError) as error:
-        meeting.fail(str(error))
+        rendezvous.fail(str(error))
         if place.number:  # the log of a step is that of all its tasks
             raise type(error)(f"node {place.number} ({socket.gethostname()}): {error}") from error
         raise
     finally:
         if not place.number:
-            meeting.remove()
+            rendezvous.remove()
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class _Plan:
 
     args: argparse.Namespace
     checkpoint: Checkpoint
-    asked: Any
+    spec: Any
     serving: Any
 
     @classmethod
@@ -126,10 +126,10 @@ class _Plan:
 
         config = checkpoint.config
         data = config.data if config is not None else DataSection(max_prompt_tokens=10**9)
-        wanted = {k: getattr(args, k) for k in ("max_prompt_tokens", "on_bad_line")}
+        changes = {k: getattr(args, k) for k in ("max_prompt_tokens", "on_bad_line")}
         if args.chat_template_kwargs is not None:
-            wanted["chat_template_kwargs"] = from_words(args.chat_template_kwargs)
-        data = data.model_copy(update={k: v for k, v in wanted.items() if v is not None})
+            changes["chat_template_kwargs"] = from_words(args.chat_template_kwargs)
+        data = data.model_copy(update={k: v for k, v in changes.items() if v is not None})
         folder = checkpoint.tokenizer_folder
         tokenizer = load_tokenizer(folder)
         more = config.rollout.stop_token_ids if config is not None else []
@@ -147,19 +147,19 @@ class _Plan:
             cores = len(os.sched_getaffinity(0))
             settings = replace(settings, cpu_threads=max(1, cores // engines // section.tensor_parallel_size))
         size = args.batch_size or (section.max_running_requests if settings.on_cpu else 1)
-        asked = EvalSpec(
+        spec = EvalSpec(
             tasks,
             questions,
             left_out,
             seed,
-            sorted({*end_token_ids(folder), *more}),
+            sorted({*end_token_ids(folder, tokenizer), *more}),
             tokenizer,
             dict(data.chat_template_kwargs),
         )
         limits = config.reward if config is not None else RewardSection()
         if args.grader_timeout is not None:
             limits = limits.model_copy(update={"timeout_s": args.grader_timeout})
-        return cls(args, checkpoint, asked, Serving(settings, engines, size, limits))
+        return cls(args, checkpoint, spec, Serving(settings, engines, size, limits))
 
     @property
     def precisions(self) -> tuple[Precision, ...]:
@@ -172,43 +172,45 @@ class _Plan:
             return
         from fp8slurm.eval.display import count
 
-        for task in self.asked.tasks:
+        for task in self.spec.tasks:
             print(
-                f"{task.name}: {count(len(self.asked.questions[task.name]), 'question')} of {task.data}, "
+                f"{task.name}: {count(len(self.spec.questions[task.name]), 'question')} of {task.data}, "
                 f"{count(task.n_samples, 'sample')} each, temperature {task.temperature:g}, top-p {task.top_p:g}, at most "
                 f"{task.max_tokens} tokens, grader {task.grader}"
             )
-            print(f"  the first: {self.asked.questions[task.name][0].text!r}")
+            print(f"  the first: {self.spec.questions[task.name][0].text!r}")
         of = place.count if place is not None else self.args.nodes or 1
         nodes = f" on each of {of} nodes" if of > 1 else ""
         engines = count(self.serving.engines, "engine") if self.serving.engines else "as many engines as the GPUs carry"
         print(
-            f"{count(self.asked.samples, 'sample')} in {' and in '.join(p.upper() for p in self.precisions)}, by "
+            f"{count(self.spec.samples, 'sample')} in {' and in '.join(p.upper() for p in self.precisions)}, by "
             f"{engines}{nodes}; results in {self.checkpoint.eval_dir}"
         )
         if command is not None:
             print(f"as this step: {shlex.join([word for word in command if word != '--dry-run'])}")
 
-    def run(self, meeting: Any = None) -> int:
-        """Evaluate; the exit status. meeting: of the step's task 0."""
+    def run(self, rendezvous: Any = None) -> int:
+        """Evaluate; the exit status. rendezvous: of the step's task 0."""
         from rich.console import Console
 
         from fp8slurm.eval.display import show_comparison, show_summary
 
         console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
         if self.args.precision != "both":
-            folder, summary = self.evaluate(self.args.precision, None, meeting)
+            folder, summary = self.evaluate(self.args.precision, None, rendezvous)
             show_summary(summary, console)
             print(f"{folder}/summary.json, samples.jsonl")
             return 0
-        base, summary = self.evaluate("bf16", Path(), meeting)
+        base, summary = self.evaluate("bf16", Path(), rendezvous)
         show_summary(summary, console)
-        folder, summary = self.evaluate("fp8", base, meeting)
+        folder, summary = self.evaluate("fp8", base, rendezvous)
         show_summary(summary, console)
         name = f"compare-{folder.name.replace('-fp8', '', 1)}"
         return report(folder, base, self.checkpoint.eval_dir / name, self.args.fail_if_worse, console, show_comparison)
 
-    def evaluate(self, precision: Precision, score_of: Path | None, meeting: Any = None) -> tuple[Path, dict[str, Any]]:
+    def evaluate(
+        self, precision: Precision, score_of: Path | None, rendezvous: Any = None
+    ) -> tuple[Path, dict[str, Any]]:
         """(folder, summary) in one precision. score_of: see run.evaluate; Path() stands for its own."""
         from fp8slurm.eval.run import evaluate
 
@@ -220,14 +222,14 @@ class _Plan:
             source = replace(given, name=source.name, step=source.step)
         model, how = prepare(source, precision, tuple(self.args.modules_to_not_convert))
         print(f"{precision.upper()}: {model} ({how})", flush=True)
-        settings = self.asked.settings(source, precision, model, self.serving.engine)
+        settings = self.spec.settings(source, precision, model, self.serving.engine)
         folder = choose_folder(source.eval_dir, f"{source.name}-{precision}", settings, self.args.out)
         with Records(folder, settings) as records:
             if records.rows and not records.complete:
-                print(f"{folder}: going on, {len(records.rows)} of {self.asked.samples} samples are there", flush=True)
+                print(f"{folder}: going on, {len(records.rows)} of {self.spec.samples} samples are there", flush=True)
             of = folder if score_of == Path() else score_of
             return folder, evaluate(
-                self.asked, self.serving, source, precision, model, records, of, self.args.score_questions, meeting
+                self.spec, self.serving, source, precision, model, records, of, self.args.score_questions, rendezvous
             )
 
 
@@ -235,11 +237,11 @@ def report(a: Path, b: Path, out: Path, fail_if_worse: float | None, console: An
     """Compare, write, show; the exit status."""
     from fp8slurm.eval.compare import compare, write
 
-    found = compare(a, b, fail_if_worse)
-    path = write(found, out)
-    show(found, console)
+    comparison = compare(a, b, fail_if_worse)
+    path = write(comparison, out)
+    show(comparison, console)
     print(path)
-    return WORSE if found["worse"] else 0
+    return WORSE if comparison["worse"] else 0
 
 
 def compare_main(argv: Sequence[str]) -> int:

@@ -42,7 +42,7 @@ def compare(a: Path, b: Path, fail_if_worse: float | None = None) -> dict[str, A
     names = list(summary_a["tasks"])
     if sorted(names) != sorted(summary_b["tasks"]):
         raise ValueError(f"{a} has the tasks {', '.join(names)}, {b} has {', '.join(summary_b['tasks'])}")
-    _same_way_of_asking(a, b)
+    _check_same_settings(a, b)
     tasks = {name: _task(name, rows_a, rows_b, a, b) for name in names}
     speeds = [s.get("tokens_per_second") for s in (summary_a, summary_b)]
     return {
@@ -59,35 +59,35 @@ def compare(a: Path, b: Path, fail_if_worse: float | None = None) -> dict[str, A
     }
 
 
-_ASKED = ("template", "chat", "grader", "temperature", "top_p", "top_k", "max_tokens", "sha256")
-"""What of a task in settings.json has to be the same for a difference to mean anything. The number of samples may differ."""
-_ASKED_OF_ALL = ("chat_template_kwargs", "stop_token_ids")
+SAME_OF_A_TASK = ("template", "chat", "grader", "temperature", "top_p", "top_k", "max_tokens", "sha256")
+"""What of a task in settings.json has to be the same for a difference to mean anything."""
+SAME_OF_ALL = ("chat_template_kwargs", "stop_token_ids")
 """The same, of all tasks."""
 
 
-def _same_way_of_asking(a: Path, b: Path) -> None:
+def _check_same_settings(a: Path, b: Path) -> None:
     """ValueError, naming the first setting that differs (where both evaluations have their settings.json)."""
     if not all((folder / SETTINGS).is_file() for folder in (a, b)):
         return
-    said_a, said_b = (json.loads((folder / SETTINGS).read_text()) for folder in (a, b))
-    for key in _ASKED_OF_ALL:
-        if key in said_a and key in said_b and said_a[key] != said_b[key]:
+    settings_a, settings_b = (json.loads((folder / SETTINGS).read_text()) for folder in (a, b))
+    for key in SAME_OF_ALL:
+        if key in settings_a and key in settings_b and settings_a[key] != settings_b[key]:
             raise ValueError(
-                f"{a} and {b} asked with another {key} ({said_a[key]} and {said_b[key]}): a difference would mean nothing"
+                f"{a} and {b} asked with another {key} ({settings_a[key]} and {settings_b[key]}): a difference would mean nothing"
             )
-    ours, base = ({t["name"]: t for t in said.get("tasks", [])} for said in (said_a, said_b))
+    ours, base = ({t["name"]: t for t in settings.get("tasks", [])} for settings in (settings_a, settings_b))
     for name in sorted(ours.keys() & base.keys()):
-        for key in _ASKED:
+        for key in SAME_OF_A_TASK:
             x, y = ours[name].get(key), base[name].get(key)
             if x != y:
                 what = "the questions' file" if key == "sha256" else f"{key} ({x} and {y})"
                 raise ValueError(f"{a} and {b} asked {name} with another {what}: a difference would mean nothing")
 
 
-def write(found: dict[str, Any], folder: Path) -> Path:
+def write(comparison: dict[str, Any], folder: Path) -> Path:
     """Write compare.json into a folder; its path."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(folder / "compare.json", json.dumps(found, indent=1))
+    write_atomic(folder / "compare.json", json.dumps(comparison, indent=1))
     return folder / "compare.json"
 
 
@@ -123,8 +123,8 @@ def _gap(a: Path, b: Path) -> dict[str, float] | None:
     if not pairs:
         return None
     values = torch.tensor(pairs, dtype=torch.float64)
-    found = gap_metrics(values[:, 0], values[:, 1])
-    return {"tokens": len(pairs)} | {key.removeprefix("gap/"): float(value) for key, value in found.items()}
+    gaps = gap_metrics(values[:, 0], values[:, 1])
+    return {"tokens": len(pairs)} | {key.removeprefix("gap/"): float(value) for key, value in gaps.items()}
 
 
 def fixed_sequences(
@@ -134,8 +134,8 @@ def fixed_sequences(
     first = {(r["task"], r["id"]): r["response_ids"][:SCORED_TOKENS] for r in rows if r["sample"] == 0}
     return [
         (list(q.token_ids), first[name, q.id])
-        for name, asked in questions.items()
-        for q in asked[:per_task]
+        for name, its_questions in questions.items()
+        for q in its_questions[:per_task]
         if first[name, q.id]
     ]
 
@@ -155,8 +155,8 @@ def score(client: EngineClient, sequences: Sequence[tuple[list[int], list[int]]]
     lines = []
     for start in range(0, len(sequences), _SEQUENCES):
         part = sequences[start : start + _SEQUENCES]
-        for (prompt, response), found in zip(part, client.score([p + r for p, r in part]), strict=True):
-            own = found[len(prompt) - 1 :]
+        for (prompt, response), logprobs in zip(part, client.score([p + r for p, r in part]), strict=True):
+            own = logprobs[len(prompt) - 1 :]
             assert len(own) == len(response)
             lines.append(json.dumps({"tokens": _name(prompt, response), "logprobs": own}) + "\n")
     write_atomic(folder / SCORED, "".join(lines))

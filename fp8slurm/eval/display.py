@@ -106,16 +106,16 @@ def show_summary(summary: dict[str, Any], console: Console) -> None:
         )
 
 
-def show_comparison(found: dict[str, Any], console: Console) -> None:
+def show_comparison(comparison: dict[str, Any], console: Console) -> None:
     """A comparison as a table, with what flipped, the gap, and the verdict."""
-    a, b = (p.upper() for p in found["precision"])
+    a, b = (p.upper() for p in comparison["precision"])
     if a == b:
         a, b = "A", "B"
-    table = Table(title=f"{found['checkpoint']}: {a} against {b}", title_justify="left")
+    table = Table(title=f"{comparison['checkpoint']}: {a} against {b}", title_justify="left")
     table.add_column("task")
     for column in (f"{a} %", f"{b} %", "difference, points [95%]", f"lost in {a}", f"won in {a}"):
         table.add_column(column, justify="right")
-    for name, t in found["tasks"].items():
+    for name, t in comparison["tasks"].items():
         d = t["difference"]
         table.add_row(
             name,
@@ -126,21 +126,21 @@ def show_comparison(found: dict[str, Any], console: Console) -> None:
             str(len(t["won"])),
         )
     console.print(table)
-    for name, t in found["tasks"].items():
+    for name, t in comparison["tasks"].items():
         for word in ("lost", "won"):
             if t[word]:
                 console.print(f"{name}, {word} in {a}: questions {_some(t[word])}")
-    gap = found["logprob_gap"]
+    gap = comparison["logprob_gap"]
     if gap is not None:
         console.print(
             f"log-probability gap on {gap['tokens']:,} tokens of {b}'s answers: mean |d| {gap['mean_abs']:.2e}, "
             f"p99 {gap['p99']:.2e}, max {gap['max']:.2e}, k3 {gap['k3']:.2e}"
         )
-    if found["speed_ratio"] is not None:
-        console.print(f"speed: {found['speed_ratio']:.2f} times {b}'s tokens/s")
-    limit = found["fail_if_worse"]
+    if comparison["speed_ratio"] is not None:
+        console.print(f"speed: {comparison['speed_ratio']:.2f} times {b}'s tokens/s")
+    limit = comparison["fail_if_worse"]
     if limit is not None:
-        verdict = f"worse on {', '.join(found['worse'])}" if found["worse"] else "not significantly worse"
+        verdict = f"worse on {', '.join(comparison['worse'])}" if comparison["worse"] else "not significantly worse"
         console.print(f"{a} is {verdict}, by more than {100 * limit:g} points (--fail-if-worse {limit:g})")
 
 

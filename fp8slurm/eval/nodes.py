@@ -143,8 +143,8 @@ class StepRendezvous:
 
     def done(self, precision: str, rows: int, engines: int, restarts: int) -> None:
         """This task has no batch left, and its samples are on disk."""
-        said = {"rows": rows, "engines": engines, "restarts": restarts}
-        self._say(self.folder / precision / f"done-{self.place.number}", json.dumps(said))
+        report = {"rows": rows, "engines": engines, "restarts": restarts}
+        self._say(self.folder / precision / f"done-{self.place.number}", json.dumps(report))
 
     def reports(self, precision: str) -> list[dict[str, int]]:
         """Task 0: what the others said in `done`; waits for it."""
@@ -222,17 +222,19 @@ class Tail:
             return []
         whole = data[: data.rfind(b"\n") + 1]
         self._at += len(whole)
-        found = [json.loads(line) for line in whole.splitlines()]
-        self.rows += len(found)
-        return found
+        rows = [json.loads(line) for line in whole.splitlines()]
+        self.rows += len(rows)
+        return rows
 
 
 class ResultCollector:
     """Task 0: hands on what the other tasks write, while they write it; a context manager."""
 
-    def __init__(self, meeting: StepRendezvous, folder: Path, answered: Callable[[list[dict[str, Any]]], None]) -> None:
-        self.meeting, self.answered = meeting, answered
-        self._tails = {i: Tail(node_file(folder, i)) for i in meeting.others}
+    def __init__(
+        self, rendezvous: StepRendezvous, folder: Path, answered: Callable[[list[dict[str, Any]]], None]
+    ) -> None:
+        self.rendezvous, self.answered = rendezvous, answered
+        self._tails = {i: Tail(node_file(folder, i)) for i in rendezvous.others}
         self._stop = threading.Event()
         self._lock = threading.Lock()
         self._error: BaseException | None = None
@@ -247,11 +249,11 @@ class ResultCollector:
         self._thread.join()
 
     def finish(self, precision: str) -> list[dict[str, int]]:
-        """Wait for the others; every row of theirs has been handed on. EngineError: one failed, or rows do not appear."""
-        reports = self.meeting.reports(precision)
+        """Wait until all rows of the others are handed on. EngineError: one failed, or rows do not appear."""
+        reports = self.rendezvous.reports(precision)
         deadline = time.monotonic() + SEEN_S
-        while any(self._tails[i].rows < r["rows"] for i, r in zip(self.meeting.others, reports)):
-            self.meeting.check()
+        while any(self._tails[i].rows < r["rows"] for i, r in zip(self.rendezvous.others, reports)):
+            self.rendezvous.check()
             if self._error is not None:
                 raise self._error
             if time.monotonic() > deadline:

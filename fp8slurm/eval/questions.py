@@ -11,7 +11,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from fp8slurm.config.schema import DataSection
-from fp8slurm.data.prompts import BadRow, check_template_arguments, encode, prompt_text, read_rows
+from fp8slurm.data.prompts import (
+    BadRow,
+    check_template_arguments,
+    check_tokens,
+    encode,
+    label_text,
+    prompt_text,
+    read_rows,
+)
 from fp8slurm.eval.tasks import EvalTask
 from fp8slurm.rewards.graders import label_error
 
@@ -69,6 +77,8 @@ def load_questions(
         for (id, text, label), tokens in zip(kept, ids, strict=True)
         if 0 < len(tokens) <= data.max_prompt_tokens
     ]
+    for question in questions:
+        check_tokens(f"{task.data}:{seen[question.id] + 1}", question.token_ids, tokenizer)
     if not questions:
         raise ValueError(
             f"{task.data} has no question for {task.name}: {read} rows, {bad} of them bad, {len(kept)} longer than "
@@ -111,12 +121,10 @@ def _label(task: EvalTask, row: dict, choices: Any) -> str:
     value = _first(row, task.label_keys)
     if value is None:
         raise BadRow(f"no {' or '.join(map(repr, task.label_keys))} among its keys {sorted(row)} (label_keys)")
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        raise BadRow(f"the label is text or a number, not {type(value).__name__}")
-    label = str(value)
+    label = label_text(value, "the label")
     if task.label_pattern is not None:
-        found = [m[1] for m in re.finditer(task.label_pattern, label)]
-        label = found[-1] if found else label
+        labels = [m[1] for m in re.finditer(task.label_pattern, label)]
+        label = labels[-1] if labels else label
     if choices is None:
         return label
     if not isinstance(choices, list) or not 2 <= len(choices) <= 26:

@@ -91,45 +91,45 @@ class Serving:
 Work = list[list[EvalRequest]]
 
 
-def missing(asked: EvalSpec, serving: Serving, done: set[Key]) -> Work:
+def missing(spec: EvalSpec, serving: Serving, done: set[Key]) -> Work:
     """The batches of all tasks, less the samples that are done."""
-    return [b for t in asked.tasks for b in batches(t, asked.questions[t.name], serving.batch_size, done)]
+    return [b for t in spec.tasks for b in batches(t, spec.questions[t.name], serving.batch_size, done)]
 
 
-def digest(asked: EvalSpec, work: Work) -> str:
+def digest(spec: EvalSpec, work: Work) -> str:
     """Equal where two tasks of a step would ask the same in the same batches."""
-    tasks = [t.model_dump(mode="json", exclude={"data"}) for t in asked.tasks]
+    tasks = [t.model_dump(mode="json", exclude={"data"}) for t in spec.tasks]
     put = [[[*w.key, w.question.token_ids] for w in batch] for batch in work]
-    return hashlib.sha256(json.dumps([tasks, asked.seed, asked.stop_ids, put]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([tasks, spec.seed, spec.stop_ids, put]).encode()).hexdigest()
 
 
 def evaluate(
-    asked: EvalSpec, serving: Serving, checkpoint: Checkpoint, precision: str, model: Path, records: Records,
-    score_of: Path | None, score_questions: int, meeting: StepRendezvous | None = None,
+    spec: EvalSpec, serving: Serving, checkpoint: Checkpoint, precision: str, model: Path, records: Records,
+    score_of: Path | None, score_questions: int, rendezvous: StepRendezvous | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Complete the evaluation in `records` (entered); its summary.
 
     score_of: folder of the finished evaluation whose first responses are scored (its own may be given): a file
-    scored.jsonl beside the samples. meeting: of task 0 of a step, whose other tasks `assist`. EngineError: an engine
+    scored.jsonl beside the samples. rendezvous: of task 0 of a step, whose other tasks `assist`. EngineError: an engine
     cannot be kept alive, or another task failed.
     """
     context = serving.engine.section.context_length or context_of(model)
-    asked.check_context(context)
-    work = missing(asked, serving, set(records.rows))
-    if meeting is not None:
-        meeting.announce(precision, {
-            "batches": len(work), "digest": digest(asked, work), "model": str(model.resolve()), "context": context,
+    spec.check_context(context)
+    work = missing(spec, serving, set(records.rows))
+    if rendezvous is not None:
+        rendezvous.announce(precision, {
+            "batches": len(work), "digest": digest(spec, work), "model": str(model.resolve()), "context": context,
             "folder": str(records.folder.resolve()), "attempt": records.attempt, "done": list(records.rows),
         })  # fmt: skip
     summary = json.loads((records.folder / SUMMARY).read_text()) if records.complete and not work else None
     sequences = None
     if score_of is not None and score_of != records.folder:
-        sequences = compare.fixed_sequences(compare.load(score_of)[1], asked.questions, score_questions)
+        sequences = compare.fixed_sequences(compare.load(score_of)[1], spec.questions, score_questions)
     elif score_of is not None and summary is not None:
-        sequences = compare.fixed_sequences(list(records.rows.values()), asked.questions, score_questions)
+        sequences = compare.fixed_sequences(list(records.rows.values()), spec.questions, score_questions)
     if summary is not None and (score_of is None or compare.is_scored(records.folder, sequences or [])):
         return summary
-    with Graders(asked.tasks, serving.limits) as graders:
+    with Graders(spec.tasks, serving.limits) as graders:
         restarts, engines, nodes = 0, serving.engines, 1
         if summary is None:
             graders.submit(list(records.rows.values()))
@@ -139,33 +139,33 @@ def evaluate(
                 with waiting(f"{precision.upper()}: starting {count(engines, 'engine')}"):
                     pool.wait_ready()
                     if work:
-                        pool.warm_up(work[0][0].request(asked.seed, asked.stop_ids))
+                        pool.warm_up(work[0][0].request(spec.seed, spec.stop_ids))
                 if work:
-                    others = _ask(asked, precision, work, records, graders, pool, context, meeting)
+                    others = _ask(spec, precision, work, records, graders, pool, context, rendezvous)
                     restarts, nodes = sum(o["restarts"] for o in others), 1 + len(others)
                     engines += sum(o["engines"] for o in others)
                 restarts += pool.restarts
                 if score_of is not None:
                     if sequences is None:
                         rows = list(records.rows.values())
-                        sequences = compare.fixed_sequences(rows, asked.questions, score_questions)
+                        sequences = compare.fixed_sequences(rows, spec.questions, score_questions)
                     with waiting(f"{precision.upper()}: log-probabilities of {len(sequences)} answers"):
                         compare.score(pool.client(pool.engines[0]), sequences, records.folder)
         if summary is not None:
             return summary
         counts = {"nodes": nodes, "engines": engines, "engine_restarts": restarts}
-        return _finish(asked, checkpoint, precision, records, graders, counts)
+        return _finish(spec, checkpoint, precision, records, graders, counts)
 
 
 def _ask(
-    asked: EvalSpec, precision: str, work: Work, records: Records, graders: Graders, pool: Engines, context: int,
-    meeting: StepRendezvous | None,
+    spec: EvalSpec, precision: str, work: Work, records: Records, graders: Graders, pool: Engines, context: int,
+    rendezvous: StepRendezvous | None,
 ) -> list[dict[str, int]]:  # fmt: skip
     """Have all of it answered, with the other tasks of the step where there are any; what those report."""
     lock = threading.Lock()
-    if meeting is not None:
-        pool.share(meeting.claims(precision), meeting.all_ready(precision, len(pool.engines)))
-    with Meter(precision.upper(), asked.samples, len(records.rows)) as meter:
+    if rendezvous is not None:
+        pool.share(rendezvous.claims(precision), rendezvous.all_ready(precision, len(pool.engines)))
+    with Meter(precision.upper(), spec.samples, len(records.rows)) as meter:
         meter.scores = graders.scores
 
         def seen(rows: list[dict[str, Any]]) -> None:
@@ -182,47 +182,47 @@ def _ask(
                 records.rows |= {key_of(row): row for row in rows}
                 seen(rows)
 
-        if meeting is None:
-            _drive(asked, work, pool, context, records.attempt, kept)
+        if rendezvous is None:
+            _drive(spec, work, pool, context, records.attempt, kept)
             return []
-        with ResultCollector(meeting, records.folder, others) as gatherer:
-            _drive(asked, work, pool, context, records.attempt, kept)
-            return gatherer.finish(precision)
+        with ResultCollector(rendezvous, records.folder, others) as collector:
+            _drive(spec, work, pool, context, records.attempt, kept)
+            return collector.finish(precision)
 
 
 def _drive(
-    asked: EvalSpec, work: Work, pool: Engines, context: int, attempt: int, keep: Callable[[list[dict[str, Any]]], None]
+    spec: EvalSpec, work: Work, pool: Engines, context: int, attempt: int, keep: Callable[[list[dict[str, Any]]], None]
 ) -> None:
     """Have the work, or what this task claims of it, answered; keep(rows) is called from several threads."""
     started = time.monotonic()
 
     def answered(batch: list[EvalRequest], generations: list) -> None:
-        rows = rows_of(batch, generations, asked.tokenizer, asked.stop_ids)
+        rows = rows_of(batch, generations, spec.tokenizer, spec.stop_ids)
         at = round(time.monotonic() - started, 3)
         keep([row | {"attempt": attempt, "at": at} for row in rows])
 
-    pool.ask(work, lambda w: w.request(asked.seed, asked.stop_ids, context), answered)
+    pool.ask(work, lambda w: w.request(spec.seed, spec.stop_ids, context), answered)
 
 
-def assist(asked: EvalSpec, serving: Serving, precision: str, meeting: StepRendezvous) -> None:
+def assist(spec: EvalSpec, serving: Serving, precision: str, rendezvous: StepRendezvous) -> None:
     """The part of a task that is not task 0: answer batches into a file beside the samples until none is left.
 
-    EngineError: an engine cannot be kept alive, or another task failed. ValueError: this node would ask other questions.
+    EngineError: an engine cannot be kept alive, or another task failed. ValueError: this node has other questions.
     """
-    said = meeting.work(precision)
-    if not said["batches"]:
+    job = rendezvous.work(precision)
+    if not job["batches"]:
         return
-    work = missing(asked, serving, {(task, id, sample) for task, id, sample in said["done"]})
-    if digest(asked, work) != said["digest"]:
+    work = missing(spec, serving, {(task, id, sample) for task, id, sample in job["done"]})
+    if digest(spec, work) != job["digest"]:
         raise ValueError("this node has other questions or settings than node 0: task files and flags must be the same")
-    folder, model, number = Path(said["folder"]), Path(said["model"]), meeting.place.number
+    folder, model, number = Path(job["folder"]), Path(job["model"]), rendezvous.place.number
     logs = folder / f"node-{number}"
     logs.mkdir(exist_ok=True)
     lock, count = threading.Lock(), 0
     with open(node_file(folder, number), "ab") as file, Engines(model, logs, serving.engine, serving.engines) as pool:
         pool.wait_ready()
-        pool.warm_up(work[0][0].request(asked.seed, asked.stop_ids))
-        pool.share(meeting.claims(precision), meeting.all_ready(precision, len(pool.engines)))
+        pool.warm_up(work[0][0].request(spec.seed, spec.stop_ids))
+        pool.share(rendezvous.claims(precision), rendezvous.all_ready(precision, len(pool.engines)))
 
         def keep(rows: list[dict[str, Any]]) -> None:
             nonlocal count
@@ -230,19 +230,19 @@ def assist(asked: EvalSpec, serving: Serving, precision: str, meeting: StepRende
                 append_rows(file, [row | {"node": number} for row in rows])
                 count += len(rows)
 
-        _drive(asked, work, pool, said["context"], said["attempt"], keep)
-        meeting.done(precision, count, len(pool.engines), pool.restarts)
+        _drive(spec, work, pool, job["context"], job["attempt"], keep)
+        rendezvous.done(precision, count, len(pool.engines), pool.restarts)
 
 
 def _finish(
-    asked: EvalSpec, checkpoint: Checkpoint, precision: str, records: Records, graders: Graders, counts: dict[str, int]
+    spec: EvalSpec, checkpoint: Checkpoint, precision: str, records: Records, graders: Graders, counts: dict[str, int]
 ) -> dict[str, Any]:
     scores = graders.finish()
-    order = [(t.name, q.id, k) for t in asked.tasks for q in asked.questions[t.name] for k in range(t.n_samples)]
+    order = [(t.name, q.id, k) for t in spec.tasks for q in spec.questions[t.name] for k in range(t.n_samples)]
     rows = [records.rows[key] | {"score": scores[key], "correct": scores[key] >= RIGHT} for key in order]
     entries = {
-        t.name: summarize(t, [r for r in rows if r["task"] == t.name], graders.failures[t.name], asked.left_out[t.name])
-        for t in asked.tasks
+        t.name: summarize(t, [r for r in rows if r["task"] == t.name], graders.failures[t.name], spec.left_out[t.name])
+        for t in spec.tasks
     }
     tokens, seconds = speed(rows)
     summary = document(
@@ -251,7 +251,7 @@ def _finish(
         checkpoint.step,
         precision,
         "eval",
-        asked.seed,
+        spec.seed,
         entries,
     ) | {"response_tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / max(seconds, 1e-3), **counts}
     records.finish(rows, summary)

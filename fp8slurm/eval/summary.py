@@ -19,10 +19,10 @@ RIGHT = 1.0
 
 def by_question(rows: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """Rows of one task by question, in the order of their first row."""
-    found: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
-        found[row["id"]].append(row)
-    return dict(found)
+        groups[row["id"]].append(row)
+    return dict(groups)
 
 
 def summarize(

@@ -69,7 +69,7 @@ def shipped() -> list[str]:
 
 
 def read_definition(path: Path, flag: str = TASKS) -> EvalTask:
-    """A definition from a TOML file; `data` in it is relative to the file. ValueError names what is wrong, and `flag`."""
+    """A definition from a TOML file; `data` is relative to the file. ValueError names what is wrong, and `flag`."""
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -107,8 +107,8 @@ def parse_task(text: str, data: Path | None = None, grader: str | None = None, f
     """A task from the command line: NAME, NAME=FILE, FILE.jsonl, FILE.parquet, MY.toml or MY.toml=FILE.
 
     data: file of the questions, or folder with NAME.jsonl or NAME.parquet, where `text` names no file. grader: used
-    instead of the definition's; needed for a bare file. flag: where `text` was given, TASKS or OF_A_RUN. ValueError says
-    what is allowed.
+    instead of the definition's; needed for a bare file. flag: where `text` was given, TASKS or OF_A_RUN. ValueError
+    says what is allowed.
     """
     or_data = " or --data" if flag == TASKS else ""
     name, equals, file = text.partition("=")
@@ -130,10 +130,10 @@ def parse_task(text: str, data: Path | None = None, grader: str | None = None, f
     task = read_definition(path, flag)
     where = Path(file) if equals else data or task.data
     if where is not None and where.is_dir():
-        found = [where / f"{task.name}{suffix}" for suffix in SUFFIXES if (where / f"{task.name}{suffix}").is_file()]
-        if not found:
+        files = [where / f"{task.name}{suffix}" for suffix in SUFFIXES if (where / f"{task.name}{suffix}").is_file()]
+        if not files:
             raise ValueError(f"--data {where}: no {task.name}.jsonl or {task.name}.parquet in that folder")
-        where = found[0]
+        where = files[0]
     if where is None:
         raise ValueError(f"{flag} {text}: give its questions: {name}=FILE{or_data} (nothing is downloaded)")
     if not where.is_file():

@@ -71,13 +71,13 @@ def see_gpus() -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus
 
 
-def set_gpus(wanted: int) -> None:
+def set_gpus(needed: int) -> None:
     """CUDA_VISIBLE_DEVICES = the GPUs that Slurm gave this node, which are not always 0, 1, ...; a task's `gpu` is an
     index into them. Raises ValueError where they are too few."""
     given = slurm.gpu_list()
-    if Job.here() is not None and len(given) < wanted:
+    if Job.here() is not None and len(given) < needed:
         raise ValueError(
-            f"Slurm gave this node {len(given)} GPUs ({','.join(given) or 'none'}), --slurm.gpus-per-node is {wanted}"
+            f"Slurm gave this node {len(given)} GPUs ({','.join(given) or 'none'}), --slurm.gpus-per-node is {needed}"
         )
     if given:
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(given)
@@ -86,12 +86,8 @@ def set_gpus(wanted: int) -> None:
 def set_logging(config: RunConfig, task: Task) -> None:
     first = task.role == "worker" or task.number == 0
     level = (config.run.log_level if first else config.run.rank_log_level).upper()
-    logging.basicConfig(
-        level=level,
-        format=f"%(asctime)s %(levelname)s {task.role} {task.number} %(name)s: %(message)s",
-        stream=sys.stderr,
-        force=True,
-    )
+    line = f"%(asctime)s %(levelname)s {task.role} {task.number} %(name)s: %(message)s"
+    logging.basicConfig(level=level, format=line, stream=sys.stderr, force=True)
 
 
 def address_of(placement: Placement) -> str:

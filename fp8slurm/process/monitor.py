@@ -36,8 +36,8 @@ before the watchdog did."""
 
 
 class Monitor:
-    """`heartbeat` says that this task makes progress; `on_exit` runs before the process is ended from here, with status 0 if the
-    attempt is `replaced` by then."""
+    """`heartbeat` says that this task makes progress. `on_exit` runs before the process is ended from here, with status
+    0 if the attempt is `replaced` by then."""
 
     def __init__(self, attempt_dir: Path, index: int, timeout_s: float) -> None:
         self.folder = attempt_dir / "tasks"
@@ -75,7 +75,7 @@ class Monitor:
 
     def expect(self, seconds: float) -> None:
         """What comes now may take this long, and has a deadline of its own; the watchdog's time runs after it, or from
-        the next beat."""
+        the next heartbeat."""
         self._last = time.monotonic() + seconds
 
     def done(self) -> None:
@@ -95,20 +95,17 @@ class Monitor:
         return None
 
     def _watch(self) -> None:
-        """Without this thread a task has no watchdog, no notice and no ear for SIGTERM: a shared file system that stumbles
-        once must not end it."""
-        stumbled = False
+        """Without this thread a task has no watchdog, no notice and no ear for SIGTERM: one failed read of a shared
+        file system must not end it."""
+        failed_before = False
         while not self._closing.is_set():
             try:
                 self._look()
             except OSError:
-                if not stumbled:
-                    print(
-                        f"task {self.index}: watching goes on after\n{traceback.format_exc()}",
-                        file=sys.stderr,
-                        flush=True,
-                    )
-                stumbled = True
+                if not failed_before:
+                    text = f"task {self.index}: watching goes on after\n{traceback.format_exc()}"
+                    print(text, file=sys.stderr, flush=True)
+                failed_before = True
             except Exception:  # noqa: BLE001 - a task that nobody watches ends
                 self._end(1, f"watching it failed\n{traceback.format_exc()}")
 
@@ -137,9 +134,7 @@ class Monitor:
 
     def _end(self, code: int, why: str) -> None:
         try:
-            if (
-                self.stop_marker.exists()
-            ):  # the attempt is over as planned, and Slurm or its neighbours end what is left
+            if self.stop_marker.exists():  # over as planned: Slurm or its neighbours end what is left
                 code, why = 0, f"{why}, after the run had stopped"
             print(f"task {self.index}: {why}", file=sys.stderr, flush=True)
             if code:
@@ -187,23 +182,23 @@ class Monitor:
 
 
 def _in_the_kernel() -> str:
-    """Each thread's name, state (R: it spins, as one does that waits for a GPU) and what it waits for in the kernel: the
-    stacks end where C++ begins."""
+    """Each thread's name, state (R: it spins, as one that waits for a GPU) and what it waits for in the kernel:
+    Python's stacks end where C++ begins."""
     lines = ["", "thread: name, state, system call and its arguments, where it waits"]
     for task in sorted(Path("/proc/self/task").iterdir(), key=lambda path: int(path.name)):
-        said = {}
+        shown = {}
         for name in ("comm", "stat", "syscall", "wchan"):
             try:
-                said[name] = (task / name).read_text().strip()
+                shown[name] = (task / name).read_text().strip()
             except OSError:  # the thread has ended, or the kernel does not tell
-                said[name] = "?"
-        state = said["stat"].rpartition(")")[2].strip()[:1]
-        lines.append(f"{task.name}: {said['comm']}, {state}, {said['syscall']}, {said['wchan']}")
+                shown[name] = "?"
+        state = shown["stat"].rpartition(")")[2].strip()[:1]
+        lines.append(f"{task.name}: {shown['comm']}, {state}, {shown['syscall']}, {shown['wchan']}")
     return "\n".join(lines) + "\n"
 
 
 def _dump_flight_record(folder: Path, index: int) -> None:
-    """NCCL's flight recorder: this rank's last collectives, as torch's `torchfrtrace` reads them; nothing on the CPU."""
+    """NCCL's flight recorder: this rank's last collectives, as torch's `torchfrtrace` reads them."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
         (folder / f"nccl_rank_{index}").write_bytes(torch._C._distributed_c10d._dump_nccl_trace())

@@ -37,14 +37,9 @@ def rank_main(
 
     assert config.model.hf_checkpoint is not None
     trainer = Trainer(config, ModelSpec.from_hf_dir(config.model.hf_checkpoint))
-    size = placement.world_size + placement.nodes
-    channel = RankChannel(
-        store,
-        groups.Group(store, "transport", task.number, size, address),
-        placement.world_size,
-        placement.nodes,
-        monitor.heartbeat,
-    )
+    ranks, workers = placement.world_size, placement.nodes
+    group = groups.Group(store, "transport", task.number, ranks + workers, address)
+    channel = RankChannel(store, group, ranks, workers, monitor.heartbeat)
     loop.run(config, run, trainer, channel, store, address, monitor.heartbeat, stop_policy)
     if task.number == 0:  # hosts the store: the last to leave
         for rank in range(1, placement.world_size):

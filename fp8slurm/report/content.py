@@ -11,7 +11,7 @@ from fp8slurm.config import RunConfig
 from fp8slurm.core.numbers import number
 from fp8slurm.models.precision import serves_fp8
 from fp8slurm.observe.plot import TIMES
-from fp8slurm.report.safe import figure, seconds, size
+from fp8slurm.report.safe import figure, seconds, size, when
 from fp8slurm.run.reader import Run
 
 EDGE = 5
@@ -71,6 +71,22 @@ def precision(run: Run) -> str:
     if run.setting("model.rollout_checkpoint"):
         return f"{trainer}, engine as {run.setting('model.rollout_checkpoint')}"
     return f"{trainer}, {'FP8' if serves_fp8(None, engine, backend) else 'BF16'} engine"
+
+
+def facts(run: Run) -> list[str]:
+    """What the run is, in a few words each."""
+    out = [precision(run)]
+    if run.setting("model.hf_checkpoint"):
+        out.append(str(run.setting("model.hf_checkpoint")))
+    nodes, ranks = run.setting("slurm.nodes"), run.setting("slurm.ranks_per_node")
+    if nodes and ranks:
+        out.append(f"{nodes} node{'s' if nodes != 1 else ''}, {ranks} rank{'s' if ranks != 1 else ''} each")
+    if run.attempts and run.attempts[0].started:
+        out.append(f"started {when(run.attempts[0].started)}")
+    return out
+
+
+CONTROL = "A control experiment, made to fail, whose figures say nothing about training"
 
 
 def controls(run: Run) -> list[str]:

@@ -7,50 +7,50 @@ from fp8slurm.report.content import sync_and_memory
 from fp8slurm.run.reader import Run, Series
 
 _GAP = "d = trainer's minus engine's log-probability of each sampled token"
+_K3 = "KL of engine and trainer, estimated from the sampled tokens"
+_Curves = tuple[tuple[str, str, str, tuple[tuple[str, str], ...], str, str], ...]
+"""(id, title, unit, (name, key) of each line, "log", "zero" or "" for the axis, note)."""
+RL: _Curves = (
+    ("reward", "Reward", "mean of all samples", (("reward", "reward/mean"),), "", ""),
+    ("gap", "Gap", "nats", (("mean |d|", "gap/mean_abs"), ("99th percentile |d|", "gap/p99")), "log", _GAP),
+    ("k3", "Gap as KL (k3)", "nats", (("k3", "gap/k3"),), "log", _K3),
+    ("clip", "Clipped tokens", "share", (("below", "ratio/clipped_low"), ("above", "ratio/clipped_high")), "zero", ""),
+    ("entropy", "Entropy", "nats per token", (("entropy", "entropy"),), "", ""),
+    ("length", "Response length", "tokens, mean", (("length", "rollout/response_length"),), "", ""),
+    ("grad", "Gradient norm", "before clipping", (("gradient norm", "grad_norm"),), "zero", ""),
+    ("lr", "Learning rate", "", (("learning rate", "lr"),), "zero", ""),
+    ("loss", "Loss", "", (("loss", "loss"),), "", ""),
+    ("truncated", "Truncated responses", "share", (("truncated", "rollout/truncated"),), "zero", ""),
+    ("speed", "Trained tokens", "per second", (("tokens/s", "throughput/tokens_per_s"),), "zero", ""),
+)
+SFT: _Curves = (
+    ("sft-loss", "Supervised loss", "nats per token", (("loss", "loss/sft"),), "", ""),
+    ("sft-grad", "Supervised gradient norm", "before clipping", (("norm", "grad_norm"),), "zero", ""),
+)
 
 
 def one_run(run: Run) -> list[Chart]:
     """The curves of a run; what it did not record is left out (`missing` names it)."""
+    charts = [
+        Chart(
+            id, title, unit, [Line(name, run.series(key, phase), i) for i, (name, key) in enumerate(lines)][::-1],
+            axis == "log", axis == "zero", note,
+        )
+        for phase, curves in (("rl", RL), ("sft", SFT)) for id, title, unit, lines, axis, note in curves
+    ]  # fmt: skip
+    charts.insert(1, _accuracy(run))
+    return [c for c in charts if _any(c)]
+
+
+def _accuracy(run: Run) -> Chart:
+    """Held-out accuracy, the supervised phase left of step 0, and each task that is evaluated in training."""
     last_sft = run.last_step("sft") or 0
     early = [(s - last_sft, v) for s, v in run.series("eval/accuracy", "sft")]
-    accuracy = [Line("held-out prompts", early + run.series("eval/accuracy"))]
     tasks = [k for k in run.keys("eval/") if k.endswith("/accuracy") and k.count("/") == 2]
-    accuracy += [Line(k.split("/")[1], run.series(k), i % 6) for i, k in enumerate(tasks, 1)]
-    charts = [
-        Chart("reward", "Reward", "mean of all samples", [Line("reward", run.series("reward/mean"))]),
-        Chart(
-            "accuracy", "Held-out accuracy", "share right", accuracy, zero=True,
-            marks=[(0, "RL starts")] if early else [],
-            note="Negative steps: the supervised warm start" if early else "",
-        ),
-        Chart(
-            "gap", "Gap", "nats",
-            [Line("99th percentile |d|", run.series("gap/p99"), 1), Line("mean |d|", run.series("gap/mean_abs"), 0)],
-            log=True, note=_GAP,
-        ),
-        Chart("k3", "Gap as KL (k3)", "nats", [Line("k3", run.series("gap/k3"))], log=True,
-        note="KL of engine and trainer, estimated from the sampled tokens"),
-        Chart(
-            "clip", "Clipped tokens", "share",
-            [Line("above", run.series("ratio/clipped_high"), 1), Line("below", run.series("ratio/clipped_low"), 0)],
-            zero=True,
-        ),
-        Chart("entropy", "Entropy", "nats per token", [Line("entropy", run.series("entropy"))]),
-        Chart("length", "Response length", "tokens, mean", [Line("length", run.series("rollout/response_length"))]),
-        Chart("grad", "Gradient norm", "before clipping", [Line("gradient norm", run.series("grad_norm"))], zero=True),
-        Chart("lr", "Learning rate", "", [Line("learning rate", run.series("lr"))], zero=True),
-        Chart("loss", "Loss", "", [Line("loss", run.series("loss"))]),
-        Chart("truncated", "Truncated responses", "share", [Line("truncated", run.series("rollout/truncated"))],
-        zero=True),
-        Chart("speed", "Trained tokens", "per second", [Line("tokens/s", run.series("throughput/tokens_per_s"))],
-        zero=True),
-    ]  # fmt: skip
-    sft = [
-        Chart("sft-loss", "Supervised loss", "nats per token", [Line("loss", run.series("loss/sft", "sft"))]),
-        Chart("sft-grad", "Supervised gradient norm", "before clipping", [Line("norm", run.series("grad_norm", "sft"))],
-        zero=True),
-    ]  # fmt: skip
-    return [c for c in charts + sft if _any(c)]
+    lines = [Line("held-out prompts", early + run.series("eval/accuracy"))]
+    lines += [Line(k.split("/")[1], run.series(k), i % 6) for i, k in enumerate(tasks, 1)]
+    note, marks = ("Negative steps: the supervised warm start", [(0.0, "RL starts")]) if early else ("", [])
+    return Chart("accuracy", "Held-out accuracy", "share right", lines, zero=True, note=note, marks=marks)
 
 
 SYNC_CHARTS = 9
@@ -66,7 +66,7 @@ def sync(run: Run) -> list[Chart]:
     return [c for c in charts if _any(c)]
 
 
-WANTED = (
+EXPECTED = (
     ("reward", "reward/mean", "recorded in every RL step"),
     ("held-out accuracy", "eval/accuracy", "give data.eval and eval.every"),
     ("gap", "gap/mean_abs", "recorded in every RL step"),
@@ -80,7 +80,7 @@ WANTED = (
 
 def missing(run: Run) -> list[tuple[str, str]]:
     """(name, how to record it) of the curves that one expects and that this run has no value of."""
-    return [(name, how) for name, key, how in WANTED if not run.values(key)]
+    return [(name, how) for name, key, how in EXPECTED if not run.values(key)]
 
 
 COMPARED = (

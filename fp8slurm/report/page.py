@@ -5,70 +5,51 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import statistics
+import re
 from datetime import datetime
 from html import escape
 from importlib.resources import files
+from string import Template
 from typing import Any
 
-from fp8slurm.report import content, curves, sections
-from fp8slurm.report.charts import Chart, Line, line_chart, swatch
-from fp8slurm.report.safe import figure
+from fp8slurm.report import content
+from fp8slurm.report.blocks import Block, Browser, Charts, Fold, Head, Intervals, Items, Table, Text, Times
+from fp8slurm.report.drawing import intervals, line_chart, share_bar, stacked
+from fp8slurm.report.safe import gist, seconds, visible
 from fp8slurm.report.samples import Samples, ShownSample
-from fp8slurm.report.sections import e, table
+from fp8slurm.report.sections import sections
 from fp8slurm.run.reader import Run
 
+BINS = (0.01, 0.05, 0.2)
+"""|d| in nats at which a token's colour gets stronger."""
 
-def page(run: Run, found: Samples, others: list[Run], names: list[str]) -> str:
+
+def page(run: Run, samples: Samples, others: list[Run], names: list[str]) -> str:
     """The whole document. `names`: how `run` and the `others` are called, in this order."""
-    runs = [run, *others]
     drawn: dict[str, Any] = {}
-    parts = []
-    if others:
-        parts.append(("compare", "Comparison", _compare(runs, names, drawn)))
-    parts += [
-        ("curves", "Curves", _curves(run, drawn)),
-        ("time", "Time by phase", sections.times(run)),
-        ("sync", "Sync and memory", sections.sync(run) + _draw(curves.sync(run), drawn)),
-        ("evaluations", "Evaluations", sections.evaluations(runs, names)),
-        ("attempts", "Attempts and faults", sections.attempts(run)),
-        ("configuration", "Configuration", sections.configuration(run)),
-        ("samples", "Samples", sections.samples(run, found)),
+    parts = [
+        (id, title, "".join(_block(block, drawn) for block in blocks))
+        for id, title, blocks in sections(run, samples, others, names)
     ]
-    data = {"charts": drawn, "bins": sections.BINS, "samples": [_sample(s) for s in found.shown]}
+    data = {"charts": drawn, "bins": BINS, "samples": [_sample(s) for s in samples.shown]}
     body = "".join(
         f'<section id="{id}" aria-labelledby="{id}-h"><h2 id="{id}-h">{title}</h2>{html}</section>'
         for id, title, html in parts
     )
     nav = "".join(f'<li><a href="#{id}">{title}</a></li>' for id, title, _ in parts)
-    style, script = (files("fp8slurm.report").joinpath(n).read_text() for n in ("style.css", "script.js"))
+    style, script = _file("style.css"), _file("script.js")
     policy = (
         f"default-src 'none'; style-src '{_digest(style)}'; script-src '{_digest(script)}'; base-uri 'none'; "
         f"form-action 'none'"
     )
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="referrer" content="no-referrer">
-<meta name="color-scheme" content="light dark">
-<title>{e(run.name)} \u2013 fp8slurm report</title>
-<style>{style}</style>
-</head>
-<body>
-{_header(run)}
-<nav aria-label="sections"><ul>{nav}</ul></nav>
-<main>
-{body}
-</main>
-<footer>fp8slurm report, {datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")}, of {e(run.path)}. Nothing in this file is loaded from anywhere else.</footer>
-<script type="application/json" id="data">{embed(data)}</script>
-<script>{script}</script>
-</body>
-</html>
-"""
+    return Template(_file("page.html")).substitute(
+        policy=policy, name=e(run.name), style=style, header=_header(run), nav=nav, body=body, path=e(run.path),
+        date=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"), data=embed(data), script=script,
+    )  # fmt: skip
+
+
+def _file(name: str) -> str:
+    return files("fp8slurm.report").joinpath(name).read_text(encoding="utf-8")
 
 
 def embed(value: Any) -> str:
@@ -85,98 +66,106 @@ def _digest(text: str) -> str:
 
 def _header(run: Run) -> str:
     word, words = content.status(run)
-    facts = [content.precision(run)]
-    if run.setting("model.hf_checkpoint"):
-        facts.append(str(run.setting("model.hf_checkpoint")))
-    nodes, ranks = run.setting("slurm.nodes"), run.setting("slurm.ranks_per_node")
-    if nodes and ranks:
-        facts.append(f"{nodes} node{'s' if nodes != 1 else ''}, {ranks} rank{'s' if ranks != 1 else ''} each")
-    if run.attempts and run.attempts[0].started:
-        facts.append(f"started {sections.when(run.attempts[0].started)}")
-    out = [f'<h1>{e(run.name)}</h1><p><span class="pill {word}">{word}</span> {e(words)}</p>']
-    told = " \u00b7 ".join(facts)
-    out.append(f'<p class="soft">{e(told)}</p>')
-    switched = content.controls(run)
-    if switched:
-        out.append(
-            f'<p class="banner">This run is a control experiment, made to fail: {e(", ".join(switched))}. Its figures '
-            f"say nothing about training.</p>"
-        )
-    out.append(sections.cards(run))
+    facts = " \u00b7 ".join(content.facts(run))
+    out = [
+        f'<h1>{e(run.name)}</h1><p><span class="pill {word}">{word}</span> {e(words)}</p><p class="soft">{e(facts)}</p>'
+    ]
+    if switched := content.controls(run):
+        out.append(f'<p class="banner">{content.CONTROL}: {e(", ".join(switched))}.</p>')
+    cards = [
+        f'<div class="card"><dt>{e(h.title)}</dt><dd class="{"none" if h.value == "not measured" else "value"}">'
+        f'{e(h.value)}</dd><dd class="detail">{e(h.detail)}</dd></div>'
+        for h in content.headlines(run)
+    ]
+    out.append(f'<dl class="cards">{"".join(cards)}</dl>')
     if run.notes:
-        shown = "".join(f"<li>{e(n)}</li>" for n in run.notes[:30])
-        more = f"<li>and {len(run.notes) - 30} more</li>" if len(run.notes) > 30 else ""
-        out.append(f'<div class="banner"><b>Not everything could be read</b><ul class="plain">{shown}{more}</ul></div>')
+        more = [f"and {len(run.notes) - 30} more"] if len(run.notes) > 30 else []
+        listed = _list([*run.notes[:30], *more])
+        out.append(f'<div class="banner"><b>Not everything could be read</b>{listed}</div>')
     return f"<header>{''.join(out)}</header>"
 
 
-def _draw(charts: list[Chart], drawn: dict[str, Any], prefix: str = "") -> str:
-    if not charts:
-        return ""
-    out = []
-    for chart in charts:
-        chart.id = prefix + chart.id
-        html, drawn[chart.id] = line_chart(chart)
-        out.append(html)
-    return f'<div class="charts">{"".join(out)}</div>'
+def e(value: Any) -> str:
+    """Text of a run, safe inside HTML."""
+    return escape(visible(value))
 
 
-def _curves(run: Run, drawn: dict[str, Any]) -> str:
-    charts = curves.one_run(run)
-    out = _draw(charts, drawn)
-    lacking = curves.missing(run)
-    if lacking:
-        items = "".join(f"<li>{e(name)}: {e(how)}</li>" for name, how in lacking)
-        out += f'<div class="panel"><b>Not recorded in this run</b><ul class="plain">{items}</ul></div>'
-    if charts:
-        out += (
-            '<p class="note">Over the steps of the phase (RL unless it says supervised). Point at a curve, or move '
-            "with the arrow keys, for its values; the bold figure is the last one. docs/metrics.md says what each "
-            "is.</p>"
-        )
-    return out
+def _block(block: Block, drawn: dict[str, Any]) -> str:
+    """A block as HTML; what the script needs of its charts is put into `drawn`."""
+    match block:
+        case Text(text, small):
+            marked = re.sub("`(.+?)`", r"<code>\1</code>", escape(text))
+            return f'<p class="note">{marked}</p>' if small else f"<p>{marked}</p>"
+        case Head(text):
+            return f"<h3>{e(text)}</h3>"
+        case Items(rows, title):
+            return f'<div class="panel"><b>{e(title)}</b>{_list(rows)}</div>' if title else _list(rows)
+        case Table():
+            return _table(block)
+        case Fold(summary, table, more, is_open):
+            below = f"<pre>{e(more)}</pre>" if more else ""
+            mark = " open" if is_open else ""
+            return f"<details{mark}><summary>{e(summary)}</summary>{_table(table)}{below}</details>"
+        case Charts(charts, prefix):
+            out = []
+            for chart in charts:
+                chart.id = prefix + chart.id
+                html, drawn[chart.id] = line_chart(chart)
+                out.append(html)
+            return f'<div class="charts">{"".join(out)}</div>' if out else ""
+        case Times(id, title, rows, parts):
+            cells = [(p.name, seconds(p.total), f"{100 * p.share:.1f}%", seconds(p.median)) for p in parts]
+            table = Table(title, ("phase", "total", "share", "median of a step"), cells, "tnnn")
+            bar = f'<div class="panel">{share_bar(parts, f"share-{id}")}</div>'
+            return bar + stacked(rows, id, title) + _block(Fold("Seconds by phase", table), drawn)
+        case Intervals(id, title, rows, zero_line):
+            return f'<div class="charts">{intervals(rows, id, title, zero_line)}</div>'
+        case Browser(samples):
+            return _browser(samples)
+    raise TypeError(block)
 
 
-def _compare(runs: list[Run], names: list[str], drawn: dict[str, Any]) -> str:
-    looks = [swatch(Line(n, [], i % 6, i % 6)) for i, n in enumerate(names)]
-    heads = ["figure", *(f"{look}{e(n)}" for look, n in zip(looks, names))]
-    rows = []
-    all_finals = [content.finals(r) for r in runs]
-    for key in all_finals[0]:
-        values = [f[key] for f in all_finals]
-        if all(v is None for v in values):
-            continue
-        base = values[0]
-        apart = [""] + [
-            "" if v is None or base is None else f'<span class="help">{figure(v - base, True)}</span>'
-            for v in values[1:]
-        ]
-        rows.append([f'<span class="name">{e(key)}</span>', *(f"{figure(v)}{d}" for v, d in zip(values, apart))])
-    out = [f"<h3>Figures</h3>{table(heads, rows, 'final figures', range(1, len(runs) + 1))}"]
-    out.append(
-        f'<p class="note">Small figures: the difference to {e(names[0])}. Differences of single runs: how far two '
-        f"seeds of the same settings lie apart is not known from them.</p>"
+def _list(rows: Any) -> str:
+    return f'<ul class="plain">{"".join(f"<li>{e(row)}</li>" for row in rows)}</ul>'
+
+
+def _table(table: Table) -> str:
+    """Scrolls by itself where it is too wide."""
+    kinds = table.kinds.ljust(len(table.heads))
+    mark = [" class=n" if kind in "nb" else " class=m" if kind == "m" else "" for kind in kinds]
+    head = "".join(f"<th{m}>{e(h)}</th>" for h, m in zip(table.heads, mark))
+    rows = "".join(
+        f"<tr>{''.join(f'<td{m}>{_cell(c, kind)}</td>' for c, kind, m in zip(row, kinds, mark))}</tr>"
+        for row in table.rows
     )
-    out.append(f"<h3>Curves on each other</h3>{_draw(curves.several(runs, names), drawn, 'all-')}")
-    differing = content.differences(runs)
-    if differing:
-        cells = [[f"<code>{e(k)}</code>", *(f"<code>{e(v)}</code>" for v in values)] for k, values in differing]
-        out.append(f"<h3>Settings that differ</h3>{table(['setting', *map(e, names)], cells, 'settings that differ')}")
-    else:
-        out.append("<h3>Settings that differ</h3><p>None.</p>")
-    out.append(f"<h3>Time by phase, median of an RL step</h3>{_phase_table(runs, names)}")
-    return "".join(out)
+    return (
+        f'<div class="scroll" role="region" tabindex="0" aria-label="{e(table.label)}"><table><thead><tr>{head}</tr>'
+        f"</thead><tbody>{rows}</tbody></table></div>"
+    )
 
 
-def _phase_table(runs: list[Run], names: list[str]) -> str:
-    rows = []
-    for slot, (_, name) in enumerate(content.PHASES):
-        cells = []
-        for run in runs:
-            values = [v[slot] for _, v in content.phase_seconds(run) if v[slot] > 0]
-            cells.append(f"{statistics.median(values):.2f} s" if values else "\u2013")
-        rows.append([escape(name), *cells])
-    return table(["phase", *map(e, names)], rows, "time by phase", range(1, len(runs) + 1))
+def _cell(text: str, kind: str) -> str:
+    if kind == "l" and ("\n" in text or len(text) >= 160):
+        return f"{e(gist(text))}<details><summary>all of it</summary><pre>{e(text[-8000:])}</pre></details>"
+    first, _, remark = text.partition("\n")
+    shown = e(first)
+    if kind in "bc":
+        tag = {"b": "b", "c": "code"}[kind]
+        shown = f"<{tag}>{shown}</{tag}>"
+    elif kind == "p":
+        shown = f'<span class="pill {shown}">{shown}</span>'
+    elif kind == "w":
+        shown = shown.replace("-", "\u2011")  # a date is not broken, date and time may be
+    return shown + (f'<span class="help">{e(remark)}</span>' if remark else "")
+
+
+def _browser(samples: Samples) -> str:
+    """The controls of the sample browser; the script fills the list."""
+    steps = "".join(f'<option value="{s}">{s}</option>' for s in sorted({s.step for s in samples.shown}))
+    names = [f"{a:g} to {b:g}" for a, b in zip(BINS, BINS[1:])] + [f"{BINS[-1]:g} and more"]
+    legend = "".join(f'<li><span class="u{i}">+{n}</span></li>' for i, n in enumerate(names, 1))
+    legend += "".join(f'<li><span class="n{i}">\u2212{n}</span></li>' for i, n in enumerate(names, 1))
+    return Template(_file("samples.html")).substitute(least=f"{BINS[0]:g}", legend=legend, steps=steps)
 
 
 def _sample(s: ShownSample) -> dict[str, Any]:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import unicodedata
+from datetime import datetime
 from typing import Any
 
+DASH = "\u2013"
+"""Where there is no value."""
 _BIDI = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 _JOINERS = frozenset("\u200b\u200c\u200d\u2060\ufeff\u2028\u2029")
 
@@ -41,10 +44,23 @@ def one_line(text: Any, limit: int = 200) -> str:
     return line if len(line) <= limit else line[: limit - 1] + "\u2026"
 
 
+def gist(text: str) -> str:
+    """An error on one line: of a traceback the task and the last line, which says what happened."""
+    lines = [line for line in text.splitlines() if line.strip()]
+    if len(lines) > 1:
+        lines = [f"{lines[0].partition(':')[0]}: {lines[-1].strip()}"]
+    return one_line("".join(lines), 160)
+
+
+def when(at: float | None) -> str:
+    """Local time, to the second."""
+    return DASH if at is None else datetime.fromtimestamp(at).strftime("%Y-%m-%d %H:%M:%S")
+
+
 def figure(value: float | None, signed: bool = False) -> str:
     """A number for people: three or four significant digits, powers of ten outside 0.001 to 1,000,000."""
     if value is None:
-        return "\u2013"
+        return DASH
     size = abs(value)
     if size == 0:
         text = "0"
@@ -68,7 +84,7 @@ def figure(value: float | None, signed: bool = False) -> str:
 def seconds(value: float | None) -> str:
     """A duration: 0.32 s, 12.3 s, 4 min 05 s, 3 h 20 min."""
     if value is None:
-        return "\u2013"
+        return DASH
     if value < 60:
         return f"{value:.2f} s" if value < 1 else f"{value:.1f} s"
     if value < 3600:
@@ -81,7 +97,7 @@ def seconds(value: float | None) -> str:
 def size(value: float | None) -> str:
     """Bytes in binary units."""
     if value is None:
-        return "\u2013"
+        return DASH
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(value) < 1024:
             return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"

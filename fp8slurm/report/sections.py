@@ -1,344 +1,245 @@
-"""The sections of the HTML report; every text that comes from a run goes through `e`."""
+"""The sections of a report, as blocks that page.py makes HTML of and text.py Markdown."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from datetime import datetime
-from html import escape
-from typing import Any
+import statistics
+from collections.abc import Sequence
 
-from fp8slurm.report import content
-from fp8slurm.report.bars import intervals, share_bar, stacked
-from fp8slurm.report.safe import figure, one_line, seconds, visible
+from fp8slurm.report import content, curves
+from fp8slurm.report.blocks import Block, Browser, Charts, Fold, Head, Intervals, Items, Table, Text, Times
+from fp8slurm.report.safe import DASH, figure, one_line, seconds, when
 from fp8slurm.report.samples import Samples
-from fp8slurm.run.attempts import Attempt
-from fp8slurm.run.evaluations import Evaluation
+from fp8slurm.run.evaluations import Comparison, Evaluation, Interval
 from fp8slurm.run.reader import Run
 
-BINS = (0.01, 0.05, 0.2)
-"""|d| in nats at which a token's colour gets stronger."""
 TRAINING_SHOWN = 40
 """Evaluations of the training loop in the table."""
+INTERVALS_SHOWN = 24
 
 
-def e(value: Any) -> str:
-    """Text of a run, safe inside HTML."""
-    return escape(visible(value))
-
-
-def table(heads: Sequence[str], rows: Iterable[Sequence[str]], label: str, numbers: Iterable[int] = ()) -> str:
-    """Cells are HTML already; the columns `numbers` are set flush right. Scrolls by itself where it is too wide."""
-    right = set(numbers)
-
-    def cell(tag: str, i: int, text: str) -> str:
-        return f"<{tag}{' class=n' if i in right else ''}>{text}</{tag}>"
-
-    head = "".join(cell("th", i, h) for i, h in enumerate(heads))
-    body = "".join(f"<tr>{''.join(cell('td', i, c) for i, c in enumerate(row))}</tr>" for row in rows)
-    return (
-        f'<div class="scroll" role="region" tabindex="0" '
-        f'aria-label="{escape(label)}"><table><thead><tr>{head}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div>"
-    )
-
-
-def when(at: float | None) -> str:
-    """Local time, to the second."""
-    return "\u2013" if at is None else datetime.fromtimestamp(at).strftime("%Y-%m-%d %H:%M:%S")
-
-
-def cards(run: Run) -> str:
-    """The headline figures."""
-    out = []
-    for h in content.headlines(run):
-        kind = "none" if h.value == "not measured" else "value"
-        out.append(
-            f'<div class="card"><dt>{e(h.title)}</dt><dd class="{kind}">{e(h.value)}</dd><dd '
-            f'class="detail">{e(h.detail)}</dd></div>'
-        )
-    return f'<dl class="cards">{"".join(out)}</dl>'
-
-
-def configuration(run: Run) -> str:
-    """What differs from the defaults, then everything, then packages and command."""
-    if not run.config:
-        return "<p>Not recorded: config.json is missing or cannot be read.</p>"
-    every = content.settings(run)
-
-    def rows(settings: list[content.Setting]) -> list[list[str]]:
-        return [
-            [
-                f'<code>{e(s.key)}</code><span class="help">{e(s.help)}</span>',
-                f"<code>{e(s.value)}</code>",
-                f"<code>{e(s.default)}</code>",
-            ]
-            for s in settings
-        ]
-
-    changed = [s for s in every if s.changed]
-    heads = ("setting", "this run", "default")
-    out = [
-        f"<details open><summary>{len(changed)} settings differ from the "
-        f"defaults</summary>{table(heads, rows(changed), 'changed settings')}</details>",
-        f"<details><summary>All {len(every)} settings</summary>{table(heads, rows(every), 'all settings')}</details>",
+def sections(run: Run, samples: Samples, others: list[Run], names: list[str]) -> list[tuple[str, str, list[Block]]]:
+    """(id, title, blocks) of each. `names`: how `run` and the `others` are called, in this order."""
+    runs = [run, *others]
+    return [
+        *([("compare", "Comparison", _compare(runs, names))] if others else []),
+        ("curves", "Curves", _curves(run)),
+        ("time", "Time by phase", _times(run)),
+        ("sync", "Sync and memory", _sync(run)),
+        ("evaluations", "Evaluations", _evaluations(runs, names)),
+        ("attempts", "Attempts and faults", _attempts(run)),
+        ("configuration", "Configuration", _configuration(run)),
+        ("samples", "Samples", _samples(samples)),
     ]
-    newest = run.attempts[-1] if run.attempts else None
-    if newest is not None and newest.packages:
-        packages = [[e(k), f"<code>{e(v)}</code>"] for k, v in newest.packages.items()]
-        command = f"<pre>{e(' '.join(newest.command))}</pre>" if newest.command else ""
-        out.append(
-            f"<details><summary>Packages and "
-            f"command</summary>{table(('package', 'version'), packages, 'packages')}{command}</details>"
-        )
-    return "".join(out)
 
 
-def times(run: Run) -> str:
-    """Stacked bars of every phase of the run, all of it as one bar, and a table."""
-    out = []
-    for phase, title in (("rl", "RL steps"), ("sft", "Supervised steps")):
-        rows = content.phase_seconds(run, phase)
-        if not rows:
-            continue
-        parts = content.parts(run, phase)
-        cells = [[e(p.name), e(seconds(p.total)), f"{100 * p.share:.1f}%", e(seconds(p.median))] for p in parts]
-        out.append(
-            f'<h3>{title}</h3><div class="panel">{share_bar(parts)}</div>{stacked(rows, f"time-{phase}", title)}'
-            f"<details><summary>Seconds by "
-            f"phase</summary>{table(('phase', 'total', 'share', 'median of a step'), cells, title, (1, 2, 3))}</details>"
-        )
-    if not out:
-        return "<p>Not recorded: no step has a time yet.</p>"
-    return "".join(out) + (
-        '<p class="note">"other" is what no phase claims of time/step. The checkpoint is written between two steps '
-        "and counted with the later one. "
-        "Starting up, and steps that a later attempt did again, are not in metrics.jsonl and not counted.</p>"
-    )
+def _compare(runs: list[Run], names: list[str]) -> list[Block]:
+    finals = [content.finals(run) for run in runs]
+    rows = []
+    for key, first in finals[0].items():
+        values = [f[key] for f in finals]
+        if any(v is not None for v in values):
+            apart = [DASH if v is None or first is None else figure(v - first, True) for v in values[1:]]
+            rows.append((key, *map(figure, values), *apart))
+    apart_heads = [f"{name} minus {names[0]}" for name in names[1:]]
+    medians = []
+    for slot, (_, phase) in enumerate(content.PHASES):
+        spent = [[v[slot] for _, v in content.phase_seconds(run) if v[slot] > 0] for run in runs]
+        medians.append((phase, *(f"{statistics.median(s):.2f} s" if s else DASH for s in spent)))
+    differing = [(key, *values) for key, values in content.differences(runs)]
+    return [
+        Head("Figures"),
+        Table("final figures", ("figure", *names, *apart_heads), rows, "m" + "n" * (len(names) + len(apart_heads))),
+        Text("Differences of single runs: how far two seeds of the same settings lie apart they do not say.", True),
+        Head("Curves on each other"),
+        Charts(curves.several(runs, names), "all-"),
+        Head("Settings that differ"),
+        Table("settings", ("setting", *names), differing, "c" * (1 + len(names))) if differing else Text("None."),
+        Head("Time by phase, median of an RL step"),
+        Table("time by phase", ("phase", *names), medians, "t" + "n" * len(names)),
+    ]  # fmt: skip
 
 
-def sync(run: Run) -> str:
-    """Weight sync and memory."""
-    rows = [
-        [f"<code>{e(s.key)}</code>", e(s.median), e(s.p90), e(s.largest), str(s.count)]
-        for s in content.sync_and_memory(run)
-    ]
-    out = table(("metric", "median", "90%", "largest", "steps"), rows, "sync and memory", (1, 2, 3, 4)) if rows else ""
-    if not any(s.key.startswith(("time/sync", "sync/")) for s in content.sync_and_memory(run)):
-        out += (
-            "<p>Sync times: not recorded. They are written (time/sync) in every step that sends weights to the "
-            "engines.</p>"
+def _curves(run: Run) -> list[Block]:
+    charts = curves.one_run(run)
+    out: list[Block] = [Charts(charts)]
+    if lacking := curves.missing(run):
+        out.append(Items([f"{name}: {how}" for name, how in lacking], "Not recorded in this run"))
+    if charts:
+        hint = (
+            "Over the steps of the phase (RL unless it says supervised). Point at a curve of the HTML report, or move "
         )
-    if not any("mem" in s.key for s in content.sync_and_memory(run)):
-        out += (
-            "<p>Memory: not recorded in this run's metrics.jsonl (no memory/... key). <code>fp8slurm plan --recipe "
-            "R</code> computes what each GPU "
-            "should need.</p>"
-        )
+        out.append(Text(f"{hint}with the arrow keys, for its values. docs/metrics.md says what each is.", True))
     return out
 
 
-def evaluations(runs: list[Run], names: list[str]) -> str:
-    """Every finished evaluation with its interval, then FP8 against BF16."""
-    found = [(i, names[i], x) for i, run in enumerate(runs) for x in run.evaluations]
+def _times(run: Run) -> list[Block]:
+    out: list[Block] = []
+    for phase, title in (("rl", "RL steps"), ("sft", "Supervised steps")):
+        if rows := content.phase_seconds(run, phase):
+            out += [Head(title), Times(f"time-{phase}", title, rows, content.parts(run, phase))]
+    if not out:
+        return [Text("Not recorded: no step has a time yet.")]
+    note = (
+        '"other" is what no phase claims of time/step. The checkpoint is written between two steps and counted '
+        "with the later one. Starting up, and steps that a later attempt did again, are not in metrics.jsonl and not"
+        " counted."
+    )
+    return [*out, Text(note, True)]
+
+
+def _sync(run: Run) -> list[Block]:
+    spreads = content.sync_and_memory(run)
+    rows = [(s.key, s.median, s.p90, s.largest, str(s.count)) for s in spreads]
+    out: list[Block] = []
+    if rows:
+        out.append(Table("sync and memory", ("metric", "median", "90%", "largest", "steps"), rows, "cnnnn"))
+    if not any(s.key.startswith(("time/sync", "sync/")) for s in spreads):
+        out.append(Text("Sync times: not recorded (time/sync, in every step that sends weights to the engines)."))
+    if not any("mem" in s.key for s in spreads):
+        told = "Memory: not recorded in this run's metrics.jsonl (no memory/... key). "
+        out.append(Text(told + "`fp8slurm plan --recipe R` computes what each GPU should need."))
+    return [*out, Charts(curves.sync(run))]
+
+
+def _evaluations(runs: list[Run], names: list[str]) -> list[Block]:
     several = len(runs) > 1
-    out = []
-    own = [f for f in found if f[2].made_by != "training"]
-    training = [f for f in found if f[2].made_by == "training"]
+    every = [(i, name, x) for i, (run, name) in enumerate(zip(runs, names)) for x in run.evaluations]
+    own = [row for row in every if row[2].made_by != "training"]
+    training = [row for row in every if row[2].made_by == "training"]
+    out: list[Block] = []
     if own:
-        rows = [
-            (_evaluation_name(n if several else "", x), i % 6 if several else int(x.precision != "fp8"), x.accuracy)
-            for i, n, x in own
-        ]
-        out.append(f'<div class="charts">{intervals(rows[:24], "evals", "Accuracy with 95% intervals")}</div>')
+        drawn = [
+            (" ".join(p for p in (name if several else "", x.task, x.checkpoint, x.precision.upper()) if p),
+             i % 6 if several else int(x.precision != "fp8"), x.accuracy)
+            for i, name, x in own
+        ]  # fmt: skip
+        out.append(Intervals("evals", "Accuracy with 95% intervals", drawn[:INTERVALS_SHOWN]))
         out.append(_evaluation_table(own, several))
     else:
-        out.append(
-            "<p>None finished. <code>fp8slurm eval --run RUN</code> evaluates the newest checkpoint; "
-            "<code>--precision both</code> compares FP8 with BF16.</p>"
-        )
+        told = "None finished. `fp8slurm eval --run RUN` evaluates the newest checkpoint; "
+        out.append(Text(told + "`--precision both` compares FP8 with BF16."))
     if training:
-        kept = training if len(training) <= TRAINING_SHOWN else training[-TRAINING_SHOWN:]
-        more = f", the last {TRAINING_SHOWN}" if len(kept) < len(training) else ""
-        out.append(
-            f"<details><summary>{len(training)} evaluations while "
-            f"training{more}</summary>{_evaluation_table(kept, several)}</details>"
-        )
-    out.append(_comparisons(runs, names))
-    return "".join(out)
+        more = f", the last {TRAINING_SHOWN}" if len(training) > TRAINING_SHOWN else ""
+        table = _evaluation_table(training[-TRAINING_SHOWN:], several)
+        out.append(Fold(f"{len(training)} evaluations while training{more}", table))
+    pairs = [(i, name, c) for i, (run, name) in enumerate(zip(runs, names)) for c in run.comparisons]
+    if not pairs:
+        told = "Not measured. `fp8slurm eval --run RUN --precision both` asks both the same questions."
+        return [*out, Head("FP8 against BF16"), Text(told)]
+    drawn = [(f"{name + ' ' if several else ''}{c.task} {c.checkpoint}", i % 6, c.difference) for i, name, c in pairs]
+    title = "Difference in accuracy, 95% paired interval"
+    out += [Head("FP8 against BF16, same checkpoint"), Intervals("diffs", title, drawn[:INTERVALS_SHOWN], True)]
+    return [*out, _comparison_table(pairs, several)]
 
 
-def _evaluation_name(run: str, x: Evaluation) -> str:
-    return " ".join(p for p in (run, x.task, x.checkpoint, x.precision.upper()) if p)
-
-
-def _evaluation_table(found: list[tuple[int, str, Evaluation]], several: bool) -> str:
-    rows = []
-    for _, name, x in found:
-        value, low, high = x.accuracy
+def _evaluation_table(rows: Sequence[tuple[int, str, Evaluation]], several: bool) -> Table:
+    cells = []
+    for _, name, x in rows:
         ks = sorted(x.pass_at_k.items(), key=lambda i: int(i[0]) if i[0].isdigit() else 0)
         passes = ", ".join(f"@{k} {figure(i[0])}" for k, i in ks if k != "1")
-        rows.append([
-            *([e(name)] if several else []), e(x.task), e(x.checkpoint), e(x.precision.upper()),
-            f"<b>{figure(value)}</b>",
-            f"{figure(low)} to {figure(high)}" if low is not None else "not recorded", e(passes or "\u2013"),
-            _plain(x.questions), _plain(x.samples), figure(x.response_tokens),
-            "\u2013" if x.truncated is None else f"{100 * x.truncated:.1f}%", figure(x.tokens_per_second),
-        ])  # fmt: skip
-    heads = [
-        *(["run"] if several else []),
-        "task",
-        "checkpoint",
-        "precision",
-        "accuracy",
-        "95% interval",
-        "pass@k",
-        "questions",
-        "samples",
-        "tokens a response",
-        "truncated",
-        "tokens/s",
-    ]
-    first = 3 + several
-    return table(heads, rows, "evaluations", (first, first + 1, *range(first + 3, first + 8)))
+        cells.append((
+            name, x.task, x.checkpoint, x.precision.upper(), figure(x.accuracy[0]), _interval(x.accuracy),
+            passes or DASH, _count(x.questions), _count(x.samples), figure(x.response_tokens),
+            DASH if x.truncated is None else f"{100 * x.truncated:.1f}%", figure(x.tokens_per_second),
+        ))  # fmt: skip
+    heads = (
+        "run", "task", "checkpoint", "precision", "accuracy", "95% interval", "pass@k", "questions", "samples",
+        "tokens a response", "truncated", "tokens/s",
+    )  # fmt: skip
+    return _with_run("evaluations", heads, cells, "ttttbntnnnnn", several)
 
 
-def _plain(value: int | None) -> str:
-    return "\u2013" if value is None else f"{value:,}"
+def _comparison_table(rows: Sequence[tuple[int, str, Comparison]], several: bool) -> Table:
+    cells = [
+        (name, c.task, c.checkpoint, f"{c.names[0]} \u2212 {c.names[1]}", figure(c.a), figure(c.b),
+         figure(c.difference[0], True), _interval(c.difference, True), c.verdict, f"{c.lost} lost, {c.won} won",
+         figure(c.gap.get("mean_abs")), figure(c.speed_ratio))
+        for _, name, c in rows
+    ]  # fmt: skip
+    heads = (
+        "run", "task", "checkpoint", "compared", "first", "second", "difference", "95% interval", "in words", "flipped",
+        "gap, mean |d|", "speed ratio",
+    )  # fmt: skip
+    return _with_run("FP8 against BF16", heads, cells, "ttttnnbnttnn", several)
 
 
-def _comparisons(runs: list[Run], names: list[str]) -> str:
-    found = [(i, names[i], c) for i, run in enumerate(runs) for c in run.comparisons]
-    if not found:
-        return (
-            "<h3>FP8 against BF16</h3><p>Not measured. <code>fp8slurm eval --run RUN --precision both</code> asks "
-            "both the same questions.</p>"
-        )
-    several = len(runs) > 1
-    out = ["<h3>FP8 against BF16, same checkpoint</h3>"]
-    rows = [(f"{n + ' ' if several else ''}{c.task} {c.checkpoint}", i % 6, c.difference) for i, n, c in found]
-    out.append(
-        f'<div class="charts">'
-        f"{intervals(rows[:24], 'diffs', 'Difference in accuracy, 95% paired interval', True)}</div>"
-    )
-    cells = []
-    for _, name, c in found:
-        value, low, high = c.difference
-        cells.append([
-            *([e(name)] if several else []), e(c.task), e(c.checkpoint), e(f"{c.names[0]} \u2212 {c.names[1]}"),
-            figure(c.a), figure(c.b), f"<b>{figure(value, True)}</b>",
-            f"{figure(low, True)} to {figure(high, True)}" if low is not None else "not recorded", e(c.verdict),
-            f"{c.lost} lost, {c.won} won", figure(c.gap.get("mean_abs")), figure(c.speed_ratio),
-        ])  # fmt: skip
-    heads = [
-        *(["run"] if several else []),
-        "task",
-        "checkpoint",
-        "compared",
-        "first",
-        "second",
-        "difference",
-        "95% interval",
-        "in words",
-        "flipped",
-        "gap, mean |d|",
-        "speed ratio",
-    ]
-    return "".join(out) + table(heads, cells, "FP8 against BF16")
+def _with_run(label: str, heads: Sequence[str], cells: Sequence[tuple[str, ...]], kinds: str, several: bool) -> Table:
+    """A table whose first column names the run, where there are several."""
+    return Table(label, heads, cells, kinds) if several else Table(label, heads[1:], [c[1:] for c in cells], kinds[1:])
 
 
-def attempts(run: Run) -> str:
-    """Each attempt with its end, then the faults."""
+def _interval(estimate: Interval, signed: bool = False) -> str:
+    _, low, high = estimate
+    return "not recorded" if low is None else f"{figure(low, signed)} to {figure(high, signed)}"
+
+
+def _count(value: int | None) -> str:
+    return DASH if value is None else f"{value:,}"
+
+
+def _attempts(run: Run) -> list[Block]:
     if not run.attempts:
-        return "<p>Not recorded: there is no attempts folder.</p>"
-    rows = []
+        return [Text("Not recorded: there is no attempts folder.")]
+    rows, out = [], []
     for a in run.attempts:
-        span = seconds(a.ended - a.started) if a.ended and a.started and a.ended >= a.started else "\u2013"
-        last = f"{a.last[0]} {a.last[1]}" if a.last else "not recorded"
-        begun = a.began_at or "the start"
-        job = f'<span class="help">job {e(a.job)}</span>' if a.job else ""
-        rows.append([
-            f"{a.number}{job}", _when(a.started), _when(a.ended) if a.state != "running" else "goes on", span, e(begun),
-            e(last),
-            f'<span class="pill {a.state}">{a.state}</span>', _why(a), str(a.engine_restarts),
-        ])  # fmt: skip
+        rows.append((
+            f"{a.number}\njob {a.job}" if a.job else f"{a.number}", when(a.started),
+            when(a.ended) if a.state != "running" else "goes on",
+            seconds(a.ended - a.started) if a.ended and a.started and a.ended >= a.started else DASH,
+            a.began_at or "the start", f"{a.last[0]} {a.last[1]}" if a.last else "not recorded", a.state,
+            a.why.strip() or DASH, str(a.engine_restarts),
+        ))  # fmt: skip
+        items = [*a.faults, *(f"changed setting: {c}" for c in a.changed)]
+        if a.stacks:
+            items.append(f"stacks of {a.stacks} tasks are in attempts/{a.number}/stacks")
+        if items:
+            out += [Head(f"Attempt {a.number}"), Items([one_line(i, 500) for i in items])]
     heads = ("attempt", "start", "end", "lasted", "continued from", "last step", "ended", "why", "engine restarts")
-    out = [table(heads, rows, "attempts", (3, 8))]
-    out.append(
-        '<p class="note">Start: when the attempt wrote its first file. End: its last task\'s mark, or else the last '
-        "line of its logs. "
-        "The last step of an attempt whose metrics were cut back by the next one is not recorded by older versions.</p>"
+    note = (
+        "Start: when the attempt wrote its first file. End: its last task's mark, or else the last line of its logs. "
+        "The last step of an attempt whose metrics were cut back by the next one is not recorded by older versions."
     )
-    for a in run.attempts:
-        if a.faults or a.changed or a.stacks:
-            items = [*a.faults, *(f"changed setting: {c}" for c in a.changed)]
-            if a.stacks:
-                items.append(f"stacks of {a.stacks} tasks are in attempts/{a.number}/stacks")
-            out.append(
-                f"<h3>Attempt {a.number}</h3><ul "
-                f'class="plain">{"".join(f"<li>{e(one_line(i, 500))}</li>" for i in items)}</ul>'
-            )
     if not any(a.faults for a in run.attempts):
-        out.append("<p>No checkpoint was skipped and no engine was restarted, as far as the logs say.</p>")
-    return "".join(out)
+        out.append(Text("No checkpoint was skipped and no engine was restarted, as far as the attempts' events say."))
+    return [Table("attempts", heads, rows, "twwnttpln"), Text(note, True), *out]
 
 
-def _when(at: float | None) -> str:
-    """Date and time, on a line each."""
-    return when(at).replace(" ", "<br>").replace("-", "\u2011")
+def _configuration(run: Run) -> list[Block]:
+    """What differs from the defaults, then everything, then packages and command."""
+    if not run.config:
+        return [Text("Not recorded: config.json is missing or cannot be read.")]
+    every = content.settings(run)
+    rows = [(f"{s.key}\n{s.help}", s.value, s.default) for s in every]
+    changed = [row for row, s in zip(rows, every) if s.changed]
+    heads = ("setting", "this run", "default")
+    table = Table("changed settings", heads, changed, "ccc")
+    out: list[Block] = [
+        Fold(f"{len(changed)} settings differ from the defaults", table, open=True),
+        Fold(f"All {len(every)} settings", Table("all settings", heads, rows, "ccc")),
+    ]
+    newest = run.attempts[-1] if run.attempts else None
+    if newest is not None and newest.packages:
+        packages = Table("packages", ("package", "version"), list(newest.packages.items()), "tc")
+        out.append(Fold("Packages and command", packages, " ".join(newest.command)))
+    return out
 
 
-def _why(a: Attempt) -> str:
-    text = a.why.strip()
-    lines = text.splitlines()
-    if len(lines) < 2 and len(text) < 160:
-        return e(text or "\u2013")
-    head = (
-        lines[0]
-        if not lines[0].rstrip().endswith("Traceback (most recent call last):")
-        else lines[0].split(":")[0] + ": " + lines[-1]
-    )
-    return f"{e(one_line(head, 160))}<details><summary>all of it</summary><pre>{e(text[-8000:])}</pre></details>"
-
-
-def samples(run: Run, found: Samples) -> str:
-    """The controls of the sample browser; the script fills the list."""
+def _samples(found: Samples) -> list[Block]:
     if not found.steps:
-        return (
-            "<p>Not recorded: <code>--rollout.save-every N</code> keeps the samples of every N-th step, with the "
-            "trainer's log-probabilities.</p>"
-        )
+        told = "Not recorded: `--rollout.save-every N` keeps the samples of every N-th step, "
+        return [Text(told + "with the trainer's log-probabilities.")]
     if not found.shown:
-        return "<p>Rollouts were saved, but none of their samples is shown (--samples 0, or they cannot be read).</p>"
+        return [Text("Rollouts were saved, but none of their samples is shown (--samples 0, or they cannot be read).")]
     steps = "steps" if found.read != 1 else "step"
-    lines = [f"{len(found.shown):,} of the {found.saved:,} samples of {found.read} saved {steps} are in this file."]
+    lines = [f"{len(found.shown):,} of the {found.saved:,} samples of {found.read} saved {steps} are shown."]
     if len(found.shown) < found.saved:
-        lines.append(
-            "Of every step half are those with the largest gap, half are spread evenly; <code>--samples N</code> "
-            "embeds more, up to a size."
-        )
+        lines.append("Of every step half are those with the largest gap, half are spread evenly;")
+        lines.append("`--samples N` embeds more, up to a size.")
     if found.read < len(found.steps):
         lines.append(f"{len(found.steps) - found.read:,} more saved steps, spread evenly, were not read.")
     if not found.with_gap:
-        lines.append(
-            "Per-token gaps: not recorded. The run was made before saved rollouts carried the trainer's "
-            "log-probabilities (rollouts/trainer/step_N.jsonl)."
-        )
+        lines.append("Per-token gaps: not recorded. The run was made before saved rollouts carried the trainer's")
+        lines.append("log-probabilities (rollouts/trainer/step_N.jsonl).")
     if not found.decoded:
         lines.append("No tokenizer.json was found where the configuration says: tokens are shown by number.")
-    steps = "".join(f'<option value="{s}">{s}</option>' for s in sorted({s.step for s in found.shown}))
-    names = [f"{a:g} to {b:g}" for a, b in zip(BINS, BINS[1:])] + [f"{BINS[-1]:g} and more"]
-    legend = "".join(f'<li><span class="u{i}">+{n}</span></li>' for i, n in enumerate(names, 1))
-    legend += "".join(f'<li><span class="n{i}">\u2212{n}</span></li>' for i, n in enumerate(names, 1))
-    return f"""<p>{" ".join(lines)}</p>
-<p class="note">d = trainer's minus engine's log-probability of the token, in nats. Orange: the trainer finds it likelier than the engine did; blue: less likely.
-Point at a token, or click it, for its figures.</p>
-<ul class="gaps" aria-label="legend of the colours"><li><span>below {BINS[0]:g}</span></li>{legend}</ul>
-<div class="filters panel">
-<label>Step<select id="f-step"><option value="">all</option>{steps}</select></label>
-<label>Reward from<input id="f-low" type="number" step="any" inputmode="decimal"></label>
-<label>Reward to<input id="f-high" type="number" step="any" inputmode="decimal"></label>
-<label>Order<select id="f-sort"><option value="">as saved</option><option value="gap">largest gap first</option><option value="low">lowest reward first</option><option value="high">highest reward first</option></select></label>
-</div>
-<div class="pager"><button id="f-back" type="button">Back</button><button id="f-next" type="button">Next</button><output id="f-count" aria-live="polite"></output>
-<span class="keys"><kbd>j</kbd> <kbd>k</kbd> sample, <kbd>n</kbd> <kbd>p</kbd> page</span></div>
-<div id="sample-list"></div><noscript><p>The sample browser needs JavaScript; everything else in this file does without.</p></noscript>"""
+    return [Text(" ".join(lines)), Browser(found)]

@@ -1,1 +1,1 @@
-"""Rewards: a pool of processes, and the graders that run in them. Runs in the rollout worker and in the processes that it starts."""
+"""Rewards: a pool of processes, and the graders that run in them. Runs in the rollout worker and its children."""

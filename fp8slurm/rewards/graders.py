@@ -62,25 +62,25 @@ def digits(response: str, label: str, weight: float) -> float:
 def numeric(response: str, label: str) -> float:
     """1 if the number of the last \\boxed{}, or else the last number of the response, equals the label's, else 0.
 
-    Thousands separators, $, %, units and trailing zeros do not count; fractions do. A box that offers several has chosen none.
+    Thousands separators, $, %, units and trailing zeros do not count; fractions do. A box with several has chosen none.
     """
     box = last_boxed(response)
-    wanted, found = last_number(label), last_number(response if box is None else box, alone=box is not None)
-    if wanted is None or found is None:
+    expected, given = last_number(label), last_number(response if box is None else box, alone=box is not None)
+    if expected is None or given is None:
         return 0.0
-    return float(abs(wanted - found) <= TOLERANCE * max(abs(wanted), abs(found)))
+    return float(abs(expected - given) <= TOLERANCE * max(abs(expected), abs(given)))
 
 
 def choice(response: str, label: str) -> float:
     """1 if the letter that the response settles on is the label's, else 0."""
-    found = chosen_letter(response)
-    return float(found is not None and found == chosen_letter(label))
+    letter = chosen_letter(response)
+    return float(letter is not None and letter == chosen_letter(label))
 
 
 def boxed_answers(text: str) -> list[tuple[int, int, int]]:
     """(start of \\boxed, start and end of what is in its braces) of every closed \\boxed{} or \\fbox{}, by start."""
     open_braces: list[tuple[int, int] | None] = []
-    found = []
+    boxes = []
     for match in _BRACES.finditer(text):
         if match[1]:
             open_braces.append((match.start(), match.end()))
@@ -89,23 +89,19 @@ def boxed_answers(text: str) -> list[tuple[int, int, int]]:
         elif match[0] == "}" and open_braces:
             opened = open_braces.pop()
             if opened is not None:
-                found.append((*opened, match.start()))
-    return sorted(found)
+                boxes.append((*opened, match.start()))
+    return sorted(boxes)
 
 
 def last_boxed(text: str) -> str | None:
     """What the last closed \\boxed{} holds; several with only commas, "and" or "or" between are joined. None: none."""
-    found = boxed_answers(text)
-    if not found:
+    boxes = boxed_answers(text)
+    if not boxes:
         return None
-    parts = [found[-1]]
-    for earlier in reversed(found[:-1]):
-        later = parts[-1]
-        if (
-            earlier[2] > later[0]
-            or later[0] - earlier[2] > _FAR
-            or not _BETWEEN.fullmatch(text, earlier[2] + 1, later[0])
-        ):
+    parts = [boxes[-1]]
+    for earlier in reversed(boxes[:-1]):
+        end, start = earlier[2], parts[-1][0]
+        if end > start or start - end > _FAR or not _BETWEEN.fullmatch(text, end + 1, start):
             break
         parts.append(earlier)
     return ", ".join(text[start:end].strip() for _, start, end in reversed(parts))
@@ -114,7 +110,7 @@ def last_boxed(text: str) -> str | None:
 def last_number(text: str, alone: bool = False) -> Fraction | None:
     """The last number of a text: 1,234.50, -3, 2.5e3, 2 \\times 10^3, 3/4, 1 3/4, \\frac{3}{4}.
 
-    None: there is none (or one of 400 digits), or with `alone` it is one of several that were offered ("1, 2", "1 or 2").
+    None: there is none (or one of 400 digits), or with `alone` it is one of several ("1, 2", "1 or 2").
     """
     text = text[-TAIL:].replace("\u2212", "-").replace("{,}", ",")
     text = text.replace("\\,", "").replace("\\!", "").replace("\\$", "$")
@@ -162,16 +158,18 @@ def chosen_letter(text: str) -> str | None:
         return match[1].upper() if match and not _OR_IN_BOX.match(box, match.end()) else None
     tail = text[-TAIL:].strip()
     for pattern in _SAID:
-        said = list(pattern.finditer(tail))
-        if said:
-            return said[-1][1] if not _OR.match(tail, said[-1].end()) else None
+        matches = list(pattern.finditer(tail))
+        if matches:
+            return matches[-1][1] if not _OR.match(tail, matches[-1].end()) else None
     line = tail.rsplit("\n", 1)[-1]
     match = _ALONE.fullmatch(line)
     return match[1].upper() if match else None
 
 
 def label_error(grader: str, label: str) -> str | None:
-    """Why no response could ever equal this label, or None."""
+    """Why no response could ever equal this label, or None. A function of the user's reads labels as it likes."""
+    if ":" not in grader and not label.strip():
+        return f"the label is empty, and {grader} compares the answer with it"
     if grader == "numeric" and last_number(label) is None:
         return f"the label {label!r:.80} has no number, which grader numeric compares"
     if grader == "choice" and chosen_letter(label) is None:

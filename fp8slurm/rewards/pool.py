@@ -12,9 +12,9 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
-from pathlib import Path
 
 from fp8slurm.config.schema import RewardSection
+from fp8slurm.core.processes import python_path
 from fp8slurm.core.types import Sample, SampleGroup
 from fp8slurm.rewards.graders import choice, digits, exact, numeric
 
@@ -147,8 +147,6 @@ class _Worker:
         self._start()
 
     def _start(self) -> None:
-        package_root = str(Path(__file__).resolve().parents[2])
-        path = [package_root, *filter(None, [os.environ.get("PYTHONPATH")])]
         self.killed = False
         self._buffer = b""
         self._set_limit(START_LIMIT_S, "to start")
@@ -156,7 +154,7 @@ class _Worker:
             [sys.executable, "-P", "-m", "fp8slurm.rewards.worker", self.kind, str(self.memory_mib)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(path)},
+            env=os.environ | {"PYTHONPATH": python_path()},
             start_new_session=True,
         )
 

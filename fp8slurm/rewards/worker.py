@@ -57,18 +57,19 @@ def _math(response: str, label: str) -> float:
     from math_verify import parse, verify
 
     box, label = last_boxed(response), _plain(label)
-    if box is not None and (said := _by_ourselves(_plain(box), label)) is not None:
-        return float(said)
-    said = response[-MATH_TAIL:] if box is None else f"\\boxed{{{_plain(box)}}}"
+    if box is not None and (verdict := _by_ourselves(_plain(box), label)) is not None:
+        return float(verdict)
+    answer = response[-MATH_TAIL:] if box is None else f"\\boxed{{{_plain(box)}}}"
     gold = parse(label if "\\boxed" in label or "$" in label else f"${label}$", parsing_timeout=None)
     if not gold:
         raise ValueError(f"math-verify cannot read the label {label!r:.80}")
-    return float(verify(gold, parse(said, parsing_timeout=None), timeout_seconds=None))
+    return float(verify(gold, parse(answer, parsing_timeout=None), timeout_seconds=None))
 
 
 def _plain(latex: str) -> str:
-    """In a form that math-verify reads: without dollar signs that mean money, a full stop at the end, white space between a
-    number's digits and known units behind it; 1.5e3 as 1.5 \\times 10^{3}; lines of an answer apart by commas."""
+    """In a form that math-verify reads: without dollar signs that mean money, a full stop at the end, white space
+    between a number's digits and known units behind it; 1.5e3 as 1.5 \\times 10^{3}; lines of an answer apart by
+    commas."""
     latex = latex.replace("\\$", "").strip()
     latex = re.sub(r"(?<=[\w)}\]])\s*\.$", "", latex)
     latex = re.sub(r"(?<=\d)(?:\\[,;! ]|~)(?=\d{3}(?!\d))", "", latex)
@@ -82,16 +83,16 @@ def _plain(latex: str) -> str:
 
 
 def _by_ourselves(answer: str, label: str) -> bool | None:
-    """The verdict where math-verify's would be wrong; None elsewhere. It does not look at the base of 2220_5, and it rounds to
-    six decimals, which leaves nothing of 1.6 \\times 10^{-19}."""
+    """The verdict where math-verify's would be wrong; None elsewhere. It does not look at the base of 2220_5, and it
+    rounds to six decimals, which leaves nothing of 1.6 \\times 10^{-19}."""
     answer, label = answer.strip("$ "), label.strip("$ ")
-    said, meant = _BASE.fullmatch(answer), _BASE.fullmatch(label)
-    if said and meant:
-        return said.groups() == meant.groups()
+    given, expected = _BASE.fullmatch(answer), _BASE.fullmatch(label)
+    if given and expected:
+        return given.groups() == expected.groups()
     if _PLAIN_NUMBER.fullmatch(answer) and _PLAIN_NUMBER.fullmatch(label):
-        found, wanted = last_number(answer), last_number(label)
-        if found is not None and wanted is not None and 0 < abs(wanted) < SMALL:
-            return abs(found - wanted) <= abs(wanted) * SMALL
+        number, right = last_number(answer), last_number(label)
+        if number is not None and right is not None and 0 < abs(right) < SMALL:
+            return abs(number - right) <= abs(right) * SMALL
     return None
 
 

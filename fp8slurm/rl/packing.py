@@ -5,7 +5,8 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypedDict
+from itertools import chain
+from typing import Any, Literal, NotRequired, TypedDict, Unpack
 
 import torch
 
@@ -13,6 +14,7 @@ from fp8slurm.config import RunConfig
 from fp8slurm.core.types import PackedBatch, SampleGroup
 from fp8slurm.data.prompts import SftExample
 
+LossMean = Literal["token", "sequence"]
 RankBatches = list[list[PackedBatch]]
 """For one update: [data-parallel rank][micro-batch], as many micro-batches on every rank."""
 
@@ -34,16 +36,26 @@ class _Row:
         return len(self.prompt_ids) + len(self.response_ids)
 
 
+class Packing(TypedDict):
+    """The sizes that batches are made for."""
+
+    data_parallel_size: int
+    tokens_per_micro_batch: int
+    """At most, where no sequence is longer."""
+    pad_multiple: NotRequired[int]
+    """The length of every micro-batch is a multiple of it; 1 where it is left out."""
+
+
+def packing_of(config: RunConfig, trainer: Any) -> Packing:
+    """The sizes of a run."""
+    ranks, tokens = trainer.data_parallel_size, config.train.tokens_per_micro_batch
+    return {"data_parallel_size": ranks, "tokens_per_micro_batch": tokens, "pad_multiple": trainer.pad_multiple}
+
+
 def pack(
-    groups: list[SampleGroup],
-    advantages: list[list[float]],
-    *,
-    updates: int,
-    data_parallel_size: int,
-    tokens_per_micro_batch: int,
-    pad_multiple: int = 1,
-    loss_mean: Literal["token", "sequence"] = "token",
-) -> list[RankBatches]:
+    groups: list[SampleGroup], advantages: list[list[float]], *, updates: int, loss_mean: LossMean = "token",
+    **packing: Unpack[Packing],
+) -> list[RankBatches]:  # fmt: skip
     """The micro-batches of every update of a step: [update][data-parallel rank][micro-batch].
 
     Updates are cut at group boundaries, in order, with as equal numbers of groups as possible; there are fewer than
@@ -62,51 +74,22 @@ def pack(
             rows.append(group_rows)
     updates = min(updates, len(rows))
     boundaries = [len(rows) * u // updates for u in range(updates + 1)] if updates else [0]
-    return [
-        _pack_update(
-            [row for group_rows in rows[start:end] for row in group_rows],
-            data_parallel_size,
-            tokens_per_micro_batch,
-            pad_multiple,
-            loss_mean,
-        )
-        for start, end in zip(boundaries, boundaries[1:])
-    ]
+    cuts = [chain.from_iterable(rows[start:end]) for start, end in zip(boundaries, boundaries[1:])]
+    return [_pack_update(list(cut), loss_mean, **packing) for cut in cuts]
 
 
-def pack_sft(
-    examples: list[SftExample],
-    *,
-    data_parallel_size: int,
-    tokens_per_micro_batch: int,
-    pad_multiple: int = 1,
-    loss_mean: Literal["token", "sequence"] = "token",
-) -> RankBatches:
+def pack_sft(examples: list[SftExample], *, loss_mean: LossMean = "token", **packing: Unpack[Packing]) -> RankBatches:
     """The micro-batches of one supervised update: [data-parallel rank][micro-batch], without advantages."""
     rows = [_Row(i, e.prompt_ids, e.response_ids, [0.0] * len(e.response_ids), 0.0) for i, e in enumerate(examples)]
-    return _pack_update(rows, data_parallel_size, tokens_per_micro_batch, pad_multiple, loss_mean)
+    return _pack_update(rows, loss_mean, **packing)
 
 
-class Packing(TypedDict):
-    """What `pack` and `pack_sft` have to know of the trainer."""
-
-    data_parallel_size: int
-    tokens_per_micro_batch: int
-    pad_multiple: int
-
-
-def packing_of(config: RunConfig, trainer: Any) -> Packing:
-    """Of this trainer."""
-    return {
-        "data_parallel_size": trainer.data_parallel_size,
-        "tokens_per_micro_batch": config.train.tokens_per_micro_batch,
-        "pad_multiple": trainer.pad_multiple,
-    }
-
-
-def _pack_update(rows: list[_Row], ranks: int, budget: int, pad_multiple: int, loss_mean: str) -> RankBatches:
+def _pack_update(
+    rows: list[_Row], loss_mean: LossMean, data_parallel_size: int, tokens_per_micro_batch: int, pad_multiple: int = 1
+) -> RankBatches:
+    ranks = data_parallel_size
     routing = next((row.routing for row in rows if row.routing is not None), None)
-    bins = balanced_bins([row.length for row in rows], budget, ranks)
+    bins = balanced_bins([row.length for row in rows], tokens_per_micro_batch, ranks)
     # Largest first, dealt to and fro: sums stay even, and micro-batches that run at the same time are of like size.
     loads = sorted(range(len(bins)), key=lambda b: (-sum(rows[i].length for i in bins[b]), b))
     dealt: list[list[int]] = [[] for _ in range(ranks)]
@@ -114,16 +97,14 @@ def _pack_update(rows: list[_Row], ranks: int, budget: int, pad_multiple: int, l
         turn, rank = divmod(position, ranks)
         dealt[rank if turn % 2 == 0 else ranks - 1 - rank].append(b)
     weights = _token_weights(rows, loss_mean)
-    return [
-        [
-            _batch([rows[i] for i in sorted(bins[b])], [weights[i] for i in sorted(bins[b])], pad_multiple, routing)
-            for b in own
-        ]
-        for own in dealt
-    ]
+
+    def batch(numbers: list[int]) -> PackedBatch:
+        return _batch([rows[i] for i in numbers], [weights[i] for i in numbers], pad_multiple, routing)
+
+    return [[batch(sorted(bins[b])) for b in own] for own in dealt]
 
 
-def _token_weights(rows: list[_Row], loss_mean: str) -> list[float]:
+def _token_weights(rows: list[_Row], loss_mean: LossMean) -> list[float]:
     """The weight of each token of each row's response; times its length they sum to 1."""
     if loss_mean == "token":
         total = sum(len(row.response_ids) for row in rows)
@@ -226,8 +207,8 @@ def _routing(rows: list[_Row], length: int, like: torch.Tensor) -> torch.Tensor:
     at = 0
     for row in rows:
         if row.routing is None or row.routing.shape != (row.length - 1, layers, k):
-            found, wanted = "none" if row.routing is None else list(row.routing.shape), [row.length - 1, layers, k]
-            raise ValueError(f"routing replay: a sample of {row.length} tokens has routing {found}, not {wanted}")
+            shape, right = "none" if row.routing is None else list(row.routing.shape), [row.length - 1, layers, k]
+            raise ValueError(f"routing replay: a sample of {row.length} tokens has routing {shape}, not {right}")
         out[at : at + row.length - 1] = row.routing
         at += row.length
     return out

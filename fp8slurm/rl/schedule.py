@@ -7,13 +7,9 @@ from typing import Literal
 
 
 def learning_rate(
-    step: int,
-    steps: int,
-    lr: float,
-    min_lr: float = 0.0,
-    warmup_steps: int = 0,
+    step: int, steps: int, lr: float, min_lr: float = 0.0, warmup_steps: int = 0,
     schedule: Literal["constant", "cosine", "linear"] = "constant",
-) -> float:
+) -> float:  # fmt: skip
     """Learning rate of update `step` (from 0) out of `steps`.
 
     Linear warm-up: update i of the first `warmup_steps` gets lr * (i + 1) / (warmup_steps + 1), so the first is above 0

@@ -40,15 +40,9 @@ class EngineWeights:
     """A training rank's end; all ranks make the same calls in the same order."""
 
     def __init__(
-        self,
-        config: RunConfig,
-        trainer: Any,
-        channel: RankChannel,
-        store: dist.Store,
-        address: str,
-        attempt_dir: Path,
+        self, config: RunConfig, trainer: Any, channel: RankChannel, store: dist.Store, address: str, attempt_dir: Path,
         watch: Stopwatch,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.config, self.trainer, self.channel, self.store = config, trainer, channel, store
         self.address, self.attempt_dir, self.watch = address, attempt_dir, watch
         self.sleeps = engines_sleep(config) and not config.control.freeze_engine

@@ -1,9 +1,10 @@
 """Commands from rank 0 to the rollout workers, answers and samples back.
 
-    rank 0:     command/N = JSON               (TCPStore)
-    rollout worker A:    ... works ...; answer/N/A = JSON, "bytes" says how long the payload is
-    rank 0:     waits for answer/N/A on the store, then sets taken/N/A: "", or why the command is abandoned
-    everybody:  takes part in the broadcasts of the payloads (gloo), rollout worker 0's first; ranks wait for taken/N/A before it
+    rank 0:            command/N = JSON        (TCPStore)
+    rollout worker W:  ... works ...; answer/N/W = JSON, "bytes" says how long the payload is
+    rank 0:            waits for answer/N/W on the store, then sets taken/N/W: "", or why the command is abandoned
+    everybody:         takes part in the broadcasts of the payloads (gloo), rollout worker 0's first; ranks wait for
+                       taken/N/W before it
 
 Ranks wait on the store and not inside a collective: a rollout may take longer than any sensible collective timeout,
 and a rank that waits on the store can be told to stop.
@@ -26,7 +27,7 @@ from fp8slurm.sync.groups import Group
 
 ABANDON_POLL = timedelta(seconds=1)
 AT_WORK_S = 2.0
-IDLE_BEAT = timedelta(seconds=5)
+IDLE_HEARTBEAT = timedelta(seconds=5)
 """How often a rollout worker that waits for a command says that it is alive."""
 
 
@@ -48,7 +49,7 @@ class RankChannel:
         """Every rollout worker's answer and payload (uint8 [bytes]) to the command posted last.
 
         Raises:
-            StepAbandoned: on all ranks, when `abandon`, asked on rank 0 every second, gives a reason. The rollout workers go on working.
+            StepAbandoned: on all ranks, when `abandon`, called on rank 0 every second, gives a reason; workers go on.
         """
         answers = []
         for worker in range(self.workers):
@@ -69,7 +70,7 @@ class RankChannel:
         return answers
 
     def _wait(self, key: str, abandon: Callable[[], str] = lambda: "") -> str:
-        """Wait for a key; why not to wait any longer, or "" once it is there. A rollout worker's progress is the ranks'."""
+        """Wait for a key; why not to wait any longer, or "" once it is there. A worker's progress is the ranks' too."""
         while True:
             try:
                 self.store.wait([key], ABANDON_POLL)
@@ -101,14 +102,14 @@ class WorkerChannel:
         self.count = 0
 
     def next(self) -> dict[str, Any]:
-        """The next command, waiting for it. To have nothing to do is no hang: while it waits it beats."""
+        """The next command, waiting for it. To have nothing to do is no hang: meanwhile it gives heartbeats."""
         return self.get(f"command/{self.count}")
 
     def get(self, key: str) -> Any:
-        """The JSON under a key of the store, waiting for whoever sets it, and beating: its own watchdog watches over it."""
+        """The JSON under a key of the store, waiting for it with heartbeats: who sets it has a watchdog of its own."""
         while True:
             try:
-                self.store.wait([key], IDLE_BEAT)
+                self.store.wait([key], IDLE_HEARTBEAT)
                 return json.loads(self.store.get(key))
             except dist.DistStoreError as error:
                 if "timeout" not in str(error):
@@ -116,13 +117,13 @@ class WorkerChannel:
                 self.heartbeat()
 
     def progress(self) -> None:
-        """Something has moved here: this rollout worker beats, and so do the ranks that wait for it."""
+        """Something has moved: a heartbeat of this rollout worker and of the ranks that wait for it."""
         self.store.add("progress", 1)
         self.heartbeat()
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
-        """Something long with a deadline of its own: this rollout worker beats, and so do the ranks that wait for it."""
+        """Something long with a deadline of its own: `progress` now and then."""
         over = threading.Event()
 
         def tell() -> None:

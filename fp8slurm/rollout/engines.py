@@ -1,4 +1,4 @@
-"""The engines of a node, as its rollout worker sees them: generate over all of them, load one update into all of them."""
+"""The engines of a node, as its rollout worker sees them: generate over all, load an update into all."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class RunEngine(Member):
 class EngineSet(EnginePool):
     """All engines of one node. start, connect, then update and generate, from one thread; stop from any.
 
-    An engine that fails is restarted and gets `held` (the last whole update) before anything is asked of it again, while
+    An engine that fails is restarted and gets `held` (the last whole update) before it gets a request again, while
     the others go on. Where nothing is held it stays out until the next update; WeightsLost where all of them are out.
     """
 
@@ -68,7 +68,7 @@ class EngineSet(EnginePool):
     # -- life ----------------------------------------------------------------------------------------------------
 
     def connect(self, held: Callable[[], Sequence[WeightBucket]]) -> None:
-        """Wait until all of them answer, and link up with them. held: the last whole update, or nothing. EngineError."""
+        """Wait until all answer, and link up with them. held: the last whole update, or nothing. EngineError."""
         self.held = held
         self.wait_ready()
         self.restart_failed(self.each(self._link_up))
@@ -100,7 +100,7 @@ class EngineSet(EnginePool):
             log.warning("%s is back with the weights of its checkpoint: it waits for the next update", member.title)
 
     def sleep(self) -> None:
-        """Give the engines' GPU memory back. They have no weights then: an update comes before anything is generated."""
+        """Give the engines' GPU memory back. They have no weights then: an update comes before the next request."""
 
         def release(member: RunEngine) -> None:
             assert member.client is not None
@@ -122,9 +122,10 @@ class EngineSet(EnginePool):
             except EngineError as error:
                 if "out of memory" not in member.engine.log_tail():
                     raise
-                share = self.config.engine.mem_fraction
-                why = f"no room on its GPU when it woke: lower --engine.mem-fraction, now {share:g}, or see memory/kept in metrics.jsonl"
-                raise EngineError(f"{why}; {error}") from error
+                raise EngineError(
+                    f"no room on its GPU when it woke: lower --engine.mem-fraction, now "
+                    f"{self.config.engine.mem_fraction:g}, or see memory/kept in metrics.jsonl; {error}"
+                ) from error
             self.asleep.discard(member)
 
         self.restart_failed(self.each(resume))
@@ -214,7 +215,7 @@ class EngineSet(EnginePool):
     # -- samples -------------------------------------------------------------------------------------------------
 
     def generate(self, requests: Sequence[GenerateRequest]) -> list[Generation]:
-        """Responses in the order of the requests. With run.deterministic every engine gets a fixed share as one batch."""
+        """Responses in the requests' order. With run.deterministic every engine gets a fixed share as one batch."""
         if self.config.run.deterministic:
             return self._generate(requests, shares(len(requests), len(self.members)))
         return self._generate(requests, pieces(requests, len(self.members), self.section.max_running_requests))
@@ -231,16 +232,14 @@ class EngineSet(EnginePool):
         return [[done[i] for i in numbers] for numbers in cut]
 
     def _generate(self, requests: Sequence[GenerateRequest], work: list[list[int]]) -> list[Generation]:
-        found: list[Generation | None] = [None] * len(requests)
+        done: dict[int, Generation] = {}
 
         def answered(numbers: list[int], generations: list[Generation]) -> None:
-            for number, generation in zip(numbers, generations, strict=True):
-                found[number] = generation
+            done.update(zip(numbers, generations, strict=True))
 
         if work:
             self.ask(work, requests.__getitem__, answered)
-        assert all(generation is not None for generation in found)
-        return found
+        return [done[number] for number in range(len(requests))]
 
 
 def settings_of_engines(config: RunConfig, gpus: Sequence[tuple[int, ...]]) -> list[EngineSettings]:
@@ -249,11 +248,11 @@ def settings_of_engines(config: RunConfig, gpus: Sequence[tuple[int, ...]]) -> l
     if not any(gpus):
         return [replace(common, share=(i, len(gpus))) for i in range(len(gpus))]
     names = visible_gpus()
-    wanted = 1 + max(i for indices in gpus for i in indices)
-    if wanted > len(names):
+    needed = 1 + max(i for indices in gpus for i in indices)
+    if needed > len(names):
         raise ValueError(
             f"--engine.per-node {config.engine.per_node} x --engine.tensor-parallel-size "
-            f"{config.engine.tensor_parallel_size}: the engines take {wanted} GPUs of a node, and {len(names)} are visible"
+            f"{config.engine.tensor_parallel_size}: the engines take {needed} GPUs of a node, {len(names)} are visible"
         )
     return [
         replace(common, share=(n, len(gpus)), gpus=tuple(names[i] for i in indices)) for n, indices in enumerate(gpus)

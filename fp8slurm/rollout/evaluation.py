@@ -32,7 +32,7 @@ def folder_name(config: RunConfig, checkpoint: str) -> str:
 
 @dataclass
 class TrainingEval:
-    """A rollout worker's part. No random number is drawn: seeds are a function of run.seed, task, question and number."""
+    """A rollout worker's part. No random number is drawn: seeds follow from run.seed, task, question and number."""
 
     config: RunConfig
     run: RunDirectory
@@ -55,20 +55,18 @@ class TrainingEval:
             self.graders.close()
 
     def evaluate(
-        self,
-        generate: Callable[[list[list[GenerateRequest]]], list[list[Generation]]],
-        checkpoint: str | None,
+        self, generate: Callable[[list[list[GenerateRequest]]], list[list[Generation]]], checkpoint: str | None,
         heartbeat: Callable[[], None] = lambda: None,
-    ) -> dict[str, Any]:
-        """Ask this rollout worker's share, in batches. checkpoint: name of the weights; None: only the held-out prompts, none
-        written. `heartbeat`: as in RewardPool.score."""
+    ) -> dict[str, Any]:  # fmt: skip
+        """Answer this rollout worker's share, in batches. checkpoint: name of the weights; None: only the held-out
+        prompts, none written. `heartbeat`: as in RewardPool.score."""
         c = self.config
         tasks = [t for t in self.tasks if checkpoint is not None or t.name == HELD_OUT]
         rows: list[dict[str, Any]] = []
         size = c.engine.max_running_requests if c.run.deterministic else 10**9
-        asked = [batch for task in tasks for batch in batches(task, self.questions[task.name], size)]
-        answered = generate([[w.request(c.run.seed, self.sampler.stop_ids) for w in batch] for batch in asked])
-        for batch, answers in zip(asked, answered, strict=True):
+        share = [batch for task in tasks for batch in batches(task, self.questions[task.name], size)]
+        answered = generate([[w.request(c.run.seed, self.sampler.stop_ids) for w in batch] for batch in share])
+        for batch, answers in zip(share, answered, strict=True):
             rows += rows_of(batch, answers, self.sampler.tokenizer, self.sampler.stop_ids)
         self.graders = self.graders or Graders(self.tasks, c.reward)
         before = dict(self.graders.failures)
@@ -89,31 +87,31 @@ def merge(
     config: RunConfig, run: RunDirectory, answers: Sequence[dict[str, Any]], checkpoint: str | None, step: int,
     writes: bool,
 ) -> dict[str, float]:  # fmt: skip
-    """The rollout workers' answers as metrics (docs/metrics.md, eval/...); `writes`: this rank writes summary.json too."""
+    """The rollout workers' answers as metrics (docs/metrics.md, eval/...); `writes`: this rank writes summary.json."""
     rows = [dict(zip(SHORT, row)) for answer in answers for row in answer["rows"]]
     entries: dict[str, dict[str, Any]] = {}
     tasks = {t.name: t for t in run_tasks(config)}
     for name in dict.fromkeys(row["task"] for row in rows):
         failures = sum(a["failures"].get(name, 0) for a in answers)
-        mine = [r for r in rows if r["task"] == name]
+        of_task = [r for r in rows if r["task"] == name]
         draws = DRAWS if writes and checkpoint is not None else 1  # nobody looks at the other intervals
-        entries[name] = summarize(tasks[name], mine, failures, answers[0]["left_out"][name], draws)
+        entries[name] = summarize(tasks[name], of_task, failures, answers[0]["left_out"][name], draws)
     if writes and checkpoint is not None:
         folder = run.path / "eval" / folder_name(config, checkpoint)
         folder.mkdir(parents=True, exist_ok=True)
         source = {"kind": "weights in training", "path": str(run.path)}
         precision = "fp8" if engine_in_fp8(config) else "bf16"
-        found = document(checkpoint, source, step, precision, "training", config.run.seed, entries)
-        write_atomic(folder / SUMMARY, json.dumps(found, indent=1))
+        summary = document(checkpoint, source, step, precision, "training", config.run.seed, entries)
+        write_atomic(folder / SUMMARY, json.dumps(summary, indent=1))
     return {key: value for name, entry in entries.items() for key, value in metrics(tasks[name], entry).items()}
 
 
 def metrics(task: EvalTask, entry: dict[str, Any]) -> dict[str, float]:
     """eval/KEY of the held-out prompts, eval/TASK/KEY of any other task."""
     prefix = "eval/" if task.name == HELD_OUT else f"eval/{task.name}/"
-    found = {"accuracy": entry["accuracy"]["value"], "truncated": entry["truncated"]}
+    values = {"accuracy": entry["accuracy"]["value"], "truncated": entry["truncated"]}
     if task.name != HELD_OUT:
-        found["response_length"] = entry["response_tokens"]["mean"]
+        values["response_length"] = entry["response_tokens"]["mean"]
     if task.n_samples > 1:
-        found["pass_at_n"] = entry["pass_at_k"][str(task.n_samples)]["value"]
-    return {prefix + key: float(value) for key, value in found.items()}
+        values["pass_at_n"] = entry["pass_at_k"][str(task.n_samples)]["value"]
+    return {prefix + key: float(value) for key, value in values.items()}

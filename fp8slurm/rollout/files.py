@@ -1,7 +1,7 @@
 """Saved rollouts: what `rollout.save_every` writes, and the trainer's view of the same tokens.
 
-    rollouts/step_000010.jsonl           one sample a line, by the rollout worker (of several: step_000010.0.jsonl, .1, ...)
-    rollouts/trainer/step_000010.jsonl   by rank 0: line i belongs to the i-th sample of the above, rollout workers in order
+    rollouts/step_000010.jsonl           one sample a line, by the rollout worker (of several: step_000010.0.jsonl, ...)
+    rollouts/trainer/step_000010.jsonl   by rank 0: line i is about the i-th sample of those, rollout workers in order
 
 The second file holds the log-probabilities that the gap of the step is computed from: the trainer's, before the step's
 first update, at the temperature of the rollout.
@@ -39,14 +39,15 @@ def write_rollout(path: Path, groups: list[SampleGroup], prompts: list[str]) -> 
     lines = []
     for group, prompt in zip(groups, prompts, strict=True):
         for s in group.samples:
-            row = {"index": group.prompt.index, "prompt": prompt, "label": group.prompt.label, "response": s.text,
-                   "reward": s.reward, "finish_reason": s.finish_reason, "tokens": s.response_ids, "logprobs": s.logprobs}  # fmt: skip
+            row = {"index": group.prompt.index, "prompt": prompt, "label": group.prompt.label, "response": s.text}
+            row |= {"reward": s.reward, "finish_reason": s.finish_reason}
+            row |= {"tokens": s.response_ids, "logprobs": s.logprobs}
             lines.append(json.dumps(row) + "\n")
     write_atomic(path, "".join(lines))
 
 
 def logprob_rows(batches: list[PackedBatch]) -> torch.Tensor:
-    """float32 [N, 2] (number of the sample, trainer's log-probability) of every trained token, in order within a sample."""
+    """float32 [N, 2] (number of the sample, trainer's log-probability) of each trained token, in order in a sample."""
     rows = []
     for b in batches:
         assert b.trainer_logprobs is not None and (not b.samples or max(b.samples) < 2**24)
@@ -59,13 +60,13 @@ def logprob_rows(batches: list[PackedBatch]) -> torch.Tensor:
 
 
 def write_trainer_logprobs(path: Path, groups: list[SampleGroup], rows: torch.Tensor) -> None:
-    """`rows` (logprob_rows of all ranks, any order of the samples) as a line a sample; null where it was not trained on."""
-    found: dict[int, list[float]] = {}
+    """`rows` (logprob_rows of all ranks, in any order of samples) as a line a sample; null: it was not trained on."""
+    by_sample: dict[int, list[float]] = {}
     for number, logprob in rows.tolist():
-        found.setdefault(int(number), []).append(logprob)
+        by_sample.setdefault(int(number), []).append(logprob)
     lines = []
     for number, (index, sample) in enumerate((g.prompt.index, s) for g in groups for s in g.samples):
-        logprobs = found.get(number)
+        logprobs = by_sample.get(number)
         assert logprobs is None or len(logprobs) == len(sample.response_ids), (number, len(sample.response_ids))
         lines.append(json.dumps({"index": index, "trainer_logprobs": logprobs}) + "\n")
     path.parent.mkdir(parents=True, exist_ok=True)

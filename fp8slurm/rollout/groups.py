@@ -33,7 +33,7 @@ def apply_truncation_policy(groups: list[SampleGroup], truncated: Literal["mask"
 def merge(
     answers: list[tuple[dict[str, Any], torch.Tensor]], sent_version: int | None
 ) -> tuple[list[SampleGroup], dict[str, float]]:
-    """The groups in the rollout workers' answers to "rollout" (worker.py), in their order, and metrics (docs/metrics.md).
+    """The groups in the rollout workers' answers to "rollout" (worker.py), in order, and metrics (docs/metrics.md).
 
     RuntimeError: a token was generated under other weights than those of `sent_version`.
     """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from fp8slurm.core.types import Prompt, Sample, SampleGroup
 from fp8slurm.data.prompts import end_token_ids, load_prompts, load_tokenizer, sample_seed
 from fp8slurm.engine.client import GenerateRequest, Generation
 from fp8slurm.models.qwen3 import ModelSpec
+from fp8slurm.rewards.graders import label_error
 
 Generate = Callable[[list[GenerateRequest]], list[Generation]]
 
@@ -33,10 +35,13 @@ class Sampler:
         """Tokenizer and end tokens of model.hf_checkpoint. All of its end tokens stop a sample."""
         assert config.model.hf_checkpoint is not None
         folder = Path(config.model.hf_checkpoint)
-        return cls(config, load_tokenizer(folder), sorted({*end_token_ids(folder), *config.rollout.stop_token_ids}))
+        tokenizer = load_tokenizer(folder)
+        return cls(config, tokenizer, sorted({*end_token_ids(folder, tokenizer), *config.rollout.stop_token_ids}))
 
     def prompts(self, path: Path) -> list[Prompt]:
-        return load_prompts(self.config.data, self.tokenizer, path)
+        return load_prompts(
+            self.config.data, self.tokenizer, path, label_error=partial(label_error, self.config.reward.kind)
+        )
 
     def sample(
         self, generate: Generate, prompts: list[tuple[int, Prompt]], n: int, max_tokens: int, temperature: float,

@@ -29,37 +29,15 @@ def encode_groups(groups: list[SampleGroup]) -> torch.Tensor:
     samples = [s for g in groups for s in g.samples]
     for s in samples:
         assert len(s.response_ids) == len(s.weight_versions) == len(s.logprobs), "per-token lists differ in length"
-    header = [
-        {
-            "index": g.prompt.index,
-            "label": g.prompt.label,
-            "tokens": len(g.prompt.token_ids),
-            "samples": [
-                {
-                    "tokens": len(s.response_ids),
-                    "finish_reason": s.finish_reason,
-                    "text": s.text,
-                    "reward": s.reward,
-                    "train": s.train,
-                    **_routing_header(s.routing),
-                }
-                for s in g.samples
-            ],
-        }
-        for g in groups
-    ]
-    text = json.dumps(header).encode()
+    text = json.dumps([_header(g) for g in groups]).encode()
     start = len(MAGIC) + 8 + len(text)
     parts = [
-        MAGIC,
-        len(text).to_bytes(8, "little"),
-        text,
-        bytes(-start % 8),
+        MAGIC + len(text).to_bytes(8, "little") + text + bytes(-start % 8),
         _raw(chain.from_iterable(g.prompt.token_ids for g in groups), _INT),
         _raw(chain.from_iterable(s.response_ids for s in samples), _INT),
         _raw(chain.from_iterable(s.weight_versions for s in samples), _INT),
         _raw(chain.from_iterable(s.logprobs for s in samples), _FLOAT),
-        *(s.routing.numpy().astype(_ROUTING[s.routing.dtype]).tobytes() for s in samples if s.routing is not None),
+        *(r.numpy().astype(_ROUTING[r.dtype]).tobytes() for r in (s.routing for s in samples) if r is not None),
     ]
     return torch.frombuffer(bytearray(b"".join(parts)), dtype=torch.uint8)
 
@@ -93,18 +71,11 @@ def decode_groups(data: torch.Tensor) -> list[SampleGroup]:
         for ids, g in zip(prompt_ids, header):
             group = SampleGroup(Prompt(index=int(g["index"]), token_ids=tuple(ids), label=str(g["label"])))
             for s in g["samples"]:
-                group.samples.append(
-                    Sample(
-                        response_ids=response_ids[at],
-                        logprobs=logprobs[at],
-                        weight_versions=versions[at],
-                        finish_reason=str(s["finish_reason"]),
-                        text=str(s["text"]),
-                        reward=float(s["reward"]),
-                        train=bool(s["train"]),
-                        routing=routing[at],
-                    )
+                sample = Sample(
+                    response_ids[at], logprobs[at], versions[at], str(s["finish_reason"]), routing=routing[at]
                 )
+                sample.text, sample.reward, sample.train = str(s["text"]), float(s["reward"]), bool(s["train"])
+                group.samples.append(sample)
                 at += 1
             groups.append(group)
     except (KeyError, TypeError, ValueError) as error:
@@ -116,10 +87,17 @@ def _raw(values: Any, dtype: np.dtype) -> bytes:
     return np.array(list(values), dtype=dtype).tobytes()
 
 
-def _routing_header(routing: torch.Tensor | None) -> dict[str, Any]:
-    if routing is None:
-        return {}
-    return {"routing": list(routing.shape), "routing_dtype": str(routing.dtype).removeprefix("torch.")}
+def _header(group: SampleGroup) -> dict[str, Any]:
+    """All of a group but its arrays."""
+    samples: list[dict[str, Any]] = []
+    for s in group.samples:
+        header = {"tokens": len(s.response_ids), "finish_reason": s.finish_reason, "text": s.text, "reward": s.reward}
+        samples.append(header | {"train": s.train})
+        if s.routing is not None:
+            dtype = str(s.routing.dtype).removeprefix("torch.")
+            samples[-1] |= {"routing": list(s.routing.shape), "routing_dtype": dtype}
+    prompt = group.prompt
+    return {"index": prompt.index, "label": prompt.label, "tokens": len(prompt.token_ids), "samples": samples}
 
 
 def _routing_form(sample: dict[str, Any]) -> tuple[np.dtype, list[int]] | None:

@@ -1,8 +1,8 @@
-"""The rollout worker of a node: owns its engines (rollout/engines.py), runs its share of the rollouts and rewards, keeps the newest weights.
+"""The rollout worker of a node: owns its engines (engines.py), runs its share of rollouts, holds the weights.
 
-It answers rank 0's commands one after the other (rollout/channel.py). Where weights come through the host (gloo) it holds the last
-whole update, so that an engine that died is back with the current weights without any rank taking notice; from GPU to GPU
-they do not pass here, and an engine that died waits for the next update, or the ranks send again.
+It answers rank 0's commands one after the other (channel.py). Where weights come through the host (gloo) it holds the
+last whole update, so that an engine that died is back with the current weights without any rank taking notice; from
+GPU to GPU they do not pass through it, and an engine that died waits for the next update, or the ranks send again.
 """
 
 from __future__ import annotations
@@ -54,39 +54,36 @@ class RolloutWorker:
         """gpus: of each of the node's engines, as indices into the node's GPUs; empty on the CPU."""
         self.config, self.run, self.number, self.workers, self.monitor = config, run, number, workers, monitor
         self.gpus = gpus
-        self.model_dir: Path | None = None
-        self.engines: EngineSet | None = None
-        self.asked: tuple[Any, ...] = ()
+        self.command: tuple[Any, ...] = ()
         self.computed: dict[Hashable, Any] = {}
-        """Parts of the answer to what was `asked` last. Where a node lost its weights they are sent again and the command is
+        """Parts of the answer to the last command. Where a node lost its weights they are sent again and the command is
         given again, to all nodes: the others have done their part."""
+        self._started: list[Callable[[], None]] = []
+        """What ends everything that `start` started."""
         monitor.on_exit = self.stop
 
     # -- life ----------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Start the engines (without waiting for them), where they need not come after the trainer, and read the data."""
-        c = self.config
+        """Start the engines, where they need not come after the trainer, without waiting for them; read the data."""
+        c, folder = self.config, self.run.attempt_dir
         self.model_dir = engine_checkpoint(c, self.run, self.number)
-        self.engines = EngineSet(
-            c, self.model_dir, self.run.attempt_dir, self.number, self.gpus, self._at_work, self._progress
-        )
+        self.engines = EngineSet(c, self.model_dir, folder, self.number, self.gpus, self._at_work, self._progress)
+        self._started.append(self.engines.stop)
         if not engines_start_after_trainer(c):
             self.engines.start()
         self.sampler = Sampler.load(c)
         self.train_prompts = self.sampler.prompts(c.data.train) if c.run.steps and c.data.train else []
         self.evaluation = TrainingEval(c, self.run, self.sampler, self.number, self.workers)
+        self._started.append(self.evaluation.close)
         self.order = PromptOrder(len(self.train_prompts), c.run.seed, c.data.shuffle) if self.train_prompts else None
         self.rewarder = RewardPool(c.reward)
+        self._started.append(self.rewarder.close)
 
     def stop(self) -> None:
         """End the engines and everything that was started."""
-        if self.engines is not None:
-            self.engines.stop()
-        if hasattr(self, "rewarder"):
-            self.rewarder.close()
-        if hasattr(self, "evaluation"):
-            self.evaluation.close()
+        for end in self._started:
+            end()
 
     def _at_work(self) -> AbstractContextManager:
         return self.channel.at_work()
@@ -96,11 +93,9 @@ class RolloutWorker:
 
     def serve(self, channel: WorkerChannel, store: dist.Store, address: str) -> None:
         """Answer commands until "stop"."""
-        assert self.engines is not None
         self.store, self.channel = store, channel
         names = store.get("sync/sources").decode().split()
         plans = {name: parse_description(store.get(f"sync/plan/{name}").decode()) for name in names}
-        assert self.model_dir is not None
         check_engine_checkpoint(self.model_dir, [s for plan in plans.values() for specs in plan for s in specs])
         groups = {n: Group(store, f"sync/{n}", 1 + self.number, 1 + self.workers, address) for n in names}
         through_host = not (is_mapped(self.config) or is_direct(self.config))
@@ -111,13 +106,11 @@ class RolloutWorker:
         if is_direct(self.config):
             self.receiver = DirectReceiver([(n, plans[n]) for n in names], host)
         elif is_mapped(self.config):
-            per_node = self.config.slurm.ranks_per_node
-            here = range(self.number * per_node, (self.number + 1) * per_node)
-            self.receiver = MappedReceiver(store, here, [plans[n] for n in names], host)
+            self.receiver = MappedReceiver(store, self._ranks(), [plans[n] for n in names], host)
         self._bring_up()
         commands: dict[str, Callable[..., tuple[dict, torch.Tensor | None]]] = {
-            "rollout": self.do_rollout, "evaluate": self.do_evaluate, "update": self.do_update, "linked": self.do_linked,
-            "link": self.do_link, "sleep": self.do_sleep, "stop": self.do_stop,
+            "rollout": self.do_rollout, "evaluate": self.do_evaluate, "update": self.do_update,
+            "linked": self.do_linked, "link": self.do_link, "sleep": self.do_sleep, "stop": lambda: ({}, None),
         }  # fmt: skip
         while True:
             command = channel.next()
@@ -134,34 +127,31 @@ class RolloutWorker:
 
     def _bring_up(self) -> None:
         """Have all engines answer, those that come after the trainer's ranks of this node too."""
-        assert self.engines is not None
         with self._at_work():  # the engines have a deadline of their own
             if engines_start_after_trainer(self.config):
-                per_node = self.config.slurm.ranks_per_node
-                for rank in range(self.number * per_node, (self.number + 1) * per_node):
+                for rank in self._ranks():
                     self.channel.get(f"resident/{rank}")
                 self.engines.start()
             self.engines.connect(lambda: self.receiver.held)
 
-    # -- commands ------------------------------------------------------------------------------------------------
+    def _ranks(self) -> range:
+        """The training ranks of this node."""
+        per_node = self.config.slurm.ranks_per_node
+        return range(self.number * per_node, (self.number + 1) * per_node)
 
-    def do_stop(self) -> tuple[dict, None]:
-        return {}, None
+    # -- commands ------------------------------------------------------------------------------------------------
 
     def do_sleep(self) -> tuple[dict, None]:
         """The engines give their GPU memory back, until the next update."""
-        assert self.engines is not None
         self.engines.sleep()
         return {}, None
 
     def do_linked(self, generation: int) -> tuple[dict, None]:
-        """Whether all engines of the node and all others are in this generation of the weight groups (sync/direct.py)."""
-        assert self.engines is not None
+        """Whether the node's engines and all others are in this generation of the weight groups (sync/direct.py)."""
         return {"linked": self.engines.linked(generation)}, None
 
     def do_link(self, generation: int) -> tuple[dict, None]:
         """Have the engines join a new generation of them; those that fail are restarted."""
-        assert self.engines is not None
         plain = self.store.plain
         with self._at_work():
             self.engines.link(
@@ -171,7 +161,6 @@ class RolloutWorker:
 
     def do_update(self, version: int, verify: bool, number: int) -> tuple[dict, None]:
         """Take update `number` from every source, for all engines of the node; answers the seconds by part."""
-        assert self.engines is not None
         self.engines.wake()
         self.engines.update(version, self.receiver.receive(version, number, verify), verify)
         return {"seconds": self.engines.update_seconds, **self.engines.update_counts}, None
@@ -181,7 +170,7 @@ class RolloutWorker:
 
         Groups without signal are replaced from the prompts that follow, rollout.max_replacements times at most.
         """
-        assert self.order is not None and self.engines is not None
+        assert self.order is not None
         r = self.config.rollout
         self._begin("rollout", step, cursor, prompts, keep_all)
         kept: list[SampleGroup] = []
@@ -205,45 +194,37 @@ class RolloutWorker:
             dropped += len(groups) - len(good)
             kept += good
             self.store.set(f"kept/{self.channel.count}/{round_}/{self.number}", str(len(good)))
-            missing -= sum(self.channel.get(f"kept/{self.channel.count}/{round_}/{a}") for a in range(self.workers))
+            missing -= sum(self.channel.get(f"kept/{self.channel.count}/{round_}/{w}") for w in range(self.workers))
             if missing <= 0:
                 break
         if is_saved(step, r.save_every):
             self._save(step, kept)
-        answer = {
-            "cursor": cursor,
-            "dropped": dropped,
-            "generated": generated,
-            "rewards": [float(sum(rewards)), len(rewards)],
-            "reward_failures": self.rewarder.failures,
-        }
+        answer = {"cursor": cursor, "dropped": dropped, "generated": generated}
+        answer |= {"rewards": [float(sum(rewards)), len(rewards)], "reward_failures": self.rewarder.failures}
         return answer, encode_groups(kept)
 
     def do_evaluate(self, checkpoint: str | None = None) -> tuple[dict, None]:
-        """This node's share of the held-out prompts and, with the weights' name, of eval.tasks (rollout/evaluation.py)."""
-        assert self.engines is not None
+        """This node's share of the held-out prompts and, with the weights' name, of eval.tasks (evaluation.py)."""
         self._begin("evaluate", checkpoint)
         generate = self.engines.generate_batches
         return self._once("answer", lambda: self.evaluation.evaluate(generate, checkpoint, self._progress)), None
 
     # -- parts ---------------------------------------------------------------------------------------------------
 
-    def _begin(self, *asked: Any) -> None:
-        """Forget what was computed, unless the same is asked again of the same weights."""
-        assert self.engines is not None
-        asked = (*asked, self.engines.version)
-        if asked != self.asked:
-            self.asked, self.computed = asked, {}
+    def _begin(self, *command: Any) -> None:
+        """Forget what was computed, unless the same command is given again for the same weights."""
+        command = (*command, self.engines.version)
+        if command != self.command:
+            self.command, self.computed = command, {}
 
     def _once(self, part: Hashable, compute: Callable[[], Any]) -> Any:
-        """What `compute` returns, or has returned for this part of what was asked."""
+        """What `compute` returns, or has returned for this part of the command's answer."""
         if part not in self.computed:
             self.computed[part] = compute()
         return self.computed[part]
 
     def _sample_and_score(self, share: list[tuple[int, Prompt]]) -> tuple[list[SampleGroup], list[float]]:
         """The groups of (position, prompt), and the rewards of all their samples as they were scored."""
-        assert self.engines is not None
         r = self.config.rollout
         groups = self.sampler.sample(
             self.engines.generate, share, r.n_samples, r.max_tokens, r.temperature, routing=r.routing_replay
@@ -258,7 +239,7 @@ class RolloutWorker:
 
 
 def engine_checkpoint(config: RunConfig, run: RunDirectory, number: int) -> Path:
-    """The folder that the engine loads: given, or made from hf_checkpoint (in FP8 or as it is) by the node's rollout worker."""
+    """The folder that the engine loads: given, hf_checkpoint as it is, or made of it in FP8 (on node 0)."""
     if config.model.rollout_checkpoint is not None:
         return config.model.rollout_checkpoint
     assert config.model.hf_checkpoint is not None
@@ -275,13 +256,12 @@ def engine_checkpoint(config: RunConfig, run: RunDirectory, number: int) -> Path
 
 
 def same_model(source: Path, target: Path) -> bool:
-    """Whether `target` is there and its settings are those of `source`, in another precision. Weights come with updates."""
+    """Whether `target` has the settings of `source`, in any precision. Weights come with updates."""
 
     def settings(folder: Path) -> tuple[ModelSpec, bytes]:
         generation = folder / "generation_config.json"
-        return replace(
-            ModelSpec.from_hf_dir(folder), quantization=None
-        ), generation.read_bytes() if generation.is_file() else b""
+        spec = replace(ModelSpec.from_hf_dir(folder), quantization=None)
+        return spec, generation.read_bytes() if generation.is_file() else b""
 
     ours = settings(source)
     try:

@@ -4,8 +4,9 @@
     background     every rank: write its file, tell rank 0; rank 0: index, seal, rename, prune, tell the others
     main thread    take: has it come to an end, and how
 
-One save at a time. The threads agree over a connection of their own to the job's store, and send over groups that nobody
-else uses: the others are the next step's. Until rank 0 has renamed the folder the checkpoint before is the newest, whatever happens.
+One save at a time. The threads agree over a connection of their own to the job's store, and send over groups that
+nobody else uses: the others are the next step's. Until rank 0 has renamed the folder the checkpoint before is the
+newest, whatever happens.
 """
 
 from __future__ import annotations
@@ -90,11 +91,11 @@ class CheckpointWriter:
     def _seal(self, tag: str, state: RunState, folder: Path, snapshot: Any) -> str:
         """Rank 0: the end of a save; returns why there is no checkpoint, or ""."""
         names = [f"{tag}/written/{rank}" for rank in range(self.ranks)]
-        said = [self._store.get(name) for name in names]
+        written = [self._store.get(name) for name in names]
         for name in names:
             self._store.delete_key(name)
         try:
-            snapshot.finish(said)
+            snapshot.finish(written)
             self.run_dir.commit_checkpoint(folder, state)
         except OSError as error:
             shutil.rmtree(folder, ignore_errors=True)

@@ -12,7 +12,7 @@ from fp8slurm.run.directory import RunDirectory
 
 @dataclass
 class StepTimes:
-    """Measured seconds; 0: not measured yet. Kept in runs/NAME/pace.json, so the next attempt knows them from its start."""
+    """Measured seconds; 0: not measured yet. Kept in runs/NAME/pace.json for the next attempt."""
 
     step_s: float = 0.0
     """A step, from boundary to boundary; a long one is forgotten slowly."""

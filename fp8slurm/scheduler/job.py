@@ -61,26 +61,32 @@ def ask(
     return done.stdout
 
 
+def sbatch(*arguments: str, environment: dict[str, str], cwd: str | None = None) -> str:
+    """Queue a job; its number. Raises SlurmError: Slurm refuses it."""
+    output = ask("sbatch", "--parsable", *arguments, environment=environment, cwd=cwd)
+    return output.strip().split(";")[0]  # NUMBER;CLUSTER
+
+
 OTHER_NAMES = {
-    "array-inx": "array", "timelimit": "time", "no-requeue": "requeue", "mem-per-node": "mem", "mem-per-cpu": "mem", "mem-per-gpu": "mem",
-    "gpus": "gpus-per-node", "gpus-per-socket": "gpus-per-node", "gpus-per-task": "gpus-per-node",
+    "array-inx": "array", "timelimit": "time", "no-requeue": "requeue", "mem-per-node": "mem", "mem-per-cpu": "mem",
+    "mem-per-gpu": "mem", "gpus": "gpus-per-node", "gpus-per-socket": "gpus-per-node", "gpus-per-task": "gpus-per-node",
 }  # fmt: skip
-"""Options of sbatch, as its environment variables SBATCH_... or as flags name them, that say again (or contradict) another."""
+"""Options of sbatch, as its variables SBATCH_... or as flags name them, that say again (or contradict) another."""
 NEVER = {"array", "export", "wait"}
-"""Options that no variable may set: a run is one job, its environment is the one that submits it, and nobody waits for sbatch."""
+"""Options that no variable may set: a run is one job with its submitter's environment, and sbatch returns at once."""
 OURS = {"gpus-per-node"}
 """Options that a script of ours says by leaving them out, too: a job without GPUs, a conversion."""
 
 
 def environment_for_a_job(environment: dict[str, str], script: str = "") -> dict[str, str]:
-    """What sbatch and a new job may inherit: nothing that describes another job, and no SBATCH_... variable for what `script`
-    asks for, since sbatch lets them win over #SBATCH lines."""
+    """What sbatch and a new job may inherit: nothing that describes another job, and no SBATCH_... variable for what
+    `script` asks for, since sbatch lets them win over #SBATCH lines."""
 
     def option(name: str) -> str:
         name = name.lower().replace("_", "-")
         return OTHER_NAMES.get(name, name)
 
-    asked = (
+    named = (
         NEVER
         | (OURS if script else set())
         | {option(name) for name in re.findall(r"^#SBATCH --([\w-]+)", script, re.M)}
@@ -88,7 +94,7 @@ def environment_for_a_job(environment: dict[str, str], script: str = "") -> dict
     foreign = ("SLURM_", "SLURMD_", "SRUN_", "SUBMITIT_")
     kept = {k: v for k, v in environment.items() if k == "SLURM_CONF" or not k.startswith(foreign)}
     return {
-        k: v for k, v in kept.items() if not (k.startswith("SBATCH_") and option(k.removeprefix("SBATCH_")) in asked)
+        k: v for k, v in kept.items() if not (k.startswith("SBATCH_") and option(k.removeprefix("SBATCH_")) in named)
     }
 
 
@@ -106,7 +112,7 @@ def fields(line: str) -> dict[str, str]:
 
 
 def number_of(job_id: str) -> str:
-    """The number by which scontrol knows a job alone: one task of an array has the array's own number, which means them all."""
+    """The number by which scontrol knows a job alone: the number of an array's task may mean all of them."""
     array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
     return f"{array}_{task}" if array and task and job_id == os.environ.get("SLURM_JOB_ID") else job_id
 
@@ -124,7 +130,7 @@ def show_job(job_id: str) -> dict[str, str] | None:
 
 
 ACTIVE = ("PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "RESIZING", "STOPPED")
-"""States of a job that writes, or will. One that is COMPLETING is being killed; should it still write, it is fenced off."""
+"""States of a job that writes, or will. What is COMPLETING is being killed; should it still write, it is fenced off."""
 
 
 ENDING = "COMPLETING"
@@ -152,15 +158,15 @@ def parse_time(text: str) -> float | None:
 
 
 def end_time(job_id: str) -> float | None:
-    """When Slurm will end the running job: the time limit, or the end of a preemption's grace. None: never, or unknown."""
+    """When Slurm will end the running job: its time limit, or a preemption's end of grace; None: never, or unknown."""
     try:
         job = show_job(job_id)
     except SlurmError:
         job = None
     if job is not None and job.get("TimeLimit") != "UNLIMITED" and parse_time(job.get("EndTime", "")):
         return parse_time(job["EndTime"])
-    said = os.environ.get("SLURM_JOB_END_TIME", "")
-    return float(said) if said.isdigit() else None
+    seconds = os.environ.get("SLURM_JOB_END_TIME", "")
+    return float(seconds) if seconds.isdigit() else None
 
 
 def minutes(text: str) -> int:
@@ -187,7 +193,7 @@ def minutes(text: str) -> int:
 
 
 def address() -> str:
-    """This node's address on the network that joins the job's nodes: the interface that leads to where srun was started.
+    """This node's address on the network that joins the job's nodes: that of the route to where srun was started.
 
     Raises:
         SlurmError: Slurm names no address, and the node's own name resolves to a loopback one.
@@ -198,10 +204,10 @@ def address() -> str:
             s.connect((launcher, 9))
             return s.getsockname()[0]
     name = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
-    found = socket.gethostbyname(name)
-    if found.startswith("127."):
-        raise SlurmError(f"this node's name {name} resolves to {found}, which other nodes cannot reach")
-    return found
+    ip = socket.gethostbyname(name)
+    if ip.startswith("127."):
+        raise SlurmError(f"this node's name {name} resolves to {ip}, which other nodes cannot reach")
+    return ip
 
 
 def interface_of(address: str) -> str:
@@ -226,7 +232,7 @@ def gpu_list() -> list[str]:
 def script_arguments(job_id: str) -> list[str]:
     """What the job's script was started with behind its name; empty where the script does not run on this node.
 
-    Slurm's own record of it (Command in `scontrol show job`) does not tell spaces within an argument from those between.
+    Slurm's own record (Command in `scontrol show job`) does not tell spaces within an argument from those between.
     """
     mine = f"SLURM_JOB_ID={job_id}".encode()
     for process in Path("/proc").glob("[0-9]*"):
@@ -240,25 +246,25 @@ def script_arguments(job_id: str) -> list[str]:
     return []
 
 
-def asked_again(shown: dict[str, str], environment: Mapping[str, str]) -> list[str]:
+def flags_of(shown: dict[str, str], environment: Mapping[str, str]) -> list[str]:
     """Flags of sbatch that ask for what a job was given, wherever it had asked for it: its script says only a part.
 
     shown: `show_job` of the job; environment: of one of its processes.
     """
     flags = {
         "partition": shown.get("Partition"), "account": shown.get("Account"), "qos": shown.get("QOS"),
-        "reservation": shown.get("Reservation"), "constraint": shown.get("Features"), "exclude": shown.get("ExcNodeList"),
-        "time": shown.get("TimeLimit"), "nodes": shown.get("NumNodes"), "job-name": environment.get("SLURM_JOB_NAME"),
+        "reservation": shown.get("Reservation"), "constraint": shown.get("Features"),
+        "exclude": shown.get("ExcNodeList"), "time": shown.get("TimeLimit"), "nodes": shown.get("NumNodes"), "job-name": environment.get("SLURM_JOB_NAME"),
         "ntasks-per-node": environment.get("SLURM_NTASKS_PER_NODE"), "mem": environment.get("SLURM_MEM_PER_NODE"),
         "mem-per-cpu": environment.get("SLURM_MEM_PER_CPU"), "cpus-per-task": environment.get("SLURM_CPUS_PER_TASK"),
         "gpus-per-node": environment.get("SLURM_GPUS_PER_NODE"), "array": environment.get("SLURM_ARRAY_TASK_ID"),
     }  # fmt: skip
-    found = [f"--{name}={value}" for name, value in flags.items() if value not in (None, "", "(null)", "N/A")]
-    return [*found, "--no-requeue"] if shown.get("Requeue") == "0" else found
+    given = [f"--{name}={value}" for name, value in flags.items() if value not in (None, "", "(null)", "N/A")]
+    return [*given, "--no-requeue"] if shown.get("Requeue") == "0" else given
 
 
 def requeue(job_id: str, patience_s: float = 20.0) -> None:
-    """Put the running job back into the queue; Slurm then ends this start of it. Tries again while the controller is away.
+    """Put the running job back into the queue; Slurm then ends this start. Tries again while the controller is away.
 
     Raises:
         SlurmError: Slurm refuses (requeueing is disabled), or does not answer.
@@ -274,7 +280,7 @@ def requeue(job_id: str, patience_s: float = 20.0) -> None:
             time.sleep(1)
 
 
-def one_line(said: str) -> str:
+def one_line(output: str) -> str:
     """What sbatch printed, without its own name in front of every line."""
-    lines = [line.removeprefix("sbatch: ").removeprefix("error: ").strip() for line in said.splitlines()]
+    lines = [line.removeprefix("sbatch: ").removeprefix("error: ").strip() for line in output.splitlines()]
     return "; ".join(line for line in lines if line) or "sbatch failed without a word"

@@ -52,29 +52,29 @@ def query(*command: str) -> tuple[str | None, str]:
 
 def jobs(ids: Iterable[str]) -> tuple[dict[str, SlurmJob], str]:
     """The jobs that Slurm still knows, by id, and why nothing is known ("" if Slurm answered)."""
-    wanted = sorted(set(ids))
-    if not wanted:
+    requested = sorted(set(ids))
+    if not requested:
         return {}, ""
-    found: dict[str, SlurmJob] = {}
-    out, problem = query("squeue", "--noheader", "--states=all", f"--jobs={','.join(wanted)}", f"--format={FORMAT}")
+    known: dict[str, SlurmJob] = {}
+    out, problem = query("squeue", "--noheader", "--states=all", f"--jobs={','.join(requested)}", f"--format={FORMAT}")
     if out is not None:
-        found = parse_squeue(out)
+        known = parse_squeue(out)
     elif "Invalid job id" in problem:  # squeue's way to say that it has forgotten the only one
         problem = ""
-    missing = [i for i in wanted if i not in found]
+    missing = [i for i in requested if i not in known]
     if missing and "no answer" not in problem:  # sacct would wait as long
         columns = "JobIDRaw,State,Elapsed,Timelimit,NodeList,Start"
         out, why = query("sacct", "--allocations", "--parsable2", f"--format={columns}", f"--jobs={','.join(missing)}")
         if out is not None:
-            found = parse_sacct(out) | found
-            problem = problem if any(i not in found for i in wanted) else ""
+            known = parse_sacct(out) | known
+            problem = problem if any(i not in known for i in requested) else ""
         elif problem:
             problem = f"{problem}; {why}"
-    return {i: found[i] for i in wanted if i in found}, problem
+    return {i: known[i] for i in requested if i in known}, problem
 
 
 def jobs_of_scripts(folders: Iterable[Path]) -> tuple[list[str], str]:
-    """This user's jobs that wait or run and whose script lies in one of the folders, and why nothing is known ("": Slurm answered)."""
+    """This user's waiting and running jobs with a script in one of the folders, and why nothing is known ("": it is)."""
     out, problem = query("squeue", "--noheader", f"--user={os.getuid()}", "--format=%A|%T|%o")
     rows = [line.strip().split("|", 2) for line in (out or "").splitlines()]
     starts = tuple(f"{folder}/" for folder in folders)
@@ -83,12 +83,12 @@ def jobs_of_scripts(folders: Iterable[Path]) -> tuple[list[str], str]:
 
 def parse_squeue(text: str) -> dict[str, SlurmJob]:
     """Lines in FORMAT."""
-    found = {}
+    parsed = {}
     for line in text.splitlines():
         values = [_known(v) for v in line.strip().split("|")]
         if len(values) == 1 + len(FIELDS):
-            found[values[0]] = SlurmJob(values[0], **dict(zip(FIELDS, values[1:])))
-    return found
+            parsed[values[0]] = SlurmJob(values[0], **dict(zip(FIELDS, values[1:])))
+    return parsed
 
 
 def parse_sacct(text: str) -> dict[str, SlurmJob]:
@@ -98,14 +98,14 @@ def parse_sacct(text: str) -> dict[str, SlurmJob]:
         return {}
     columns = {"State": "state", "Elapsed": "elapsed", "Timelimit": "limit", "NodeList": "nodes", "Start": "start"}
     header = lines[0].split("|")
-    found = {}
+    parsed = {}
     for line in lines[1:]:
         row = dict(zip(header, line.split("|")))
         state, _, rest = row.get("State", "").partition(" ")  # "CANCELLED by 1000"
         if (id := row.get("JobIDRaw") or row.get("JobID")) and state:
             values = {field: _known(row.get(column, "")) for column, field in columns.items()}
-            found[id] = SlurmJob(id, **(values | {"state": state, "reason": rest}))
-    return found
+            parsed[id] = SlurmJob(id, **(values | {"state": state, "reason": rest}))
+    return parsed
 
 
 def _known(value: str) -> str:

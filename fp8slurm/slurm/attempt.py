@@ -21,7 +21,8 @@ JOIN_TIMEOUT_S = 600.0
 
 GUARDED = (
     "model.hf_checkpoint", "model.dtype", "fp8.backend", "fp8.engine", "data.train", "data.prompt_key", "data.shuffle",
-    "data.max_prompt_tokens", "data.on_bad_line", "data.chat_template_kwargs", "sft.data", "sft.response_key", "run.seed",
+    "data.max_prompt_tokens", "data.on_bad_line", "data.chat_template_kwargs", "sft.data", "sft.response_key",
+    "run.seed",
     "optim.distributed",
 )  # fmt: skip
 """Settings that a run keeps: the weights it started from, its precision, and what its data cursors count."""
@@ -75,7 +76,7 @@ def check_configuration(config: RunConfig, run: RunDirectory) -> list[str]:
 
 
 def _same_precision(before: str | None, config: RunConfig) -> bool:
-    """Whether engines that loaded the folder `before` (None: made from the model) had the precision that they get now."""
+    """Whether engines that loaded the folder `before` (None: made from the model) had the precision of now."""
     try:
         return serves_fp8(before, config.fp8.engine, config.fp8.backend) == engine_in_fp8(config)
     except (OSError, ValueError):  # the folder is gone
@@ -118,8 +119,8 @@ def package_versions() -> dict[str, str]:
 
 
 def finished(config: RunConfig, run: RunDirectory, verify: bool = False) -> bool:
-    """Whether the newest sealed checkpoint is that of the last step, or of a later one; verify: and undamaged, which means
-    to read it all."""
+    """Whether the newest sealed checkpoint is that of the last step, or of a later one; verify: and undamaged, which
+    means to read it all."""
     newest = run.newest_checkpoint()
     return rl_step(newest) >= config.run.steps and not (verify and damage(run.checkpoints / newest))
 
@@ -207,18 +208,18 @@ def no_progress(config: RunConfig, run: RunDirectory, count: int) -> str:
 
 def _planned_stop(config: RunConfig, folder: Path) -> str:
     """How the attempt stopped, and what would leave it more time; "" where it did not stop as planned."""
-    said = _stopped(folder)
-    if not said or said.get("why") == "a task died":
+    record = _stopped(folder)
+    if not record or record.get("why") == "a task died":
         return ""
-    why = said.get("why") or "as planned"
+    why = record.get("why") or "as planned"
     how = why.removeprefix("stopped ") if why.startswith("stopped ") else f"({why})"
-    s, where = config.slurm, f" at {said['at']}" if said.get("at") else ""
+    s, where = config.slurm, f" at {record['at']}" if record.get("at") else ""
     after = ""
-    if said.get("time") and (folder / "owner.json").is_file():
-        after = f" {said['time'] - (folder / 'owner.json').stat().st_mtime:.0f} s after its start"
+    if record.get("time") and (folder / "owner.json").is_file():
+        after = f" {record['time'] - (folder / 'owner.json').stat().st_mtime:.0f} s after its start"
     return (
-        f"it stopped {how}{where}{after}; --slurm.time {s.time} with --slurm.signal-delay-s {s.signal_delay_s} leaves no "
-        f"time for a step (or preemptions came sooner)"
+        f"it stopped {how}{where}{after}; --slurm.time {s.time} with --slurm.signal-delay-s {s.signal_delay_s} leaves "
+        f"no time for a step (or preemptions came sooner)"
     )
 
 
@@ -232,10 +233,10 @@ def _say_the_end(run: RunDirectory, text: str) -> None:
     from fp8slurm.run.task_errors import VERDICT
 
     folder = run.attempts / str(run.newest_attempt())
-    if said := _stopped(folder):
+    if record := _stopped(folder):
         write_atomic(
             folder / "stopped.json",
-            json.dumps(said | {"next": "", "why_not": "too many attempts without a new checkpoint"}),
+            json.dumps(record | {"next": "", "why_not": "too many attempts without a new checkpoint"}),
         )
     if not (folder / "errors" / VERDICT).is_file():
         (folder / "errors").mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""One task on this terminal: `python -m fp8slurm.slurm.foreground CONFIG RUN_DIR ATTEMPT INDEX` (slurm.executor debug)."""
+"""One task on this terminal (executor debug): `python -m fp8slurm.slurm.foreground CONFIG RUN_DIR ATTEMPT INDEX`."""
 
 from __future__ import annotations
 

@@ -9,12 +9,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Protocol
 
 from fp8slurm.config import RunConfig
 from fp8slurm.config.placement import place
-from fp8slurm.core.processes import process_start
+from fp8slurm.core.processes import process_start, python_path
 from fp8slurm.core.signals import ended_is_interrupted
 from fp8slurm.process.environment import GPUS
 from fp8slurm.process.monitor import LAUNCHER, launcher
@@ -69,7 +68,7 @@ class LocalTasks:
         executor = submitit.LocalExecutor(folder=run.attempt_dir / "logs")
         executor.update_parameters(tasks_per_node=place(config).tasks_per_node, timeout_min=60 * 24 * 365)
         environment = dict(os.environ)
-        os.environ["PYTHONPATH"] = _python_path()
+        os.environ["PYTHONPATH"] = python_path()
         os.environ["PYTHONSAFEPATH"] = "1"  # as in a job's script
         os.environ[GPUS] = environment.get("CUDA_VISIBLE_DEVICES", "all")
         os.environ[LAUNCHER] = launcher()
@@ -95,7 +94,7 @@ class ForegroundTasks:
         path = run.attempt_dir / "config.json"
         path.write_text(config.model_dump_json())
         command = [sys.executable, "-u", "-m", "fp8slurm.slurm.foreground", str(path), str(run.path.resolve())]
-        environment = os.environ | {"PYTHONPATH": _python_path(), "PYTHONSAFEPATH": "1", LAUNCHER: launcher()}
+        environment = os.environ | {"PYTHONPATH": python_path(), "PYTHONSAFEPATH": "1", LAUNCHER: launcher()}
         self._processes = [
             subprocess.Popen([*command, str(run.attempt), str(task.index)], env=environment)
             for task in place(config).tasks
@@ -108,10 +107,6 @@ class ForegroundTasks:
     def end(self) -> None:
         for p in self._processes:
             p.wait(30)
-
-
-def _python_path() -> str:
-    return os.pathsep.join(p for p in (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")) if p)
 
 
 def run_here(config: RunConfig, run: RunDirectory, watch: Callable[[], None] = lambda: None) -> None:
@@ -148,9 +143,9 @@ def _run_here(config: RunConfig, run: RunDirectory, watch: Callable[[], None]) -
     error = first_error(run.attempt_dir, vanished=not killed)
     if error is not None:
         raise RunFailed(error)
-    done, wanted = len(list((run.attempt_dir / "tasks").glob("*.done"))), place(config).tasks_per_node
-    if done < wanted:
-        raise RunFailed(f"{wanted - done} tasks ended without a word; their logs are in {run.attempt_dir / 'logs'}")
+    done, expected = len(list((run.attempt_dir / "tasks").glob("*.done"))), place(config).tasks_per_node
+    if done < expected:
+        raise RunFailed(f"{expected - done} tasks ended without a word; their logs are in {run.attempt_dir / 'logs'}")
 
 
 def _end_tasks(run: RunDirectory, grace_s: float = 10.0) -> None:
@@ -178,11 +173,11 @@ def follow(config: RunConfig, job_id: str, watch: Callable[[], None], say: Calla
         RunFailed: it ended before the run was finished.
     """
     run = RunDirectory(config.run.root / config.run.name)
-    state, asked = "", 0.0
+    state, asked_at = "", 0.0
     while True:
         watch()
-        if time.monotonic() - asked > ASK_S:
-            asked = time.monotonic()
+        if time.monotonic() - asked_at > ASK_S:
+            asked_at = time.monotonic()
             try:
                 job = slurm.show_job(job_id)
             except slurm.SlurmError as error:

@@ -5,7 +5,7 @@
     not enough time left in a rollout   -> the step is given up, the boundary before it saved, requeue
     no time left at all                 -> requeue without saving: the newest checkpoint counts
 
-One writer: rank 0. Its main thread stops at step boundaries, its monitor thread takes notices and keeps the last deadline.
+One writer: rank 0. Its main thread stops at step boundaries, its monitor takes notices and keeps the last deadline.
 """
 
 from __future__ import annotations
@@ -94,9 +94,9 @@ class JobLifecycle:
 
     def stopped(self, where: str, saved: bool) -> None:
         """Raises StoppedForGood where the run does not go on by itself."""
-        said = self._go_on("stopped as planned", where, saved)
-        if not said["next"]:
-            raise StoppedForGood(f"stopped at {where}; {said['why_not']}. Submit the run again to go on")
+        record = self._go_on("stopped as planned", where, saved)
+        if not record["next"]:
+            raise StoppedForGood(f"stopped at {where}; {record['why_not']}. Submit the run again to go on")
 
     # -- both ----------------------------------------------------------------------------------------------------
 
@@ -107,7 +107,7 @@ class JobLifecycle:
             if path.is_file():
                 return json.loads(path.read_text())
             self.run.check_fence()
-            said: dict[str, Any] = {
+            record: dict[str, Any] = {
                 "why": why,
                 "at": where,
                 "saved": saved,
@@ -116,12 +116,12 @@ class JobLifecycle:
                 "why_not": "",
             }
             if not self.config.slurm.requeue:
-                said["why_not"] = "slurm.requeue is off"
-                write_atomic(path, json.dumps(said))
-                return said
+                record["why_not"] = "slurm.requeue is off"
+                write_atomic(path, json.dumps(record))
+                return record
             # Slurm ends this process as soon as it has taken the requeue: what is to be said must be on disk before.
-            write_atomic(path, json.dumps(said | {"next": "requeued"}))
-            said |= requeue_or_resubmit(self.run, self.job, self.environment)
-            write_atomic(path, json.dumps(said))
-            log.warning("%s: %s", why, said["next"] or said["why_not"])
-            return said
+            write_atomic(path, json.dumps(record | {"next": "requeued"}))
+            record |= requeue_or_resubmit(self.run, self.job, self.environment)
+            write_atomic(path, json.dumps(record))
+            log.warning("%s: %s", why, record["next"] or record["why_not"])
+            return record

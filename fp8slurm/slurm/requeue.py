@@ -1,4 +1,4 @@
-"""A job back in the queue under its own number, or, where the site has that disabled, submitted anew with what waits for it."""
+"""A job back in the queue, or, where the site forbids that, submitted anew with what waits for it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 def requeue_or_resubmit(run: RunDirectory, job: Job, environment: dict[str, str]) -> dict[str, Any]:
-    """Put the job back into the queue; where the site has that disabled, submit it anew. Returns next, why_not, resubmitted."""
+    """Put the job back into the queue, or submit it anew where that is forbidden. Returns next, why_not, resubmitted."""
     try:
         slurm.requeue(job.id)
         return {"next": "requeued"}
@@ -40,13 +40,12 @@ def resubmit(run: RunDirectory, job: Job, environment: dict[str, str]) -> str:
     """
     script = run.attempt_dir / "job_script.sh"
     slurm.ask("scontrol", "write", "batch_script", job.id, str(script))
-    flags = slurm.asked_again(slurm.show_job(job.id) or {}, environment)
+    flags = slurm.flags_of(slurm.show_job(job.id) or {}, environment)
     arguments = (run.owner(run.attempt) or {}).get("arguments", [])
-    said = slurm.ask(
-        "sbatch", "--parsable", f"--dependency=afterany:{slurm.number_of(job.id)}", *flags, str(script), *arguments,
+    new = slurm.sbatch(
+        f"--dependency=afterany:{slurm.number_of(job.id)}", *flags, str(script), *arguments,
         environment=slurm.environment_for_a_job(environment), cwd=environment.get("SLURM_SUBMIT_DIR"),
     )  # fmt: skip
-    new = said.strip().split(";")[0]
 
     pickle = run.path / SLURM_FOLDER / f"{job.id}_submitted.pkl"
     if pickle.is_file():  # submitit looks for what to run under the job's number

@@ -13,8 +13,8 @@ from fp8slurm.run.directory import SLURM_FOLDER
 from fp8slurm.scheduler import job as slurm
 
 SAFE_PATH = "export PYTHONSAFEPATH=1"
-"""Of a job script, after slurm.setup: `python -m` would look for modules in the folder that the job was submitted from first, and
-a folder triton/ or a file queue.py there would end every task."""
+"""Of a job script, after slurm.setup: `python -m` would first look for modules in the folder that the job was submitted
+from, and a folder triton/ or a file queue.py there would end every task."""
 
 
 def parameters(config: RunConfig, run_dir: Path, python: str = sys.executable) -> dict[str, Any]:
@@ -48,8 +48,8 @@ def parameters(config: RunConfig, run_dir: Path, python: str = sys.executable) -
         "constraint": s.constraint,
         "exclude": s.exclude,
         "signal_delay_s": s.signal_delay_s,
-        # Without the trap bash would die of the SIGTERM before the tasks, and its last line would never run. The variable, which
-        # sbatch sets where it was told what to export, would keep what the lines of slurm.setup export from the tasks.
+        # Without the trap bash would die of the SIGTERM before the tasks, and its last line would never run. The variable,
+        # which sbatch sets where it was told what to export, would keep slurm.setup's exports from the tasks.
         "setup": ["trap : TERM USR2", "unset SLURM_EXPORT_ENV", *s.setup, SAFE_PATH],
         "srun_args": [f"--{k}={v}" for k, v in srun.items() if v is not None] + s.srun,
         "teardown": [f"exec {shlex.quote(python)} -m fp8slurm.slurm.epilogue $? {shlex.quote(str(run_dir))}"],

@@ -6,9 +6,9 @@ import contextlib
 import io
 import os
 import sys
-from pathlib import Path
 
 from fp8slurm.config import RunConfig
+from fp8slurm.core.processes import python_path
 from fp8slurm.run.directory import SLURM_FOLDER, RunBusyError, RunDirectory
 from fp8slurm.scheduler import job as slurm
 from fp8slurm.scheduler.job import one_line
@@ -43,11 +43,11 @@ def submit(config: RunConfig) -> str | None:
     from fp8slurm.slurm.worker import work
 
     before = dict(os.environ)
-    package, path = str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")
+    path = python_path()
     try:  # sbatch hands its environment on to the job
         os.environ.clear()
         os.environ.update(slurm.environment_for_a_job(before, script(config, run.path)))
-        os.environ["PYTHONPATH"] = os.pathsep.join(p for p in (package, path) if p)
+        os.environ["PYTHONPATH"] = path
         with contextlib.redirect_stderr(io.StringIO()):  # submitit prints there what the error says too
             return executor.submit(work, config.model_dump_json(), str(run.path)).job_id
     except (FailedJobError, FailedSubmissionError) as error:

@@ -1,8 +1,8 @@
 """The trainer's part of a checkpoint, in Megatron's torch_dist format: model, reference, optimizer, random state.
 
     Snapshot()   all ranks together: who writes what, and a copy of each rank's state in host memory
-    write()      all ranks, in any thread: the optimizer's state goes to the ranks that write it, over groups of its own;
-                 then every rank writes its own file
+    write()      all ranks, in any thread: the optimizer's state goes to the ranks that write it, over groups of its
+                 own; then every rank writes its own file
     finish()     rank 0: the index of all files
 
 The caller makes the folder appear atomically.
@@ -59,11 +59,11 @@ class Snapshot:
         """Known once it is written: the most host memory that tensors took on this rank, copies included."""
 
     def write(self) -> bytes:
-        """Write this rank's file, to the disk; what `finish` has to know about it, also where that failed. Frees the copy.
+        """Write this rank's file to the disk and free the copy; what `finish` has to know, also where that failed.
 
         On all ranks, each in a thread of its choice, and not while another snapshot is written.
         """
-        writer, found = self._writer, []
+        writer, entries = self._writer, []
         items = [tensors for _, _, (_, tensors) in writer.write_buckets]
         assert len(items) <= 1, "one file a rank"
         self.most_bytes = self._shards.complete(items[0] if items else [], self._owners)
@@ -78,11 +78,11 @@ class Snapshot:
                 assert where.transform_descriptors is None
                 offset = None if r.index.offset is None else list(r.index.offset)
                 place = [where.relative_path, where.offset, where.length]
-                found.append([r.index.fqn, offset, r.index.index, r.size_in_bytes, *place])
-        return zlib.compress(json.dumps({"items": found}).encode())
+                entries.append([r.index.fqn, offset, r.index.index, r.size_in_bytes, *place])
+        return zlib.compress(json.dumps({"items": entries}).encode())
 
-    def finish(self, said: list[bytes]) -> None:
-        """Rank 0, when all ranks have written: `said` is what their `write` returned, in the order of the ranks.
+    def finish(self, written: list[bytes]) -> None:
+        """Rank 0, when all ranks have written: `written` is what their `write` returned, in the order of the ranks.
 
         Raises:
             OSError: a rank could not write, or the index cannot be written (disk full).
@@ -92,18 +92,15 @@ class Snapshot:
         from torch.distributed.checkpoint.metadata import MetadataIndex
         from torch.distributed.checkpoint.storage import WriteResult
 
-        ranks = [json.loads(zlib.decompress(text)) for text in said]
+        ranks = [json.loads(zlib.decompress(text)) for text in written]
         failures = [f"rank {i}: {rank['error']}" for i, rank in enumerate(ranks) if "error" in rank]
         if failures:
             raise OSError("; ".join(failures))
-        results = [
-            [
-                WriteResult(MetadataIndex(name, offset, index), size, _StorageInfo(*place))
-                for name, offset, index, size, *place in rank["items"]
-            ]
-            for rank in ranks
-        ]
-        self._writer.finish(self._metadata, results)
+
+        def result(name: str, offset: Any, index: Any, size: int, *place: Any) -> WriteResult:
+            return WriteResult(MetadataIndex(name, offset, index), size, _StorageInfo(*place))
+
+        self._writer.finish(self._metadata, [[result(*item) for item in rank["items"]] for rank in ranks])
         save_config(self._format, str(self.path))
 
 
@@ -117,12 +114,12 @@ def save(trainer: Trainer, path: Path) -> None:
     OSError on all ranks where one of them could not write its part (disk full).
     """
     snapshot = Snapshot(trainer, path, copy=False)
-    said: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(said, snapshot.write())
+    written: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(written, snapshot.write())
     failure = [""]
     if dist.get_rank() == 0:
         try:
-            snapshot.finish(said)
+            snapshot.finish(written)
         except OSError as error:
             failure = [str(error)]
     dist.broadcast_object_list(failure, src=0)
@@ -161,7 +158,8 @@ def _plan(state: dict[str, Any], path: Path) -> tuple[Any, Any, Any]:
 
 
 def load(trainer: Trainer, path: Path) -> bool:
-    """Take over a folder written by `save`, in this or (with optim.distributed) any other layout; whether it has a reference model.
+    """Take over a folder written by `save`, in this or (with optim.distributed) another layout; whether a reference
+    came with it.
 
     ValueError where that cannot be: another kind of optimizer, another dtype, another layout without optim.distributed.
     """

@@ -18,14 +18,9 @@ Outputs = tuple[torch.Tensor, "torch.Tensor | None"]
 
 
 def run_schedule(
-    model: Any,
-    micro_batches: list[PackedBatch],
-    loss: Callable[[Outputs, PackedBatch], tuple[torch.Tensor, Any]],
-    *,
-    with_entropy: bool,
-    forward_only: bool,
-    replay: RoutingReplay | None = None,
-) -> list[Any]:
+    model: Any, micro_batches: list[PackedBatch], loss: Callable[[Outputs, PackedBatch], tuple[torch.Tensor, Any]], *,
+    with_entropy: bool, forward_only: bool, replay: RoutingReplay | None = None,
+) -> list[Any]:  # fmt: skip
     """Forward, and backward of the sum of all losses, over the micro-batches.
 
     `loss` gives (scalar, anything to keep). Returns what was kept of every micro-batch on the last pipeline stage,
@@ -45,14 +40,10 @@ def run_schedule(
         batch = _on_device(next(batches))
         if replay is not None:
             replay.set(batch)
-        outputs = model(
-            batch.tokens[None],
-            batch.position_ids[None],
-            None,
-            packed_seq_params=_packed(batch),
-            output_processor=_logprobs_of,
-            output_processor_context=(batch.labels, batch.temperature, group, with_entropy),
-        )
+        context = batch.labels, batch.temperature, group, with_entropy
+        instead_of_logits = {"output_processor": _logprobs_of, "output_processor_context": context}
+        tokens, positions = batch.tokens[None], batch.position_ids[None]
+        outputs = model(tokens, positions, None, packed_seq_params=_packed(batch), **instead_of_logits)
         return outputs, partial(loss_of, batch=batch)
 
     kept = get_forward_backward_func()(
@@ -82,14 +73,10 @@ def _logprobs_of(
 def _packed(batch: PackedBatch) -> Any:
     from megatron.core.packed_seq_params import PackedSeqParams
 
-    longest = int((batch.cu_seqlens[1:] - batch.cu_seqlens[:-1]).max())
-    return PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=batch.cu_seqlens,
-        cu_seqlens_kv=batch.cu_seqlens,
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
-    )
+    ends = batch.cu_seqlens
+    longest = int((ends[1:] - ends[:-1]).max())
+    sizes = {"cu_seqlens_q": ends, "cu_seqlens_kv": ends, "max_seqlen_q": longest, "max_seqlen_kv": longest}
+    return PackedSeqParams(qkv_format="thd", **sizes)
 
 
 def _on_device(batch: PackedBatch) -> PackedBatch:

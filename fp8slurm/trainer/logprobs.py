@@ -17,20 +17,16 @@ CHUNK_LOGITS = 2**24
 class _VocabParallelLogprobs(torch.autograd.Function):
     """Per-token log-probability and, on request, entropy; the softmax is spread over the tensor-parallel ranks.
 
-    With z = logits / temperature, in fp32 as SGLang divides, and p = softmax(z): logprob = z[label] - logsumexp(z), d logprob / dz_i = [i = label] - p_i;
-    entropy H = logsumexp(z) - sum_i p_i z_i, dH / dz_i = -p_i (log p_i + H).
+    With z = logits / temperature, in fp32 as SGLang divides, and p = softmax(z): logprob = z[label] - logsumexp(z),
+    d logprob / dz_i = [i = label] - p_i; entropy H = logsumexp(z) - sum_i p_i z_i, dH / dz_i = -p_i (log p_i + H).
     Kept for the backward pass: the logits themselves; p is computed again from them.
     """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        logits: torch.Tensor,
-        labels: torch.Tensor,
-        group: ProcessGroup | None,
-        with_entropy: bool,
+        ctx: Any, logits: torch.Tensor, labels: torch.Tensor, group: ProcessGroup | None, with_entropy: bool,
         temperature: float,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         ctx.set_materialize_grads(False)
         ctx.temperature = temperature
         peak = logits.max(dim=-1).values.float().div_(temperature)
@@ -38,12 +34,12 @@ class _VocabParallelLogprobs(torch.autograd.Function):
         if group is not None:
             dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=group)
             first = dist.get_rank(group) * logits.shape[-1]
-        mine = (labels >= first) & (labels < first + logits.shape[-1])
-        local = torch.where(mine, labels - first, 0)
+        own = (labels >= first) & (labels < first + logits.shape[-1])
+        local = torch.where(own, labels - first, 0)
         sums = peak.new_zeros(3, len(labels))
         for rows in _chunks(logits):
-            z = logits[rows].to(torch.float32, copy=True).div_(temperature).sub_(peak[rows, None])
-            sums[0, rows] = torch.where(mine[rows], z.gather(1, local[rows, None]).squeeze(1), 0.0)
+            z = _scaled(logits[rows], temperature, peak[rows, None])
+            sums[0, rows] = torch.where(own[rows], z.gather(1, local[rows, None]).squeeze(1), 0.0)
             p = z.exp()
             sums[1, rows] = p.sum(-1)
             if with_entropy:
@@ -53,29 +49,22 @@ class _VocabParallelLogprobs(torch.autograd.Function):
             dist.all_reduce(sums, group=group)
         chosen, total, weighted = sums
         entropy = total.log() - weighted / total if with_entropy else weighted
-        ctx.save_for_backward(logits, peak, total, local, mine, entropy)
+        ctx.save_for_backward(logits, peak, total, local, own, entropy)
         return chosen - total.log(), entropy
 
     @staticmethod
     def backward(
         ctx: Any, grad: torch.Tensor | None, grad_entropy: torch.Tensor | None
     ) -> tuple[torch.Tensor, None, None, None, None, None]:
-        logits, peak, total, local, mine, entropy = ctx.saved_tensors
+        logits, peak, total, local, own, entropy = ctx.saved_tensors
         out = torch.empty_like(logits)
         for rows in _chunks(logits):
-            p = (
-                logits[rows]
-                .to(torch.float32, copy=True)
-                .div_(ctx.temperature)
-                .sub_(peak[rows, None])
-                .exp_()
-                .div_(total[rows, None])
-            )
+            p = _scaled(logits[rows], ctx.temperature, peak[rows, None]).exp_().div_(total[rows, None])
             if grad is None:
                 dz = torch.zeros_like(p)
             else:
                 dz = p * -grad[rows, None]
-                dz.scatter_add_(1, local[rows, None], torch.where(mine[rows], grad[rows], 0.0)[:, None])
+                dz.scatter_add_(1, local[rows, None], torch.where(own[rows], grad[rows], 0.0)[:, None])
             if grad_entropy is not None:
                 surprise = p.clamp_min(torch.finfo(p.dtype).tiny).log_().add_(entropy[rows, None])
                 dz -= surprise.mul_(p.mul_(grad_entropy[rows, None]))
@@ -85,19 +74,21 @@ class _VocabParallelLogprobs(torch.autograd.Function):
         return out, None, None, None, None, None
 
 
+def _scaled(logits: torch.Tensor, temperature: float, peak: torch.Tensor) -> torch.Tensor:
+    """A new fp32 tensor: logits / temperature - peak."""
+    return logits.to(torch.float32, copy=True).div_(temperature).sub_(peak)
+
+
 def _chunks(logits: torch.Tensor) -> Iterator[slice]:
     rows = max(1, CHUNK_LOGITS // logits.shape[-1])
     return (slice(start, start + rows) for start in range(0, len(logits), rows))
 
 
 def vocab_parallel_logprobs(
-    logits: torch.Tensor,
-    labels: torch.Tensor,
-    group: ProcessGroup | None = None,
-    with_entropy: bool = False,
+    logits: torch.Tensor, labels: torch.Tensor, group: ProcessGroup | None = None, with_entropy: bool = False,
     temperature: float = 1.0,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Log-probability of `labels` (int64 [T]) under `logits` ([T, V / size], this rank's part of the vocabulary) / temperature.
+) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
+    """Log-probability of `labels` (int64 [T]) under `logits` / temperature ([T, V / size], this rank's vocabulary).
 
     Returns fp32 [T] and, with_entropy, the entropy of every distribution in nats, fp32 [T]; both the same on all ranks
     of `group` (None: the whole vocabulary is here). The gradient on every rank is that of its own part.

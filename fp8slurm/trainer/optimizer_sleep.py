@@ -37,7 +37,7 @@ class OptimizerSleep:
         return sum(host.nbytes for _, host in self._host.values())
 
     def _tensors(self) -> Iterator[torch.Tensor]:
-        """Masters and moments. An FP32 model's weights are their own masters, views of the model's buffer: they stay."""
+        """Masters and moments. An FP32 model's weights are their own masters, in the model's buffer: they stay."""
         for part in self.optimizer.chained_optimizers:
             for group in part.optimizer.param_groups:
                 for p in group["params"]:

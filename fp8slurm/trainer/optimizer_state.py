@@ -55,7 +55,7 @@ def planning(parts: list[Any]) -> Iterator[dict[int, tuple[int, int, str]]]:
         return state
 
     with ExitStack() as stack:
-        # Megatron ends each part with a full garbage collection: half a second over all the objects that were there before.
+        # Megatron ends each part with a full garbage collection: half a second over all objects from before.
         gc.freeze()
         stack.callback(gc.unfreeze)
         for number, part in enumerate(parts):
@@ -138,7 +138,7 @@ def _gather(group: dist.ProcessGroup | None, buckets: list[tuple[torch.Tensor, i
 
 
 def _put(piece: torch.Tensor, at: int, end: int, to: Places) -> None:
-    """Copy what stands at positions [at, end) of the whole tensor into the parts of it that are wanted."""
+    """Copy what stands at positions [at, end) of the whole tensor into the parts of it that `to` has."""
     end = min(end, at + len(piece))
     for i in range(max(0, bisect_right(to, at, key=lambda place: place[0]) - 1), len(to)):
         offset, tensor = to[i]
@@ -150,16 +150,16 @@ def _put(piece: torch.Tensor, at: int, end: int, to: Places) -> None:
 
 
 def save_groups(parts: list[Any]) -> list[dist.ProcessGroup | None]:
-    """For each part a gloo group of its data-parallel ranks for `OptimizerShards`, None where that is one; all ranks together."""
+    """For each part a gloo group of its data-parallel ranks, None where that is one rank; all ranks together."""
     from fp8slurm.trainer.start import TIMEOUT
 
-    mine = [tuple(dist.get_process_group_ranks(part.data_parallel_group)) for part in parts]
+    own = [tuple(dist.get_process_group_ranks(part.data_parallel_group)) for part in parts]
     everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
+    dist.all_gather_object(everyone, own)
     made = {}
     for ranks in sorted({ranks for one in everyone for ranks in one if len(ranks) > 1}):
         made[ranks] = dist.new_group(list(ranks), timeout=TIMEOUT, backend="gloo")
-    return [made.get(ranks) for ranks in mine]
+    return [made.get(ranks) for ranks in own]
 
 
 def _keys(part: Any) -> tuple[str, ...]:

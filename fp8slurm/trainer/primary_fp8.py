@@ -48,21 +48,21 @@ def check_primary(parameters: Iterable[tuple[Entry, Any]]) -> list[str]:
 
     Raises RuntimeError with counts and the first names that differ, or with what is wrong with a weight's format.
     """
-    expected, found, wrong = set(), set(), []
+    expected, primary, wrong = set(), set(), []
     for entry, parameter in parameters:
         if all(decide(t.name, t.shape).quantize for t in entry.tensors):
             expected.add(entry.name)
         if is_primary(parameter):
-            found.add(entry.name)
+            primary.add(entry.name)
             wrong += [f"{entry.name}: {what}" for what in _format_faults(parameter)]
-    if expected != found or not expected:
+    if expected != primary or not expected:
         raise RuntimeError(
-            f"--fp8.param-gather: {len(found)} parameters are FP8, {len(expected)} should be; still in high precision: "
-            f"{_shown(expected - found)}; FP8 but should not be: {_shown(found - expected)}"
+            f"--fp8.param-gather: {len(primary)} parameters are FP8, {len(expected)} should be; still in high "
+            f"precision: {_shown(expected - primary)}; FP8 but should not be: {_shown(primary - expected)}"
         )
     if wrong:
         raise RuntimeError(f"--fp8.param-gather: {len(wrong)} faults in the FP8 weights' format, the first: {wrong[0]}")
-    return sorted(found)
+    return sorted(primary)
 
 
 def _format_faults(parameter: Any) -> list[str]:

@@ -94,14 +94,15 @@ def check_optimizer(config: RunConfig, fused_adam: bool) -> None:
 def _check_optimizer_sleep(config: RunConfig) -> None:
     if not config.slurm.gpus_per_node or config.engine.placement != "shared" or config.engine.sleep is False:
         raise ValueError(
-            "--optim.sleep makes room for engines on the trainer's GPUs: it needs --slurm.gpus-per-node, --engine.placement "
-            "shared and engines that sleep; allowed here: --optim.no-sleep"
+            "--optim.sleep makes room for engines on the trainer's GPUs: it needs --slurm.gpus-per-node, "
+            "--engine.placement shared and engines that sleep; allowed here: --optim.no-sleep"
         )
+    o = config.optim
     for flag, on, why in (
-        ("--optim.cpu-offload", config.optim.cpu_offload, "the state is in host memory already"),
-        (f"--optim.moments {config.optim.moments}", config.optim.moments != "float32", "its checkpoints need the state on the GPU"),
+        ("--optim.cpu-offload", o.cpu_offload, "the state is in host memory already"),
+        (f"--optim.moments {o.moments}", o.moments != "float32", "its checkpoints need the state on the GPU"),
         ("--fp8.param-gather", config.fp8.param_gather, "its checkpoints need the masters on the GPU"),
-    ):  # fmt: skip
+    ):
         if on:
             raise ValueError(f"--optim.sleep with {flag}: {why}; allowed: one of the two")
 
@@ -130,7 +131,8 @@ def check_param_gather(config: RunConfig, gpu_engine: bool) -> None:
         )
     if o.moments != "float32":
         raise ValueError(
-            f"--fp8.param-gather with --optim.moments {o.moments}: not tried; allowed: --optim.moments float32, {instead}"
+            f"--fp8.param-gather with --optim.moments {o.moments}: not tried; "
+            f"allowed: --optim.moments float32, {instead}"
         )
 
 

@@ -58,7 +58,8 @@ class Trainer:
         from megatron.core import parallel_state
 
         check_layout(spec, config.parallel, config.fp8.backend != "off", dist.get_world_size())
-        self.config, self.spec = config, spec
+        self.config, self.spec, self._ps = config, spec, parallel_state
+        self._set_ranks(parallel_state)
         self.table = NameTable(spec)
         self.transformer_config = build.transformer_config(config, spec)
         self.module = build.build_module(config, spec, self.transformer_config)
@@ -67,75 +68,42 @@ class Trainer:
         self.sleeping = OptimizerSleep(self.optimizer, self.module)
         self.shards = ParameterShards.of(self.module, self.table)
         self.memory: dict[str, float] = {}
-        """GB of torch's allocator at the last make_room, of the fullest rank: what it kept, what of that was in use, and the most
-        since the one before."""
+        """GB of torch's allocator at the last make_room, of the fullest rank: memory reserved, the part of it in use,
+        and the most of both since the make_room before."""
         self.primary_fp8: list[str] = []
         """Names of the weights that are kept in FP8 (fp8.param_gather)."""
         if config.fp8.param_gather:
             primary_fp8.forget_initial_values(self.module)
             self.primary_fp8 = primary_fp8.check_primary((e, p) for e, p, _ in self.shards.parameters)
         self.reference: Any = None
-        self._ps = parallel_state
         self.replay: RoutingReplay | None = None
         if config.rollout.routing_replay:
             sequence = (self.tensor_parallel_rank, self.tensor_parallel_size)
             self.replay = RoutingReplay(self.module, *(sequence if config.parallel.sequence_parallel else (0, 1)))
 
-    # Who this rank is.
-
-    @property
-    def rank(self) -> int:
-        return dist.get_rank()
-
-    @property
-    def is_data_parallel_leader(self) -> bool:
-        """One rank, the first of the last stage, for every data-parallel rank."""
-        return self.tensor_parallel_rank == 0 and self._ps.is_pipeline_last_stage()
-
-    @property
-    def data_parallel_rank(self) -> int:
-        return self._ps.get_data_parallel_rank()
-
-    @property
-    def data_parallel_size(self) -> int:
-        return self._ps.get_data_parallel_world_size()
-
-    @property
-    def tensor_parallel_rank(self) -> int:
-        return self._ps.get_tensor_model_parallel_rank()
-
-    @property
-    def tensor_parallel_size(self) -> int:
-        return self._ps.get_tensor_model_parallel_world_size()
-
-    @property
-    def tensor_parallel_group(self) -> dist.ProcessGroup:
-        return self._ps.get_tensor_model_parallel_group()
-
-    @property
-    def expert_parallel_rank(self) -> int:
-        return self._ps.get_expert_model_parallel_rank()
-
-    @property
-    def expert_tensor_parallel(self) -> tuple[int, int, dist.ProcessGroup]:
-        """(rank, size, group) of the ranks that cut each expert."""
-        group = self._ps.get_expert_tensor_parallel_group()
-        return self._ps.get_expert_tensor_parallel_rank(), self._ps.get_expert_tensor_parallel_world_size(), group
-
-    @property
-    def expert_data_parallel_rank(self) -> int:
+    def _set_ranks(self, ps: Any) -> None:
+        """Who this rank is, for those that pack batches and send weights."""
+        self.rank = dist.get_rank()
+        self.data_parallel_rank, self.data_parallel_size = (
+            ps.get_data_parallel_rank(),
+            ps.get_data_parallel_world_size(),
+        )
+        self.tensor_parallel_group: dist.ProcessGroup = ps.get_tensor_model_parallel_group()
+        self.tensor_parallel_rank = ps.get_tensor_model_parallel_rank()
+        self.tensor_parallel_size = ps.get_tensor_model_parallel_world_size()
+        self.pipeline_parallel_rank = ps.get_pipeline_model_parallel_rank()
+        self.expert_parallel_rank = ps.get_expert_model_parallel_rank()
+        self.expert_data_parallel_rank = ps.get_expert_data_parallel_rank()
         """Number of this rank among those that hold the same experts."""
-        return self._ps.get_expert_data_parallel_rank()
-
-    @property
-    def pipeline_parallel_rank(self) -> int:
-        return self._ps.get_pipeline_model_parallel_rank()
-
-    @property
-    def pad_multiple(self) -> int:
+        experts = ps.get_expert_tensor_parallel_group()
+        rank_and_size = ps.get_expert_tensor_parallel_rank(), ps.get_expert_tensor_parallel_world_size()
+        self.expert_tensor_parallel: tuple[int, int, dist.ProcessGroup] = (*rank_and_size, experts)
+        """(rank, size, group) of the ranks that cut each expert."""
+        self.is_data_parallel_leader = self.tensor_parallel_rank == 0 and ps.is_pipeline_last_stage()
+        """One rank, the first of the last stage, for every data-parallel rank."""
+        sequence = self.tensor_parallel_size if self.config.parallel.sequence_parallel else 1
+        self.pad_multiple = sequence * (128 if self.config.fp8.backend == "transformer_engine" else 1)
         """The length of every micro-batch has to be a multiple of this."""
-        sequence = self.config.parallel.tensor_parallel_size if self.config.parallel.sequence_parallel else 1
-        return sequence * (128 if self.config.fp8.backend == "transformer_engine" else 1)
 
     # Weights.
 
@@ -151,9 +119,9 @@ class Trainer:
         self.weights_changed()
 
     def named_shards(self) -> Iterator[tuple[str, torch.Tensor | BlockFP8]]:
-        """(global Megatron name, this rank's shard [detached, not a copy]) for every parameter of this stage; FP8 primary
-        weights as their codes and scales."""
-        yield from self.shards.named()
+        """(global Megatron name, this rank's shard [detached, not a copy]) for every parameter of this stage; FP8
+        primary weights as their codes and scales."""
+        return self.shards.named()
 
     def weights_changed(self) -> None:
         """Drop what was derived from the weights (the emulation's quantized copies)."""
@@ -168,11 +136,11 @@ class Trainer:
             module = build.build_module(self.config, self.spec, self.transformer_config)
         reference = build.wrap_precision(module.requires_grad_(False), self.transformer_config)
         with torch.no_grad():
-            for mine, current in zip(module.parameters(), self.module.parameters(), strict=True):
+            for kept, current in zip(module.parameters(), self.module.parameters(), strict=True):
                 if primary_fp8.is_primary(current):
-                    primary_fp8.copy(mine, current)
+                    primary_fp8.copy(kept, current)
                 else:
-                    mine.copy_(current)
+                    kept.copy_(current)
         self.reference = reference
 
     def new_optimizer(self) -> None:
@@ -184,16 +152,16 @@ class Trainer:
             primary_fp8.Masters(self.optimizer).restore(kept)
 
     def settle_memory(self, room: bool = True) -> None:
-        """Allocate what is there between steps (the optimizer's state too), and nothing more; all ranks together. room: what
-        is there while engines work, which is less where they sleep between."""
+        """Allocate what is there between steps, the optimizer's state too, and nothing more; all ranks together. room:
+        give back what engines that sleep between steps find free while they work."""
         build.allocate_fused_state(self.optimizer)
         if room:
             self.make_room()
 
     def make_room(self) -> None:
-        """Before engines work on this GPU: give back what the next step can take or make again, on all ranks. The gradients'
-        memory, TransformerEngine's quantized copies of the weights, with optim.sleep the optimizer's state (to host
-        memory), and what only torch's allocator holds. The weights stay."""
+        """Before engines work on this GPU: give back what the next step can take or make again, on all ranks. The
+        gradients' memory, TransformerEngine's quantized copies of the weights, with optim.sleep the optimizer's state
+        (to host memory), and what only torch's allocator holds. The weights stay."""
         if torch.cuda.is_available():
             self.ddp.offload_grad_buffers(empty_cache=False)
             for module in self.module.modules():
@@ -201,26 +169,23 @@ class Trainer:
             if self.config.optim.sleep:
                 self.sleeping.to_host()
             self._collect_gathered()
-            torch.cuda.empty_cache()
             c = torch.cuda
-            of_torch = {
-                "kept": c.memory_reserved,
-                "in_use": c.memory_allocated,
-                "peak": c.max_memory_allocated,
-                "reserved": c.max_memory_reserved,
-            }
-            held = torch.tensor([get() for get in of_torch.values()], device="cuda")
-            torch.cuda.reset_peak_memory_stats()
+            c.empty_cache()
+            now = [c.memory_reserved(), c.memory_allocated(), c.max_memory_allocated(), c.max_memory_reserved()]
+            held = torch.tensor(now, device="cuda")
+            c.reset_peak_memory_stats()
             dist.all_reduce(held, op=dist.ReduceOp.MAX)  # and nobody goes on before all have made room
-            self.memory = {f"memory/{name}": n / 1e9 for name, n in zip(of_torch, held.tolist())}
+            names = ("memory/kept", "memory/in_use", "memory/peak", "memory/reserved")
+            self.memory = {name: n / 1e9 for name, n in zip(names, held.tolist())}
         else:
             dist.barrier()
 
     def _collect_gathered(self) -> None:
         """Have torch let go of what TransformerEngine gathered in FP8 and nobody waited for.
 
-        Torch keeps such a collective's tensors until NCCL's watchdog, which looks every 100 ms, has seen it end and the same
-        group is used again: 2 to 5 GB of the 4B at tensor_parallel_size 2, all through the next rollout (docs/perf.md).
+        Torch keeps such a collective's tensors until NCCL's watchdog, which looks every 100 ms, has seen it end and the
+        same group is used again: 2 to 5 GB of the 4B at tensor_parallel_size 2, all through the next rollout
+        (docs/perf.md).
         """
         if self.tensor_parallel_size > 1 and self.config.fp8.backend != "off":
             torch.cuda.synchronize()
@@ -265,14 +230,13 @@ class Trainer:
     def warm_up(self, micro_batches: list[PackedBatch]) -> None:
         """Go through everything of a step but the step itself, all ranks together: no weight and no state changes.
 
-        Libraries and communicators take memory for good when they are first used: engines that share the GPU must find it
-        taken when they count what is free, and it must not lie in the midst of what the first real step will give back.
+        Libraries and communicators take memory for good when they are first used: engines that share the GPU must find
+        it taken when they count what is free, and it must not lie in the midst of what the first real step will give
+        back.
         """
         self.logprobs(micro_batches)
 
-        def nothing(
-            logprobs: torch.Tensor, entropy: torch.Tensor | None, batch: PackedBatch
-        ) -> tuple[torch.Tensor, dict]:
+        def nothing(logprobs: torch.Tensor, entropy: torch.Tensor | None, _: PackedBatch) -> tuple[torch.Tensor, dict]:
             return logprobs.sum() * 0 + (0 if entropy is None else entropy.sum() * 0), {}
 
         self._gradients(micro_batches, nothing, True)
@@ -324,15 +288,13 @@ class Trainer:
         grad_norm = float(self.optimizer.get_grad_norm())
         if not (loss_is_finite and math.isfinite(grad_norm)):
             return grad_norm, False
-        for part in self.optimizer.chained_optimizers:
-            if self.config.optim.clip_grad > 0 and part.get_parameters():
-                clip_grad_by_total_norm_fp32(
-                    part.get_parameters(),
-                    self.config.optim.clip_grad,
-                    grad_norm,
-                    use_decoupled_grad=part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
-                )
         o = self.config.optim
+        for part in self.optimizer.chained_optimizers:
+            if o.clip_grad > 0 and part.get_parameters():
+                decoupled = part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
+                clip_grad_by_total_norm_fp32(
+                    part.get_parameters(), o.clip_grad, grad_norm, use_decoupled_grad=decoupled
+                )
         for group in self.optimizer.param_groups:  # a checkpoint brings the settings of the run that wrote it
             # norms have a wd_mult of 0, which only Megatron's own scheduler would apply
             decay = o.weight_decay * group.get("wd_mult", 1.0)
@@ -384,8 +346,8 @@ class Trainer:
         checkpoint.save(self, Path(path))
 
     def load(self, path: str | Path) -> bool:
-        """Continue from `save`, in this or another layout; whether a reference model came with it. ValueError for what cannot be
-        taken over."""
+        """Continue from `save`, in this or another layout; whether a reference model came with it. Errors as for
+        checkpoint.load."""
         with_reference = checkpoint.load(self, Path(path))
         self.weights_changed()
         return with_reference

@@ -39,8 +39,8 @@ class ParameterShards:
     """This rank's parameters under their global names, with the rank and size of the group that cuts each."""
 
     def __init__(
-        self, table: NameTable, parameters: list[tuple[Entry, torch.nn.Parameter, bool]], tensor_parallel: tuple[int, int],
-        expert_tensor_parallel: tuple[int, int],
+        self, table: NameTable, parameters: list[tuple[Entry, torch.nn.Parameter, bool]],
+        tensor_parallel: tuple[int, int], expert_tensor_parallel: tuple[int, int],
     ) -> None:  # fmt: skip
         """parameters: (entry, parameter, whether it is a tied model's second copy of the embedding)."""
         self.table, self.parameters = table, parameters
@@ -69,8 +69,8 @@ class ParameterShards:
         return self.tensor_parallel if entry.expert is None else self.expert_tensor_parallel
 
     def named(self) -> Iterator[tuple[str, torch.Tensor | BlockFP8]]:
-        """(global Megatron name, this rank's shard, an FP8 weight as its codes and scales); a tied output layer on a stage
-        of its own is left out."""
+        """(global Megatron name, this rank's shard, an FP8 weight as its codes and scales); a tied output layer on a
+        stage of its own is left out."""
         for entry, parameter, copy in self.parameters:
             if copy:
                 continue
@@ -81,11 +81,9 @@ class ParameterShards:
 
     @torch.no_grad()
     def load(
-        self,
-        hf: Mapping[str, torch.Tensor],
-        where: str = "checkpoint",
+        self, hf: Mapping[str, torch.Tensor], where: str = "checkpoint",
         loaded: Callable[[torch.nn.Parameter, torch.Tensor], None] | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Fill every parameter from HF tensors; a tied model's may hold the head all the same.
 
         `loaded` is called with every parameter and the values that it was filled with, before any quantizing.

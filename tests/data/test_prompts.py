@@ -1,13 +1,24 @@
 import json
 import logging
+import shutil
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 
 from fp8slurm.config.schema import DataSection, SftSection
 from fp8slurm.data import prompts as data_module
-from fp8slurm.data.prompts import PromptOrder, encode, end_token_ids, load_prompts, load_sft, load_tokenizer
+from fp8slurm.data.prompts import (
+    PromptOrder,
+    encode,
+    end_token_ids,
+    load_prompts,
+    load_sft,
+    load_tokenizer,
+    unlisted_ends,
+)
 from fp8slurm.models import tiny
+from fp8slurm.rewards.graders import label_error
 
 
 @pytest.fixture(scope="module")
@@ -161,16 +172,105 @@ def test_sft_ends_with_the_end_token(tmp_path, tokenizer):
         load_sft(DataSection(), SftSection(data=path), SimpleNamespace(eos_token_id=None))
 
 
-def test_end_tokens_of_both_configs(tmp_path, model):
-    assert end_token_ids(model) == [256, 258]
-    (tmp_path / "config.json").write_text('{"eos_token_id": 7}')
-    assert end_token_ids(tmp_path) == [7]
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [3]}')
-    assert end_token_ids(tmp_path) == [3, 7]
-    (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "generation_config.json").unlink()
-    with pytest.raises(ValueError, match="eos_token_id"):
-        end_token_ids(tmp_path)
+def test_labels_that_no_answer_equals_are_bad_rows(tmp_path, tokenizer):
+    """The run's reward decides, as an evaluation's grader does."""
+    numeric = partial(label_error, "numeric")
+    for kind, good, label, says in [
+        ("numeric", "1", "none", "has no number"),
+        ("exact", "1", " ", "empty"),
+        ("math", "1", "", "empty"),
+        ("choice", "A", "maybe", "no letter"),
+    ]:
+        path = write(tmp_path / "a.jsonl", {"prompt": "a", "label": good}, {"prompt": "a", "label": label})
+        with pytest.raises(ValueError, match=f"a.jsonl:2: .*{says}"):
+            load_prompts(DataSection(), tokenizer, path, label_error=partial(label_error, kind))
+    skipping = DataSection(on_bad_line="skip")
+    path = write(tmp_path / "a.jsonl", {"prompt": "a", "label": "none"}, {"prompt": "a", "label": 2})
+    assert [p.index for p in load_prompts(skipping, tokenizer, path, label_error=numeric)] == [1]
+    assert label_error("my_rewards:score", "") is None, "a function of the user's reads labels as it likes"
+
+
+def test_a_column_of_floats_that_are_whole_numbers_is_read_as_these(tmp_path, tokenizer):
+    """pandas makes floats of integers with a gap among them."""
+    path = write(tmp_path / "a.jsonl", *({"prompt": "a", "label": v} for v in (64.0, -3.0, 0.5, 1e300, 7)))
+    assert [p.label for p in load_prompts(DataSection(), tokenizer, path)] == ["64", "-3", "0.5", "1e+300", "7"]
+    path = write(tmp_path / "b.jsonl", '{"prompt": "a", "label": NaN}')
+    with pytest.raises(ValueError, match="b.jsonl:1: 'label' is nan, which no answer equals"):
+        load_prompts(DataSection(), tokenizer, path)
+
+
+def test_messages_kept_as_json_text_are_messages(tmp_path, tokenizer):
+    rows = [{"prompt": user("12+34="), "label": "1"}, {"prompt": json.dumps(user("12+34=")), "label": "1"}]
+    as_list, as_text = load_prompts(DataSection(), tokenizer, write(tmp_path / "a.jsonl", *rows))
+    assert as_list.token_ids == as_text.token_ids
+    texts = ["[1, 2]", '[{"a": 1}]', "[x", "[]"]
+    path = write(tmp_path / "b.jsonl", *({"prompt": text, "label": "1"} for text in texts))
+    assert [tokenizer.decode(p.token_ids) for p in load_prompts(DataSection(), tokenizer, path)] == texts
+
+
+@pytest.fixture
+def folder(tmp_path, model):
+    """A copy of the tiny model's folder without weights; its tokenizer ends turns with <|im_end|> (258)."""
+    target = tmp_path / "model"
+    shutil.copytree(model, target, ignore=shutil.ignore_patterns("*.safetensors"))
+    return target
+
+
+def change(file, **values):
+    merged = json.loads(file.read_text()) | values
+    file.write_text(json.dumps({key: value for key, value in merged.items() if value is not None}))
+
+
+def test_end_tokens_of_both_configs(folder, tokenizer):
+    assert end_token_ids(folder, tokenizer) == [256, 258] and unlisted_ends(folder, tokenizer) == {}
+    change(folder / "config.json", eos_token_id=7)
+    assert end_token_ids(folder, tokenizer) == [7, 256, 258]
+    (folder / "generation_config.json").unlink()
+    assert end_token_ids(folder, tokenizer) == [7, 258]
+    change(folder / "config.json", eos_token_id=320)
+    with pytest.raises(ValueError, match="eos_token_id 320: the model has 320 tokens; allowed: 0 to 319"):
+        end_token_ids(folder, tokenizer)
+
+
+def test_the_end_of_a_turn_ends_a_response_whatever_the_configs_list(folder):
+    """A base model, <|endoftext|> (256) its only end, tuned with a template whose turns end with <|im_end|> (258)."""
+    change(folder / "generation_config.json", eos_token_id=256)
+    change(folder / "config.json", eos_token_id=256)
+    change(folder / "tokenizer_config.json", eos_token="<|endoftext|>")
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.eos_token_id == 256 and end_token_ids(folder, tokenizer) == [256, 258]
+    assert unlisted_ends(folder, tokenizer) == {258: "the chat template writes it behind an answer"}
+    change(folder / "tokenizer_config.json", chat_template=None)
+    assert end_token_ids(folder, load_tokenizer(folder)) == [256]
+    change(folder / "tokenizer_config.json", eos_token="<|im_end|>")
+    assert unlisted_ends(folder, load_tokenizer(folder)) == {258: "the tokenizer's eos_token"}
+
+
+def test_a_model_that_nothing_ends(folder):
+    for name in ("generation_config.json", "config.json"):
+        change(folder / name, eos_token_id=None)
+    change(folder / "tokenizer_config.json", chat_template=None, eos_token=None)
+    with pytest.raises(ValueError, match="neither generation_config.json nor config.json has an eos_token_id"):
+        end_token_ids(folder, load_tokenizer(folder))
+
+
+def test_a_token_beyond_the_embedding_is_named_with_its_row(folder, tmp_path):
+    change(folder / "config.json", vocab_size=258)
+    tokenizer = load_tokenizer(folder)
+    beyond = "<|im_end|>"
+    path = write(tmp_path / "a.jsonl", {"prompt": "a", "label": "b"}, {"prompt": f"a{beyond}", "label": "b"})
+    with pytest.raises(ValueError, match=r"a.jsonl:2: token 258 \('<\|im_end\|>'\) is beyond .* of 258 rows"):
+        load_prompts(DataSection(), tokenizer, path)
+    path = write(tmp_path / "b.jsonl", {"prompt": "a", "response": beyond})
+    with pytest.raises(ValueError, match=r"b.jsonl:1: token 258 "):
+        load_sft(DataSection(), SftSection(data=path), tokenizer)
+
+
+def test_an_example_longer_than_the_model_is_named(folder, tmp_path):
+    change(folder / "config.json", max_position_embeddings=8)
+    path = write(tmp_path / "a.jsonl", {"prompt": "1234", "response": "123"}, {"prompt": "1234", "response": "1234"})
+    with pytest.raises(ValueError, match="a.jsonl:2: prompt and response have 9 tokens .* the model has 8 positions"):
+        load_sft(DataSection(), SftSection(data=path), load_tokenizer(folder))
 
 
 def test_the_order_is_a_function_of_the_cursor():

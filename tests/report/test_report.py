@@ -4,11 +4,12 @@ import json
 import re
 import shutil
 from html.parser import HTMLParser
+from xml.etree import ElementTree
 
 import pytest
 from made_up_run import HOSTILE, record, sample, write_json, write_lines
 
-from fp8slurm.report import charts, content, safe
+from fp8slurm.report import charts, content, drawing, safe
 from fp8slurm.report.cli import main
 from fp8slurm.report.page import embed
 from fp8slurm.report.samples import read_samples
@@ -50,6 +51,11 @@ def text(run, capsys, *more):
 
 def data_of(document):
     return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', document, re.S)[1])
+
+
+def svg_of(document, chart):
+    """The drawing of a chart."""
+    return ElementTree.fromstring(re.search(rf'<svg [^>]*data-chart="{chart}".*?</svg>', document, re.S)[0])
 
 
 def test_it_says_what_the_run_recorded(make_run, capsys):
@@ -130,9 +136,10 @@ def test_a_nan_breaks_the_line_and_is_counted(make_run, capsys):
     assert "NaN or infinite at 2 steps" in document and "entropy: recorded in every RL step that updates" in document
     drawn = data_of(document)["charts"]
     assert "k3" not in drawn, "a logarithmic axis has no zero"
-    figure = re.search(r'data-chart="grad".*?</svg>', document, re.S)[0]
-    assert re.search(r'class="l c0 d0" d="M[^M]*M[^M]*"', figure), "two pieces"
-    assert "not recorded: entropy" in text(run, capsys)
+    (curve,) = (p for p in svg_of(document, "grad").iter("path") if p.get("stroke") == "var(--c0)")
+    assert curve.get("d").count("M") == 2, "two pieces"
+    shown = text(run, capsys)
+    assert "Not recorded in this run" in shown and "entropy: recorded in every RL step that updates" in shown
 
 
 def test_a_run_whose_every_number_is_missing(make_run, capsys):
@@ -390,12 +397,40 @@ def test_figures_are_short(value, shown):
     assert safe.figure(value) == shown
 
 
+@pytest.mark.parametrize("log", [False, True])
 @pytest.mark.parametrize(
-    ("low", "high"), [(0, 1), (-3, 29), (1e-9, 2e-9), (0.26, 0.67), (0, 10_000), (5, 5), (-1e9, 1e9)]
+    ("low", "high"), [(0, 1), (-3, 29), (1e-9, 2e-9), (3e-5, 4e-2), (0.26, 0.67), (0, 10_000), (5, 5), (-1e9, 1e9)]
 )
-def test_ticks_are_round_and_inside(low, high):
-    found = charts.ticks(low, high)
-    assert 1 <= len(found) <= 8 and all(low - 1e-9 * abs(low) <= t <= high + 1e-9 * abs(high) for t in found)
+def test_an_axis_has_a_few_labels_in_order(low, high, log):
+    points = [(step, low + (high - low) * step / 20) for step in range(21)]
+    html, data = drawing.line_chart(charts.Chart("x", "Title", "", [charts.Line("line", points)], log))
+    labels = [(t.get("text-anchor"), t.text.replace("\u2212", "-")) for t in svg_of(html, "x").iter("text")]
+    steps = [int(text) for anchor, text in labels if anchor == "middle"]
+    assert 2 <= len(steps) <= 7 and steps == sorted(set(steps)) and 0 <= steps[0] and steps[-1] <= 20
+    values = [float(text.replace("k", "e3")) for anchor, text in labels if anchor == "end"]
+    assert 2 <= len(values) <= 9 and values == sorted(set(values)), values
+    assert data["y"][0] <= values[0] * (1 + 1e-9) and values[-1] <= data["y"][1] * (1 + 1e-9)
+
+
+def test_drawings_take_their_colours_from_the_page_and_share_no_id(make_run):
+    """Text stays text, a drawing's ids are its own, and the same run gives the same bytes."""
+    run, other = make_run("a"), make_run("b")
+    document = html(run, "--compare", str(other))
+    ids = [attributes["id"] for _, attributes in Elements(document).tags if "id" in attributes]
+    assert len(ids) == len(set(ids)) and set(re.findall(r'href="#(\w+)"', document)) <= set(ids)
+    drawn = re.findall(r"<svg .*?</svg>", document, re.S)
+    assert len(drawn) > 20
+    for svg in drawn:
+        colours = {
+            v for e in ElementTree.fromstring(svg).iter() for k, v in e.attrib.items() if k in ("fill", "stroke")
+        }
+        assert all(c == "none" or re.fullmatch(r"var\(--\w+\)", c) for c in colours), colours
+    assert "20" in [t.text for t in svg_of(document, "reward").iter("text")]
+
+    def undated(page):
+        return re.sub("<footer>.*?</footer>", "", page)
+
+    assert undated(html(run, "--compare", str(other))) == undated(document)
 
 
 def test_hostile_text_is_the_one_that_is_tested():

@@ -12,7 +12,7 @@ from fp8slurm.sync.groups import host_store
 
 
 def test_a_worker_without_work_beats_and_still_hears_the_command(monkeypatch):
-    monkeypatch.setattr(channel, "IDLE_BEAT", timedelta(milliseconds=50))
+    monkeypatch.setattr(channel, "IDLE_HEARTBEAT", timedelta(milliseconds=50))
     store, port = host_store("127.0.0.1")
     here = dist.TCPStore("127.0.0.1", port, None, is_master=False, wait_for_workers=False)
     ranks = RankChannel(store, SimpleNamespace(rank=0), ranks=1, workers=1)

@@ -161,11 +161,11 @@ def test_a_job_is_asked_for_again_as_it_was():
         "Requeue": "0",
     }
     environment = {"SLURM_JOB_NAME": "my run", "SLURM_GPUS_PER_NODE": "8", "SLURM_PROCID": "3"}
-    assert job.asked_again(shown, environment) == [
+    assert job.flags_of(shown, environment) == [
         "--partition=gpu", "--time=UNLIMITED", "--nodes=2", "--job-name=my run", "--gpus-per-node=8", "--no-requeue"
     ]  # fmt: skip
-    assert job.asked_again({"Requeue": "1"}, {}) == []
-    assert job.asked_again({}, {"SLURM_ARRAY_TASK_ID": "2"}) == ["--array=2"]
+    assert job.flags_of({"Requeue": "1"}, {}) == []
+    assert job.flags_of({}, {"SLURM_ARRAY_TASK_ID": "2"}) == ["--array=2"]
 
 
 def test_the_arguments_of_a_job_script_come_from_its_process(tmp_path):

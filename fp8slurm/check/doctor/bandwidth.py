@@ -16,7 +16,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fp8slurm.check.doctor.finding import Finding
+from fp8slurm.check.doctor.finding import Check, Finding
+
+BANDWIDTH = Check("bandwidth")
 
 LIMIT_S = 240.0
 NCCL_BYTES, GLOO_BYTES = 256 * 2**20, 4 * 2**20
@@ -42,17 +44,17 @@ def measure(rank: int, size: int, local: int, address: str, where: Path, device:
     dist.init_process_group("gloo" if device is None else "nccl", store=store, rank=rank, world_size=size)
     nodes = [list(range(start, start + local)) for start in range(0, size, local)]
     mine = [dist.new_group(ranks) for ranks in nodes][rank // local]
-    found = {}
+    figures = {}
     if local > 1:
-        found["within"] = _busbw(mine, local, device)
+        figures["within"] = _busbw(mine, local, device)
     if size > local:
-        found["across"] = _busbw(dist.group.WORLD, size, device)
+        figures["across"] = _busbw(dist.group.WORLD, size, device)
     dist.barrier()
     store.add("left", 1)
     if rank == 0:  # hosts the store: the last to leave
         while store.add("left", 0) < size:
             time.sleep(0.05)
-    return found
+    return figures
 
 
 def _busbw(group: Any, members: int, device: int | None, rounds: int = 5) -> float:
@@ -80,7 +82,7 @@ def check_bandwidth(node: int, nodes: int, address: str, where: Path, gpus: int)
     environment |= {"GLOO_SOCKET_IFNAME": _interface(address), "NCCL_SOCKET_IFNAME": _interface(address)}
     workers = []
     for index in range(local):
-        said = {
+        arguments = {
             "rank": node * local + index,
             "size": nodes * local,
             "local": local,
@@ -88,7 +90,7 @@ def check_bandwidth(node: int, nodes: int, address: str, where: Path, gpus: int)
             "where": str(where),
             "device": index if gpus else None,
         }
-        command = [sys.executable, "-m", "fp8slurm.check.doctor.bandwidth", json.dumps(said)]
+        command = [sys.executable, "-m", "fp8slurm.check.doctor.bandwidth", json.dumps(arguments)]
         workers.append(
             subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         )
@@ -106,9 +108,7 @@ def check_bandwidth(node: int, nodes: int, address: str, where: Path, gpus: int)
         if hung or failed is not None:
             text = "no end within {LIMIT_S:g} s" if hung else _last_line(failed.communicate()[1]) if failed else ""
             return [
-                Finding(
-                    "bandwidth",
-                    "error",
+                BANDWIDTH.error(
                     f"all-reduce over {kind} failed: {text.format(LIMIT_S=LIMIT_S)}",
                     "NCCL_DEBUG=INFO in --slurm.setup says which card and interface it takes; NCCL_SOCKET_IFNAME,"
                     " NCCL_IB_HCA choose them",
@@ -122,21 +122,21 @@ def check_bandwidth(node: int, nodes: int, address: str, where: Path, gpus: int)
             w.communicate()
 
 
-def judge(found: dict[str, float], kind: str, nodes: int) -> list[Finding]:
+def judge(figures: dict[str, float], kind: str, nodes: int) -> list[Finding]:
     """Findings for the figures of one node."""
     limits = {"within": SLOW_WITHIN, "across": SLOW_ACROSS}
     names = {"within": "within the node", "across": f"across {nodes} nodes"}
     out = []
-    for where, value in found.items():
+    for where, value in figures.items():
         text = f"all-reduce {names[where]} over {kind}: {value / 1e9:.1f} GB/s (bus)"
         if kind == "NCCL" and value < limits[where]:
-            mend = (
+            fix = (
                 "PCIe instead of NVLink, or sockets instead of InfiniBand: NCCL_DEBUG=INFO tells; NCCL_IB_HCA,"
                 " NCCL_SOCKET_IFNAME choose"
             )
-            out.append(Finding("bandwidth", "warning", f"{text}, below {limits[where] / 1e9:.0f}", mend))
+            out.append(BANDWIDTH.warning(f"{text}, below {limits[where] / 1e9:.0f}", fix))
         else:
-            out.append(Finding("bandwidth", "ok", text))
+            out.append(BANDWIDTH.ok(text))
     return out
 
 

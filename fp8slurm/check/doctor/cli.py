@@ -10,8 +10,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fp8slurm.check.doctor.finding import LEVELS, Finding, worst
+from fp8slurm.check.doctor.finding import LEVELS, Check, Finding, worst
 from fp8slurm.observe.output import check_file
+
+SLURM = Check("slurm")
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -57,12 +59,12 @@ def main(argv: list[str]) -> int:
     if own.slurm:
         configs = [c.model_copy(update={"slurm": c.slurm.model_copy(update={"executor": "slurm"})}) for c in configs]
 
-    found = _look(configs, own.slurm, own.quick)
+    findings = _look(configs, own.slurm, own.quick)
     if own.json:
-        print(json.dumps({"status": worst(found), "findings": [f.to_json() for f in found]}, indent=1))
+        print(json.dumps({"status": worst(findings), "findings": [f.to_json() for f in findings]}, indent=1))
     else:
-        _show(found, own.svg, ["fp8slurm", "doctor", *argv])
-    return 1 if worst(found) == "error" else 0
+        _show(findings, own.svg, ["fp8slurm", "doctor", *argv])
+    return 1 if worst(findings) == "error" else 0
 
 
 def _look(configs: list, over_slurm: bool, quick: bool) -> list[Finding]:
@@ -76,22 +78,22 @@ def _look(configs: list, over_slurm: bool, quick: bool) -> list[Finding]:
             raise ValueError(
                 "--slurm: there is no Slurm on this machine (sbatch, srun, scontrol, squeue); run this on a login node"
             )
-        asked = list(check_slurm(configs))
-        if "SLURM_JOB_ID" not in os.environ and worst(asked) == "error":
-            mend = "mend what is above; a job that Slurm would refuse, or never start, was not queued"
-            return [*asked, Finding("slurm", "error", "the nodes were not looked at", mend)]
-        return over_nodes(configs, quick, lambda text: print(text, file=sys.stderr)) + asked
+        controller = list(check_slurm(configs))
+        if "SLURM_JOB_ID" not in os.environ and worst(controller) == "error":
+            fix = "fix what is above; a job that Slurm would refuse, or never start, was not queued"
+            return [*controller, SLURM.error("the nodes were not looked at", fix)]
+        return over_nodes(configs, quick, lambda text: print(text, file=sys.stderr)) + controller
     from fp8slurm.check.doctor.files import check_paths
     from fp8slurm.check.doctor.network import check_ports
     from fp8slurm.check.doctor.quick import local
 
-    here = [c for c in configs if c.slurm.executor != "slurm"]
-    found = local(configs, here=bool(here) or not configs, plans=not quick)
-    found += check_paths(configs)[0]
-    found += check_ports("127.0.0.1")
+    tasks_here = [c for c in configs if c.slurm.executor != "slurm"]
+    findings = local(configs, tasks_here=bool(tasks_here) or not configs, plans=not quick)
+    findings += check_paths(configs)[0]
+    findings += check_ports("127.0.0.1")
     if not quick:
-        found += _bandwidth_here()
-    return found + list(check_slurm(configs))
+        findings += _bandwidth_here()
+    return findings + list(check_slurm(configs))
 
 
 def _bandwidth_here() -> list[Finding]:
@@ -107,16 +109,16 @@ def _bandwidth_here() -> list[Finding]:
         return check_bandwidth(0, 1, "127.0.0.1", Path(folder) / "store.json", gpus)
 
 
-def _show(found: list[Finding], svg: str | None, command: list[str]) -> None:
+def _show(findings: list[Finding], svg: str | None, command: list[str]) -> None:
     from rich.console import Console
 
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=160)
-    render(found, console)
+    render(findings, console)
     if svg:
         picture = Console(record=True, width=150, highlight=False, file=open(os.devnull, "w"))
-        render(found, picture)
+        render(findings, picture)
         # without rich's fonts, which a viewer would fetch from somewhere
         text = re.sub(
             r"@font-face \{.*?\}\s*|<!--.*?-->\s*", "", picture.export_svg(title=" ".join(command)), flags=re.S
@@ -125,8 +127,8 @@ def _show(found: list[Finding], svg: str | None, command: list[str]) -> None:
             file.write(text)
 
 
-def render(found: list[Finding], console: Console) -> None:
-    """One row a finding, its mend below it, and a last line with the count."""
+def render(findings: list[Finding], console: Console) -> None:
+    """One row a finding, what to do below it, and a last line with the count."""
     from rich.table import Table
     from rich.text import Text
 
@@ -134,12 +136,12 @@ def render(found: list[Finding], console: Console) -> None:
     table.add_column(no_wrap=True)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
-    for f in found:
+    for f in findings:
         text = Text(f"{f.node}: " if f.node else "", style="bold")
         text.append(f.text, style="" if f.level == "ok" else COLOURS[f.level].removeprefix("bold "))
-        if f.mend:
-            text.append(f"\n-> {f.mend}", style="dim")
+        if f.fix:
+            text.append(f"\n-> {f.fix}", style="dim")
         table.add_row(Text(f.level, style=COLOURS[f.level]), Text(f.check, style="dim"), text)
     console.print(table)
-    counts = {level: sum(f.level == level for f in found) for level in LEVELS}
+    counts = {level: sum(f.level == level for f in findings) for level in LEVELS}
     console.print(", ".join(f"{n} {level}{'s' if n != 1 and level != 'ok' else ''}" for level, n in counts.items()))

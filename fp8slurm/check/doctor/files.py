@@ -10,8 +10,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from fp8slurm.check.doctor.finding import Finding
+from fp8slurm.check.doctor.finding import Check, Finding
 from fp8slurm.config import RunConfig
+
+FILES, PATHS = Check("files"), Check("paths")
 
 SKEW = (1.0, 5.0)
 """Seconds by which clocks may differ: above the first a warning, above the second an error. The job stops by its own
@@ -59,9 +61,7 @@ def check_folder(folder: Path, flag: str = "--run.root") -> Iterator[Finding]:
         finally:
             os.close(fd)
     except OSError as error:
-        yield Finding(
-            "files",
-            "error",
+        yield FILES.error(
             f"{flag} {folder}: cannot {step}: {error.strerror or error}",
             f"{flag} must be a folder on a file system that every node can write, with POSIX rename and hard links",
         )
@@ -72,11 +72,9 @@ def check_folder(folder: Path, flag: str = "--run.root") -> Iterator[Finding]:
         if mine.is_dir():
             mine.rmdir()
     free = os.statvfs(base)
-    yield Finding(
-        "files",
-        "ok",
+    yield FILES.ok(
         f"{flag} {folder}: exclusive create, rename, fsync, hard link; {free.f_bavail * free.f_frsize / 1e9:.0f} GB"
-        " free",
+        " free"
     )
     yield from skew_finding(skew, "the file system's", "files")
 
@@ -126,14 +124,12 @@ def check_paths(configs: list[RunConfig]) -> tuple[list[Finding], dict[str, str]
             digests[str(path)] = digest(path)
         except OSError as error:
             findings.append(
-                Finding(
-                    "paths",
-                    "error",
+                PATHS.error(
                     f"{flag} {path}: {error.strerror}",
                     "put it on a file system that every node mounts, with rights to read it; relative paths start at"
                     " the folder of the command",
                 )
             )
     if digests:
-        findings.append(Finding("paths", "ok", f"readable: {', '.join(digests)}"))
+        findings.append(PATHS.ok(f"readable: {', '.join(digests)}"))
     return findings, digests

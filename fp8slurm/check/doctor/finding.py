@@ -18,7 +18,7 @@ class Finding:
     """What was looked at: python, packages, gpu, memory, shm, limits, files, paths, network, bandwidth, slurm."""
     level: Level
     text: str
-    mend: str = ""
+    fix: str = ""
     """What to do about it; empty for ok."""
     node: str = ""
     """Nodes that say so, with commas; empty: this machine, or the cluster as a whole."""
@@ -28,7 +28,23 @@ class Finding:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Finding:
-        return cls(**{k: str(values[k]) for k in ("check", "level", "text", "mend", "node")})  # type: ignore[arg-type]
+        return cls(**{k: str(values[k]) for k in ("check", "level", "text", "fix", "node")})  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Check:
+    """Makes the findings of one check."""
+
+    name: str
+
+    def ok(self, text: str) -> Finding:
+        return Finding(self.name, "ok", text)
+
+    def warning(self, text: str, fix: str = "", node: str = "") -> Finding:
+        return Finding(self.name, "warning", text, fix, node)
+
+    def error(self, text: str, fix: str = "", node: str = "") -> Finding:
+        return Finding(self.name, "error", text, fix, node)
 
 
 def merge(findings: Iterable[Finding], nodes: int) -> list[Finding]:

@@ -8,10 +8,12 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from fp8slurm.check.doctor.finding import Finding
+from fp8slurm.check.doctor.finding import Check, Finding
 from fp8slurm.check.doctor.versions import chosen_set
 from fp8slurm.config import RunConfig
 from fp8slurm.scheduler import job as slurm
+
+GPU = Check("gpu")
 
 FP8_ENGINE, FP8_TRAINER, NOT_TRIED = (8, 9), (9, 0), (10, 0)
 """Compute capabilities: FP8 in SGLang from Ada on; blockwise FP8 GEMMs in TransformerEngine from Hopper on
@@ -86,38 +88,30 @@ def visible() -> list[Gpu]:
     return [g for g in gpus if g.index in given or g.uuid in given] if given else gpus
 
 
-def check_gpus(configs: list[RunConfig], here: bool = True) -> Iterator[Finding]:
-    """here: the recipes' tasks would run on this machine; otherwise (a login node) no GPU is missed."""
+def check_gpus(configs: list[RunConfig], tasks_here: bool = True) -> Iterator[Finding]:
+    """tasks_here: the recipes' tasks would run on this machine; otherwise (a login node) no GPU is missed."""
     needed = max((c.slurm.gpus_per_node for c in configs), default=0)
     gpus = visible()
     if not gpus:
-        if needed and here:
-            yield Finding(
-                "gpu",
-                "error",
+        if needed and tasks_here:
+            yield GPU.error(
                 f"no GPU is visible, and a recipe wants --slurm.gpus-per-node {needed}",
                 "run this where the GPUs are (--slurm), ask for them in the allocation, or look at nvidia-smi there",
             )
         else:
-            mend = "" if slurm.Job.here() else "fp8slurm doctor --slurm looks at the nodes"
-            yield Finding("gpu", "warning", "no GPU is visible: the CPU recipes run here (FP8 emulated)", mend)
+            fix = "" if slurm.Job.here() else "fp8slurm doctor --slurm looks at the nodes"
+            yield GPU.warning("no GPU is visible: the CPU recipes run here (FP8 emulated)", fix)
         return
     kinds = sorted({g.name for g in gpus})
-    if len(gpus) < needed and here:
-        yield Finding(
-            "gpu",
-            "error",
+    if len(gpus) < needed and tasks_here:
+        yield GPU.error(
             f"{len(gpus)} GPUs are visible, a recipe wants --slurm.gpus-per-node {needed}",
             "ask for as many (--gres, --gpus-per-node), or lower --slurm.gpus-per-node and --slurm.ranks-per-node",
         )
     else:
-        yield Finding(
-            "gpu", "ok", f"{len(gpus)} x {', '.join(kinds)}, {gpus[0].total / 1024:.0f} GiB, driver {gpus[0].driver}"
-        )
+        yield GPU.ok(f"{len(gpus)} x {', '.join(kinds)}, {gpus[0].total / 1024:.0f} GiB, driver {gpus[0].driver}")
     if len(kinds) > 1:
-        yield Finding(
-            "gpu",
-            "warning",
+        yield GPU.warning(
             f"different GPUs on one node: {', '.join(kinds)}; the slowest sets the pace",
             "--slurm.constraint picks one kind",
         )
@@ -133,9 +127,7 @@ def _driver(gpus: list[Gpu]) -> Iterator[Finding]:
     chosen = chosen_set()
     driver = gpus[0].driver
     if chosen and chosen.driver and int(driver.partition(".")[0]) < chosen.driver:
-        yield Finding(
-            "gpu",
-            "error",
+        yield GPU.error(
             f"driver {driver}: CUDA {chosen.cuda} of the installed torch needs {chosen.driver} or newer",
             "ask the site for a newer driver or for CUDA's compatibility package, or install a torch for an older CUDA",
         )
@@ -160,20 +152,18 @@ def _capability(gpus: list[Gpu], configs: list[RunConfig]) -> Iterator[Finding]:
             "--fp8.backend off --fp8.engine fp8 trains in BF16 and serves FP8",
         )
     elif lowest >= NOT_TRIED:
-        yield Finding(
-            "gpu",
-            "warning",
+        yield GPU.warning(
             f"{shown}: not tried; block FP8 is computed otherwise from Blackwell on",
             "compare the gap in metrics.jsonl with a BF16 run",
         )
     else:
-        yield Finding("gpu", "ok", f"{shown}: FP8 in trainer and engine")
+        yield GPU.ok(f"{shown}: FP8 in trainer and engine")
 
 
 def _used(gpus: list[Gpu], allowed: bool) -> Iterator[Finding]:
     busy = [g for g in gpus if g.used > USED_BY_OTHERS[0]]
     if not busy:
-        yield Finding("gpu", "ok", f"GPU memory is free ({max(g.used for g in gpus)} MiB in use)")
+        yield GPU.ok(f"GPU memory is free ({max(g.used for g in gpus)} MiB in use)")
         return
     shown = ", ".join(f"GPU {g.index}: {g.used} of {g.total} MiB" for g in busy)
     level = "error" if any(g.used > USED_BY_OTHERS[1] for g in busy) and not allowed else "warning"
@@ -181,29 +171,24 @@ def _used(gpus: list[Gpu], allowed: bool) -> Iterator[Finding]:
         "gpu",
         level,
         f"memory in use by others: {shown}",
-        "nvidia-smi shows by whom; end what is left of your own jobs, ask for whole nodes (--slurm.sbatch exclusive true), or start "
-        "beside them (--slurm.share-gpus)",
+        "nvidia-smi shows by whom; end what is left of your own jobs, ask for whole nodes (--slurm.sbatch exclusive true), "
+        "or start beside them (--slurm.share-gpus)",
     )
 
 
 def _ecc(gpus: list[Gpu]) -> Iterator[Finding]:
     bad = [g for g in gpus if g.ecc_errors]
     for g in bad:
-        yield Finding(
-            "gpu",
-            "error",
+        yield GPU.error(
             f"GPU {g.index}: {g.ecc_errors} uncorrected memory errors since it was reset",
             "leave the node out (--slurm.exclude) and tell the site",
         )
     if not bad and all(g.ecc_errors is None for g in gpus):
-        yield Finding(
-            "gpu",
-            "warning",
-            "ECC is off, or the cards have none: a flipped bit goes unnoticed",
-            "ask the site to switch it on",
+        yield GPU.warning(
+            "ECC is off, or the cards have none: a flipped bit goes unnoticed", "ask the site to switch it on"
         )
     elif not bad:
-        yield Finding("gpu", "ok", "no uncorrected memory errors")
+        yield GPU.ok("no uncorrected memory errors")
 
 
 def nvlink(text: str) -> Finding:
@@ -211,10 +196,8 @@ def nvlink(text: str) -> Finding:
     speeds = [float(s) for s in re.findall(r"Link \d+: ([\d.]+) GB/s", text)]
     gpus = len(re.findall(r"^GPU \d+", text, re.M)) or 1
     if not speeds:
-        return Finding(
-            "gpu",
-            "warning",
+        return GPU.warning(
             "no NVLink between the GPUs: tensor parallelism goes over PCIe",
             "--parallel.tensor-parallel-size 1 with pipeline or data parallelism instead",
         )
-    return Finding("gpu", "ok", f"NVLink: {len(speeds) // gpus} links a GPU, {sum(speeds) / gpus:.0f} GB/s each way")
+    return GPU.ok(f"NVLink: {len(speeds) // gpus} links a GPU, {sum(speeds) / gpus:.0f} GB/s each way")

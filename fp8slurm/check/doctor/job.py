@@ -12,12 +12,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from fp8slurm.check.doctor.finding import Finding, merge
+from fp8slurm.check.doctor.finding import Check, Finding, merge
 from fp8slurm.check.doctor.node import MARK, compare_paths
 from fp8slurm.config import RunConfig
+from fp8slurm.core.processes import python_path
 from fp8slurm.core.signals import ended_is_interrupted
 from fp8slurm.scheduler import job as slurm
 from fp8slurm.slurm.script import gpus_per_node
+
+SLURM = Check("slurm")
 
 MINUTES = 10
 POLL_S = 1.0
@@ -55,27 +58,23 @@ def over_nodes(configs: list[RunConfig], quick: bool, say: Callable[[str], None]
 
 def collect(folder: Path, nodes: list[str]) -> list[Finding]:
     """Findings of all nodes, merged; a node that said nothing is an error."""
-    said = {p.stem: json.loads(p.read_text()) for p in folder.glob("*.json") if p.stem in nodes}
+    reports = {p.stem: json.loads(p.read_text()) for p in folder.glob("*.json") if p.stem in nodes}
     log = (folder / LOG).read_text(errors="replace") if (folder / LOG).is_file() else ""
     for line in log.splitlines():
         _, mark, text = line.partition(MARK)
         if mark:
             one = json.loads(text)
-            said.setdefault(one.pop("node"), one)
-    found = [Finding.from_json(f) for node in nodes if node in said for f in said[node]["findings"]]
-    merged = merge(found, len(nodes))
-    merged += compare_paths({node: one["digests"] for node, one in said.items()})
-    silent = [n for n in nodes if n not in said]
+            reports.setdefault(one.pop("node"), one)
+    findings = [Finding.from_json(f) for node in nodes if node in reports for f in reports[node]["findings"]]
+    merged = merge(findings, len(nodes))
+    merged += compare_paths({node: one["digests"] for node, one in reports.items()})
+    silent = [n for n in nodes if n not in reports]
     if silent:
         last = [line for line in log.splitlines() if line.strip()][-3:]
-        mend = "the same Python and paths must be there on every node; srun -w NODE python --version"
+        fix = "the same Python and paths must be there on every node; srun -w NODE python --version"
         merged.append(
-            Finding(
-                "slurm",
-                "error",
-                f"no word from {', '.join(silent)}: {' | '.join(last) or 'nothing in the log'}",
-                mend,
-                ",".join(silent),
+            SLURM.error(
+                f"no word from {', '.join(silent)}: {' | '.join(last) or 'nothing in the log'}", fix, ",".join(silent)
             )
         )
     return merged
@@ -92,28 +91,13 @@ def _srun(config: RunConfig, folder: Path, nodes: int) -> list[str]:
     s = config.slurm
     container = {"container-image": s.container_image, "container-mounts": ",".join(s.container_mounts) or None}
     more = [f"--{k}={v}" for k, v in container.items() if v is not None]
-    python = task_python(config)
-    return [
-        "srun",
-        f"--nodes={nodes}",
-        f"--ntasks={nodes}",
-        "--ntasks-per-node=1",
-        "--overlap",
-        "--kill-on-bad-exit=0",
-        *more,
-        *s.srun,
-        *shlex.split(python),
-        "-u",
-        "-m",
-        "fp8slurm.check.doctor.node",
-        str(folder),
-    ]
+    srun = f"srun --nodes={nodes} --ntasks={nodes} --ntasks-per-node=1 --overlap --kill-on-bad-exit=0".split()
+    command = [*shlex.split(task_python(config)), *"-u -m fp8slurm.check.doctor.node".split(), str(folder)]
+    return [*srun, *more, *s.srun, *command]
 
 
 def _environment() -> dict[str, str]:
-    package = str(Path(__file__).parents[2])
-    path = os.pathsep.join(p for p in (package, os.environ.get("PYTHONPATH")) if p)
-    return {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
+    return os.environ | {"PYTHONPATH": python_path(), "PYTHONSAFEPATH": "1"}
 
 
 def _step(config: RunConfig, folder: Path, nodes: list[str]) -> None:
@@ -163,27 +147,20 @@ def _job(config: RunConfig, folder: Path, say: Callable[[str], None]) -> list[st
     text = script(config, folder)
     path.write_text(text)
     try:
-        job_id = (
-            slurm.ask("sbatch", "--parsable", str(path), environment=slurm.environment_for_a_job(_environment(), text))
-            .strip()
-            .split(";")[0]
-        )
+        job_id = slurm.sbatch(str(path), environment=slurm.environment_for_a_job(_environment(), text))
     except slurm.SlurmError as error:
         raise ValueError(f"Slurm refuses the doctor's job: {error}") from None
-    state, job = "", {}
+    state, job = "", dict[str, str]()
     try:
         with ended_is_interrupted():
             while True:
                 job = slurm.show_job(job_id) or job
-                now = (
-                    f"{job.get('JobState')} ({job.get('Reason')})"
-                    if job.get("Reason", "None") != "None"
-                    else f"{job.get('JobState')}"
-                )
+                reason = job.get("Reason", "None")
+                now = f"{job.get('JobState')} ({reason})" if reason != "None" else f"{job.get('JobState')}"
                 if now != state:
                     say(f"job {job_id} on {config.slurm.nodes} nodes: {now}")
                     state = now
-                if job.get("JobState") == "PENDING" and job.get("Reason") in HOPELESS:
+                if job.get("JobState") == "PENDING" and reason in HOPELESS:
                     raise ValueError(
                         f"job {job_id} would never start: {now}; {config.slurm.nodes} node(s) for {MINUTES} minutes "
                         f"(--slurm.nodes, --slurm.partition, --slurm.constraint); it was cancelled"

@@ -7,8 +7,10 @@ import resource
 from collections.abc import Iterator
 from pathlib import Path
 
-from fp8slurm.check.doctor.finding import Finding
+from fp8slurm.check.doctor.finding import Check, Finding
 from fp8slurm.config import RunConfig
+
+MEMORY, SHARED, LIMITS = Check("memory"), Check("shm"), Check("limits")
 
 SHM = Path("/dev/shm")
 MIB = 2**20
@@ -52,16 +54,14 @@ def _memory(configs: list[RunConfig]) -> Iterator[Finding]:
         if needed > free:
             enough = False
             parts = ", ".join(f"{name} {size / 1e9:.0f}" for name, size in host.items())
-            yield Finding(
-                "memory",
-                "error",
+            yield MEMORY.error(
                 f"{config.run.name}: a node needs {needed / 1e9:.0f} GB of host memory ({parts}); {free / 1e9:.0f} GB"
                 " are free here",
                 "--slurm.memory 0 asks for all of the node; more nodes or --optim.no-cpu-offload lower the need"
                 " (fp8slurm plan)",
             )
     if enough:
-        yield Finding("memory", "ok", f"{free / 1e9:.0f} of {total / 1e9:.0f} GB of host memory free")
+        yield MEMORY.ok(f"{free / 1e9:.0f} of {total / 1e9:.0f} GB of host memory free")
 
 
 def _shm(count: int) -> Iterator[Finding]:
@@ -69,23 +69,21 @@ def _shm(count: int) -> Iterator[Finding]:
     try:
         stat = os.statvfs(SHM)
     except OSError as error:
-        yield Finding("shm", "error", f"{SHM}: {error.strerror}", "it must be a tmpfs; in a container mount the host's")
+        yield SHARED.error(f"{SHM}: {error.strerror}", "it must be a tmpfs; in a container mount the host's")
         return
     size, free = stat.f_blocks * stat.f_frsize, stat.f_bavail * stat.f_frsize
     shown = f"{SHM}: {free / MIB:.0f} of {size / MIB:.0f} MiB free"
     if free < needed:
         left = [p.name for p in SHM.iterdir() if p.name.startswith(("sgl_", "torch_", "nccl-", "psm_", "sem."))]
-        yield Finding(
-            "shm",
-            "error",
+        yield SHARED.error(
             f"{shown}; {count} processes want {needed // MIB} MiB",
             f"remove what dead jobs left ({len(left)} files of SGLang, torch and NCCL are there), or mount it larger "
             "(docker --shm-size, mount -o remount,size=)",
         )
     elif not os.access(SHM, os.W_OK):
-        yield Finding("shm", "error", f"{SHM} cannot be written", "it must have mode 1777")
+        yield SHARED.error(f"{SHM} cannot be written", "it must have mode 1777")
     else:
-        yield Finding("shm", "ok", shown)
+        yield SHARED.ok(shown)
 
 
 def _limits() -> Iterator[Finding]:
@@ -109,13 +107,11 @@ def _limits() -> Iterator[Finding]:
     infiniband = any(Path("/sys/class/infiniband").glob("*"))
     shown = "unlimited" if locked == resource.RLIM_INFINITY else f"{locked // 1024} KiB"
     if infiniband and locked != resource.RLIM_INFINITY:
-        yield Finding(
-            "limits",
-            "error",
+        yield LIMITS.error(
             f"locked memory: {shown}; InfiniBand registers memory and needs it unlimited",
             "PropagateResourceLimitsExcept=MEMLOCK in slurm.conf and LimitMEMLOCK=infinity for slurmd: ask the site",
         )
     else:
         fine.append(f"locked memory {shown}{'' if infiniband else ' (no InfiniBand here, so it does not matter)'}")
     if fine:
-        yield Finding("limits", "ok", ", ".join(fine))
+        yield LIMITS.ok(", ".join(fine))

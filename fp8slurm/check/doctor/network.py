@@ -10,8 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fp8slurm.check.doctor.files import skew_finding
-from fp8slurm.check.doctor.finding import Finding
+from fp8slurm.check.doctor.finding import Check, Finding
 from fp8slurm.scheduler import job as slurm
+
+NETWORK = Check("network")
 
 PORTS = 256
 """Ports that must be free at once: the store, gloo's and NCCL's listeners of every task, the engines."""
@@ -30,9 +32,7 @@ def check_ports(address: str) -> Iterator[Finding]:
             s.bind((address, 0))
             s.listen(1)
     except OSError as error:
-        yield Finding(
-            "network",
-            "error",
+        yield NETWORK.error(
             f"{address}: port {len(held)} of {PORTS} could not be had: {error.strerror} (ports {low} to {high})",
             "the range net.ipv4.ip_local_port_range is used up or too small: ss -ltn shows by whom; another node, or"
             " ask the site",
@@ -41,7 +41,7 @@ def check_ports(address: str) -> Iterator[Finding]:
     finally:
         for s in held:
             s.close()
-    yield Finding("network", "ok", f"{address}: {PORTS} ports at once, of {low} to {high}")
+    yield NETWORK.ok(f"{address}: {PORTS} ports at once, of {low} to {high}")
 
 
 def _range() -> tuple[int, int]:
@@ -55,9 +55,9 @@ def check_interface() -> tuple[str, list[Finding]]:
         address = slurm.address()
         name = slurm.interface_of(address)
     except (slurm.SlurmError, OSError) as error:
-        mend = "the node's name must resolve to an address that other nodes reach (/etc/hosts, DNS)"
-        return "127.0.0.1", [Finding("network", "error", f"no address for the other nodes: {error}", mend)]
-    return address, [Finding("network", "ok", f"nodes meet on {name}")]
+        fix = "the node's name must resolve to an address that other nodes reach (/etc/hosts, DNS)"
+        return "127.0.0.1", [NETWORK.error(f"no address for the other nodes: {error}", fix)]
+    return address, [NETWORK.ok(f"nodes meet on {name}")]
 
 
 def serve_clock(name: str, address: str, others: int, where: Path) -> list[Finding]:
@@ -79,14 +79,9 @@ def serve_clock(name: str, address: str, others: int, where: Path) -> list[Findi
                         connection.sendall(f"{time.time():.6f}\n".encode())
                 seen += 1
         except OSError as error:
-            mend = "a firewall between the nodes, or no route: the other nodes say more"
+            fix = "a firewall between the nodes, or no route: the other nodes say more"
             return [
-                Finding(
-                    "network",
-                    "error",
-                    f"{seen} of {others} nodes connected to {address} within {WAIT_S:g} s ({error})",
-                    mend,
-                )
+                NETWORK.error(f"{seen} of {others} nodes connected to {address} within {WAIT_S:g} s ({error})", fix)
             ]
     return []
 
@@ -96,20 +91,13 @@ def compare_clock(where: Path) -> list[Finding]:
     deadline = time.monotonic() + WAIT_S
     while not where.is_file():
         if time.monotonic() > deadline:
-            mend = "--run.root must be the same file system on every node"
-            return [
-                Finding(
-                    "network",
-                    "error",
-                    f"{where}, which the first node writes, did not appear within {WAIT_S:g} s",
-                    mend,
-                )
-            ]
+            fix = "--run.root must be the same file system on every node"
+            return [NETWORK.error(f"{where}, which the first node writes, did not appear within {WAIT_S:g} s", fix)]
         time.sleep(0.1)
-    said = json.loads(where.read_text())
+    server = json.loads(where.read_text())
     best: tuple[float, float] | None = None
     try:
-        with socket.create_connection((said["address"], said["port"]), timeout=30) as s, s.makefile("rb") as lines:
+        with socket.create_connection((server["address"], server["port"]), timeout=30) as s, s.makefile("rb") as lines:
             for _ in range(ROUNDS):
                 began, before = time.monotonic(), time.time()
                 s.sendall(b"?")
@@ -118,9 +106,7 @@ def compare_clock(where: Path) -> list[Finding]:
                 one = (took, before + took / 2 - there)
                 best = one if best is None else min(best, one)
     except (OSError, ValueError) as error:
-        mend = "a firewall between the nodes, or no route; --slurm.exclude leaves the node out"
-        return [Finding("network", "error", f"cannot reach {said['name']} at {said['address']}: {error}", mend)]
+        fix = "a firewall between the nodes, or no route; --slurm.exclude leaves the node out"
+        return [NETWORK.error(f"cannot reach {server['name']} at {server['address']}: {error}", fix)]
     assert best is not None
-    return list(skew_finding(best[1], f"{said['name']}'s", "network")) or [
-        Finding("network", "ok", "clocks agree within 1 s")
-    ]
+    return list(skew_finding(best[1], f"{server['name']}'s", "network")) or [NETWORK.ok("clocks agree within 1 s")]

@@ -18,9 +18,11 @@ from typing import Any
 from fp8slurm.check.doctor import network, quick, scheduler
 from fp8slurm.check.doctor.bandwidth import check_bandwidth
 from fp8slurm.check.doctor.files import check_paths
-from fp8slurm.check.doctor.finding import Finding
+from fp8slurm.check.doctor.finding import Check, Finding
 from fp8slurm.check.doctor.gpu import visible
 from fp8slurm.config import RunConfig
+
+PATHS = Check("paths")
 
 MARK = "fp8slurm-doctor: "
 
@@ -32,32 +34,32 @@ def main(folder: Path) -> None:
     configs = [RunConfig.model_validate_json(text) for text in request["configs"]]
     node, nodes = int(os.environ["SLURM_NODEID"]), int(os.environ["SLURM_NNODES"])
     name = os.environ.get("SLURMD_NODENAME") or f"node {node}"
-    found = quick.local(configs, here=True, plans=not request["quick"])
+    findings = quick.local(configs, tasks_here=True, plans=not request["quick"])
     readable, digests = check_paths(configs)
-    found += readable
+    findings += readable
     address, lines = network.check_interface()
-    found += lines
-    found += network.check_ports(address)
+    findings += lines
+    findings += network.check_ports(address)
     if nodes > 1:
         where = folder / "clock.json"
-        found += network.serve_clock(name, address, nodes - 1, where) if node == 0 else network.compare_clock(where)
-    broken = any(f.level == "error" and f.check == "network" for f in found)
+        findings += network.serve_clock(name, address, nodes - 1, where) if node == 0 else network.compare_clock(where)
+    broken = any(f.level == "error" and f.check == "network" for f in findings)
     if not request["quick"] and not broken:
-        found += check_bandwidth(node, nodes, address, folder / "store.json", len(visible()))
-    found += notice.check(first=node == 0)
+        findings += check_bandwidth(node, nodes, address, folder / "store.json", len(visible()))
+    findings += notice.check(first=node == 0)
     if node == 0:
-        found += scheduler.check_job(os.environ["SLURM_JOB_ID"])
-    report(folder, name, {"findings": [replace(f, node=name).to_json() for f in found], "digests": digests})
+        findings += scheduler.check_job(os.environ["SLURM_JOB_ID"])
+    report(folder, name, {"findings": [replace(f, node=name).to_json() for f in findings], "digests": digests})
 
 
-def report(folder: Path, name: str, said: dict[str, Any]) -> None:
-    text = json.dumps(said)
+def report(folder: Path, name: str, values: dict[str, Any]) -> None:
+    text = json.dumps(values)
     try:
         partial = folder / f".{name}.tmp"
         partial.write_text(text)
         os.replace(partial, folder / f"{name}.json")
     except OSError:
-        print(f"\n{MARK}{json.dumps({'node': name, **said})}", flush=True)
+        print(f"\n{MARK}{json.dumps({'node': name, **values})}", flush=True)
 
 
 def compare_paths(digests: dict[str, dict[str, str]]) -> list[Finding]:
@@ -67,9 +69,7 @@ def compare_paths(digests: dict[str, dict[str, str]]) -> list[Finding]:
         seen = {node: d[path] for node, d in digests.items() if path in d}
         if len(set(seen.values())) > 1:
             out.append(
-                Finding(
-                    "paths",
-                    "error",
+                PATHS.error(
                     f"{path}: the nodes see different files (names or sizes)",
                     "it is on a local disk, or a copy is unfinished: put it on the shared file system",
                     ",".join(sorted(seen)),

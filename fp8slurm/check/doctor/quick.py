@@ -14,14 +14,14 @@ ESSENTIAL = ("torch", "megatron-core", "sglang", "transformers")
 """First words of findings about packages without which nothing can run."""
 
 
-def local(configs: list[RunConfig], here: bool, plans: bool) -> list[Finding]:
-    """Everything about this machine apart from the network. here: the tasks would run here; plans: as check_machine."""
-    found = [*check_versions(configs)]
-    if here:
-        found += [*check_gpus(configs, here), *check_machine(configs, plans)]
+def local(configs: list[RunConfig], tasks_here: bool, plans: bool) -> list[Finding]:
+    """This machine without its network. tasks_here: the tasks would run here; plans: as in check_machine."""
+    findings = [*check_versions(configs)]
+    if tasks_here:
+        findings += [*check_gpus(configs, tasks_here), *check_machine(configs, plans)]
     for root in dict.fromkeys(c.run.root for c in configs):
-        found += check_folder(root)
-    return found
+        findings += check_folder(root)
+    return findings
 
 
 def quick(config: RunConfig) -> list[str]:
@@ -32,11 +32,11 @@ def quick(config: RunConfig) -> list[str]:
     Raises:
         ValueError: the run cannot work here, with what to do about it.
     """
-    here = config.slurm.executor != "slurm"
-    found = local([config], here, plans=False)
-    if here:
-        found += check_ports("127.0.0.1")
-    lines = {f: f"{f.text}{f'; {f.mend}' if f.mend else ''}" for f in found if f.level != "ok"}
+    tasks_here = config.slurm.executor != "slurm"
+    findings = local([config], tasks_here, plans=False)
+    if tasks_here:
+        findings += check_ports("127.0.0.1")
+    lines = {f: f"{f.text}{f'; {f.fix}' if f.fix else ''}" for f in findings if f.level != "ok"}
     fatal = [line for f, line in lines.items() if f.level == "error" and _stops(f)]
     if fatal:
         raise ValueError("\n".join(fatal) + "\n(fp8slurm doctor looks at everything)")

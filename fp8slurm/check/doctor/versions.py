@@ -13,8 +13,10 @@ from importlib import metadata, util
 from pathlib import Path
 from typing import Literal
 
-from fp8slurm.check.doctor.finding import Finding
+from fp8slurm.check.doctor.finding import Check, Finding
 from fp8slurm.config import RunConfig
+
+PYTHON, PACKAGES = Check("python"), Check("packages")
 
 PYTHONS = ("3.11", "3.12", "3.13")
 
@@ -109,11 +111,11 @@ def parse(version: str) -> tuple[int, ...]:
     return tuple(map(int, parts[0].split("."))) if parts else ()
 
 
-def agrees(installed: str, wanted: str) -> bool:
+def agrees(installed: str, expected: str) -> bool:
     """Whether a version is the one wanted, a local label such as +cpu left out, or not below >=X."""
-    if wanted.startswith(">="):
-        return parse(installed) >= parse(wanted[2:])
-    return installed.split("+")[0] == wanted
+    if expected.startswith(">="):
+        return parse(installed) >= parse(expected[2:])
+    return installed.split("+")[0] == expected
 
 
 def installed(name: str) -> str | None:
@@ -129,8 +131,8 @@ def torch_cuda() -> str | None:
     if spec is None or spec.origin is None:
         return None
     text = (Path(spec.origin).parent / "version.py").read_text()
-    found = re.search(r"^cuda\b.*=\s*'([\d.]+)'", text, re.M)
-    return found[1] if found else ""
+    version = re.search(r"^cuda\b.*=\s*'([\d.]+)'", text, re.M)
+    return version[1] if version else ""
 
 
 def chosen_set() -> VersionSet | None:
@@ -146,11 +148,9 @@ def check_versions(configs: list[RunConfig]) -> Iterator[Finding]:
     """Python, the packages of the set that the installed torch belongs to, cuDNN."""
     python = platform.python_version()
     if python.rpartition(".")[0] in PYTHONS:
-        yield Finding("python", "ok", f"Python {python}")
+        yield PYTHON.ok(f"Python {python}")
     else:
-        yield Finding(
-            "python", "error", f"Python {python}; supported: {', '.join(PYTHONS)}", "make setup PYTHON=python3.12"
-        )
+        yield PYTHON.error(f"Python {python}; supported: {', '.join(PYTHONS)}", "make setup PYTHON=python3.12")
     yield from _packages(any(c.fp8.backend == "transformer_engine" for c in configs))
     if torch_cuda():
         yield from check_cudnn()
@@ -164,39 +164,30 @@ def _packages(needs_te: bool) -> Iterator[Finding]:
     elif chosen is None:
         known = ", ".join(f"{s.packages['torch']} ({'CUDA ' + s.cuda if s.cuda else 'CPU'})" for s in SETS)
         kind = f"CUDA {torch_cuda()}" if torch_cuda() else "CPU"
-        yield Finding(
-            "packages",
-            "warning",
-            f"torch {torch} ({kind}) is in no version set that was looked at: {known}",
-            "docs/install.md",
+        yield PACKAGES.warning(
+            f"torch {torch} ({kind}) is in no version set that was looked at: {known}", "docs/install.md"
         )
-    wanted = (chosen or SETS[0]).packages if torch else {}
+    expected = (chosen or SETS[0]).packages if torch else {}
     wrong = 0
-    for name, version in wanted.items():
-        found = installed(name)
-        if found is None:
+    for name, version in expected.items():
+        present = installed(name)
+        if present is None:
             if needs_te or not name.startswith("transformer-engine"):
                 missing.append(name)
-        elif chosen and not agrees(found, version):
+        elif chosen and not agrees(present, version):
             wrong += 1
             how = version if version.startswith(">=") else f"=={version}"
-            yield Finding(
-                "packages",
-                "error",
-                f"{name} {found} is installed; the set {chosen.name} has {version}",
+            yield PACKAGES.error(
+                f"{name} {present} is installed; the set {chosen.name} has {version}",
                 f"pip install --no-deps '{name}{how}'",
             )
     for name in missing:
-        version = wanted.get(name, "")
+        version = expected.get(name, "")
         how = version if version.startswith(">=") or not version else f"=={version}"
-        yield Finding(
-            "packages", "error", f"{name} is not installed", f"pip install --no-deps '{name}{how}'; docs/install.md"
-        )
+        yield PACKAGES.error(f"{name} is not installed", f"pip install --no-deps '{name}{how}'; docs/install.md")
     te = installed("transformer-engine")
-    if needs_te and te is None and "transformer-engine" not in wanted:
-        yield Finding(
-            "packages",
-            "error",
+    if needs_te and te is None and "transformer-engine" not in expected:
+        yield PACKAGES.error(
             "a recipe wants FP8 by TransformerEngine (--fp8.backend transformer_engine), which is not installed",
             "install it on the GPU nodes (docs/install.md), or --fp8.backend emulated (CPU) or off",
         )
@@ -204,7 +195,7 @@ def _packages(needs_te: bool) -> Iterator[Finding]:
         main = ", ".join(
             f"{n} {installed(n)}" for n in ("torch", "megatron-core", "sglang", "transformer-engine") if installed(n)
         )
-        yield Finding("packages", "ok", f"version set {chosen.name}, {chosen.seen}: {main}")
+        yield PACKAGES.ok(f"version set {chosen.name}, {chosen.seen}: {main}")
 
 
 def check_cudnn() -> Iterator[Finding]:
@@ -214,9 +205,7 @@ def check_cudnn() -> Iterator[Finding]:
         return
     new = parse(engine) >= parse(NEW_CUDNN_SINCE_TE)
     if new and parse(version) < parse(CUDNN_FOR_TE):
-        yield Finding(
-            "packages",
-            "error",
+        yield PACKAGES.error(
             f"cuDNN {version} with TransformerEngine {engine}: the backward pass of packed"
             " attention fails (CUDNN_ATTR_OPERATION_RESHAPE_MODE, BAD_PARAM)",
             f"pip install --no-deps 'nvidia-cudnn-cu13>={CUDNN_FOR_TE}'",
@@ -238,7 +227,7 @@ def check_cudnn() -> Iterator[Finding]:
             " line)",
         )
     elif parse(version) >= parse(CUDNN_FOR_TE):
-        yield Finding("packages", "ok", f"cuDNN {version}")
+        yield PACKAGES.ok(f"cuDNN {version}")
 
 
 def _wheel_cudnn() -> Path | None:
@@ -263,12 +252,12 @@ def system_cudnn() -> list[tuple[str, tuple[int, ...]]]:
     except (OSError, subprocess.TimeoutExpired):
         cache = ""
     files += [Path(p) for p in re.findall(r"=> (\S*libcudnn\S*\.so\.9\S*)", cache)]
-    found: dict[tuple[str, tuple[int, ...]], None] = {}
+    libraries: dict[tuple[str, tuple[int, ...]], None] = {}
     for file in files:
         version = re.search(r"\.so\.(9(\.\d+)+)$", file.resolve().name)  # a wheel's files are plain .so.9
         if version:
-            found[str(file.parent), parse(version[1])] = None
-    return list(found)
+            libraries[str(file.parent), parse(version[1])] = None
+    return list(libraries)
 
 
 def table() -> str:

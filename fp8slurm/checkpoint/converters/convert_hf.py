@@ -24,7 +24,7 @@ Decided = tuple[TensorInfo, Decision]
 
 
 def decisions(tensors: Iterable[TensorInfo], own: Sequence[str] = (), given: Sequence[str] = ()) -> list[Decided]:
-    """The policy's decision for every tensor. own: modules_to_not_convert of the input's config; given: further entries.
+    """The policy's decision for every tensor. own: modules_to_not_convert of the input's config; given: more.
 
     Raises:
         BadCheckpoint: a tensor cannot be quantized although it should.
@@ -78,7 +78,7 @@ def fp8_config(config: dict[str, Any], made: Sequence[Decided], power_of_two: bo
     """config.json of the FP8 form: the input's, and the quantization_config that transformers and SGLang read.
 
     Named in modules_to_not_convert are the output head, the routers (some versions of transformers make them Linear
-    layers), and in full what was kept because of an entry: SGLang and transformers match entries by other rules than ours.
+    layers), and in full what was kept because of an entry: SGLang and transformers match entries otherwise than we.
     """
     routers = [_module(info) for info, _ in made if info.name.endswith(".mlp.gate.weight")]
     kept = [kept_name(_module(info)) for info, decision in made if decision.entry is not None]
@@ -98,13 +98,13 @@ def is_fp8(folder: HfFolder) -> bool:
     """Whether the weights are block FP8. BadCheckpoint if config and weights contradict each other."""
     codes = [n for n, t in folder.tensors.items() if t.info.dtype in FP8_DTYPES]
     scales = [n for n in folder.tensors if n.endswith(SCALE_SUFFIX)]
-    said = folder.config.get("quantization_config")
-    if said and not codes:
+    quantization = folder.config.get("quantization_config")
+    if quantization and not codes:
         raise BadCheckpoint(
             f"{folder.path}: config.json has a quantization_config, but no weight is FP8; take it out if the weights "
             f"are right"
         )
-    if codes and not said:
+    if codes and not quantization:
         raise BadCheckpoint(f"{folder.path}: {codes[0]} is FP8, but config.json has no quantization_config")
     if scales and not codes:
         raise BadCheckpoint(f"{folder.path}: {scales[0]} is there, but no weight is FP8")
@@ -113,9 +113,13 @@ def is_fp8(folder: HfFolder) -> bool:
 
 def fp8_block(folder: HfFolder) -> tuple[int, int]:
     """Block size of an FP8 folder, from its config. BadCheckpoint for another kind of quantization."""
-    said = folder.config["quantization_config"]
-    block = said.get("weight_block_size") if isinstance(said, dict) else None
-    method, fmt = (said.get("quant_method"), said.get("fmt", "e4m3")) if isinstance(said, dict) else (said, None)
+    quantization = folder.config["quantization_config"]
+    block = quantization.get("weight_block_size") if isinstance(quantization, dict) else None
+    method, fmt = (
+        (quantization.get("quant_method"), quantization.get("fmt", "e4m3"))
+        if isinstance(quantization, dict)
+        else (quantization, None)
+    )
     good = isinstance(block, list) and len(block) == 2 and all(isinstance(b, int) and b > 0 for b in block)
     if method != "fp8" or fmt != "e4m3" or not good:
         raise BadCheckpoint(
@@ -164,8 +168,8 @@ def hf_to_fp8(
 
     `settings`: fields of ConvertOptions (jobs, memory_mib, verify, progress, ...).
     Raises BadCheckpoint (a ValueError) for a damaged or contradictory input and for weights that are not finite,
-    ValueError for an output that exists and for modules that cannot be kept, OSError for a full disk. Nothing is left at
-    dst then; dst.tmp keeps the finished shards and the same call goes on with them.
+    ValueError for an output that exists and for modules that cannot be kept, OSError for a full disk. Nothing is left
+    at dst then; dst.tmp keeps the finished shards and the same call goes on with them.
     """
     return plan_hf_to_fp8(
         src,

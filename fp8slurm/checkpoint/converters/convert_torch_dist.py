@@ -41,8 +41,8 @@ def _open_origin(path: str | Path) -> _Origin:
     if not folder.is_dir():
         raise FileNotFoundError(f"--origin-hf-dir {folder}: no such folder")
     config = read_json(folder / "config.json")
-    said = config.get("quantization_config")
-    skip = (said.get("modules_to_not_convert") or ()) if isinstance(said, dict) else ()
+    quantization = config.get("quantization_config")
+    skip = (quantization.get("modules_to_not_convert") or ()) if isinstance(quantization, dict) else ()
     plain = {k: v for k, v in config.items() if k != "quantization_config"}
     spec = ModelSpec.from_hf_config(plain, str(folder / "config.json"))
     with_weights = (folder / INDEX).exists() or (folder / SINGLE).exists()
@@ -193,8 +193,8 @@ class ToTorchDist:
 
             def compare(piece: Any) -> None:
                 name = piece.work.info.name
-                wanted = self.source.read(name, piece.start, piece.stop).contiguous().view(torch.uint8)
-                if not torch.equal(back.read(name, piece.start, piece.stop, "back").view(torch.uint8), wanted):
+                expected = self.source.read(name, piece.start, piece.stop).contiguous().view(torch.uint8)
+                if not torch.equal(back.read(name, piece.start, piece.stop, "back").view(torch.uint8), expected):
                     raise BadCheckpoint(f"{self.output.tmp}: {name} does not read back as it is in the input")
                 progress.advance(piece.nbytes)
 
@@ -207,8 +207,8 @@ class ToTorchDist:
 
 def _check_names(source: Source, table: NameTable, where: Path) -> None:
     """The source has the model's tensors and no others; a tied model's head may be there if it is the embedding."""
-    wanted = table.hf_tensors()
-    for name, tensor in wanted.items():
+    expected = table.hf_tensors()
+    for name, tensor in expected.items():
         if name not in source.tensors:
             raise BadCheckpoint(f"{where}: {name} is missing")
         if source.tensors[name].shape != tensor.shape:
@@ -216,7 +216,7 @@ def _check_names(source: Source, table: NameTable, where: Path) -> None:
                 f"{where}: {name} has shape {list(source.tensors[name].shape)}, config.json says {list(tensor.shape)}"
             )
     for name in source.tensors:
-        if name in wanted:
+        if name in expected:
             continue
         if name != HEAD or not _same_rows(source, EMBEDDING, HEAD):
             raise BadCheckpoint(f"{where}: {name} is no tensor of this model (config.json)")

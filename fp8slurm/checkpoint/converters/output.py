@@ -1,8 +1,8 @@
 """Where a conversion's result grows: OUT.tmp, renamed to OUT when it is complete; what is finished there is kept.
 
 One conversion at a time works in OUT.tmp. Its process and a random token lie there: while that process is alive on this
-machine, others are refused; on another machine nobody can tell, so the newest one takes OUT.tmp over, and the one before
-finds another token and stops before it gives a file its name.
+machine, others are refused; on another machine nobody can tell, so the newest one takes OUT.tmp over, and the one
+before finds another token and stops before it gives a file its name.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ class OutputFolder:
         self._token = secrets.token_hex(8)
 
     def check(self, folders: Iterable[Path], files: Iterable[Path] = ()) -> None:
-        """ValueError if OUT exists (without overwrite) or is no folder, is an input folder or lies in one, holds an input
-        file (where a link leads), or if OUT.tmp is not ours."""
+        """ValueError if OUT exists (without overwrite) or is no folder, is an input folder or lies in one, holds an
+        input file (where a link leads), or if OUT.tmp is not ours."""
         if self.path.is_symlink() or (self.path.exists() and not self.path.is_dir()):
             what = "a symbolic link" if self.path.is_symlink() else "no folder"
             raise ValueError(f"{self.path} is {what}; OUT must be a folder or not exist yet")
@@ -104,7 +104,7 @@ class OutputFolder:
         os.replace(self.part(OWNER), self.tmp / OWNER)
 
     def part(self, name: str) -> Path:
-        """Where the file `name` grows: a name of this conversion alone, so that no other one writes into the same file."""
+        """Where the file `name` grows: under a name of this conversion alone, so that no other one writes into it."""
         return self.tmp / f"{name}.{self._token}{PART}"
 
     def _owner(self) -> dict[str, Any] | None:
@@ -145,7 +145,7 @@ class OutputFolder:
     def finish(self, expected: set[str]) -> None:
         """Rename OUT.tmp to OUT. Everything in it must be expected: strangers are an error, not shipped along.
 
-        With overwrite, OUT is called OUT.old.PID.TOKEN for the moment between two renames. One that a crash left there goes
+        With overwrite, OUT is called OUT.old.PID.TOKEN for the moment between two renames. One that a crash left goes
         with the next --overwrite; without it, its path is logged.
         """
         self.check_owner()

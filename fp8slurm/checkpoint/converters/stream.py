@@ -182,11 +182,11 @@ def write_shard(shard: Shard, path: Path, options: ConvertOptions, progress: Pro
 def _check_header(shard: Shard, path: Path) -> dict[str, Located]:
     """The file's tensors, after a comparison with the plan, by our parser and by the safetensors library."""
     located, _ = read_header(path)
-    wanted = {name: info for name, (info, _) in shard.layout.tensors.items()}
-    if {name: t.info for name, t in located.items()} != wanted:
+    expected = {name: info for name, (info, _) in shard.layout.tensors.items()}
+    if {name: t.info for name, t in located.items()} != expected:
         raise BadCheckpoint(f"{path}: its header is not the one that was planned")
     with safe_open(path, "pt") as file:
-        if set(file.keys()) != set(wanted):
+        if set(file.keys()) != set(expected):
             raise BadCheckpoint(f"{path}: the safetensors library reads other names from it")
     return located
 

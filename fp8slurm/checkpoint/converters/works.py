@@ -70,8 +70,8 @@ class Copy:
             return
         row = zlib.crc32(self.info.name.encode()) % self.info.rows
         got = read_back(self.info.name, row * self.info.row_bytes, self.info.row_bytes)
-        wanted = self.source.read(self.info.name, row, row + 1).contiguous().view(-1).view(torch.uint8)
-        if not torch.equal(got, wanted):
+        expected = self.source.read(self.info.name, row, row + 1).contiguous().view(-1).view(torch.uint8)
+        if not torch.equal(got, expected):
             raise BadCheckpoint(f"{self.info.name}: row {row} does not read back as it was in the input")
 
 
@@ -119,12 +119,12 @@ class Quantize:
         r, c = divmod(number, scale.columns)
         rows = slice(r * BLOCK, min((r + 1) * BLOCK, self.info.rows))
         columns = slice(c * BLOCK, (c + 1) * BLOCK)
-        wanted = quantize_reference(
+        expected = quantize_reference(
             self.source.read(self.info.name, rows.start, rows.stop)[:, columns], power_of_two=self.power_of_two
         )
         got = read_back(codes.name, rows.start * codes.row_bytes, (rows.stop - rows.start) * codes.row_bytes)
-        same = torch.equal(got.view(-1, codes.columns)[:, columns], wanted.data.view(torch.uint8))
+        same = torch.equal(got.view(-1, codes.columns)[:, columns], expected.data.view(torch.uint8))
         at = (r * scale.columns + c) * 4
-        same = same and torch.equal(read_back(scale.name, at, 4), wanted.scale_inv.view(-1).view(torch.uint8))
+        same = same and torch.equal(read_back(scale.name, at, 4), expected.scale_inv.view(-1).view(torch.uint8))
         if not same:
             raise BadCheckpoint(f"{self.info.name}: block ({r}, {c}) does not read back as the input quantizes")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def damage(folder: Path, only: Iterable[str] | None = None) -> str | None:
-    """Why a checkpoint cannot be used, or None. only: the files to look at, by their names in the folder; left out: all."""
+    """Why a checkpoint cannot be used, or None. only: names of the files in the folder to look at; left out: all."""
     complete = folder / "COMPLETE"
     if not complete.is_file():
         return "COMPLETE is missing"
@@ -30,8 +30,8 @@ def damage(folder: Path, only: Iterable[str] | None = None) -> str | None:
         if path.stat().st_size != files[name][0]:
             return f"{name} has {path.stat().st_size} bytes instead of {files[name][0]}"
     with ThreadPoolExecutor(4) as pool:
-        for name, found in zip(chosen, list(pool.map(_sha256, (folder / name for name in chosen)))):
-            if found != files[name][1]:
+        for name, digest in zip(chosen, list(pool.map(_sha256, (folder / name for name in chosen)))):
+            if digest != files[name][1]:
                 return f"{name} was altered (SHA-256)"
     return None
 

@@ -87,8 +87,8 @@ def open_hf(path: str | Path) -> HfFolder:
     if not (folder / INDEX).exists():
         if (folder / SINGLE).is_file():
             return HfFolder(folder, config, read_header(folder / SINGLE)[0])
-        found = sorted(p.name for p in folder.glob("*.safetensors"))
-        raise BadCheckpoint(f"{folder}: neither {SINGLE} nor {INDEX}; safetensors files there: {found or 'none'}")
+        files = sorted(p.name for p in folder.glob("*.safetensors"))
+        raise BadCheckpoint(f"{folder}: neither {SINGLE} nor {INDEX}; safetensors files there: {files or 'none'}")
     weight_map, total = _read_index(folder)
     located: dict[str, Located] = {}
     strangers = {p.name for p in folder.glob("[!.]*.safetensors")} - set(weight_map.values())
@@ -103,8 +103,8 @@ def open_hf(path: str | Path) -> HfFolder:
         tensors, _ = read_header(folder / file)
         for name, tensor in tensors.items():
             if weight_map.get(name) != file:
-                said = f"in {weight_map[name]}" if name in weight_map else "nowhere"
-                raise BadCheckpoint(f"{folder / file} holds {name}; {INDEX} has it {said}")
+                where = f"in {weight_map[name]}" if name in weight_map else "nowhere"
+                raise BadCheckpoint(f"{folder / file} holds {name}; {INDEX} has it {where}")
             located[name] = tensor
     ghosts = [name for name in weight_map if name not in located]
     if ghosts:

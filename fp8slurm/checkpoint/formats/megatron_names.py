@@ -29,13 +29,13 @@ class Run:
 
 def _runs(names: list[str], numbers: list[torch.Tensor]) -> list[Run]:
     """Runs of consecutive numbers, one list after the other as one axis."""
-    found, start = [], 0
+    runs, start = [], 0
     for name, rows in zip(names, numbers):
         breaks = (torch.nonzero(rows[1:] != rows[:-1] + 1).flatten() + 1).tolist()
         for low, high in zip([0, *breaks], [*breaks, len(rows)]):
-            found.append(Run(name, start + low, int(rows[low]), high - low))
+            runs.append(Run(name, start + low, int(rows[low]), high - low))
         start += len(rows)
-    return found
+    return runs
 
 
 def _by_rows(entry: Entry) -> Entry:

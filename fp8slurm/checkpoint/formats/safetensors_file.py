@@ -75,10 +75,10 @@ def _whole_number(value: Any) -> bool:
 
 
 def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    unique = dict(pairs)
+    if len(unique) != len(pairs):
         raise BadCheckpoint("a key stands twice in the header")
-    return found
+    return unique
 
 
 def _parse_entry(name: str, entry: Any) -> tuple[TensorInfo, int, int]:

@@ -52,9 +52,9 @@ class _MetadataUnpickler(pickle.Unpickler):
             return super().find_class(module, name)
         # records only, and none through a dotted name: "filesystem", "os.system" would be found otherwise
         if module.startswith("torch.distributed.checkpoint.") and "." not in name:
-            found = super().find_class(module, name)
-            if isinstance(found, type) and (is_dataclass(found) or issubclass(found, Enum)):
-                return found
+            record = super().find_class(module, name)
+            if isinstance(record, type) and (is_dataclass(record) or issubclass(record, Enum)):
+                return record
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
         if module.startswith("megatron."):

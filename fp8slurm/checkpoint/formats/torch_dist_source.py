@@ -62,7 +62,7 @@ class TorchDistSource:
         return [self._reader.path / ".metadata", *sorted(self._reader.path.glob("*.distcp"))]
 
     def check_sealed(self) -> None:
-        """BadCheckpoint if a run sealed this checkpoint and a file that holds parts of the model is not as it was then."""
+        """BadCheckpoint if a run sealed this checkpoint and a file with parts of the model is not as it was then."""
         if not (self._reader.path / "COMPLETE").exists():
             return
         keys = {place.key for place in self._places.values()}

@@ -93,7 +93,7 @@ def test_a_missing_package_and_a_wrong_version_are_named(tmp_path):
         env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"PYTHONPATH": str(ROOT)},
     )
     assert done.returncode == 1, done.stdout + done.stderr
-    found = {f["text"]: f["mend"] for f in json.loads(done.stdout)["findings"] if f["level"] == "error"}
+    found = {f["text"]: f["fix"] for f in json.loads(done.stdout)["findings"] if f["level"] == "error"}
     assert "math-verify==0.9.0" in found["math-verify is not installed"]
     assert "megatron-core==0.19.2" in found["megatron-core 0.18.0 is installed; the set cpu has 0.19.2"]
     assert len(found) == 2, found
@@ -116,7 +116,7 @@ def test_cudnn_that_is_too_old_for_transformer_engine(tmp_path, monkeypatch, eng
     monkeypatch.setattr(versions, "system_cudnn", list)
     found = list(versions.check_cudnn())
     assert bool(texts(found, "error")) == fails and (
-        not fails or "RESHAPE_MODE" in found[0].text and "9.22" in found[0].mend
+        not fails or "RESHAPE_MODE" in found[0].text and "9.22" in found[0].fix
     )
 
 
@@ -161,7 +161,7 @@ def test_no_gpu_is_an_error_only_for_who_needs_one(config, four_b):
     assert [f.level for f in check_gpus([config])] == ["warning"]
     found = list(check_gpus([config, four_b]))
     assert [f.level for f in found] == ["error"] and "--slurm.gpus-per-node 8" in found[0].text
-    assert [f.level for f in check_gpus([four_b], here=False)] == ["warning"]
+    assert [f.level for f in check_gpus([four_b], tasks_here=False)] == ["warning"]
 
 
 def test_eight_good_gpus(smi, four_b):
@@ -174,7 +174,7 @@ def test_eight_good_gpus(smi, four_b):
 
 
 @pytest.mark.parametrize(
-    "line, text, mend",
+    "line, text, fix",
     [
         ("NVIDIA A100, GPU-{i}, 580.95.05, 8.0, 81920, 1, 0", "capability 8.0: no FP8", "--fp8.backend off"),
         ("NVIDIA L40S, GPU-{i}, 580.95.05, 8.9, 46068, 1, 0", "8.9: the engine serves FP8", "--fp8.engine fp8"),
@@ -182,10 +182,10 @@ def test_eight_good_gpus(smi, four_b):
         ("NVIDIA H200, GPU-{i}, 580.95.05, 9.0, 143771, 1, 3", "GPU 0: 3 uncorrected", "--slurm.exclude"),
     ],
 )
-def test_bad_gpus(smi, four_b, line, text, mend):
+def test_bad_gpus(smi, four_b, line, text, fix):
     smi(line, *[H200] * 7)
     found = [f for f in check_gpus([four_b]) if f.level == "error"]
-    assert len(found) == 1 and text in found[0].text and mend in found[0].mend
+    assert len(found) == 1 and text in found[0].text and fix in found[0].fix
 
 
 def test_an_old_driver(smi, four_b, monkeypatch):
@@ -225,7 +225,7 @@ def test_host_memory_is_compared_with_the_plan(four_b, monkeypatch):
     assert (
         [f.level for f in found] == ["error"]
         and "GB of host memory" in found[0].text
-        and "--slurm.memory 0" in found[0].mend
+        and "--slurm.memory 0" in found[0].fix
     )
 
 

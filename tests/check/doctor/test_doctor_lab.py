@@ -139,7 +139,7 @@ def broken_node(lab, folder, tmp_path):
 def test_the_faults_of_a_node_are_found_and_named(lab, folder, broken_node):
     status, found = doctor(lab, folder, "--quick", PYTHONPATH=str(broken_node))
     assert status == 1
-    said = [(f["check"], f["text"]) for f in found if f["level"] == "error" and f["node"] == "node2" and f["mend"]]
+    said = [(f["check"], f["text"]) for f in found if f["level"] == "error" and f["node"] == "node2" and f["fix"]]
     for check, text in (
         ("shm", "/dev/shm: 0 of 1 MiB free"),
         ("network", "could not be had: Address already in use (ports 40000 to 40299)"),
