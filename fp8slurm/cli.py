@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from fp8slurm.core.errors import InputError
+
 if TYPE_CHECKING:
     from fp8slurm.config import RunConfig
     from fp8slurm.observe.console import Display
@@ -45,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = parser.parse_args(argv[:1]).command
     try:
         return COMMANDS[command][0](argv[1:])
-    except ValueError as error:
+    except InputError as error:
         print(f"fp8slurm {command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -82,7 +84,7 @@ def train(argv: list[str]) -> int:
 def _checked(config: RunConfig, command: str, dry_run: bool) -> bool:
     """Preflight and the quick part of the doctor, with warnings; or, in a dry run, what would run. Whether to start it.
 
-    ValueError: the run cannot work here.
+    InputError: the run cannot work here.
     """
     from fp8slurm.check.preflight import preflight
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fp8slurm.config import RunConfig
+from fp8slurm.core.errors import InputError
 from fp8slurm.core.processes import PACKAGE_ROOT
 from fp8slurm.run.directory import RunDirectory
 from fp8slurm.slurm.attempt import WAITING, last_checkpoint
@@ -32,6 +33,8 @@ CONVERT_MEMORY = "8G"
 CONVERT_MINUTES = 120
 EVAL_CPUS_PER_GPU = 4
 """Where slurm.cpus_per_task does not say: an engine is four processes (server, scheduler, detokenizer, grading)."""
+MEMORY = ("mem", "mem-per-cpu", "mem-per-gpu")
+"""sbatch's ways of asking for memory; it takes one of them."""
 SITE = ("partition", "account", "qos", "reservation", "constraint", "exclude")
 """Keys of [slurm] that every job of the chain gets."""
 
@@ -56,11 +59,11 @@ def links(
     """The chain of a configuration, in order. `run`: the run directory; the others: sbatch flags, --name=value.
 
     Raises:
-        ValueError: a flag of sbatch that is not --name or --name=value; a dependency of the training job.
+        InputError: a flag of sbatch that is not --name or --name=value; a dependency of the training job.
     """
     for key in config.slurm.sbatch:
         if key.replace("_", "-") in WAITING:
-            raise ValueError(
+            raise InputError(
                 f"--slurm.sbatch {key} {config.slurm.sbatch[key]}: in a chain it follows from the jobs before; leave it out, or queue the "
                 f"training job alone (fp8slurm submit)"
             )
@@ -75,8 +78,8 @@ def links(
         "mem": CONVERT_MEMORY,
         "time": str(CONVERT_MINUTES),
     }
-    on_cpu |= parse_sbatch("--convert-sbatch", convert_sbatch)
-    on_gpu = _eval_directives(config) | parse_sbatch("--eval-sbatch", eval_sbatch)
+    on_cpu = _with(on_cpu, parse_sbatch("--convert-sbatch", convert_sbatch))
+    on_gpu = _with(_eval_directives(config), parse_sbatch("--eval-sbatch", eval_sbatch))
 
     def convert(name: str, kind: str, source: Path, out: Path, after: tuple[str, ...], *flags: str) -> Link:
         return Link(name, ("convert", kind, str(source), str(out), *flags), out, after, on_cpu)
@@ -151,15 +154,22 @@ def log_file(run: Path, number: int, name: str) -> Path:
 
 
 def parse_sbatch(flag: str, arguments: Sequence[str]) -> dict[str, str]:
-    """sbatch flags as long name -> value ("" for a flag without one). ValueError: something else."""
+    """sbatch flags as long name -> value ("" for a flag without one). InputError: something else."""
     flags = {}
     for argument in arguments:
         name, _, value = argument.removeprefix("--").partition("=")
         if not argument.startswith("--") or not name:
             example = f'{flag}="--partition=cpu"'
-            raise ValueError(f"{flag} {argument}: sbatch flags are written --name=value, as in {example}")
+            raise InputError(f"{flag} {argument}: sbatch flags are written --name=value, as in {example}")
         flags[name] = value
     return flags
+
+
+def _with(directives: dict[str, str], more: dict[str, str]) -> dict[str, str]:
+    """`more` over `directives`; sbatch takes one way of asking for memory, so a given one takes the others' place."""
+    if any(key in more for key in MEMORY):
+        directives = {key: value for key, value in directives.items() if key not in MEMORY}
+    return directives | more
 
 
 def _site(config: RunConfig) -> dict[str, str]:
@@ -176,9 +186,8 @@ def _eval_directives(config: RunConfig) -> dict[str, str]:
     directives = _site(config) | {"nodes": "1", "ntasks-per-node": "1", "cpus-per-task": str(cores), "time": s.time}
     if gpus := gpus_per_node(config):
         directives["gpus-per-node"] = gpus
-    if s.memory:
-        directives["mem"] = s.memory
-    return directives
+    memory = {key.replace("_", "-"): value for key, value in s.sbatch.items()} | ({"mem": s.memory} if s.memory else {})
+    return directives | {key: str(memory[key]) for key in MEMORY if key in memory}
 
 
 def _exclusions(rollout: Path | None) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from fp8slurm.chain.links import TRAIN, Link, dependency, links, log_file, parse_sbatch, script, script_file
 from fp8slurm.config import RunConfig
+from fp8slurm.core.errors import InputError
 from fp8slurm.core.files import write_atomic
 from fp8slurm.run.chain_record import CHAIN, read_chain
 from fp8slurm.run.directory import RunDirectory
@@ -36,7 +37,7 @@ class Planned:
 
 
 def main(argv: list[str]) -> int:
-    """Exit status 0: queued, or nothing left to do; 1: Slurm failed; bad input is a ValueError."""
+    """Exit status 0: queued, or nothing left to do; 1: Slurm failed; bad input is an InputError."""
     from fp8slurm.check.preflight import preflight
     from fp8slurm.config import parse_command, recipe_parser
     from fp8slurm.config.derived import under_slurm
@@ -93,11 +94,11 @@ def plan(config: RunConfig, run: Path, convert_sbatch: list[str], eval_sbatch: l
     """Every link, and why it needs no job.
 
     Raises:
-        ValueError: the run directory belongs to another model, or has an export of a checkpoint that it has not.
+        InputError: the run directory belongs to another model, or has an export of a checkpoint that it has not.
     """
     before = read_chain(run / CHAIN).get("hf_checkpoint")
     if before is not None and not same_path(before, str(config.model.hf_checkpoint)):
-        raise ValueError(
+        raise InputError(
             f"{run} holds a chain that began with {before}, not with --model.hf-checkpoint "
             f"{config.model.hf_checkpoint}: choose another name with --run.name"
         )
@@ -108,14 +109,14 @@ def plan(config: RunConfig, run: Path, convert_sbatch: list[str], eval_sbatch: l
             damage = size_damage(link.output)
             trained = damage is None
             if not trained and finished(config, RunDirectory(run)):
-                raise ValueError(
+                raise InputError(
                     f"{link.output}, the run's last checkpoint, is damaged ({damage}): move it away, and the run makes it again"
                 )
             done = f"{link.output} is there" if trained else ""
         else:
             done = f"{link.output} is there" if link.output.exists() else ""
             if done and not trained and TRAIN in [p.link.name for p in planned]:
-                raise ValueError(
+                raise InputError(
                     f"{done}, but the checkpoint that it comes from is not: move it away, or choose another name with "
                     f"--run.name"
                 )
@@ -148,19 +149,19 @@ def with_sbatch(config: RunConfig, flags: Sequence[str]) -> RunConfig:
 
 
 def refuse_second(run: Path) -> None:
-    """Raises ValueError where a job or a process of this run is alive already, or Slurm cannot say."""
+    """Raises InputError where a job or a process of this run is alive already, or Slurm cannot say."""
     facts = Facts(run, time.time())
     known, problem = jobs(facts.job_ids)
     if problem:
-        raise ValueError(f"Slurm cannot say whether jobs of {run} are queued: {problem}")
+        raise InputError(f"Slurm cannot say whether jobs of {run} are queued: {problem}")
     active = [job.id for job in known.values() if not job.over]
     if active:
-        raise ValueError(
+        raise InputError(
             f"{run}: jobs {', '.join(active)} of it wait or run, or are just being ended; fp8slurm status {run} shows them, "
             f"scancel {' '.join(active)} ends them, --run.name starts another run"
         )
     if facts.held() == "running":
-        raise ValueError(f"{run} is held by a process of this machine: wait for it, or choose another --run.name")
+        raise InputError(f"{run} is held by a process of this machine: wait for it, or choose another --run.name")
 
 
 FLAGS = {"eval": "--eval-sbatch"}
@@ -171,7 +172,7 @@ def check_scripts(planned: list[Planned], config: RunConfig, run: Path) -> list[
     """Ask sbatch about every other script than the training job's before the first is queued; returns warnings.
 
     Raises:
-        ValueError: sbatch would refuse one.
+        InputError: sbatch would refuse one.
     """
     from fp8slurm.check.cluster import NO_SUCH_NODE, away_of, nodes_of, test_only
 
@@ -191,7 +192,7 @@ def check_scripts(planned: list[Planned], config: RunConfig, run: Path) -> list[
         elif refusal:
             flag = FLAGS.get(p.link.name, "--convert-sbatch")
             requested = " ".join(f"--{k}={v}" if v else f"--{k}" for k, v in p.link.directives.items())
-            raise ValueError(
+            raise InputError(
                 f"Slurm would refuse the job {p.link.name}: {refusal}; it asks for {requested} ({flag} changes that)"
             )
     return warnings

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from fp8slurm.config import RunConfig
 from fp8slurm.core.deadlines import REQUEUE_S, SAFETY
+from fp8slurm.core.errors import InputError
 from fp8slurm.run.step_times import StepTimes
 from fp8slurm.scheduler import job as slurm
 from fp8slurm.scheduler.job import one_line
@@ -32,7 +33,7 @@ def check_in_passing(config: RunConfig) -> list[str]:
         return []
     try:
         return check_cluster(config, DRY_RUN_TIMEOUT_S)
-    except ValueError as error:
+    except InputError as error:
         return [f"a start would be refused here: {error}"]
 
 
@@ -40,17 +41,17 @@ def check_cluster(config: RunConfig, timeout_s: float = slurm.COMMAND_TIMEOUT_S)
     """Refuse what this cluster would never start or finish; returns warnings. timeout_s: of each of Slurm's commands.
 
     Raises:
-        ValueError: no Slurm here, no such partition, too few nodes, a time limit out of range, or sbatch's own refusal.
+        InputError: no Slurm here, no such partition, too few nodes, a time limit out of range, or sbatch's own refusal.
     """
     if not slurm.available():
-        raise ValueError(
+        raise InputError(
             "--slurm.executor slurm: there is no Slurm on this machine (sbatch, srun, scontrol and squeue); run this on a "
             "login node of the cluster, or on one machine with --slurm.executor local"
         )
     try:
         partitions = _partitions(timeout_s)
     except slurm.SlurmError as error:
-        raise ValueError(f"Slurm does not answer: {error}") from None
+        raise InputError(f"Slurm does not answer: {error}") from None
     chosen = _fitting(config, _chosen(config, partitions))
     return _time(config) + _down(chosen) + _grace(config, chosen) + _sbatch_agrees(config, chosen, timeout_s)
 
@@ -73,7 +74,7 @@ def _chosen(config: RunConfig, partitions: dict[str, dict[str, str]]) -> list[di
         return [p for p in partitions.values() if p.get("Default") == "YES"]
     missing = [name for name in requested.split(",") if name not in partitions]
     if missing:
-        raise ValueError(
+        raise InputError(
             f"{source} {requested}: there is no partition {', '.join(missing)}; there are {', '.join(sorted(partitions))}"
             f"{' (--slurm.partition wins over the variable)' if source == PARTITION else ''}"
         )
@@ -81,10 +82,10 @@ def _chosen(config: RunConfig, partitions: dict[str, dict[str, str]]) -> list[di
 
 
 def _fitting(config: RunConfig, chosen: list[dict[str, str]]) -> list[dict[str, str]]:
-    """Those of the partitions that can take the job (of a list, Slurm takes one that can). ValueError: none can."""
+    """Those of the partitions that can take the job (of a list, Slurm takes one that can). InputError: none can."""
     refusals = {p["PartitionName"]: _refusal(config, p) for p in chosen}
     if chosen and all(refusals.values()):
-        raise ValueError("; ".join(refusals.values()))
+        raise InputError("; ".join(refusals.values()))
     return [p for p in chosen if not refusals[p["PartitionName"]]]
 
 
@@ -109,7 +110,7 @@ def _time(config: RunConfig) -> list[str]:
     limit = 60 * slurm.minutes(s.time)
     needed = 1.2 * step_times.step_s + SAFETY * step_times.save_s + REQUEUE_S
     if limit <= needed:
-        raise ValueError(
+        raise InputError(
             f"--slurm.time {s.time} ({limit} s) is shorter than one step and one save of this run, which took "
             f"{step_times.step_s:.0f} s and {step_times.save_s:.0f} s: {needed:.0f} s with a margin"
         )
@@ -148,13 +149,13 @@ def _grace(config: RunConfig, chosen: list[dict[str, str]]) -> list[str]:
 
 
 def _sbatch_agrees(config: RunConfig, chosen: list[dict[str, str]], timeout_s: float) -> list[str]:
-    """sbatch's own check of the script: account, QOS, features, GPUs. Warnings; ValueError: it would refuse the job."""
+    """sbatch's own check of the script: account, QOS, features, GPUs. Warnings; InputError: it would refuse the job."""
     with tempfile.TemporaryDirectory() as folder:
         refusal = test_only(script(config, Path(folder)), timeout_s)
     if not refusal:
         return []
     if NO_SUCH_NODE not in refusal:
-        raise ValueError(f"Slurm would refuse this job: {refusal}")
+        raise InputError(f"Slurm would refuse this job: {refusal}")
     names = {p["PartitionName"] for p in chosen}
     nodes = nodes_of(names, timeout_s)
     # The check reckons without nodes that are away just now; a queued job waits for them.
@@ -162,7 +163,7 @@ def _sbatch_agrees(config: RunConfig, chosen: list[dict[str, str]], timeout_s: f
         return [f"the job will wait: Slurm could not start it on the nodes that are there now; away: {away}"]
     where = f" of {', '.join(sorted(names))}" if names else ""
     there = f"; nodes{where}: {_offer(nodes)}" if nodes else ""
-    raise ValueError(f"Slurm would refuse this job: {refusal}. Asked for: {_request(config)}{there}")
+    raise InputError(f"Slurm would refuse this job: {refusal}. Asked for: {_request(config)}{there}")
 
 
 def test_only(text: str, timeout_s: float = slurm.COMMAND_TIMEOUT_S) -> str:

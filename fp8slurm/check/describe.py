@@ -12,7 +12,7 @@ from fp8slurm.plan.report import summary
 def describe(config: RunConfig) -> str:
     """A few lines: tasks, layout, precisions, batch, what `fp8slurm plan` says, and the job script where there is one.
 
-    ValueError for a layout that cannot be.
+    InputError for a layout that cannot be.
     """
     placement = place(config)
     p, r = config.parallel, config.rollout

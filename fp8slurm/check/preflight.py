@@ -13,6 +13,7 @@ from typing import Any
 from fp8slurm.config import RunConfig
 from fp8slurm.config.derived import transport_of
 from fp8slurm.config.placement import place
+from fp8slurm.core.errors import InputError
 from fp8slurm.fp8.environment import set_fp32_scales
 from fp8slurm.models.engine_layout import check_engine_layout
 from fp8slurm.models.known import find_spec
@@ -35,7 +36,7 @@ def preflight(config: RunConfig, dry_run: bool = False) -> list[str]:
     that is not here, a feature that is not there yet) is among the warnings; a layout that cannot be still is an error.
 
     Raises:
-        ValueError: names the key, the value, what is allowed and the flag.
+        InputError: names the key, the value, what is allowed and the flag.
     """
     set_fp32_scales()
     refusals: list[str] = []
@@ -44,7 +45,7 @@ def preflight(config: RunConfig, dry_run: bool = False) -> list[str]:
     def check(what: Callable[..., None], *arguments: Any) -> None:
         try:
             what(*arguments)
-        except ValueError as error:
+        except InputError as error:
             if not dry_run:
                 raise
             refusals.append(f"a start would be refused here: {error}")
@@ -59,6 +60,8 @@ def preflight(config: RunConfig, dry_run: bool = False) -> list[str]:
     _algorithm(config)
     check(_experts, config, spec)
     check(_gpus, config)
+    if not refusals:
+        check(_trainer_weights, config.model.hf_checkpoint, spec)
     paths = len(refusals)
     for path, flag, what in _data_files(config):
         check(_folder, path, flag, what)
@@ -72,9 +75,9 @@ def preflight(config: RunConfig, dry_run: bool = False) -> list[str]:
 
 def _folder(path: Path | None, flag: str, what: str) -> Path:
     if path is None:
-        raise ValueError(f"{flag} is not set: give the {what}, or a --recipe that does")
+        raise InputError(f"{flag} is not set: give the {what}, or a --recipe that does")
     if not path.exists():
-        raise ValueError(f"{flag} {path}: there is no such path; give the {what}")
+        raise InputError(f"{flag} {path}: there is no such path; give the {what}")
     return path
 
 
@@ -82,14 +85,14 @@ def _spec(folder: Path, flag: str) -> ModelSpec:
     try:
         return ModelSpec.from_hf_dir(folder)
     except FileNotFoundError:
-        raise ValueError(f"{flag} {folder}: there is no config.json in it; give a Hugging Face folder") from None
+        raise InputError(f"{flag} {folder}: there is no config.json in it; give a Hugging Face folder") from None
 
 
 def _model(config: RunConfig) -> None:
     folder = _folder(config.model.hf_checkpoint, "--model.hf-checkpoint", "folder of a Hugging Face checkpoint")
     spec = _spec(folder, "--model.hf-checkpoint")
     if spec.quantization is not None:
-        raise ValueError(
+        raise InputError(
             f"--model.hf-checkpoint {folder} is quantized: the trainer starts from BF16 or FP32 weights "
             f"(fp8slurm convert fp8-to-hf makes them); an FP8 checkpoint for the engine goes to --model.rollout-checkpoint"
         )
@@ -103,9 +106,29 @@ def _model(config: RunConfig) -> None:
         check_rollout_checkpoint(rollout, spec)
         there, requested = engine_in_fp8(config), config.fp8.engine
         if requested != "auto" and there != (requested == "fp8"):
-            raise ValueError(
+            raise InputError(
                 f"--fp8.engine {requested} with --model.rollout-checkpoint {rollout}, which is in {'FP8' if there else 'BF16'}; allowed: "
                 f"leave --fp8.engine out, or give another folder"
+            )
+
+
+def _trainer_weights(folder: Path, spec: ModelSpec) -> None:
+    """What the trainer will look for in its folder: names, shapes and dtypes, from the headers."""
+    from fp8slurm.checkpoint.formats.hf_folder import natural, open_hf
+    from fp8slurm.checkpoint.formats.sources import HfSource
+    from fp8slurm.fp8.block import FLOAT_DTYPES
+    from fp8slurm.models.names import NameTable
+
+    flag, present = f"--model.hf-checkpoint {folder}", HfSource(open_hf(folder)).tensors
+    for name, tensor in sorted(NameTable(spec).hf_tensors().items(), key=lambda item: natural(item[0])):
+        if name not in present:
+            raise InputError(f"{flag}: no tensor {name}, which {spec.architecture} needs")
+        shape, dtype = tuple(present[name].shape), present[name].dtype
+        if shape != tuple(tensor.shape):
+            raise InputError(f"{flag}: {name} is {list(shape)}, config.json makes it {list(tensor.shape)}")
+        if dtype not in FLOAT_DTYPES:
+            raise InputError(
+                f"{flag}: {name} is {str(dtype).removeprefix('torch.')}; allowed: bfloat16, float16, float32"
             )
 
 
@@ -116,14 +139,14 @@ def _fp8(config: RunConfig) -> None:
     fp8 = config.fp8
     check_optimizer(config, fp8.backend == "transformer_engine")
     if fp8.param_gather and not engine_in_fp8(config):
-        raise ValueError(
+        raise InputError(
             "--fp8.param-gather with an engine in BF16: weight updates send the FP8 weights as they are; allowed: --fp8.engine "
             "fp8 (or an FP8 --model.rollout-checkpoint), or --fp8.no-param-gather"
         )
     # A job in a container has packages of its own: there every rank looks for itself when it starts (trainer/start.py).
     checkable = config.slurm.executor != "slurm" or config.slurm.container_image is None
     if fp8.backend == "transformer_engine" and checkable and importlib.util.find_spec("transformer_engine") is None:
-        raise ValueError(
+        raise InputError(
             "--fp8.backend transformer_engine: TransformerEngine is not installed, and without it Megatron would ignore FP8 silently; "
             "install it (requirements/gpu.txt), or ask for --fp8.backend emulated (CPU) or --fp8.backend off (no FP8)"
         )
@@ -133,36 +156,36 @@ def _sync(config: RunConfig) -> None:
     """How the weights travel, and whether engines sleep, against the GPUs."""
     transport, gpus = config.sync.transport, config.slurm.gpus_per_node
     if transport == "cuda-ipc" and not gpus:
-        raise ValueError(
+        raise InputError(
             "--sync.transport cuda-ipc needs GPUs (--slurm.gpus-per-node); allowed: auto, gloo, shared-memory"
         )
     if transport in ("shared-memory", "gloo-direct") and gpus:
-        raise ValueError(
+        raise InputError(
             f"--sync.transport {transport} is for machines without GPUs; allowed: auto, cuda-ipc, nccl, gloo"
         )
     split = config.engine.placement == "split"
     if transport == "cuda-ipc" and split:
-        raise ValueError(
+        raise InputError(
             "--sync.transport cuda-ipc with --engine.placement split: no engine shares a GPU with a training rank; allowed: "
             "auto, nccl, gloo"
         )
     if transport == "nccl" and not split:
-        raise ValueError(
+        raise InputError(
             "--sync.transport nccl with --engine.placement shared: NCCL does not join two processes on one GPU; allowed: auto, "
             "cuda-ipc, gloo, or --engine.placement split"
         )
     if config.sync.keep_last_update and transport_of(config) != "gloo":
-        raise ValueError(
+        raise InputError(
             f"--sync.keep-last-update with --sync.transport {transport}: the weights do not pass through the host, so there is "
             f"nothing to keep; allowed: leave it out, or --sync.transport gloo"
         )
     if config.engine.sleep and not (gpus and config.engine.placement == "shared"):
-        raise ValueError("--engine.sleep: only engines that share GPUs with the trainer sleep; leave it out")
+        raise InputError("--engine.sleep: only engines that share GPUs with the trainer sleep; leave it out")
 
 
 def _parallel(config: RunConfig, spec: ModelSpec) -> None:
     if config.slurm.nodes > 1 and config.slurm.executor != "slurm":
-        raise ValueError(
+        raise InputError(
             f"--slurm.nodes {config.slurm.nodes} with --slurm.executor {config.slurm.executor}: one machine is one node; allowed: 1"
         )
     _limits(config)
@@ -177,25 +200,25 @@ def _limits(config: RunConfig) -> None:
     s = config.slurm
     try:
         limit = minutes(s.time)
-    except ValueError as error:
-        raise ValueError(f"--slurm.time {error}") from None
+    except InputError as error:
+        raise InputError(f"--slurm.time {error}") from None
     if limit > SLURM_COUNTS_MIN:
-        raise ValueError(
+        raise InputError(
             f"--slurm.time {s.time}: Slurm counts up to {SLURM_COUNTS_MIN} minutes; give the time that the run may take"
         )
     run = str((config.run.root / config.run.name).resolve())
     if s.executor == "slurm" and "%" in run:
-        raise ValueError(
+        raise InputError(
             f"--run.root {config.run.root} with --run.name {config.run.name}: {run} has a % in it, which Slurm replaces in the paths "
             f"of logs; choose others"
         )
     if s.executor == "slurm" and s.signal_delay_s >= 60 * limit:
-        raise ValueError(
+        raise InputError(
             f"--slurm.signal-delay-s {s.signal_delay_s}: the notice would come before the job starts; it must be less than "
             f"--slurm.time {s.time} ({60 * limit} s)"
         )
     if s.gpu_type and not s.gpus_per_node:
-        raise ValueError(f"--slurm.gpu-type {s.gpu_type} without GPUs: set --slurm.gpus-per-node, or leave it out")
+        raise InputError(f"--slurm.gpu-type {s.gpu_type} without GPUs: set --slurm.gpus-per-node, or leave it out")
     own = {
         "partition",
         "account",
@@ -210,12 +233,16 @@ def _limits(config: RunConfig) -> None:
         "no-requeue",
     }
     for key in s.sbatch:
+        if s.memory and key.replace("_", "-") in ("mem-per-cpu", "mem-per-gpu"):
+            raise InputError(
+                f"--slurm.memory {s.memory} with --slurm.sbatch {key} {s.sbatch[key]}: sbatch takes one of them"
+            )
         if key == "array":
-            raise ValueError(
+            raise InputError(
                 f"--slurm.sbatch array {s.sbatch[key]}: a run is one job; leave it out here, and submit every run by itself"
             )
         if key == "chdir":
-            raise ValueError(
+            raise InputError(
                 f"--slurm.sbatch chdir {s.sbatch[key]}: relative paths of the settings would not be those that were checked; leave it "
                 f"out, and submit from the folder that they count from"
             )
@@ -228,7 +255,7 @@ def _limits(config: RunConfig) -> None:
             "error",
             "job-name",
         }:
-            raise ValueError(
+            raise InputError(
                 f"--slurm.sbatch {key}: it has a setting of its own, or follows from others; leave it out here"
             )
 
@@ -237,7 +264,7 @@ def _lengths(config: RunConfig, spec: ModelSpec) -> None:
     """The longest prompt and the longest response must fit the engine's context."""
     e, flag = config.engine, "--engine.context-length"
     if e.context_length is not None and e.context_length > spec.max_position_embeddings:
-        raise ValueError(
+        raise InputError(
             f"{flag} {e.context_length}: the model has {spec.max_position_embeddings} positions; allowed: up to that"
         )
     room = e.context_length or spec.max_position_embeddings
@@ -245,7 +272,7 @@ def _lengths(config: RunConfig, spec: ModelSpec) -> None:
     prompt = config.data.max_prompt_tokens
     for key, response in (("rollout", config.rollout.max_tokens), ("eval", config.eval.max_tokens)):
         if response is not None and prompt + response > room:
-            raise ValueError(
+            raise InputError(
                 f"--data.max-prompt-tokens {prompt} + --{key}.max-tokens {response} = {prompt + response} do not fit "
                 f"{whose}; lower one of the two{' or raise the context' if e.context_length else ''}"
             )
@@ -255,7 +282,7 @@ def _stop_tokens(config: RunConfig, spec: ModelSpec) -> None:
     """A number that the model has no token for would never stop a sample."""
     wrong = [i for i in config.rollout.stop_token_ids if not 0 <= i < spec.vocab_size]
     if wrong:
-        raise ValueError(
+        raise InputError(
             f"--rollout.stop-token-ids {' '.join(map(str, wrong))}: the model has {spec.vocab_size} tokens; allowed: 0 to "
             f"{spec.vocab_size - 1}"
         )
@@ -269,7 +296,7 @@ def _gpus(config: RunConfig) -> None:
     import torch
 
     if torch.cuda.device_count() < needed:
-        raise ValueError(
+        raise InputError(
             f"--slurm.gpus-per-node {needed} with --slurm.executor {config.slurm.executor}: this machine has "
             f"{torch.cuda.device_count()} GPUs; start it where they are, or as a Slurm job (--slurm.executor slurm)"
         )
@@ -287,13 +314,13 @@ def _experts(config: RunConfig, spec: ModelSpec) -> None:
             "--rollout.routing-replay": replay,
         }
         for flag in (f for f, is_changed in changed.items() if is_changed):
-            raise ValueError(f"{flag}: the model has no experts; leave it out")
+            raise InputError(f"{flag}: the model has no experts; leave it out")
         return
     if config.slurm.executor == "slurm" and config.slurm.container_image is not None:
         return  # the container has packages of its own: the ranks and the engine look for themselves
     check_dispatcher(config.moe.dispatcher, config.fp8.backend != "emulated", _installed("deep_ep", "."))
     if replay and not _installed("sglang", "srt/state_capturer/routed_experts.py"):
-        raise ValueError(
+        raise InputError(
             "--rollout.routing-replay: the installed SGLang does not return the experts of its tokens; install the one "
             "of requirements/, or leave it off (--rollout.no-routing-replay)"
         )
@@ -310,25 +337,25 @@ def _algorithm(config: RunConfig) -> None:
 
     make_policy_loss(config.algorithm)  # refuses what it cannot do
     if config.run.steps and config.rollout.n_samples < 2:
-        raise ValueError(
+        raise InputError(
             "--rollout.n-samples 1: advantages are relative to the group, and one sample has none; allowed: 2 or more"
         )
     if config.run.steps and config.rollout.temperature == 0:
-        raise ValueError(
+        raise InputError(
             "--rollout.temperature 0: greedy samples of a prompt are all the same; allowed: above 0 (evaluation has its own)"
         )
     o, groups = config.optim, config.rollout.prompts_per_step
     if o.schedule != "constant" and o.min_lr > o.lr:
-        raise ValueError(
+        raise InputError(
             f"--optim.min-lr {o.min_lr:g} with --optim.lr {o.lr:g}: the rate would rise; allowed: at most --optim.lr"
         )
     if config.run.steps and config.train.updates_per_step > groups:
-        raise ValueError(
+        raise InputError(
             f"--train.updates-per-step {config.train.updates_per_step} with --rollout.prompts-per-step {groups}: an update takes whole "
             f"groups; allowed: at most one update a group"
         )
     if config.sft.data is not None and not config.sft.max_steps:
-        raise ValueError(
+        raise InputError(
             "--sft.data without --sft.max-steps: the supervised phase would have 0 steps; set both or neither"
         )
 
@@ -364,11 +391,11 @@ def _data(config: RunConfig) -> None:
     if config.sft.data is not None:
         load_sft(config.data, config.sft, tokenizer, config.sft.data, limit=ROWS_CHECKED)
         if config.sft.eval_every and config.data.eval is None:
-            raise ValueError(
+            raise InputError(
                 f"--sft.eval-every {config.sft.eval_every} needs --data.eval: there is nothing to evaluate on"
             )
     if not config.run.steps and config.sft.data is None:
-        raise ValueError("--run.steps 0 without --sft.data: there is nothing to do")
+        raise InputError("--run.steps 0 without --sft.data: there is nothing to do")
 
 
 def _end_tokens(config: RunConfig, warnings: list[str]) -> None:
@@ -391,7 +418,7 @@ def _eval_tasks(config: RunConfig, tokenizer: Any) -> None:
     from fp8slurm.rewards.pool import RewardPool
 
     if config.eval.n_samples > 1 and config.eval.temperature == 0:
-        raise ValueError(
+        raise InputError(
             f"--eval.n-samples {config.eval.n_samples} with --eval.temperature 0: greedy samples of a question are all the "
             f"same; set a temperature, or --eval.n-samples 1"
         )

@@ -14,6 +14,7 @@ import tyro
 from pydantic import BaseModel, ValidationError
 
 from fp8slurm.config.schema import FROM_FLAGS, OutOfRange, RunConfig
+from fp8slurm.core.errors import InputError
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -37,34 +38,34 @@ def read_recipe(recipe: str | Path) -> RunConfig:
     """A recipe by its shipped name, or a TOML file by its path.
 
     Raises:
-        ValueError: no such recipe, not TOML, an unknown key or a value out of range; all of them are named.
+        InputError: no such recipe, not TOML, an unknown key or a value out of range; all of them are named.
     """
     path = Path(recipe)
     if path.suffix != ".toml":
         path = RECIPES / f"{recipe}.toml"
         if not path.is_file():
-            raise ValueError(
+            raise InputError(
                 f"--recipe {recipe}: no such recipe; there are {', '.join(recipe_names())}, or give the path of a .toml file"
             )
     if not path.is_file():
-        raise ValueError(f"--recipe {recipe}: there is no such file")
+        raise InputError(f"--recipe {recipe}: there is no such file")
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ValueError(f"--recipe {path}: cannot be read: {error.strerror}") from None
+        raise InputError(f"--recipe {path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8, as a TOML file must be: byte {error.start}") from None
+        raise InputError(f"{path}: not UTF-8, as a TOML file must be: byte {error.start}") from None
     except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{path}: not a TOML file: {error}") from None
+        raise InputError(f"{path}: not a TOML file: {error}") from None
     return build(values, str(path))
 
 
 def build(values: dict[str, Any], origin: str) -> RunConfig:
-    """RunConfig from nested values; `origin` is named in errors. Raises ValueError."""
+    """RunConfig from nested values; `origin` is named in errors. Raises InputError."""
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        raise ValueError("\n".join(f"{origin}: {line}" for line in _explain(error))) from None
+        raise InputError("\n".join(f"{origin}: {line}" for line in _explain(error))) from None
 
 
 def _explain(error: ValidationError) -> list[str]:
@@ -88,7 +89,7 @@ class _Once(argparse.Action):
     def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
         before = getattr(namespace, self.dest)
         if before is not None:
-            raise ValueError(f"{option_string} {values}, and before it {option_string} {before}; allowed: one of them")
+            raise InputError(f"{option_string} {values}, and before it {option_string} {before}; allowed: one of them")
         setattr(namespace, self.dest, values)
 
 
@@ -103,7 +104,7 @@ def recipe_parser(prog: str, description: str) -> argparse.ArgumentParser:
 
 
 def parse_command(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argparse.Namespace, RunConfig]:
-    """(the command's own flags, the configuration) of a command line. Raises as `parse`; ValueError: two recipes."""
+    """(the command's own flags, the configuration) of a command line. Raises as `parse`; InputError: two recipes."""
     own, flags = parser.parse_known_args(argv)
     # tyro joins lines that begin with a letter
     return own, parse(own.recipe, flags, parser.prog, indent(parser.format_help(), " "))
@@ -117,7 +118,7 @@ def parse(
     description: what --help says before it lists the settings.
 
     Raises:
-        ValueError: as read_recipe, or a flag's value is out of range.
+        InputError: as read_recipe, or a flag's value is out of range.
         SystemExit: a flag is unknown (2), or help was asked for (0).
     """
     default = read_recipe(recipe) if recipe else RunConfig()
@@ -131,7 +132,7 @@ def parse(
 
 @contextmanager
 def flags_named() -> Iterator[None]:
-    """Around tyro.cli: what a section refuses is a ValueError that names the flag, the value and what is allowed."""
+    """Around tyro.cli: what a section refuses is an InputError that names the flag, the value and what is allowed."""
     token = FROM_FLAGS.set(True)
     try:
         yield
@@ -142,7 +143,7 @@ def flags_named() -> Iterator[None]:
             flag = ".".join(map(str, (sections.get(refused.section, "?"), *e["loc"]))).replace("_", "-")
             text = e["msg"].removeprefix("Value error, ").replace("Input should be", "allowed:")
             lines.append(text if text.startswith(f"--{flag} ") else f"--{flag} {e['input']}: {text}")
-        raise ValueError("\n".join(lines)) from None
+        raise InputError("\n".join(lines)) from None
     finally:
         FROM_FLAGS.reset(token)
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fp8slurm.config import RunConfig
+from fp8slurm.core.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def place(config: RunConfig) -> Placement:
     """The placement of a configuration.
 
     Raises:
-        ValueError: ranks and engines do not fit the GPUs of a node; the flags are named.
+        InputError: ranks and engines do not fit the GPUs of a node; the flags are named.
     """
     s, e = config.slurm, config.engine
     first_engine_gpu = _check_gpus(config)
@@ -86,24 +87,24 @@ def _check_gpus(config: RunConfig) -> int:
     engines = f"--engine.per-node {e.per_node} x --engine.tensor-parallel-size {e.tensor_parallel_size}"
     if e.placement == "shared":
         if e.gpus:
-            raise ValueError(
+            raise InputError(
                 f"--engine.gpus {e.gpus} with --engine.placement shared: only split has GPUs of its own; allowed: 0"
             )
         if s.gpus_per_node and s.ranks_per_node != s.gpus_per_node:
-            raise ValueError(
+            raise InputError(
                 f"--slurm.ranks-per-node {s.ranks_per_node} with --slurm.gpus-per-node {s.gpus_per_node}: with "
                 f"--engine.placement shared every GPU trains; allowed: equal numbers"
             )
         if s.gpus_per_node and needed > s.gpus_per_node:
-            raise ValueError(f"{engines} = {needed} GPUs; a node has --slurm.gpus-per-node {s.gpus_per_node}")
+            raise InputError(f"{engines} = {needed} GPUs; a node has --slurm.gpus-per-node {s.gpus_per_node}")
         return 0
     if not s.gpus_per_node:
-        raise ValueError("--engine.placement split needs GPUs to split: set --slurm.gpus-per-node")
+        raise InputError("--engine.placement split needs GPUs to split: set --slurm.gpus-per-node")
     if s.ranks_per_node + e.gpus != s.gpus_per_node or not e.gpus:
-        raise ValueError(
+        raise InputError(
             f"--engine.placement split: --slurm.ranks-per-node {s.ranks_per_node} + --engine.gpus {e.gpus} must be "
             f"--slurm.gpus-per-node {s.gpus_per_node}, and both at least 1"
         )
     if needed != e.gpus:
-        raise ValueError(f"{engines} = {needed} GPUs, and --engine.gpus is {e.gpus}: they must be equal")
+        raise InputError(f"{engines} = {needed} GPUs, and --engine.gpus is {e.gpus}: they must be equal")
     return s.ranks_per_node

@@ -18,6 +18,7 @@ from pydantic import (
 )
 
 from fp8slurm.config.template import TemplateArguments, check_values
+from fp8slurm.core.errors import InputError
 
 FROM_FLAGS: ContextVar[bool] = ContextVar("FROM_FLAGS", default=False)
 """Whether tyro builds the sections: it would put a ValueError into a box that names no flag."""
@@ -43,7 +44,7 @@ class Section(BaseModel):
     def _no_truth_values(cls, value: Any, info: ValidationInfo) -> Any:
         """Refuse true and false where a number is meant: pydantic takes them for 1 and 0."""
         if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation in NUMBERS:
-            raise ValueError("a number is needed")
+            raise InputError("a number is needed")
         return value
 
     @model_validator(mode="wrap")
@@ -67,16 +68,16 @@ class RunSection(Section):
     @classmethod
     def _names_a_folder(cls, name: str) -> str:
         if name.strip("/ ") in ("", ".", ".."):  # the run directory would be the shared folder of all runs
-            raise ValueError(f"--run.name {name!r} names no folder of its own; allowed: a name such as qwen3-4b-fp8")
+            raise InputError(f"--run.name {name!r} names no folder of its own; allowed: a name such as qwen3-4b-fp8")
         if any(ord(c) < 32 for c in name) or Path(name).is_absolute() or ".." in Path(name).parts:
-            raise ValueError(
+            raise InputError(
                 f"--run.name {name!r} leads out of --run.root, or is no name of a folder; allowed: a name such as qwen3-4b-fp8"
             )
         if "/" in name:  # status looks for runs in run.root, not in folders of it
             path = Path("ROOT") / name
-            raise ValueError(f"--run.name {name!r} is a path; allowed: --run.root {path.parent} --run.name {path.name}")
+            raise InputError(f"--run.name {name!r} is a path; allowed: --run.root {path.parent} --run.name {path.name}")
         if len(name.encode()) > 200:
-            raise ValueError(f"--run.name of {len(name)} characters; allowed: at most 200")
+            raise InputError(f"--run.name of {len(name)} characters; allowed: at most 200")
         return name
 
     root: Path = Path("runs")
@@ -214,6 +215,8 @@ class DataSection(Section):
 
     max_prompt_tokens: int = Field(2048, ge=1)
     """Longer prompts are left out and counted."""
+    on_changed_file: Literal["error", "warn"] = "error"
+    """What a resume does where a data file has other content than at the run's start: a checkpoint counts how far the data was read, and the held-out accuracy is another figure."""
     shuffle: bool = True
     """Shuffle the prompts, anew in every epoch, from run.seed."""
     on_bad_line: Literal["error", "skip"] = "error"
@@ -240,7 +243,7 @@ class RolloutSection(Section):
     @classmethod
     def _not_none_of_them(cls, top_k: int) -> int:
         if top_k == 0:
-            raise ValueError("0 tokens to choose from; allowed: 1 or more, or -1 (off)")
+            raise InputError("0 tokens to choose from; allowed: 1 or more, or -1 (off)")
         return top_k
 
     @model_validator(mode="before")

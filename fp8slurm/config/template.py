@@ -8,33 +8,35 @@ from typing import Annotated, Any
 
 from tyro.constructors import PrimitiveConstructorSpec
 
+from fp8slurm.core.errors import InputError
+
 FORMS = """allowed: enable_thinking False, or as JSON '{"enable_thinking": false}'"""
 
 
 def check_values(values: Any) -> None:
-    """ValueError: no value for a recipe, or text that looks like a truth value, which a template takes for true."""
+    """InputError: no value for a recipe, or text that looks like a truth value, which a template takes for true."""
     if not isinstance(values, dict):
-        raise ValueError(f"{values!r} is not an object of names and values; {FORMS}")
+        raise InputError(f"{values!r} is not an object of names and values; {FORMS}")
     for key, value in values.items():
         if not isinstance(value, bool | int | float | str):
-            raise ValueError(f"{key} {value!r} is neither true, false, a number nor text; {FORMS}")
+            raise InputError(f"{key} {value!r} is neither true, false, a number nor text; {FORMS}")
         if isinstance(value, str) and value.lower() in ("true", "false"):
-            raise ValueError(
+            raise InputError(
                 f"{key} {value!r} is text; allowed: True and False (in a recipe and as JSON true and false, without quotes)"
             )
 
 
 def from_words(words: Sequence[str]) -> dict[str, Any]:
-    """['enable_thinking', 'False'] or ['{"enable_thinking": false}']. ValueError: neither; values are not checked."""
+    """['enable_thinking', 'False'] or ['{"enable_thinking": false}']. InputError: neither; values are not checked."""
     text = " ".join(words)
     if text.lstrip().startswith("{"):
         try:
             values: dict[str, Any] = json.loads(text)
             return values
         except json.JSONDecodeError as error:
-            raise ValueError(f"{text} is not JSON ({error}); {FORMS}") from None
+            raise InputError(f"{text} is not JSON ({error}); {FORMS}") from None
     if len(words) % 2:
-        raise ValueError(f"{text} is no pair of a name and a value; {FORMS}")
+        raise InputError(f"{text} is no pair of a name and a value; {FORMS}")
     return {name: _value(word) for name, word in zip(words[::2], words[1::2])}
 
 

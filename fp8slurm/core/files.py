@@ -1,9 +1,14 @@
-"""Small files that are there whole or not at all."""
+"""Small files that are there whole or not at all, and the sums of large ones."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from pathlib import Path
+from typing import Any
+
+from fp8slurm.core.errors import TransientInputError
 
 
 def write_atomic(path: Path, text: str, mode: int = 0o666) -> None:
@@ -17,9 +22,31 @@ def write_atomic(path: Path, text: str, mode: int = 0o666) -> None:
     fsync_folder(path.parent)
 
 
+def read_json(path: Path, error: type[TransientInputError] = TransientInputError) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        OSError: it cannot be read; whatever stands behind it (not there, stale, an I/O error) stays in its errno.
+        TransientInputError: it is no JSON object, or torn; the message names the file. `error` is raised in its place.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as reason:
+        raise error(f"{path}: not JSON: {str(reason)[:200]}") from None
+    if not isinstance(value, dict):
+        raise error(f"{path}: not a JSON object")
+    return value
+
+
 def fsync_folder(path: Path) -> None:
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file's content."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()

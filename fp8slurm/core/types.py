@@ -17,6 +17,8 @@ class Prompt:
     """Prompt tokens, the chat template applied."""
     label: str
     """Reference answer, handed to the reward function."""
+    thinking: bool = False
+    """Whether the prompt ends inside <think>, as some chat templates' do."""
 
 
 @dataclass

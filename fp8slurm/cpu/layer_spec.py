@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-import megatron.core.models.common.embeddings.rope_utils as rope_utils
 import torch
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_submodules, get_mlp_module_spec_for_backend
@@ -16,7 +15,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from fp8slurm.cpu.fp8_linear import FP8ColumnParallelLinear, FP8RowParallelLinear
-from fp8slurm.cpu.packed_attention import PackedDotProductAttention, apply_packed_rotary
+from fp8slurm.cpu.packed_attention import PackedDotProductAttention
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -50,7 +49,6 @@ class _Backend(LocalSpecProvider):
 
 def layer_spec(config: TransformerConfig, fp8: bool) -> TransformerBlockSubmodules:
     """The layers of this pipeline stage; `fp8` puts the emulated FP8 linears in."""
-    rope_utils._apply_rotary_pos_emb_thd = apply_packed_rotary
     backend = _Backend(fp8)
     layer = get_gpt_layer_local_submodules(
         num_experts=config.num_moe_experts, qk_layernorm=True, normalization="RMSNorm"

@@ -1,6 +1,7 @@
 """Megatron-core on a machine without a GPU: its calls to CUDA are answered by the CPU; none of its maths is replaced.
 
-`install` comes before the first `import megatron.core`. Every patch says which call of Megatron 0.19 it answers.
+`install` comes before the first `import megatron.core`. Every patch says which call of Megatron it answers; docs/patches.md
+lists them.
 """
 
 from __future__ import annotations
@@ -11,20 +12,20 @@ import importlib
 import importlib.util
 import sys
 import types
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from fp8slurm.core.patches import note, patch, wrap
+
 CPU = torch.device("cpu")
 
 
+@functools.cache
 def install() -> None:
     """Apply all patches, once. RuntimeError where a GPU is in use, or where megatron.core was imported before."""
     if torch.cuda.is_available():
         raise RuntimeError("the CPU shim for Megatron must not be installed where a GPU is in use")
-    if getattr(torch.cuda, "_fp8slurm_shim", False):
-        return
     if any(name.startswith("megatron.core") for name in sys.modules):
         raise RuntimeError("megatron.core was imported before the CPU shim for it")
     _device_queries()
@@ -32,7 +33,6 @@ def install() -> None:
     _placement()
     _random_state()
     _missing_triton()
-    torch.cuda._fp8slurm_shim = True  # type: ignore[attr-defined]
     _megatron()
 
 
@@ -42,11 +42,11 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
 
 def _device_queries() -> None:
     # device=torch.cuda.current_device() wherever a tensor is made: a device object serves as well as an index.
-    torch.cuda.current_device = lambda: CPU  # type: ignore[assignment,return-value]
+    patch(torch.cuda, "current_device", lambda: CPU)
     # Barriers around checkpoints and pipeline exchanges: CPU operations are already done when they return.
-    torch.cuda.synchronize = _nothing
+    patch(torch.cuda, "synchronize", _nothing)
     # memory reports of the schedules and the checkpoint reader
-    torch.cuda.reset_peak_memory_stats = _nothing
+    patch(torch.cuda, "reset_peak_memory_stats", _nothing)
 
 
 class _Stream:
@@ -76,12 +76,13 @@ class _Stream:
 
 def _streams() -> None:
     # Overlapped gradient reduction, parameter gathers and the CPU-offloaded optimizer order their work by streams.
-    torch.cuda.Stream = torch.cuda.Event = _Stream  # type: ignore[misc,assignment]
-    torch.cuda.current_stream = torch.cuda.default_stream = lambda *a, **k: _Stream()  # type: ignore[assignment]
-    torch.cuda.stream = lambda s=None: contextlib.nullcontext()  # type: ignore[assignment]
-    torch.Tensor.record_stream = _nothing  # type: ignore[method-assign,assignment]
+    for name in ("Stream", "Event", "current_stream", "default_stream"):
+        patch(torch.cuda, name, _Stream)
+    patch(torch.cuda, "stream", lambda s=None: contextlib.nullcontext())
+    patch(torch.Tensor, "record_stream", _nothing)
     # profiler ranges in the attention and transformer layers
-    torch.cuda.nvtx.range_push = torch.cuda.nvtx.range_pop = _nothing  # type: ignore[assignment]
+    for name in ("range_push", "range_pop"):
+        patch(torch.cuda.nvtx, name, _nothing)
 
 
 def _is_cuda(device: Any) -> bool:
@@ -94,39 +95,30 @@ def _placement() -> None:
     importlib.import_module("torch.utils._device")._device_constructors()
 
     # torch.tensor(..., device="cuda") and its like, written out in the schedules, the optimizer and the MoE layers
-    def on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        @functools.wraps(factory)
-        def make(*args: Any, **kwargs: Any) -> torch.Tensor:
-            if _is_cuda(kwargs.get("device")):
-                kwargs["device"] = CPU
-            kwargs.pop("pin_memory", None)
-            return factory(*args, **kwargs)
-
-        return make
+    def make(factory: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = CPU
+        kwargs.pop("pin_memory", None)
+        return factory(*args, **kwargs)
 
     for name in ("tensor", "zeros", "ones", "empty", "empty_like"):
-        setattr(torch, name, on_cpu(getattr(torch, name)))
+        wrap(torch, name)(make)
     # tensor.cuda(), module.cuda() and tensor.to("cuda"): already where they belong
-    torch.Tensor.cuda = lambda self, *a, **k: self  # type: ignore[method-assign,assignment]
-    torch.Tensor.pin_memory = lambda self, *a, **k: self  # type: ignore[method-assign,assignment]
-    torch.nn.Module.cuda = lambda self, *a, **k: self  # type: ignore[method-assign,assignment]
-    to = torch.Tensor.to
+    for owner, name in ((torch.Tensor, "cuda"), (torch.Tensor, "pin_memory"), (torch.nn.Module, "cuda")):
+        patch(owner, name, lambda self, *a, **k: self)
 
-    def to_cpu(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    @wrap(torch.Tensor, "to")
+    def to_cpu(to: Any, self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if _is_cuda(kwargs.get("device")):
             kwargs["device"] = CPU
         return to(self, *(CPU if isinstance(a, (str, torch.device)) and _is_cuda(a) else a for a in args), **kwargs)
 
-    torch.Tensor.to = to_cpu  # type: ignore[method-assign,assignment]
     # The optimizers ask `param.type() == "torch.cuda.FloatTensor"` to sort parameters by dtype, and refuse others.
-    type_ = torch.Tensor.type
-
-    def type_on_cuda(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    @wrap(torch.Tensor, "type")
+    def type_on_cuda(type_: Any, self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if args or kwargs:
             return type_(self, *args, **kwargs)
         return type_(self).replace("torch.", "torch.cuda.", 1)
-
-    torch.Tensor.type = type_on_cuda  # type: ignore[method-assign,assignment]
 
 
 def _random_state() -> None:
@@ -137,9 +129,10 @@ def _random_state() -> None:
     def set_state(state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
         torch.set_rng_state(state)
 
-    torch.cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(int(seed))  # type: ignore[assignment]
-    torch.cuda.get_rng_state = torch.cuda.random.get_rng_state = get_state
-    torch.cuda.set_rng_state = torch.cuda.random.set_rng_state = set_state
+    patch(torch.cuda, "manual_seed", lambda seed: torch.default_generator.manual_seed(int(seed)))
+    for module in (torch.cuda, torch.cuda.random):
+        patch(module, "get_rng_state", get_state)
+        patch(module, "set_rng_state", set_state)
 
 
 def _missing_triton() -> None:
@@ -150,20 +143,28 @@ def _missing_triton() -> None:
         kernels.GLOBAL_BLOCK_SIZE = 1024  # type: ignore[attr-defined]
         kernels.paged_stash_copy_kernel = kernels.paged_stash_pop_kernel = None  # type: ignore[attr-defined]
         sys.modules[kernels.__name__] = kernels
+        note(kernels.__name__)
 
 
 def _megatron() -> None:
     """Patches of Megatron's own functions that branch on `.is_cuda` or on TransformerEngine's optimizer."""
+    import megatron.core.models.common.embeddings.rope_utils as rope_utils
     import megatron.core.tensor_parallel.random as random
     import megatron.core.transformer.moe.token_dispatcher as dispatcher
 
+    from fp8slurm.cpu.packed_attention import apply_packed_rotary
+
     # activation recomputation restores the CUDA generator through these two
-    random._get_cuda_rng_state = lambda *a, **k: torch.get_rng_state()
-    random._set_cuda_rng_state = lambda state, *a, **k: torch.set_rng_state(state)
+    patch(random, "_get_cuda_rng_state", lambda *a, **k: torch.get_rng_state())
+    patch(random, "_set_cuda_rng_state", lambda state, *a, **k: torch.set_rng_state(state))
+
     # The all-to-all dispatcher turns its split sizes into numpy only for tensors with `.is_cuda`.
-    dispatcher.maybe_move_tensor_to_cpu = lambda tensor, as_numpy=False, record_stream=False: (
-        tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
-    )
+    def to_numpy(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    patch(dispatcher, "maybe_move_tensor_to_cpu", to_numpy)
+    # a loop over the segments of a pack otherwise
+    patch(rope_utils, "_apply_rotary_pos_emb_thd", apply_packed_rotary)
     _step_of_torch_adam()
     _offload_everything()
 
@@ -176,19 +177,15 @@ def _step_of_torch_adam() -> None:
     """
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-    set_states = DistributedOptimizer._set_main_param_and_optimizer_states
-    load = DistributedOptimizer.load_state_dict
-
-    def set_states_but_step(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
+    @wrap(DistributedOptimizer, "_set_main_param_and_optimizer_states")
+    def set_states_but_step(set_states: Any, self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
         set_states(self, model_param, {"step": None, **tensors})
 
-    def load_with_own_steps(self: Any, state_dict: dict[str, Any]) -> None:
+    @wrap(DistributedOptimizer, "load_state_dict")
+    def load_with_own_steps(load: Any, self: Any, state_dict: dict[str, Any]) -> None:
         load(self, state_dict)
         for state in self.optimizer.state.values():
             state["step"] = state["step"].clone()
-
-    DistributedOptimizer._set_main_param_and_optimizer_states = set_states_but_step
-    DistributedOptimizer.load_state_dict = load_with_own_steps
 
 
 def _offload_everything() -> None:
@@ -206,4 +203,4 @@ def _offload_everything() -> None:
         masters = {p: copy for p, copy in copies.items() if p.dtype != torch.float32}
         return [g for g in on_cpu if g["params"]], [], copies, {copy: p for p, copy in copies.items()}, masters
 
-    HybridDeviceOptimizer._get_sub_optimizer_param_groups = groups
+    patch(HybridDeviceOptimizer, "_get_sub_optimizer_param_groups", groups)

@@ -1,23 +1,26 @@
 """SGLang's block FP8 on the CPU: W8A8 emulated in SGLang's own formulas, and sampling from a seed.
 
-Every patch answers one call of SGLang 0.5.20 or 0.5.21 that has no CPU implementation; no other model code is replaced.
+Every patch answers one call of SGLang that has no CPU implementation (docs/patches.md); no other model code is replaced.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from fp8slurm.core.errors import InputError
+from fp8slurm.core.patches import note, patch, wrap
+from fp8slurm.fp8 import BLOCK
 from fp8slurm.fp8.block import E4M3, E4M3_MAX, BlockFP8
 from fp8slurm.fp8.reference import dequantize_reference
 
-GROUP = 128
 
-
+@functools.cache
 def apply() -> None:
-    """Patch SGLang in this process. Raises RuntimeError where a GPU is in use: there the real kernels have to run."""
+    """Patch SGLang in this process, once. Raises RuntimeError where a GPU is in use: there the real kernels have to run."""
     if torch.cuda.is_available():
         raise RuntimeError("the FP8 emulation is for machines without a GPU")
     _allow_float32()
@@ -36,7 +39,7 @@ def fake_quantize_activations(x: torch.Tensor) -> torch.Tensor:
     Groups of 128 along K, scale = max(amax, 1e-10) / 448, code = e4m3(clamp(x / scale)), value = code * scale.
     Source: per_token_group_quant_fp8 in sglang/kernels/ops/quantization/fp8_kernel.py.
     """
-    groups = x.to(torch.float32).unflatten(-1, (-1, GROUP))
+    groups = x.to(torch.float32).unflatten(-1, (-1, BLOCK))
     scale = groups.abs().amax(-1, keepdim=True).clamp_(min=1e-10).div_(E4M3_MAX)
     codes = groups.div(scale).clamp_(-E4M3_MAX, E4M3_MAX).to(E4M3)
     return codes.to(torch.float32).mul_(scale).flatten(-2)
@@ -64,9 +67,9 @@ def _loaded(layer: torch.nn.Module) -> None:
 
 
 def _block_size(method: Any) -> list[int]:
-    if not method.block_quant or method.use_mxfp8 or method.weight_block_size[1] != GROUP:
-        raise ValueError(
-            f"on the CPU the engine emulates FP8 in blocks of [N, {GROUP}] with fp32 scales; this checkpoint's "
+    if not method.block_quant or method.use_mxfp8 or method.weight_block_size[1] != BLOCK:
+        raise InputError(
+            f"on the CPU the engine emulates FP8 in blocks of [N, {BLOCK}] with fp32 scales; this checkpoint's "
             f"quantization_config has weight_block_size {method.weight_block_size}"
         )
     return method.weight_block_size
@@ -76,7 +79,8 @@ def _allow_float32() -> None:
     from sglang.srt.layers.quantization.fp8 import Fp8Config
 
     # answers the loader's check: its kernels take 16-bit activations, the emulation takes fp32 as well
-    Fp8Config.get_supported_act_dtypes = classmethod(lambda cls: [torch.bfloat16, torch.float16, torch.float32])
+    dtypes = [torch.bfloat16, torch.float16, torch.float32]
+    patch(Fp8Config, "get_supported_act_dtypes", classmethod(lambda cls: dtypes))
 
 
 def _patch_linear() -> None:
@@ -92,8 +96,8 @@ def _patch_linear() -> None:
         _block_size(self)
         _loaded(layer)
 
-    Fp8LinearMethod.apply = forward
-    Fp8LinearMethod.process_weights_after_loading = process
+    patch(Fp8LinearMethod, "apply", forward)
+    patch(Fp8LinearMethod, "process_weights_after_loading", process)
 
 
 def _patch_experts() -> None:
@@ -124,27 +128,24 @@ def _patch_experts() -> None:
         _block_size(self)
         _loaded(layer)
 
-    Fp8MoEMethod.apply = forward
-    Fp8MoEMethod.process_weights_after_loading = process
+    patch(Fp8MoEMethod, "apply", forward)
+    patch(Fp8MoEMethod, "process_weights_after_loading", process)
 
 
 def _patch_updates() -> None:
     """Values kept of the old weights go with every bucket: servers without update sessions post-process nothing."""
     from sglang.srt.model_executor.model_runner_components.weight_updater import WeightUpdater
 
-    def forgetting(original: Any) -> Any:
-        def update(self: Any, *args: Any, **kwargs: Any) -> Any:
-            result = original(self, *args, **kwargs)
-            for layer in self.get_model().modules():
-                if "fp8_values" in layer.__dict__:
-                    _loaded(layer)
-            return result
-
-        return update
+    def update(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, *args, **kwargs)
+        for layer in self.get_model().modules():
+            if "fp8_values" in layer.__dict__:
+                _loaded(layer)
+        return result
 
     for name in ("load_weights_from_distributed", "update_weights_from_distributed", "update_weights_from_tensor"):
         if hasattr(WeightUpdater, name):
-            setattr(WeightUpdater, name, forgetting(getattr(WeightUpdater, name)))
+            wrap(WeightUpdater, name)(update)
 
 
 def _patch_routing() -> None:
@@ -158,6 +159,7 @@ def _patch_routing() -> None:
         return allocator.allocate(dims, dtype=dtype, device=device)
 
     ALLOC_MEMORY_FUNCS["cpu"] = allocate
+    note("sglang.srt.mem_cache.pool_host.common.ALLOC_MEMORY_FUNCS")
 
 
 def _patch_sampling() -> None:
@@ -169,10 +171,10 @@ def _patch_sampling() -> None:
     from sglang.srt.layers import sampler
     from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 
-    original = SamplingBatchInfo.from_schedule_batch.__func__
+    original = SamplingBatchInfo.from_schedule_batch
 
-    def from_schedule_batch(cls: Any, batch: Any, vocab_size: int) -> Any:
-        info = original(cls, batch, vocab_size)
+    def from_schedule_batch(batch: Any, vocab_size: int) -> Any:
+        info = original(batch, vocab_size)
         # every row needs a seed once one has: batches are merged row by row
         for request in batch.reqs:
             if request.sampling_params.sampling_seed is None:
@@ -180,9 +182,9 @@ def _patch_sampling() -> None:
         info.sampling_seed = torch.tensor([r.sampling_params.sampling_seed for r in batch.reqs], dtype=torch.int64)
         return info
 
-    SamplingBatchInfo.from_schedule_batch = classmethod(from_schedule_batch)
+    patch(SamplingBatchInfo, "from_schedule_batch", staticmethod(from_schedule_batch))
     # answers multinomial_with_seed, called by name by all samplers of that module
-    sampler.multinomial_with_seed = multinomial_with_seed
+    patch(sampler, "multinomial_with_seed", multinomial_with_seed)
 
 
 def _part_batches() -> None:
@@ -194,15 +196,12 @@ def _part_batches() -> None:
     """
     from sglang.srt.managers.scheduler import Scheduler
 
-    original = Scheduler.get_next_batch_to_run
-
-    def get_next_batch_to_run(self: Any, running_batch: Any, last_batch: Any) -> Any:
+    @wrap(Scheduler, "get_next_batch_to_run")
+    def get_next_batch_to_run(original: Any, self: Any, running_batch: Any, last_batch: Any) -> Any:
         if running_batch.reqs and all(request.finished() for request in running_batch.reqs):
             running_batch.filter_batch()
             running_batch.batch_is_full = False
         return original(self, running_batch, last_batch)
-
-    Scheduler.get_next_batch_to_run = get_next_batch_to_run
 
 
 def _mix(x: torch.Tensor) -> torch.Tensor:
@@ -228,17 +227,11 @@ def _map_files() -> None:
     """Weights in a file that a training rank shares (sync/mapped.py), where a GPU would have a handle of its memory."""
     from sglang.srt.model_executor.model_runner_components.weight_updater import WeightUpdater
 
-    original = WeightUpdater._update_weights_from_flattened_bucket
-    if getattr(original, "maps_files", False):
-        return
-
-    def update(self: Any, flattened_tensor_bucket_dict: dict[str, Any]) -> Any:
+    @wrap(WeightUpdater, "_update_weights_from_flattened_bucket")
+    def update(original: Any, self: Any, flattened_tensor_bucket_dict: dict[str, Any]) -> Any:
         where, specs = flattened_tensor_bucket_dict["flattened_tensor"], flattened_tensor_bucket_dict["metadata"]
         if isinstance(where, str):
             size = max(s.end_idx for s in specs)
             mapped = torch.from_file(where, shared=True, size=size, dtype=torch.uint8)
             flattened_tensor_bucket_dict = {"flattened_tensor": mapped, "metadata": specs}
         return original(self, flattened_tensor_bucket_dict)
-
-    update.maps_files = True
-    WeightUpdater._update_weights_from_flattened_bucket = update

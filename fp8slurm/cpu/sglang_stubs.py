@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from fp8slurm.core.patches import note
+
 
 def install() -> None:
     """Make `import sglang` work without a GPU.
@@ -33,6 +35,8 @@ def install() -> None:
     # answers `import sgl_kernel` (its wheel is for CUDA) and `import triton`: SGLang decorates its GPU kernels with it
     # at import time. A real triton is shadowed as well: without a driver it runs none of them, and is slow to import.
     sys.meta_path.insert(0, _StubFinder())
+    note("sgl_kernel")
+    note("triton")
     declare_torchvision_operators()
 
 
@@ -136,3 +140,5 @@ def declare_torchvision_operators() -> None:
     fragment.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     fragment.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     _declared.append(fragment)
+    note("torchvision.nms")
+    note("torchvision.qnms")

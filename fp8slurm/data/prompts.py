@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 
 from fp8slurm.config.schema import DataSection, SftSection
+from fp8slurm.core.errors import InputError, TransientInputError
+from fp8slurm.core.files import read_json
 from fp8slurm.core.types import Prompt
 from fp8slurm.models.qwen3 import ModelSpec
 
@@ -27,7 +29,7 @@ SUFFIXES = (".jsonl", ".parquet")
 OWN_TEMPLATE_ARGUMENTS = ("add_generation_prompt", "tokenize", "return_dict", "return_tensors")
 
 
-class BadRow(ValueError):
+class BadRow(InputError):
     """One row that cannot be used."""
 
 
@@ -41,15 +43,17 @@ class SftExample:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a local Hugging Face folder; ValueError if there is none."""
+    """The tokenizer of a local Hugging Face folder; InputError if there is none."""
     from transformers import AutoTokenizer
 
     if not Path(folder).is_dir():
-        raise ValueError(f"model folder {folder} does not exist (model.hf_checkpoint)")
+        raise TransientInputError(f"model folder {folder} does not exist (model.hf_checkpoint)")
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except (OSError, ValueError) as error:
-        raise ValueError(
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the file system's; an OSError without a number is how transformers says that a file is missing
+        raise TransientInputError(
             f"{folder}: no tokenizer that can be read (tokenizer.json, tokenizer_config.json): {error}"
         ) from None
 
@@ -58,14 +62,14 @@ def end_token_ids(folder: Path, tokenizer: Any) -> list[int]:
     """Every token that ends a response, ascending: eos_token_id of generation_config.json and config.json, and
     `unlisted_ends`.
 
-    ValueError: there is none, or one is beyond the model's embedding.
+    InputError: there is none, or one is beyond the model's embedding.
     """
     ends = sorted({*_listed_ends(folder), *unlisted_ends(folder, tokenizer)})
     if not ends:
-        raise ValueError(f"{folder}: neither generation_config.json nor config.json has an eos_token_id")
+        raise InputError(f"{folder}: neither generation_config.json nor config.json has an eos_token_id")
     rows = _spec(tokenizer).vocab_size
     if ends[-1] >= rows:
-        raise ValueError(f"{folder}: eos_token_id {ends[-1]}: the model has {rows} tokens; allowed: 0 to {rows - 1}")
+        raise InputError(f"{folder}: eos_token_id {ends[-1]}: the model has {rows} tokens; allowed: 0 to {rows - 1}")
     return ends
 
 
@@ -86,7 +90,7 @@ def _listed_ends(folder: Path) -> set[int]:
     for name in ("generation_config.json", "config.json"):
         path = Path(folder) / name
         if path.is_file():
-            value = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+            value = read_json(path).get("eos_token_id")
             ends.update([value] if isinstance(value, int) else value or [])
     return ends
 
@@ -114,7 +118,7 @@ def load_prompts(
 
     A prompt is text, tokenized as it stands, or a list of messages, to which the chat template is applied with the
     generation prompt and data.chat_template_kwargs. Prompts longer than data.max_prompt_tokens are left out; how many
-    is logged. ValueError: no such file, a row that cannot be used (file and line are named; with on_bad_line = "skip"
+    is logged. InputError: no such file, a row that cannot be used (file and line are named; with on_bad_line = "skip"
     it is counted and logged instead), or no prompt left. `limit`: read only that many rows. label_error: why no
     response could equal a label under the run's reward, or None; such a row cannot be used.
     """
@@ -126,7 +130,12 @@ def load_prompts(
         return label
 
     rows = _rows(path, data, tokenizer, checked_label, limit)
-    return [Prompt(index=i, token_ids=tuple(ids), label=label) for i, ids, label in rows]
+    return [Prompt(i, tuple(ids), label, _opens_thinking(tokenizer, ids)) for i, ids, label in rows]
+
+
+def _opens_thinking(tokenizer: Any, ids: Sequence[int]) -> bool:
+    """Whether a prompt ends inside <think>, as Qwen3-Thinking's template leaves it."""
+    return tokenizer.decode(ids[-4:]).rstrip().endswith("<think>")
 
 
 def load_sft(
@@ -136,9 +145,9 @@ def load_sft(
     errors; the response's tokens followed by the tokenizer's end token."""
     path = path if path is not None else sft.data
     if path is None:
-        raise ValueError("sft.data is not set: no supervised examples to load")
+        raise InputError("sft.data is not set: no supervised examples to load")
     if tokenizer.eos_token_id is None:
-        raise ValueError("the tokenizer has no eos_token, with which a response must end (tokenizer_config.json)")
+        raise InputError("the tokenizer has no eos_token, with which a response must end (tokenizer_config.json)")
     rows = _rows(path, data, tokenizer, lambda row: _label(row, sft.response_key, "sft.response_key"), limit)
     responses = encode(tokenizer, [response for _, _, response in rows])
     end = (tokenizer.eos_token_id,)
@@ -146,7 +155,7 @@ def load_sft(
     for (index, ids, _), response in zip(rows, responses):
         check_tokens(f"{path}:{index + 1}", response, tokenizer)
         if len(ids) + len(response) + 1 > positions:
-            raise ValueError(
+            raise InputError(
                 f"{path}:{index + 1}: prompt and response have {len(ids) + len(response) + 1} tokens with the end "
                 f"token; the model has {positions} positions (max_position_embeddings)"
             )
@@ -197,7 +206,7 @@ def _rows(
         except BadRow as error:
             where = f"{path}:{index + 1}"
             if data.on_bad_line == "error":
-                raise ValueError(f'{where}: {error}. data.on_bad_line = "skip" leaves such lines out') from None
+                raise InputError(f'{where}: {error}. data.on_bad_line = "skip" leaves such lines out') from None
             log.warning("%s left out: %s", where, error)
             bad += 1
             continue
@@ -214,7 +223,7 @@ def _rows(
         why = f"empty or longer than data.max_prompt_tokens = {data.max_prompt_tokens} tokens"
         log.warning("%s: %d of %d prompts left out: %s", path, long, len(ids), why)
     if not kept:
-        raise ValueError(
+        raise InputError(
             f"{path} is an empty data set: 0 prompts to use, {bad} bad lines left out, "
             f"{long} prompts empty or longer than data.max_prompt_tokens = {data.max_prompt_tokens}"
         )
@@ -225,9 +234,9 @@ def read_rows(path: Path) -> Iterator[tuple[int, Callable[[], dict]]]:
     """(row index, function that parses the row or raises BadRow), blank lines left out."""
     if not path.is_file():
         what = "is a folder; allowed: a .jsonl or .parquet file" if path.is_dir() else "does not exist"
-        raise ValueError(f"data file {path} {what}")
+        raise TransientInputError(f"data file {path} {what}")
     if path.suffix not in SUFFIXES:
-        raise ValueError(f"data file {path}: {path.suffix or 'no suffix'!r} is not one of {', '.join(SUFFIXES)}")
+        raise InputError(f"data file {path}: {path.suffix or 'no suffix'!r} is not one of {', '.join(SUFFIXES)}")
     if path.suffix == ".parquet":
         yield from _read_parquet(path)
         return
@@ -249,7 +258,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, Callable[[], dict]]]:
                     yield index, lambda row=row: row
                     index += 1
     except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{path} is not a readable parquet file: {error}") from None
+        raise TransientInputError(f"{path} is not a readable parquet file: {error}") from None
 
 
 def _parse(line: bytes) -> dict:
@@ -310,7 +319,7 @@ def prompt_text(row: dict, data: DataSection, tokenizer: Any) -> str:
         if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
             raise BadRow(f"a message is an object with the texts role and content, not {message!r:.80}")
     if not tokenizer.chat_template:
-        raise ValueError(
+        raise InputError(
             f"{data.prompt_key!r} holds messages, but the tokenizer of {tokenizer.name_or_path} has no chat template: "
             "use a tokenizer with one, or give the prompts as text"
         )
@@ -326,7 +335,7 @@ def prompt_text(row: dict, data: DataSection, tokenizer: Any) -> str:
 def check_template_arguments(arguments: dict[str, Any]) -> None:
     taken = sorted(set(arguments) & set(OWN_TEMPLATE_ARGUMENTS))
     if taken:
-        raise ValueError(f"data.chat_template_kwargs must not set {', '.join(taken)}: the loader sets it")
+        raise InputError(f"data.chat_template_kwargs must not set {', '.join(taken)}: the loader sets it")
 
 
 def encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
@@ -337,12 +346,12 @@ def encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
 
 
 def check_tokens(where: str, tokens: Sequence[int], tokenizer: Any) -> None:
-    """ValueError for a token that the model has no embedding for: on a GPU it would read another row, or end the
+    """InputError for a token that the model has no embedding for: on a GPU it would read another row, or end the
     process."""
     rows = _spec(tokenizer).vocab_size
     if tokens and max(tokens) >= rows:
         token = max(tokens)
-        raise ValueError(
+        raise InputError(
             f"{where}: token {token} ({tokenizer.convert_ids_to_tokens(token)!r}) is beyond the model's embedding of "
             f"{rows} rows (config.json: vocab_size): the tokenizer is not this model's"
         )

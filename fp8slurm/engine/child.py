@@ -18,7 +18,11 @@ import sys
 import threading
 from typing import Any
 
+from fp8slurm.core.patches import applied, patch
+
 PR_SET_PDEATHSIG = 1
+PATCHED = "fp8slurm replaces (docs/patches.md): "
+"""Begins the line of a scheduler's log that names all patches of its process."""
 
 
 def main() -> None:
@@ -50,11 +54,11 @@ def _serve(handover: dict[str, Any], on_cpu: bool) -> None:
         # Without a CUDA context the server's processes can be forked: they are up 10 s earlier than spawned ones,
         # which import everything again. SGLang would set "spawn" by force.
         multiprocessing.set_start_method("fork", force=True)
-        multiprocessing.set_start_method = lambda *args, **kwargs: None
+        patch(multiprocessing, "set_start_method", lambda *args, **kwargs: None)
     listener = socket.socket(fileno=handover["listen_fd"])
-    serve = uvicorn.Server.run
     # the rollout worker bound the port: nobody can take it between choosing and listening
-    uvicorn.Server.run = lambda server, sockets=None: serve(server, sockets=[listener])
+    serve = uvicorn.Server.run
+    patch(uvicorn.Server, "run", lambda server, sockets=None: serve(server, sockets=[listener]))
 
     arguments = prepare_server_args([*handover["arguments"], f"--api-key={handover['api_key']}"])
     launch_server(
@@ -76,6 +80,7 @@ def run_scheduler(server_args: Any, *args: Any, **kwargs: Any) -> None:
         from fp8slurm.cpu import sglang_plugin
 
         sglang_plugin.apply()
+    print(PATCHED + " ".join(applied()), flush=True)
     from sglang.srt.managers.scheduler import run_scheduler_process
 
     run_scheduler_process(server_args, *args, **kwargs)

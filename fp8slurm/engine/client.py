@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import requests
 
+from fp8slurm.core.errors import TransientInputError
 from fp8slurm.engine.inside.digest import DIGEST_ACTION
 from fp8slurm.engine.inside.recorded import RECORDED, Form
 from fp8slurm.engine.server import EngineError
@@ -64,7 +65,7 @@ class Generation:
 
 
 class EngineClient:
-    """HTTP client of one server. EngineError: the server is gone or failed; ValueError: it refuses a request.
+    """HTTP client of one server. EngineError: the server is gone or failed; InputError: it refuses a request.
 
     After an update that went wrong (`quarantine`) it refuses to generate: the server may hold half of it.
     """
@@ -269,7 +270,7 @@ class EngineClient:
         except requests.exceptions.RequestException as error:
             raise EngineError(f"{self.url}{path}: the connection broke: {error}") from error
         if response.status_code == 400 and path == "/generate":
-            raise ValueError(f"the engine refused a request: {response.text[:1000]}")
+            raise TransientInputError(f"the engine refused a request: {response.text[:1000]}")
         if response.status_code not in accept:
             raise EngineError(f"{self.url}{path} answered {response.status_code}: {response.text[:1000]}")
         return response

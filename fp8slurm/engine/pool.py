@@ -232,7 +232,7 @@ class EnginePool:
 
         answered(piece, generations) is called from several threads, once for a piece. An engine that fails is
         restarted while the others go on with its work; at the end all of them are back. Raises EngineError: one failed
-        engine.max_restarts + 1 times without an answer in between; ValueError: a refused request; WeightsLost.
+        engine.max_restarts + 1 times without an answer in between; InputError: a refused request; WeightsLost.
         """
         queue = self.queue_of(work)
         threads = [

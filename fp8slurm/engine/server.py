@@ -21,6 +21,7 @@ from pathlib import Path
 import psutil
 
 from fp8slurm.config.schema import EngineSection
+from fp8slurm.core.errors import TransientInputError
 from fp8slurm.core.processes import python_path
 
 CPU_CACHE_TOKENS = 65536
@@ -94,11 +95,11 @@ class Engine:
         return f"http://127.0.0.1:{self.port}"
 
     def start(self) -> None:
-        """Start the server without waiting for it. Raises RuntimeError if it runs, ValueError for a missing model."""
+        """Start the server without waiting for it. Raises RuntimeError if it runs, InputError for a missing model."""
         if self.alive():
             raise RuntimeError(f"{self.name} is running already (pid {self._process.pid})")
         if not (self.model_dir / "config.json").is_file():
-            raise ValueError(
+            raise TransientInputError(
                 f"model directory {self.model_dir} has no config.json; give a Hugging Face checkpoint folder "
                 "(--model.rollout-checkpoint)"
             )

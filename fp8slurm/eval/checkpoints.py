@@ -11,7 +11,8 @@ from typing import Literal
 from fp8slurm.checkpoint.formats.complete import damage
 from fp8slurm.config import RunConfig
 from fp8slurm.config.load import build
-from fp8slurm.core.files import write_atomic
+from fp8slurm.core.errors import InputError
+from fp8slurm.core.files import read_json, write_atomic
 from fp8slurm.run.directory import RunDirectory, RunState, is_run
 
 Precision = Literal["fp8", "bf16"]
@@ -51,13 +52,13 @@ def recognize(
 ) -> Checkpoint:
     """A run (its newest complete checkpoint, or the one named `step`), a step of one, torch_dist, or Hugging Face.
 
-    ValueError: it is none of these, damaged, or torch_dist without `origin`.
+    InputError: it is none of these, damaged, or torch_dist without `origin`.
     """
     if run is not None:
         return _of_run(run, step, eval_dir)
     assert path is not None
     if not path.is_dir():
-        raise ValueError(
+        raise InputError(
             f"--checkpoint {path}: no such folder; give a run, a step of a run, a torch_dist folder, or a Hugging Face "
             f"folder (a step by its name alone needs --run)"
         )
@@ -77,12 +78,12 @@ def recognize(
         return Checkpoint(kind, path, resolved.name, eval_dir)
     if (path / ".metadata").is_file() or (path / "latest_checkpointed_iteration.txt").is_file():
         if origin is None:
-            raise ValueError(
+            raise InputError(
                 f"--checkpoint {path} is torch_dist, which has no config and no tokenizer: give the Hugging Face "
                 f"folder of the model with --origin-hf-dir"
             )
         return Checkpoint("torch_dist", path, resolved.name, eval_dir, origin=origin, keep=_exclusions(origin))
-    raise ValueError(
+    raise InputError(
         f"--checkpoint {path}: not recognized; allowed: a run (config.json, checkpoints/), a step of a run (COMPLETE, "
         f"state.json), torch_dist (.metadata), Hugging Face (config.json, safetensors)"
     )
@@ -91,15 +92,13 @@ def recognize(
 def _of_run(path: Path, step: str | None, eval_dir: Path | None) -> Checkpoint:
     saved = path / "config.json"
     if not saved.is_file():
-        raise ValueError(f"--run {path}: no config.json there; give the directory of a run (runs/NAME)")
+        raise InputError(f"--run {path}: no config.json there; give the directory of a run (runs/NAME)")
     try:
-        values = json.loads(saved.read_text())
-    except ValueError as error:
-        raise ValueError(
-            f"{saved}: not JSON ({error}); give a run (runs/NAME), or a Hugging Face folder that is whole"
-        ) from None
+        values = read_json(saved)
+    except InputError as error:
+        raise InputError(f"{error}; give a run (runs/NAME), or a Hugging Face folder that is whole") from None
     if "run" not in values:  # a model's folder
-        raise ValueError(
+        raise InputError(
             f"--run {path}: its config.json is not a run's; give the directory of a run (runs/NAME), or --checkpoint"
         )
     config = build(values, str(saved))
@@ -118,25 +117,25 @@ def _of_run(path: Path, step: str | None, eval_dir: Path | None) -> Checkpoint:
 
 
 def pick_checkpoint(run: RunDirectory, name: str | None) -> tuple[Path, RunState]:
-    """The named checkpoint, or the newest complete one. Raises ValueError."""
+    """The named checkpoint, or the newest complete one. Raises InputError."""
     if name is not None:
         why = damage(run.checkpoints / name) if name in run.checkpoint_names() else "it does not exist"
         if why is not None:
             there = ", ".join(run.checkpoint_names()) or "none"
-            raise ValueError(f"--checkpoint {name}: cannot be used, {why}; in {run.checkpoints} there are: {there}")
+            raise InputError(f"--checkpoint {name}: cannot be used, {why}; in {run.checkpoints} there are: {there}")
         return run.checkpoints / name, RunState.read(run.checkpoints / name)
     for folder, why in run.checked_checkpoints():
         if why is None:
             return folder, RunState.read(folder)
         print(f"checkpoint {folder} is skipped: {why}", file=sys.stderr)
-    raise ValueError(f"{run.checkpoints} has no usable checkpoint")
+    raise InputError(f"{run.checkpoints} has no usable checkpoint")
 
 
 def _exclusions(folder: Path) -> tuple[str, ...]:
     from fp8slurm.models.qwen3 import ModelSpec
 
     if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder}: no config.json there; give a Hugging Face folder")
+        raise InputError(f"{folder}: no config.json there; give a Hugging Face folder")
     quantization = ModelSpec.from_hf_dir(folder).quantization
     return quantization.modules_to_not_convert if quantization is not None else ()
 
@@ -150,7 +149,7 @@ def files_stamp(folder: Path) -> list[list]:
 def prepare(checkpoint: Checkpoint, precision: Precision, keep: tuple[str, ...] = ()) -> tuple[Path, str]:
     """(the folder that an engine loads, what was done for it). Conversions are kept in eval_dir/models.
 
-    keep: further modules that stay out of FP8. ValueError: a damaged checkpoint; OSError: a full disk.
+    keep: further modules that stay out of FP8. InputError: a damaged checkpoint; OSError: a full disk.
     """
     from fp8slurm import checkpoint as converters
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from fp8slurm.config.schema import DataSection, EngineSection, RewardSection
 from fp8slurm.config.template import from_words
+from fp8slurm.core.errors import InputError
 from fp8slurm.core.signals import ended_is_interrupted
 from fp8slurm.eval.checkpoints import Checkpoint, Precision, prepare, recognize
 from fp8slurm.eval.flags import WORSE, check, engine_section, parser, tasks_of
@@ -25,7 +26,7 @@ from fp8slurm.eval.tasks import EvalTask
 
 
 def main(argv: list[str]) -> int:
-    """Exit status 0, 1 (an engine failed), 3 (--fail-if-worse); bad input is a ValueError that names it."""
+    """Exit status 0, 1 (an engine failed), 3 (--fail-if-worse); bad input is an InputError that names it."""
     args, rest = parser().parse_known_args(argv)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("urllib3").setLevel(logging.ERROR)
@@ -34,7 +35,7 @@ def main(argv: list[str]) -> int:
 
     place = Place.here()
     if args.nodes is not None and place is not None and args.nodes != place.count:
-        raise ValueError(f"--nodes {args.nodes} in a Slurm step on {place.count} nodes; leave one of them out")
+        raise InputError(f"--nodes {args.nodes} in a Slurm step on {place.count} nodes; leave one of them out")
     step = args.checkpoint if args.run is not None else None
     path = Path(args.checkpoint) if args.run is None and args.checkpoint is not None else None
     checkpoint = recognize(path, args.run, step, args.origin_hf_dir, args.eval_dir)
@@ -63,7 +64,7 @@ def main(argv: list[str]) -> int:
 def _start_step(command: list[str]) -> int:
     """Become the step, of this allocation or of a new one."""
     if shutil.which(command[0]) is None:
-        raise ValueError("--nodes: there is no srun on this machine; leave it out to evaluate here")
+        raise InputError("--nodes: there is no srun on this machine; leave it out to evaluate here")
     os.execvp(command[0], command)
 
 
@@ -94,10 +95,13 @@ def _run_on_nodes(plan: _Plan, place: Any) -> int:
         rendezvous.remove_old()
         rendezvous.wait_started()
         return plan.run(rendezvous)
-    except (EngineError, ValueError, OSError) as error:
-        rendezvous.fail(str(error))
-        if place.number:  # the log of a step is that of all its tasks
-            raise type(error)(f"node {place.number} ({socket.gethostname()}): {error}") from error
+    except Exception as error:
+        ours = isinstance(error, (EngineError, InputError))
+        rendezvous.fail(str(error) if ours else f"{type(error).__name__}: {error}")
+        where = f"node {place.number} ({socket.gethostname()})"  # the log of a step is that of all its tasks
+        if ours and place.number:
+            raise type(error)(f"{where}: {error}") from error
+        error.add_note(where)
         raise
     finally:
         if not place.number:
@@ -218,7 +222,7 @@ class _Plan:
         if precision == "fp8" and self.args.fp8_checkpoint is not None:
             given = recognize(self.args.fp8_checkpoint, None, None, None, source.eval_dir)
             if not given.kind.endswith("FP8"):
-                raise ValueError(f"--fp8-checkpoint {given.path} is {given.kind}, not block FP8")
+                raise InputError(f"--fp8-checkpoint {given.path} is {given.kind}, not block FP8")
             source = replace(given, name=source.name, step=source.step)
         model, how = prepare(source, precision, tuple(self.args.modules_to_not_convert))
         print(f"{precision.upper()}: {model} ({how})", flush=True)
@@ -245,7 +249,7 @@ def report(a: Path, b: Path, out: Path, fail_if_worse: float | None, console: An
 
 
 def compare_main(argv: Sequence[str]) -> int:
-    """`fp8slurm compare A B`: exit status 0, or 3 with --fail-if-worse; bad input is a ValueError."""
+    """`fp8slurm compare A B`: exit status 0, or 3 with --fail-if-worse; bad input is an InputError."""
     p = argparse.ArgumentParser(
         prog="fp8slurm compare",
         description="Compare two finished evaluations of the same questions; B is the baseline.",
@@ -263,7 +267,7 @@ def compare_main(argv: Sequence[str]) -> int:
     )
     args = p.parse_args(argv)
     if args.fail_if_worse is not None and not args.fail_if_worse >= 0:
-        raise ValueError(f"--fail-if-worse {args.fail_if_worse}; allowed: 0 or more (0.02: two points)")
+        raise InputError(f"--fail-if-worse {args.fail_if_worse}; allowed: 0 or more (0.02: two points)")
     from rich.console import Console
 
     from fp8slurm.eval.display import show_comparison

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fp8slurm.core.errors import InputError
 from fp8slurm.core.files import write_atomic
 from fp8slurm.engine.client import EngineClient
 from fp8slurm.eval.questions import Question
@@ -22,26 +23,26 @@ _SEQUENCES = 8
 
 
 def load(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """(summary, graded rows) of a finished evaluation. ValueError: it is none."""
+    """(summary, graded rows) of a finished evaluation. InputError: it is none."""
     if not (folder / SUMMARY).is_file():
         what = (
             "is an unfinished evaluation: run it again to complete it"
             if (folder / SETTINGS).is_file()
             else "has no summary.json"
         )
-        raise ValueError(f"{folder} {what}")
+        raise InputError(f"{folder} {what}")
     return json.loads((folder / SUMMARY).read_text()), list(read_rows(folder / SAMPLES))
 
 
 def compare(a: Path, b: Path, fail_if_worse: float | None = None) -> dict[str, Any]:
     """compare.json (docs/eval.md) of evaluation `a` against the baseline `b`.
 
-    ValueError: one of them is not finished, or they asked other questions. The numbers of samples may differ.
+    InputError: one of them is not finished, or they asked other questions. The numbers of samples may differ.
     """
     (summary_a, rows_a), (summary_b, rows_b) = load(a), load(b)
     names = list(summary_a["tasks"])
     if sorted(names) != sorted(summary_b["tasks"]):
-        raise ValueError(f"{a} has the tasks {', '.join(names)}, {b} has {', '.join(summary_b['tasks'])}")
+        raise InputError(f"{a} has the tasks {', '.join(names)}, {b} has {', '.join(summary_b['tasks'])}")
     _check_same_settings(a, b)
     tasks = {name: _task(name, rows_a, rows_b, a, b) for name in names}
     speeds = [s.get("tokens_per_second") for s in (summary_a, summary_b)]
@@ -66,13 +67,13 @@ SAME_OF_ALL = ("chat_template_kwargs", "stop_token_ids")
 
 
 def _check_same_settings(a: Path, b: Path) -> None:
-    """ValueError, naming the first setting that differs (where both evaluations have their settings.json)."""
+    """InputError, naming the first setting that differs (where both evaluations have their settings.json)."""
     if not all((folder / SETTINGS).is_file() for folder in (a, b)):
         return
     settings_a, settings_b = (json.loads((folder / SETTINGS).read_text()) for folder in (a, b))
     for key in SAME_OF_ALL:
         if key in settings_a and key in settings_b and settings_a[key] != settings_b[key]:
-            raise ValueError(
+            raise InputError(
                 f"{a} and {b} asked with another {key} ({settings_a[key]} and {settings_b[key]}): a difference would mean nothing"
             )
     ours, base = ({t["name"]: t for t in settings.get("tasks", [])} for settings in (settings_a, settings_b))
@@ -81,7 +82,7 @@ def _check_same_settings(a: Path, b: Path) -> None:
             x, y = ours[name].get(key), base[name].get(key)
             if x != y:
                 what = "the questions' file" if key == "sha256" else f"{key} ({x} and {y})"
-                raise ValueError(f"{a} and {b} asked {name} with another {what}: a difference would mean nothing")
+                raise InputError(f"{a} and {b} asked {name} with another {what}: a difference would mean nothing")
 
 
 def write(comparison: dict[str, Any], folder: Path) -> Path:
@@ -94,7 +95,7 @@ def write(comparison: dict[str, Any], folder: Path) -> Path:
 def _task(name: str, rows_a: Sequence[dict], rows_b: Sequence[dict], a: Path, b: Path) -> dict[str, Any]:
     ours, base = (by_question(r for r in rows if r["task"] == name) for rows in (rows_a, rows_b))
     if {i: q[0]["label"] for i, q in ours.items()} != {i: q[0]["label"] for i, q in base.items()}:
-        raise ValueError(f"{a} and {b} did not ask the same questions of {name}: a difference would mean nothing")
+        raise InputError(f"{a} and {b} did not ask the same questions of {name}: a difference would mean nothing")
     mine = [sum(r["correct"] for r in ours[i]) / len(ours[i]) for i in ours]
     other = [sum(r["correct"] for r in base[i]) / len(base[i]) for i in ours]
     flips = [(i, x >= 0.5, y >= 0.5) for i, x, y in zip(ours, mine, other)]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from fp8slurm.core.errors import InputError
 from fp8slurm.engine.client import GenerateRequest
 from fp8slurm.engine.pool import EnginePool, Member, WorkQueue, log
 from fp8slurm.engine.server import Engine, EngineError, EngineSettings, visible_gpus
@@ -17,7 +18,7 @@ class Engines(EnginePool):
     """K engines of one model on this machine, started by `with`."""
 
     def __init__(self, model: Path, log_dir: Path, settings: EngineSettings, count: int) -> None:
-        """count 0: as many as the visible GPUs carry, one without GPUs. ValueError: more than that."""
+        """count 0: as many as the visible GPUs carry, one without GPUs. InputError: more than that."""
         gpus = gpu_shares(settings, count)
         engines = [
             Engine(model, log_dir, replace(settings, gpus=names, share=(i, len(gpus))), f"engine-{i}")
@@ -45,13 +46,13 @@ class Engines(EnginePool):
 
 
 def gpu_shares(settings: EngineSettings, count: int) -> list[tuple[str, ...] | None]:
-    """The GPUs of each engine (None without GPUs). ValueError: too few of them."""
+    """The GPUs of each engine (None without GPUs). InputError: too few of them."""
     if settings.on_cpu:
         return [None] * max(1, count)
     names = visible_gpus()
     each = settings.section.tensor_parallel_size
     if max(1, count) * each > len(names):
-        raise ValueError(
+        raise InputError(
             f"--engines {max(1, count)} of --engine.tensor-parallel-size {each} need {max(1, count) * each} GPUs; "
             f"{len(names)} are visible"
         )

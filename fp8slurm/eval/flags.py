@@ -8,6 +8,7 @@ from pathlib import Path
 from fp8slurm.config import RunConfig
 from fp8slurm.config.schema import EngineSection, Section
 from fp8slurm.config.template import check_values, from_words
+from fp8slurm.core.errors import InputError
 from fp8slurm.eval.tasks import EvalTask, held_out, parse_task, run_tasks, shipped, unique
 
 WORSE = 3
@@ -129,9 +130,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def check(args: argparse.Namespace) -> None:
-    """ValueError: a value out of range, or flags that exclude each other."""
+    """InputError: a value out of range, or flags that exclude each other."""
     if args.run is None and args.checkpoint is None:
-        raise ValueError("say what to evaluate: --checkpoint FOLDER, or --run RUN")
+        raise InputError("say what to evaluate: --checkpoint FOLDER, or --run RUN")
     for flag, least in (
         ("n_samples", 1),
         ("max_tokens", 1),
@@ -143,49 +144,49 @@ def check(args: argparse.Namespace) -> None:
     ):
         value = getattr(args, flag)
         if value is not None and value < least:
-            raise ValueError(f"--{flag.replace('_', '-')} {value}; allowed: {least} or more")
+            raise InputError(f"--{flag.replace('_', '-')} {value}; allowed: {least} or more")
     if args.temperature is not None and not args.temperature >= 0:
-        raise ValueError(f"--temperature {args.temperature}; allowed: 0 (greedy) or more")
+        raise InputError(f"--temperature {args.temperature}; allowed: 0 (greedy) or more")
     if args.top_p is not None and not 0 < args.top_p <= 1:
-        raise ValueError(f"--top-p {args.top_p}; allowed: above 0, at most 1")
+        raise InputError(f"--top-p {args.top_p}; allowed: above 0, at most 1")
     if args.srun and args.nodes is None:
-        raise ValueError(f"--srun {args.srun[0]} needs --nodes")
+        raise InputError(f"--srun {args.srun[0]} needs --nodes")
     wrong = [flag for flag in args.srun if not flag.startswith("--")]
     if wrong:
-        raise ValueError(f'--srun {wrong[0]}: flags of srun are written --name=value, as in --srun="--partition=gpu"')
+        raise InputError(f'--srun {wrong[0]}: flags of srun are written --name=value, as in --srun="--partition=gpu"')
     if args.grader_timeout is not None and not 0 < args.grader_timeout < float("inf"):
-        raise ValueError(f"--grader-timeout {args.grader_timeout}; allowed: above 0 seconds")
+        raise InputError(f"--grader-timeout {args.grader_timeout}; allowed: above 0 seconds")
     if args.fail_if_worse is not None and (args.precision != "both" or not args.fail_if_worse >= 0):
-        raise ValueError(
+        raise InputError(
             f"--fail-if-worse {args.fail_if_worse} needs --precision both, and is 0 or more; allowed: 0 to 1"
         )
     if args.out is not None and args.precision == "both":
-        raise ValueError("--out names one evaluation; with --precision both give --eval-dir")
+        raise InputError("--out names one evaluation; with --precision both give --eval-dir")
     if args.fp8_checkpoint is not None and args.precision == "bf16":
-        raise ValueError("--fp8-checkpoint is not used with --precision bf16")
+        raise InputError("--fp8-checkpoint is not used with --precision bf16")
     if args.chat_template_kwargs is not None:
         try:
             check_values(from_words(args.chat_template_kwargs))
-        except ValueError as error:
-            raise ValueError(f"--chat-template-kwargs {error}") from None
+        except InputError as error:
+            raise InputError(f"--chat-template-kwargs {error}") from None
 
 
 def engine_section(config: RunConfig | None, flags: list[str]) -> EngineSection:
-    """[engine] of the run, or its defaults, with the --engine.KEY flags on top. ValueError: any other flag."""
+    """[engine] of the run, or its defaults, with the --engine.KEY flags on top. InputError: any other flag."""
     import tyro
 
     from fp8slurm.config.load import flags_named
 
     unknown = [f for f in flags if f.startswith("-") and not f.startswith("--engine.")]
     if unknown or (flags and not flags[0].startswith("--engine.")):
-        raise ValueError(f"{(unknown or flags)[0]}: no such flag (fp8slurm eval --help)")
+        raise InputError(f"{(unknown or flags)[0]}: no such flag (fp8slurm eval --help)")
     default = _Flags(engine=config.engine if config is not None else EngineSection())
     with flags_named():
         return tyro.cli(_Flags, prog="fp8slurm eval", args=flags, default=default).engine
 
 
 def tasks_of(args: argparse.Namespace, config: RunConfig | None) -> list[EvalTask]:
-    """The tasks, the flags for sampling on top. ValueError."""
+    """The tasks, the flags for sampling on top. InputError."""
     if args.tasks is not None:
         kind = config.reward.kind if config is not None else None
         own = args.grader or ("exact" if kind == "digits" else kind)
@@ -196,10 +197,10 @@ def tasks_of(args: argparse.Namespace, config: RunConfig | None) -> list[EvalTas
             and args.data.is_file()
             and sum("=" not in t and not b for t, b in zip(args.tasks, bare)) > 1
         ):
-            raise ValueError(f"--data {args.data} is one file for several tasks; give each its own: NAME=FILE")
+            raise InputError(f"--data {args.data} is one file for several tasks; give each its own: NAME=FILE")
     elif config is None:
         if args.data is None:
-            raise ValueError(f"say what to ask: --tasks {', '.join(shipped())}, or a JSONL or parquet file")
+            raise InputError(f"say what to ask: --tasks {', '.join(shipped())}, or a JSONL or parquet file")
         tasks = [parse_task(str(args.data), None, args.grader)]
     elif args.data is not None:
         first = held_out(config, args.data)
@@ -208,14 +209,14 @@ def tasks_of(args: argparse.Namespace, config: RunConfig | None) -> list[EvalTas
     else:
         tasks = run_tasks(config)
         if not tasks:
-            raise ValueError("the run has no held-out prompts: give questions with --tasks or --data")
+            raise InputError("the run has no held-out prompts: give questions with --tasks or --data")
         if args.grader is not None:
-            raise ValueError("--grader needs --tasks or --data: the run's own prompts are graded by its reward")
+            raise InputError("--grader needs --tasks or --data: the run's own prompts are graded by its reward")
     flags = {k: getattr(args, k) for k in ("n_samples", "temperature", "top_p", "max_tokens")}
     tasks = [t.model_copy(update={k: v for k, v in flags.items() if v is not None}) for t in unique(tasks)]
     for task in tasks:
         if task.n_samples > 1 and task.temperature == 0:
-            raise ValueError(
+            raise InputError(
                 f"{task.name}: {task.n_samples} samples at temperature 0 are all the same; set --temperature, or "
                 f"--n-samples 1"
             )

@@ -19,7 +19,7 @@ Rows = Sequence[dict[str, Any]]
 class Graders:
     """A grader for every task: `grade` at once, or, as a context manager, `submit` and `finish` beside the generation.
 
-    ValueError: a user's function cannot be loaded.
+    InputError: a user's function cannot be loaded.
     """
 
     def __init__(self, tasks: Sequence[EvalTask], limits: RewardSection) -> None:
@@ -71,7 +71,10 @@ class Graders:
         for name in dict.fromkeys(row["task"] for row in rows):
             mine = [row for row in rows if row["task"] == name]
             groups = [
-                SampleGroup(Prompt(i, (), row["label"]), [Sample([], [], [], "stop", text=row["response"])])
+                SampleGroup(
+                    Prompt(i, (), row["label"], thinking=row.get("prompt", "").rstrip().endswith("<think>")),
+                    [Sample([], [], [], row.get("finish_reason", "stop"), text=row["response"])],
+                )
                 for i, row in enumerate(mine)
             ]
             pool = self._pools[self._kinds[name]]

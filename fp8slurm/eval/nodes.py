@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from fp8slurm.core.errors import InputError
 from fp8slurm.core.files import write_atomic
 from fp8slurm.engine.pool import WorkQueue
 from fp8slurm.engine.server import EngineError
@@ -51,13 +52,13 @@ class Place:
 
     @classmethod
     def here(cls) -> Place | None:
-        """None: not a task of a step, or its only one. ValueError: a step of several tasks a node."""
+        """None: not a task of a step, or its only one. InputError: a step of several tasks a node."""
         job, names = Job.here(), ("PROCID", "STEP_NUM_TASKS", "STEP_NUM_NODES")
         number, count, nodes = (os.environ.get(f"SLURM_{name}", "") for name in names)
         if job is None or job.step is None or not (number.isdigit() and count.isdigit()) or int(count) < 2:
             return None
         if nodes != count:
-            raise ValueError(
+            raise InputError(
                 f"srun started {count} tasks of this evaluation on {nodes} nodes; one task a node drives all its "
                 f"engines: srun --ntasks-per-node=1"
             )

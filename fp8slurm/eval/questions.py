@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fp8slurm.config.schema import DataSection
+from fp8slurm.core.errors import InputError
 from fp8slurm.data.prompts import (
     BadRow,
     check_template_arguments,
@@ -43,7 +44,7 @@ def load_questions(
     """(the questions of task.data in the file's order, how many rows were left out).
 
     `data` gives chat_template_kwargs, max_prompt_tokens (longer questions are left out and counted) and on_bad_line.
-    limit: only the first so many questions; rows: read only so many rows. ValueError: no such file, a row that cannot
+    limit: only the first so many questions; rows: read only so many rows. InputError: no such file, a row that cannot
     be used or an id that is there twice (file and line are named), no question left.
     """
     assert task.data is not None
@@ -63,7 +64,7 @@ def load_questions(
         except BadRow as error:
             where = f"{task.data}:{index + 1}"
             if data.on_bad_line == "error":
-                raise ValueError(
+                raise InputError(
                     f"{where}: {error}. --on-bad-line skip (a run's: --data.on-bad-line) leaves such lines out"
                 ) from None
             log.warning("%s left out: %s", where, error)
@@ -80,7 +81,7 @@ def load_questions(
     for question in questions:
         check_tokens(f"{task.data}:{seen[question.id] + 1}", question.token_ids, tokenizer)
     if not questions:
-        raise ValueError(
+        raise InputError(
             f"{task.data} has no question for {task.name}: {read} rows, {bad} of them bad, {len(kept)} longer than "
             f"{data.max_prompt_tokens} tokens (data.max_prompt_tokens, --max-prompt-tokens)"
         )

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from fp8slurm.core.errors import InputError, TransientInputError
 from fp8slurm.core.files import fsync_folder, write_atomic
 from fp8slurm.core.processes import process_start
 from fp8slurm.scheduler.job import Job, SlurmError, ask, is_active
@@ -38,13 +39,13 @@ def settings_hash(settings: dict[str, Any]) -> str:
 def choose_folder(eval_dir: Path, name: str, settings: dict[str, Any], out: Path | None) -> Path:
     """The folder for these settings: eval_dir/name, or with their hash behind the name if that holds other ones.
 
-    ValueError: `out` was asked for and holds an evaluation with other settings.
+    InputError: `out` was asked for and holds an evaluation with other settings.
     """
     if out is not None:
         there = read_settings(out)
         if there is not None and there != settings:
             changed = sorted(k for k in {*there, *settings} if there.get(k) != settings.get(k))
-            raise ValueError(
+            raise InputError(
                 f"--out {out} holds an evaluation with other settings ({', '.join(changed)}); give another"
             )
         return out
@@ -62,7 +63,7 @@ def read_settings(folder: Path) -> dict[str, Any] | None:
 class Records:
     """The folder of one evaluation, held by this process; a context manager.
 
-    ValueError: another living process holds it.
+    InputError: another living process holds it.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
@@ -131,7 +132,7 @@ class Records:
             except FileExistsError:
                 held = _read_owner(owner)
             if held is not None and _lives(held, me):
-                raise ValueError(
+                raise InputError(
                     f"{self.folder} is being written by process {held['pid']} on {held['host']}: wait for it, or end "
                     f"it (and remove {OWNER} there if that machine is gone)"
                 )
@@ -197,10 +198,10 @@ def repair(path: Path) -> None:
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a samples.jsonl or scored.jsonl. ValueError names a line that is none."""
+    """The rows of a samples.jsonl or scored.jsonl. InputError names a line that is none."""
     with open(path, encoding="utf-8") as f:
         for number, line in enumerate(f, 1):
             try:
                 yield json.loads(line)
             except ValueError:
-                raise ValueError(f"{path}:{number} is not JSON; remove the file to ask again") from None
+                raise TransientInputError(f"{path}:{number} is not JSON; remove the file to ask again") from None

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from fp8slurm.config.schema import RewardSection
+from fp8slurm.core.errors import InputError
+from fp8slurm.core.files import sha256
 from fp8slurm.engine.server import EngineSettings
 from fp8slurm.eval import compare
 from fp8slurm.eval.asking import EvalRequest, batches, rows_of
@@ -23,7 +25,7 @@ from fp8slurm.eval.nodes import ResultCollector, StepRendezvous
 from fp8slurm.eval.questions import Question
 from fp8slurm.eval.records import FORMAT, SUMMARY, Key, Records, append_rows, key_of, node_file
 from fp8slurm.eval.summary import RIGHT, document, speed, summarize
-from fp8slurm.eval.tasks import EvalTask, file_digest
+from fp8slurm.eval.tasks import EvalTask
 
 
 @dataclass(frozen=True)
@@ -43,11 +45,11 @@ class EvalSpec:
         return sum(t.n_samples * len(self.questions[t.name]) for t in self.tasks)
 
     def check_context(self, context: int) -> None:
-        """ValueError: a question alone fills the engine's context."""
+        """InputError: a question alone fills the engine's context."""
         for task in self.tasks:
             for question in self.questions[task.name]:
                 if len(question.token_ids) + 2 > context:
-                    raise ValueError(
+                    raise InputError(
                         f"question {question.id} of {task.name} has {len(question.token_ids)} tokens, the engine's "
                         f"context {context}: --max-prompt-tokens {context // 2} leaves such questions out, "
                         f"--engine.context-length makes room"
@@ -60,7 +62,7 @@ class EvalSpec:
             "checkpoint": str(checkpoint.path.resolve()),
             "weights": hashlib.sha256(json.dumps(files_stamp(checkpoint.path)).encode()).hexdigest(),
             "model": str(model.resolve()),
-            "model_config": file_digest(model / "config.json"),
+            "model_config": sha256(model / "config.json"),
             "precision": precision,
             "dtype": engine.section.dtype,
             "context_length": engine.section.context_length,
@@ -70,7 +72,7 @@ class EvalSpec:
             "stop_token_ids": self.stop_ids,
             "chat_template_kwargs": self.chat_template_kwargs,
             "tasks": [
-                t.model_dump(mode="json") | {"sha256": file_digest(t.data), "questions": len(self.questions[t.name])}
+                t.model_dump(mode="json") | {"sha256": sha256(t.data), "questions": len(self.questions[t.name])}
                 for t in self.tasks
             ],
         }
@@ -207,14 +209,14 @@ def _drive(
 def assist(spec: EvalSpec, serving: Serving, precision: str, rendezvous: StepRendezvous) -> None:
     """The part of a task that is not task 0: answer batches into a file beside the samples until none is left.
 
-    EngineError: an engine cannot be kept alive, or another task failed. ValueError: this node has other questions.
+    EngineError: an engine cannot be kept alive, or another task failed. InputError: this node has other questions.
     """
     job = rendezvous.work(precision)
     if not job["batches"]:
         return
     work = missing(spec, serving, {(task, id, sample) for task, id, sample in job["done"]})
     if digest(spec, work) != job["digest"]:
-        raise ValueError("this node has other questions or settings than node 0: task files and flags must be the same")
+        raise InputError("this node has other questions or settings than node 0: task files and flags must be the same")
     folder, model, number = Path(job["folder"]), Path(job["model"]), rendezvous.place.number
     logs = folder / f"node-{number}"
     logs.mkdir(exist_ok=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 import tomllib
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from pydantic import Field, ValidationError
 
 from fp8slurm.config import RunConfig
 from fp8slurm.config.schema import RewardSection, Section
+from fp8slurm.core.errors import InputError, TransientInputError
 from fp8slurm.data.prompts import SUFFIXES
 from fp8slurm.rewards.pool import check_kind
 
@@ -69,13 +69,11 @@ def shipped() -> list[str]:
 
 
 def read_definition(path: Path, flag: str = TASKS) -> EvalTask:
-    """A definition from a TOML file; `data` is relative to the file. ValueError names what is wrong, and `flag`."""
+    """A definition from a TOML file; `data` is relative to the file. InputError names what is wrong, and `flag`."""
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{flag} {path}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not a TOML file: {error}") from None
+        raise TransientInputError(f"{path}: not a TOML file: {error}") from None
     if isinstance(values.get("data"), str):
         values["data"] = path.parent / values["data"]
     return _checked(values, str(path))
@@ -87,19 +85,19 @@ def _checked(values: Mapping[str, Any], origin: str) -> EvalTask:
     except ValidationError as error:
         known = ", ".join(EvalTask.model_fields)
         lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
-        raise ValueError(f"{origin}: {'; '.join(lines)}; keys of a task: {known}") from None
+        raise InputError(f"{origin}: {'; '.join(lines)}; keys of a task: {known}") from None
     if not _NAME.fullmatch(task.name):
-        raise ValueError(f"{origin}: name {task.name!r} may hold letters, digits, '.', '_' and '-' only")
+        raise InputError(f"{origin}: name {task.name!r} may hold letters, digits, '.', '_' and '-' only")
     check_kind(task.grader, f"{origin}: grader")
     if task.label_pattern is not None:
         try:
             groups = re.compile(task.label_pattern).groups
         except re.error as error:
-            raise ValueError(f"{origin}: label_pattern {task.label_pattern!r}: {error}") from None
+            raise InputError(f"{origin}: label_pattern {task.label_pattern!r}: {error}") from None
         if groups < 1:
-            raise ValueError(f"{origin}: label_pattern {task.label_pattern!r} has no group (...) for the label")
+            raise InputError(f"{origin}: label_pattern {task.label_pattern!r} has no group (...) for the label")
     if "{prompt}" not in task.template:
-        raise ValueError(f"{origin}: template {task.template!r} has no {{prompt}}")
+        raise InputError(f"{origin}: template {task.template!r} has no {{prompt}}")
     return task
 
 
@@ -107,23 +105,23 @@ def parse_task(text: str, data: Path | None = None, grader: str | None = None, f
     """A task from the command line: NAME, NAME=FILE, FILE.jsonl, FILE.parquet, MY.toml or MY.toml=FILE.
 
     data: file of the questions, or folder with NAME.jsonl or NAME.parquet, where `text` names no file. grader: used
-    instead of the definition's; needed for a bare file. flag: where `text` was given, TASKS or OF_A_RUN. ValueError
+    instead of the definition's; needed for a bare file. flag: where `text` was given, TASKS or OF_A_RUN. InputError
     says what is allowed.
     """
     or_data = " or --data" if flag == TASKS else ""
     name, equals, file = text.partition("=")
     if not equals and Path(name).suffix in SUFFIXES:
         if grader is None:
-            raise ValueError(
+            raise InputError(
                 f"{flag} {text}: say how its answers are graded: --grader exact, numeric, choice, math or "
                 f"module:function"
             )
         if not Path(name).is_file():
-            raise ValueError(f"{flag} {text}: there is no such file")
+            raise TransientInputError(f"{flag} {text}: there is no such file")
         return _checked({"name": Path(name).stem, "grader": grader, "data": Path(name)}, f"{flag} {text}")
     path = Path(name) if name.endswith(".toml") else DEFINITIONS / f"{name}.toml"
     if not path.is_file():
-        raise ValueError(
+        raise TransientInputError(
             f"{flag} {text}: no such task; allowed: {', '.join(shipped())} (with =FILE{or_data}), a file ending in "
             f"{' or '.join(SUFFIXES)}, or a definition ending in .toml"
         )
@@ -132,12 +130,12 @@ def parse_task(text: str, data: Path | None = None, grader: str | None = None, f
     if where is not None and where.is_dir():
         files = [where / f"{task.name}{suffix}" for suffix in SUFFIXES if (where / f"{task.name}{suffix}").is_file()]
         if not files:
-            raise ValueError(f"--data {where}: no {task.name}.jsonl or {task.name}.parquet in that folder")
+            raise TransientInputError(f"--data {where}: no {task.name}.jsonl or {task.name}.parquet in that folder")
         where = files[0]
     if where is None:
-        raise ValueError(f"{flag} {text}: give its questions: {name}=FILE{or_data} (nothing is downloaded)")
+        raise InputError(f"{flag} {text}: give its questions: {name}=FILE{or_data} (nothing is downloaded)")
     if not where.is_file():
-        raise ValueError(f"{flag} {text}: there is no file {where}")
+        raise TransientInputError(f"{flag} {text}: there is no file {where}")
     changes: dict[str, Any] = {"data": where} | ({"grader": grader} if grader is not None else {})
     return _checked(task.model_dump() | changes, f"{flag} {text}")
 
@@ -175,7 +173,7 @@ def in_training(task: EvalTask, config: RunConfig) -> EvalTask:
 
 
 def run_tasks(config: RunConfig) -> list[EvalTask]:
-    """What a run evaluates while it trains: data.eval and eval.tasks. ValueError: a name that is there twice."""
+    """What a run evaluates while it trains: data.eval and eval.tasks. InputError: a name that is there twice."""
     kind = config.reward.kind
     own = "exact" if kind == "digits" else kind
     tasks = [
@@ -189,20 +187,14 @@ def run_tasks(config: RunConfig) -> list[EvalTask]:
 
 
 def unique(tasks: list[EvalTask], flag: str = TASKS) -> list[EvalTask]:
-    """The tasks. ValueError: two of them have the same name."""
+    """The tasks. InputError: two of them have the same name."""
     names = [t.name for t in tasks]
     for name in names:
         if names.count(name) > 1:
-            raise ValueError(f"{flag}: {name} is there twice; give each file or definition a name of its own")
+            raise InputError(f"{flag}: {name} is there twice; give each file or definition a name of its own")
     return tasks
 
 
 def grader_section(task: EvalTask, limits: RewardSection) -> RewardSection:
     """The task's grader as a reward, with the limits of a run's; what fails counts as wrong."""
     return limits.model_copy(update={"kind": task.grader, "on_error": "zero"})
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import sys
 
+from fp8slurm.core.errors import InputError
+
 NAME = "NVTE_FP8_BLOCK_SCALING_FP32_SCALES"
 
 
@@ -14,11 +16,11 @@ def set_fp32_scales() -> None:
     TransformerEngine reads the variable when its recipe class is defined: set later, it would silently do nothing.
 
     Raises:
-        ValueError: the variable has another value, or TransformerEngine was imported without it.
+        InputError: the variable has another value, or TransformerEngine was imported without it.
     """
     value = os.environ.get(NAME)
     if value not in (None, "1"):
-        raise ValueError(
+        raise InputError(
             f"{NAME}={value} contradicts the FP32 block scales that the weights are exported with: unset it or set it to 1"
         )
     if value is None and "transformer_engine" in sys.modules:

@@ -6,6 +6,7 @@ import threading
 
 import torch
 
+from fp8slurm.core.errors import TransientInputError
 from fp8slurm.fp8 import BLOCK
 from fp8slurm.fp8.block import FLOAT_DTYPES, scale_from_amax
 
@@ -116,13 +117,15 @@ def checked(w: torch.Tensor, name: str) -> torch.Tensor:
     return w.detach().contiguous()
 
 
-def not_finite_error(w: torch.Tensor, name: str, first_row: int = 0) -> ValueError:
+def not_finite_error(w: torch.Tensor, name: str, first_row: int = 0) -> TransientInputError:
     """The error for w [N, K] that holds a NaN or an infinity, naming the first one.
 
     first_row: number of w's row 0 in the tensor that it was cut from.
     """
+    # In a running step this is a divergence or a fault of the hardware: from the checkpoint before, another attempt may
+    # come past it; where it does not, slurm.max_attempts_without_progress ends the run.
     row, column = (~w.isfinite()).nonzero()[0].tolist()
-    return ValueError(
+    return TransientInputError(
         f"{name or 'weight'} holds {float(w[row, column])} at [{first_row + row}, {column}], its first element that "
         f"is not finite: block FP8 has no code for it"
     )

@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from fp8slurm.core.errors import InputError
+
 LINEAR = re.compile(
     r"(?:model\.)?layers\.\d+\."
     r"(?:self_attn\.(?:q|k|v|o)_proj|mlp\.(?:gate|up|down)_proj|mlp\.experts\.\d+\.(?:gate|up|down)_proj)\.weight"
@@ -88,7 +90,7 @@ def decide(name: str, shape: Sequence[int], modules_to_not_convert: Sequence[str
         return Decision(False, reason)
     dimensions = 2 if linear else 3
     if len(shape) != dimensions:
-        raise ValueError(f"{name}: shape {list(shape)}, but a weight of this name has {dimensions} dimensions")
+        raise InputError(f"{name}: shape {list(shape)}, but a weight of this name has {dimensions} dimensions")
     entry = excluded_by(name.removesuffix(".weight"), modules_to_not_convert)
     if entry is not None:
         return Decision(False, f"modules_to_not_convert: {entry}", entry)

@@ -33,7 +33,8 @@ def quantize(
     `out` (same shapes, contiguous, same device) is filled and returned instead of new tensors. On the CPU nothing
     but `out` and about 3 MiB of scratch a thread is allocated, whatever the size. `first_row`: number of row 0 where
     weight is cut from a larger tensor, for the error.
-    Raises ValueError for another dtype or rank, and, naming `name` and the first bad element, for a NaN or infinity.
+    Raises ValueError for another dtype or rank, TransientInputError, naming `name` and the first bad element, for a NaN or
+    infinity.
     """
     w = checked(weight, name)
     if out is None:

@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from fp8slurm.core.errors import InputError
 from fp8slurm.fp8 import BLOCK
 from fp8slurm.models.precision import engine_in_fp8
 from fp8slurm.models.qwen3 import ModelSpec
@@ -84,7 +85,7 @@ def check_engine_layout(config: RunConfig, spec: ModelSpec) -> None:
     tp, ep = config.engine.tensor_parallel_size, config.engine.expert_parallel_size
     if ep > 1 and (not spec.is_moe or tp % ep or spec.num_experts % ep):
         what = f"{spec.num_experts} experts" if spec.is_moe else "a model without experts"
-        raise ValueError(
+        raise InputError(
             f"--engine.expert-parallel-size {ep} with --engine.tensor-parallel-size {tp} and {what}: "
             f"it must divide both"
         )
@@ -102,7 +103,7 @@ def check_engine_layout(config: RunConfig, spec: ModelSpec) -> None:
         multiple = BLOCK * layout.cut(name).pieces
         if size % multiple:
             more = " or --engine.expert-parallel-size above 1" if what.startswith("experts") else ""
-            raise ValueError(
+            raise InputError(
                 f"--engine.tensor-parallel-size {tp}: the {what} ({size} rows) are cut inside a {BLOCK} block of FP8; "
                 f"the size must be a multiple of {multiple}{more}"
             )

@@ -18,6 +18,7 @@ from typing import Literal
 
 import torch
 
+from fp8slurm.core.errors import InputError
 from fp8slurm.fp8 import BLOCK
 from fp8slurm.models.qwen3 import ModelSpec
 
@@ -116,19 +117,19 @@ class Entry:
             return
         cut = self.groups if self.kind == "qkv" else self.tensors[0].shape[self.tp_dim]
         if cut % world:
-            raise ValueError(f"{self.name}: {cut} along dimension {self.tp_dim} cannot be cut into {world} shards")
+            raise InputError(f"{self.name}: {cut} along dimension {self.tp_dim} cannot be cut into {world} shards")
 
     def merge(self, hf: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """HF -> Megatron: the whole parameter from whole HF tensors, looked up by name.
 
-        KeyError for a tensor that is missing, ValueError for one of another shape.
+        KeyError for a tensor that is missing, InputError for one of another shape.
         """
         return self._fuse([self._checked(hf, t) for t in self.tensors], self.groups)
 
     def _checked(self, hf: Mapping[str, torch.Tensor], tensor: HfTensor) -> torch.Tensor:
         data = hf[tensor.name]
         if tuple(data.shape) != tensor.shape:
-            raise ValueError(f"{tensor.name}: shape {tuple(data.shape)}, the model's config says {tensor.shape}")
+            raise InputError(f"{tensor.name}: shape {tuple(data.shape)}, the model's config says {tensor.shape}")
         return data
 
     def _fuse(self, parts: Sequence[torch.Tensor], groups: int) -> torch.Tensor:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fp8slurm.core.errors import InputError
+from fp8slurm.core.files import read_json
 from fp8slurm.fp8 import BLOCK
 
 MODEL_TYPES = {"Qwen3ForCausalLM": "qwen3", "Qwen3MoeForCausalLM": "qwen3_moe"}
@@ -18,7 +20,7 @@ MODEL_TYPES = {"Qwen3ForCausalLM": "qwen3", "Qwen3MoeForCausalLM": "qwen3_moe"}
 def _only(where: str, key: str, value: Any, allowed: tuple[Any, ...]) -> None:
     """As JSON writes it: 0 is not false, and 1.0 not 1."""
     if json.dumps(value) not in map(json.dumps, allowed):
-        raise ValueError(f"{where}: {key} = {value!r} is not supported; allowed: {', '.join(map(repr, allowed))}")
+        raise InputError(f"{where}: {key} = {value!r} is not supported; allowed: {', '.join(map(repr, allowed))}")
 
 
 def _field(where: str, config: Mapping[str, Any], key: str, default: Any) -> Any:
@@ -30,7 +32,7 @@ def _field(where: str, config: Mapping[str, Any], key: str, default: Any) -> Any
             float: "a number with a point or an exponent, such as 1e-06",
             int: "a whole number",
         }
-        raise ValueError(f"{where}: {key} = {value!r} is not supported; allowed: {kind[type(default)]}")
+        raise InputError(f"{where}: {key} = {value!r} is not supported; allowed: {kind[type(default)]}")
     return value
 
 
@@ -39,14 +41,14 @@ def _size(where: str, config: Mapping[str, Any], key: str, default: int | None =
     value = config.get(key, default)
     if type(value) is not int or value < 1:
         what = f"{key} = {value!r}" if key in config else f"{key} is missing"
-        raise ValueError(f"{where}: {what}; a number of at least 1 is needed")
+        raise InputError(f"{where}: {what}; a number of at least 1 is needed")
     return value
 
 
 def _object(where: str, key: str, value: Any) -> Mapping[str, Any]:
     """The value of a key that holds keys itself; nothing is as good as no keys."""
     if value is not None and not isinstance(value, Mapping):
-        raise ValueError(f"{where}: {key} = {value!r} is not supported; allowed: an object, or null")
+        raise InputError(f"{where}: {key} = {value!r} is not supported; allowed: an object, or null")
     return value or {}
 
 
@@ -61,13 +63,13 @@ def _rope_theta(where: str, config: Mapping[str, Any]) -> float:
     for name in ("rope_type", "type"):
         _only(where, f"{key}: {name}", rope.get(name, "default"), ("default",))
     if more := sorted(set(rope) - {"rope_type", "type", "rope_theta"}):
-        raise ValueError(
+        raise InputError(
             f"{where}: {key} has {more[0]!r}, which plain rotary embeddings do not have; allowed: rope_type, rope_theta"
         )
     _only(where, "partial_rotary_factor", config.get("partial_rotary_factor"), (None, 1.0))
     theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
     if type(theta) not in (int, float) or not math.isfinite(theta) or theta <= 0:
-        raise ValueError(f"{where}: rope_theta = {theta!r} is not supported; allowed: a number above 0")
+        raise InputError(f"{where}: rope_theta = {theta!r} is not supported; allowed: a number above 0")
     return float(theta)
 
 
@@ -82,7 +84,7 @@ class QuantizationSpec:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], where: str = "config.json") -> QuantizationSpec:
-        """Parse the value of `quantization_config`. ValueError names what cannot be made and what can."""
+        """Parse the value of `quantization_config`. InputError names what cannot be made and what can."""
         q = f"{where}: quantization_config"
         _only(q, "quant_method", config.get("quant_method"), ("fp8",))
         _only(q, "fmt", config.get("fmt", "e4m3"), ("e4m3",))
@@ -134,24 +136,18 @@ class ModelSpec:
 
     @classmethod
     def from_hf_dir(cls, path: str | Path) -> ModelSpec:
-        """Read PATH/config.json. FileNotFoundError without one; ValueError as `from_hf_config`."""
+        """Read PATH/config.json. FileNotFoundError without one; InputError as `from_hf_config`."""
         file = Path(path) / "config.json"
         if not file.is_file():
             raise FileNotFoundError(f"{file}: no such file; --model.hf-checkpoint must be a Hugging Face folder")
-        try:
-            config = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{file}: not JSON: {error}") from None
-        if not isinstance(config, dict):
-            raise ValueError(f"{file}: not a JSON object")
-        return cls.from_hf_config(config, str(file))
+        return cls.from_hf_config(read_json(file), str(file))
 
     @classmethod
     def from_hf_config(cls, config: Mapping[str, Any], where: str = "config.json") -> ModelSpec:
         """Parse the dictionary of a config.json, in the spelling of transformers 4 or 5: every field as transformers 5
         reads it, or refused. A model that the trainer read otherwise than the engine would be another model.
 
-        ValueError, naming `where` and the key: a model that is not a plain Qwen3, or a size that is missing or none.
+        InputError, naming `where` and the key: a model that is not a plain Qwen3, or a size that is missing or none.
         """
         architectures = config.get("architectures")
         architecture = architectures[0] if isinstance(architectures, list) and architectures else architectures
@@ -237,14 +233,14 @@ def _divides(what: str, value: int, size: int, flag: str) -> None:
     if value % size:
         allowed = [d for d in range(1, value + 1) if value % d == 0]
         shown = ", ".join(map(str, allowed[:12])) + (", ..." if len(allowed) > 12 else "")
-        raise ValueError(f"{flag} {size} does not divide the model's {what} ({value}); allowed: {shown}")
+        raise InputError(f"{flag} {size} does not divide the model's {what} ({value}); allowed: {shown}")
 
 
 def _whole_blocks(what: str, value: int, size: int, flag: str) -> None:
     if value % (BLOCK * size):
         allowed = [d for d in range(1, value // BLOCK + 1) if value % (BLOCK * d) == 0]
         fix = f"allowed with FP8: {', '.join(map(str, allowed))}" if allowed else "no size is"
-        raise ValueError(
+        raise InputError(
             f"{flag} {size} cuts the model's {what} ({value}) inside a {BLOCK}-wide FP8 block; {fix}"
             f"{'' if allowed else ' allowed with FP8'}; or --fp8.backend off"
         )
@@ -254,7 +250,7 @@ def check_layout(spec: ModelSpec, parallel: Any, fp8: bool, world_size: int | No
     """Refuse a parallel layout that this model cannot have.
 
     `parallel` is a config.schema.ParallelSection; `fp8` says whether the trainer multiplies in FP8; `world_size`, if
-    given, is the number of Megatron ranks. ValueError names the value, what is allowed and the flag.
+    given, is the number of Megatron ranks. InputError names the value, what is allowed and the flag.
     """
     tp, pp = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
     ep, etp = parallel.expert_parallel_size, parallel.expert_tensor_parallel_size
@@ -268,24 +264,24 @@ def check_layout(spec: ModelSpec, parallel: Any, fp8: bool, world_size: int | No
         _divides("experts", spec.num_experts, ep, ep_flag)
         _divides("expert FFN width", spec.moe_ffn_hidden_size, etp, etp_flag)
         if tp > 1 and not parallel.sequence_parallel:
-            raise ValueError(
+            raise InputError(
                 f"{tp_flag} {tp} with experts needs --parallel.sequence-parallel (Megatron trains no MoE without it)"
             )
     else:
         _divides("FFN width", spec.ffn_hidden_size, tp, tp_flag)
         for flag, size in ((ep_flag, ep), (etp_flag, etp)):
             if size != 1:
-                raise ValueError(f"{flag} {size}: the model has no experts; allowed: 1")
+                raise InputError(f"{flag} {size}: the model has no experts; allowed: 1")
     if parallel.sequence_parallel and tp == 1:
-        raise ValueError(f"--parallel.sequence-parallel needs {tp_flag} of at least 2; it is 1")
+        raise InputError(f"--parallel.sequence-parallel needs {tp_flag} of at least 2; it is 1")
     if world_size is not None:
         if world_size % (tp * pp):
-            raise ValueError(
+            raise InputError(
                 f"{world_size} ranks cannot be shared out over {tp_flag} {tp} x {pp_flag} {pp}; "
                 f"allowed: a multiple of {tp * pp} (--slurm.nodes, --slurm.ranks-per-node)"
             )
         if world_size % (ep * etp * pp):
-            raise ValueError(
+            raise InputError(
                 f"{world_size} ranks cannot be shared out over {ep_flag} {ep} x {etp_flag} {etp} x {pp_flag} {pp}; "
                 f"allowed: a multiple of {ep * etp * pp}"
             )
@@ -294,7 +290,7 @@ def check_layout(spec: ModelSpec, parallel: Any, fp8: bool, world_size: int | No
     if spec.head_dim % BLOCK:
         # Megatron's fused qkv interleaves q, k and v by query group: a tile would hold rows of two of them, and the
         # trainer would multiply with other codes than the engine, which quantizes q, k and v apart.
-        raise ValueError(
+        raise InputError(
             f"head_dim {spec.head_dim}: FP8 needs a multiple of {BLOCK}, else a block of the fused qkv holds rows of "
             f"both k and v; use another model or --fp8.backend off"
         )
@@ -303,4 +299,4 @@ def check_layout(spec: ModelSpec, parallel: Any, fp8: bool, world_size: int | No
     else:
         _whole_blocks("FFN width", spec.ffn_hidden_size, tp, tp_flag)
     if spec.hidden_size % 16:
-        raise ValueError(f"hidden_size {spec.hidden_size}: FP8 GEMMs need a multiple of 16; or --fp8.backend off")
+        raise InputError(f"hidden_size {spec.hidden_size}: FP8 GEMMs need a multiple of 16; or --fp8.backend off")

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fp8slurm.core.errors import InputError, TransientInputError
+
 PHASES = ("sft", "rl")
 Record = dict[str, Any]
 Position = tuple[str, int]
@@ -32,7 +34,7 @@ def order(at: Position) -> tuple[int, int]:
 
 class MetricsWriter:
     """Appends to `path`. With resume_at = (phase, step) of the checkpoint that a run goes on from, records behind it
-    and a torn last line are removed first; with None, everything is. ValueError: a broken line before the last."""
+    and a torn last line are removed first; with None, everything is. InputError: a broken line before the last."""
 
     def __init__(self, path: Path, resume_at: Position | None = None) -> None:
         self.path = Path(path)
@@ -97,12 +99,12 @@ class MetricsTail:
 
 
 def read_metrics(path: Path) -> list[Record]:
-    """All records of a file or of a run directory; a torn last line is left out. ValueError: no file, a broken line."""
+    """All records of a file or of a run directory; a torn last line is left out. InputError: no file, a broken line."""
     path = Path(path)
     if path.is_dir():
         path = path / "metrics.jsonl"
     if not path.is_file():
-        raise ValueError(f"{path} does not exist: give a run directory or a metrics.jsonl")
+        raise InputError(f"{path} does not exist: give a run directory or a metrics.jsonl")
     return [record for record, _ in _complete_lines(path)]
 
 
@@ -132,7 +134,7 @@ def _complete_lines(path: Path) -> list[tuple[Record, int]]:
         except (KeyError, TypeError, ValueError) as error:
             if number == len(raw):
                 break
-            raise ValueError(f"{path}:{number} is not a metrics record: {error}") from None
+            raise TransientInputError(f"{path}:{number} is not a metrics record: {error}") from None
         lines.append((record, end))
     return lines
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from fp8slurm.core.errors import InputError
+
 
 def check_file(path: Path, flag: str) -> None:
-    """Before the work is done: ValueError where `path`, given with `flag`, is a folder or lies in none."""
+    """Before the work is done: InputError where `path`, given with `flag`, is a folder or lies in none."""
     if path.is_dir():
-        raise ValueError(f"{flag} {path} is a folder: give the name of a file")
+        raise InputError(f"{flag} {path} is a folder: give the name of a file")
     if not path.resolve().parent.is_dir():
-        raise ValueError(f"{flag} {path}: there is no folder {path.parent}")
+        raise InputError(f"{flag} {path}: there is no folder {path.parent}")

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fp8slurm.core.errors import InputError
 from fp8slurm.observe.metrics import Record, column, read_metrics
 from fp8slurm.observe.output import check_file
 
@@ -50,7 +51,7 @@ def main(argv: list[str]) -> int:
     if len(args.runs) == 1:
         out = plot(args.runs[0], args.out)
     elif args.out is None:
-        raise ValueError(
+        raise InputError(
             f"{len(args.runs)} runs in one picture: say where it goes with --out FILE, such as --out all.png"
         )
     else:
@@ -62,11 +63,11 @@ def main(argv: list[str]) -> int:
 
 
 def plot(run_dir: Path, out: Path | None = None) -> Path:
-    """Draw one run to `out` (left out: plot.png in the run directory). ValueError: nothing to draw."""
+    """Draw one run to `out` (left out: plot.png in the run directory). InputError: nothing to draw."""
     run_dir = Path(run_dir)
     records = read_metrics(run_dir)
     if not records:
-        raise ValueError(f"{run_dir}: metrics.jsonl is empty")
+        raise InputError(f"{run_dir}: metrics.jsonl is empty")
     out = Path(out) if out is not None else run_dir / "plot.png"
     figure, axes = _figure(run_dir.resolve().name)
     _accuracy(axes[0, 1], {"": records})
@@ -85,7 +86,7 @@ def plot_runs(runs: Mapping[str, Path], out: Path) -> Path:
     """Draw several runs into one picture, each under its label: reward, accuracy, gap and step time."""
     records = {label: _records(Path(folder)) for label, folder in runs.items()}
     if not records:
-        raise ValueError("no runs to plot")
+        raise InputError("no runs to plot")
     figure, axes = _figure("")
     _reward(axes[0, 0], records)
     _accuracy(axes[0, 1], records)
@@ -105,7 +106,7 @@ def plot_runs(runs: Mapping[str, Path], out: Path) -> Path:
 def _records(run_dir: Path) -> list[Record]:
     records = read_metrics(run_dir)
     if not any(r["phase"] == "rl" for r in records):
-        raise ValueError(f"{run_dir}: metrics.jsonl has no RL step to plot")
+        raise InputError(f"{run_dir}: metrics.jsonl has no RL step to plot")
     return records
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 
+from fp8slurm.core.errors import InputError
+
 
 def main(argv: list[str]) -> int:
     """`fp8slurm plan --recipe R [--section.key VALUE ...] [--gpu-memory GB ...] [--json]`; returns the exit status.
 
-    0: printed; 2 (by ValueError, in cli.main): the layout does not fit the model, or its shape is not known.
+    0: printed; 2 (by InputError, in cli.main): the layout does not fit the model, or its shape is not known.
     """
     from fp8slurm.config import parse_command, recipe_parser
 
@@ -31,7 +33,7 @@ def main(argv: list[str]) -> int:
     )
     own, config = parse_command(parser, argv)
     if any(size <= 0 for size in own.gpu_memory or ()):
-        raise ValueError("--gpu-memory must be above 0, in 10^9 bytes")
+        raise InputError("--gpu-memory must be above 0, in 10^9 bytes")
 
     from fp8slurm.plan.plan import make_plan
 

@@ -139,7 +139,7 @@ def make_plan(config: RunConfig, gpu_memory: dict[str, int] | None = None) -> Pl
     """The plan of a configuration. `gpu_memory`: bytes by name; left out: H100 and H200.
 
     Raises:
-        ValueError: the layout does not fit the model, or the model's shape is not known (as in preflight).
+        InputError: the layout does not fit the model, or the model's shape is not known (as in preflight).
     """
     from fp8slurm.config.placement import place
     from fp8slurm.models.engine_layout import check_engine_layout

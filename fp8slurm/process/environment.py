@@ -9,6 +9,7 @@ import sys
 from fp8slurm.config import RunConfig
 from fp8slurm.config.derived import is_direct
 from fp8slurm.config.placement import Placement, Task
+from fp8slurm.core.errors import InputError
 from fp8slurm.scheduler import job as slurm
 from fp8slurm.scheduler.job import Job
 
@@ -20,7 +21,7 @@ def set_environment(config: RunConfig, placement: Placement, task: Task) -> None
     """Environment variables that libraries read when they are imported.
 
     Raises:
-        ValueError: Slurm gave this node fewer GPUs than the placement needs.
+        InputError: Slurm gave this node fewer GPUs than the placement needs.
     """
     assert "torch" not in sys.modules, "torch was imported before the environment was set: it has counted its threads"
     from fp8slurm.fp8.environment import set_fp32_scales
@@ -73,10 +74,10 @@ def see_gpus() -> None:
 
 def set_gpus(needed: int) -> None:
     """CUDA_VISIBLE_DEVICES = the GPUs that Slurm gave this node, which are not always 0, 1, ...; a task's `gpu` is an
-    index into them. Raises ValueError where they are too few."""
+    index into them. Raises InputError where they are too few."""
     given = slurm.gpu_list()
     if Job.here() is not None and len(given) < needed:
-        raise ValueError(
+        raise InputError(
             f"Slurm gave this node {len(given)} GPUs ({','.join(given) or 'none'}), --slurm.gpus-per-node is {needed}"
         )
     if given:

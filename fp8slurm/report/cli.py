@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from fp8slurm.core.errors import InputError
 from fp8slurm.core.files import write_atomic
 from fp8slurm.observe.output import check_file
 from fp8slurm.report.samples import LIMIT, read_samples
@@ -13,7 +14,7 @@ from fp8slurm.run.reader import read_run
 
 
 def main(argv: list[str]) -> int:
-    """Exit status 0; bad input is a ValueError that names it."""
+    """Exit status 0; bad input is an InputError that names it."""
     parser = argparse.ArgumentParser(
         prog="fp8slurm report",
         description="A run as one HTML file that needs nothing else, or as Markdown (--text). docs/report.md.",
@@ -35,7 +36,7 @@ def main(argv: list[str]) -> int:
     )
     args = parser.parse_args(argv)
     if args.samples < 0:
-        raise ValueError(f"--samples {args.samples} is below 0")
+        raise InputError(f"--samples {args.samples} is below 0")
     if args.out is not None:
         check_file(args.out, "--out")
     paths = [args.run, *args.compare]
@@ -44,7 +45,7 @@ def main(argv: list[str]) -> int:
     if len(set(names)) < len(names):
         names = [str(p) for p in paths]
     if len(set(names)) < len(names):
-        raise ValueError(f"--compare: a run is named twice ({', '.join(names)})")
+        raise InputError(f"--compare: a run is named twice ({', '.join(names)})")
     try:
         if args.text:
             from fp8slurm.report.text import markdown
@@ -60,6 +61,6 @@ def main(argv: list[str]) -> int:
             args.out = args.out or args.run / "report.html"
             write_atomic(args.out, page(runs[0], read_samples(runs[0], args.samples), runs[1:], names))
     except OSError as error:
-        raise ValueError(f"{error.filename or args.out} cannot be written: {error.strerror}") from None
+        raise InputError(f"{error.filename or args.out} cannot be written: {error.strerror}") from None
     print(f"{args.out}  ({args.out.stat().st_size / 1e6:.1f} MB)")
     return 0

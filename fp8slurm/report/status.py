@@ -37,7 +37,7 @@ COLOURS = {
 
 
 def main(argv: list[str]) -> int:
-    """Exit status 0; a run that does not exist is a ValueError that names it."""
+    """Exit status 0; a run that does not exist is an InputError that names it."""
     parser = argparse.ArgumentParser(
         prog="fp8slurm status",
         description="Where runs stand: from their directories, and from Slurm where there is one.",

@@ -8,24 +8,37 @@ from fractions import Fraction
 TAIL = 20_000
 """Characters at the end of a response in which an answer that is not boxed is looked for."""
 TOLERANCE = Fraction(1, 10**9)
-"""Largest relative difference of two numbers that count as equal."""
+"""Largest relative difference of a decimal from a fraction such as 1/3 that it rounds. Else numbers are exact."""
 _LONGEST_NUMBER = 400
 _FAR = 40
 """Characters between two boxes, or two letters, that make one answer."""
 _BRACES = re.compile(r"\\(?:boxed|fbox)\s*(\{)|\\.|[{}]", re.DOTALL)
-_BETWEEN = re.compile(r"[\s,;$.]*(?:and|or|\\text\{\s*(?:and|or)\s*\})?[\s,;$]*")
+_BETWEEN = re.compile(r"[\s,;$.\uff0c\u3001]*(?:and|or|[和或]|\\text\{\s*(?:and|or)\s*\})?[\s,;$]*")
 _FRACTION = re.compile(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}|\\[dt]?frac\s*(\d)\s*(\d)")
 _PLAIN = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
 _EXPONENT = r"\s*\^\s*(?:\{\s*([-+]?\d{1,3})\s*\}|([-+]?\d{1,3})(?!\d))"
+_NAME = r"0-9A-Za-z_\u00aa\u00b5\u00ba\u00c0-\u024f\u0370-\u052f\u1e00-\u1fff"
+"""Digits, and letters of the alphabets in which names and formulas are written (Latin, Greek, Cyrillic): a number
+behind one is part of a name. Chinese, Japanese, Korean and other words stand beside numbers without white space."""
 _NUMBER = re.compile(
-    r"(?<![\w.^])(?<![\^_]\{)(?<![\^_][-+])(?<![\^_]\{[-+])([-+]?)\s?\$?\s?"  # not the 2 of cm^2 or x_{2}
+    rf"(?<![{_NAME}.^])"
+    r"(?<![\^_]\{)(?<![\^_][-+])(?<![\^_]\{[-+])([-+]?)\s?\$?\s?"  # not the 2 of cm^2 or x_{2}
     rf"(?:(\d{{1,9}})[ \t]+(?=\d+\s*/\s*\d))?({_PLAIN})"  # 2 1/2
     rf"(?:[eE]([-+]?\d{{1,3}})(?!\d)|(?:\s*(?:[x*\u00d7]|\\times|\\cdot)\s*10)?{_EXPONENT})?"  # 2e3, 2 x 10^3, 2^5
     rf"(?:\s*/\s*({_PLAIN}))?"
 )
-_UNIT = re.compile(r"(\d[\s\\,]*)\\(?:text|mathrm|textrm|mbox)\s*\{(?!\s*(?:or|and)\s*\})[^{}]*\}")
+_UNIT = re.compile(
+    r"(\d[\s\\,]*)\\(?:text|mathrm|textrm|mbox)\s*\{(?!\s*(?:(?:or|and)\s*\}|[万萬亿億억만千百]))[^{}]*\}"
+)
 """What is written behind a number: \\text{ sheets in 2 weeks}."""
-_OFFERED = re.compile(r"[\s$]*(?:[,;]|\b(?:or|and)\b|\\text\{\s*(?:or|and)\s*\})[\s,;$]*")
+_OFFERED = re.compile(
+    r"[\s$]*(?:[,;\uff0c\uff1b\u3001和或及と]|または|또는|\b(?:or|and)\b|\\text\{\s*(?:or|and)\s*\})[\s,;$]*"
+)
+_MINUS_WORD = re.compile(r"(?:[负負]|マイナス|마이너스)\s?$")
+_TENS = r"[万萬亿億억兆]|만(?=\s|원|명|개|$)|千(?![克米瓦卡焦帕字])|百(?!分)|分之"
+"""A power of ten, or "of which", in Chinese, Japanese or Korean behind a number; a thousand grams are a unit."""
+_TENS_BEHIND = re.compile(rf"\s?(?:\\text\s?\{{\s?)?((?:{_TENS})+)(\s?\d)?")
+_POWER = {"百": 2, "千": 3, "万": 4, "萬": 4, "만": 4, "亿": 8, "億": 8, "억": 8}
 _TIMES_TEN = re.compile(r"(?:[x*\u00d7]|\\times|\\cdot)\s*10\s*\^")
 # what is repeated keeps what it took (*+): a response of 20,000 line breaks must not cost more than reading it
 _LETTER_FIRST = re.compile(
@@ -62,13 +75,38 @@ def digits(response: str, label: str, weight: float) -> float:
 def numeric(response: str, label: str) -> float:
     """1 if the number of the last \\boxed{}, or else the last number of the response, equals the label's, else 0.
 
-    Thousands separators, $, %, units and trailing zeros do not count; fractions do. A box with several has chosen none.
+    Thousands separators, $, %, units and trailing zeros do not count; fractions do. A box that offers several has
+    chosen none. Numbers are compared exactly; only a decimal with digits behind the point may differ by TOLERANCE from
+    a fraction whose decimals have no end, as 0.333333333333 from 1/3.
     """
     box = last_boxed(response)
-    expected, given = last_number(label), last_number(response if box is None else box, alone=box is not None)
-    if expected is None or given is None:
+    expected, value = last_number(label), last_number(response if box is None else box, alone=box is not None)
+    if expected is None or value is None:
         return 0.0
-    return float(abs(expected - given) <= TOLERANCE * max(abs(expected), abs(given)))
+    if _ends(expected) == _ends(value) or 1 in (expected.denominator, value.denominator):
+        return float(expected == value)
+    return float(abs(expected - value) <= TOLERANCE * max(abs(expected), abs(value)))
+
+
+def _ends(value: Fraction) -> bool:
+    """Whether its decimals have an end."""
+    rest = value.denominator
+    for prime in (2, 5):
+        while rest % prime == 0:
+            rest //= prime
+    return rest == 1
+
+
+def answer_part(response: str, thinking: bool = False, truncated: bool = False) -> str:
+    """What of a response may hold its answer: the text behind the last </think>, or all of a response without thinking.
+
+    Nothing ("") where the thinking has no end, for a user would see no answer, and of a truncated response without a
+    closed box, whose last number may be half of one. thinking: whether the prompt opened it.
+    """
+    _, end, shown = response.rpartition("</think>")
+    if "<think>" in shown or (thinking and not end) or (truncated and last_boxed(shown) is None):
+        return ""
+    return shown
 
 
 def choice(response: str, label: str) -> float:
@@ -110,7 +148,8 @@ def last_boxed(text: str) -> str | None:
 def last_number(text: str, alone: bool = False) -> Fraction | None:
     """The last number of a text: 1,234.50, -3, 2.5e3, 2 \\times 10^3, 3/4, 1 3/4, \\frac{3}{4}.
 
-    None: there is none (or one of 400 digits), or with `alone` it is one of several ("1, 2", "1 or 2").
+    None: there is none (or one of 400 digits, or one with Chinese or Japanese numerals in it), or with `alone` it is
+    one of several that were offered ("1, 2", "1 or 2").
     """
     text = text[-TAIL:].replace("\u2212", "-").replace("{,}", ",")
     text = text.replace("\\,", "").replace("\\!", "").replace("\\$", "$")
@@ -123,6 +162,9 @@ def last_number(text: str, alone: bool = False) -> Fraction | None:
     if last is None or len(last[0]) > _LONGEST_NUMBER:
         return None
     if alone and before is not None and _OFFERED.fullmatch(text, before.end(), last.start()):
+        return None
+    tens = _TENS_BEHIND.match(text, last.end())
+    if (tens and (tens[2] or tens[1] not in _POWER)) or re.search(rf"(?:{_TENS})$", text[: last.start()][-9:]):
         return None
     sign, whole, number, exponent, braced, bare, under = last.groups()
     value = Fraction(number.replace(",", "")) * Fraction(10) ** int(exponent or 0)
@@ -140,7 +182,10 @@ def last_number(text: str, alone: bool = False) -> Fraction | None:
         value /= below
         if whole is not None and value < 1:
             value += int(whole)
-    return -value if sign == "-" and not _is_dash(text, last.start()) else value
+    if tens:
+        value *= 10 ** _POWER[tens[1]]
+    minus = sign == "-" and not _is_dash(text, last.start())
+    return -value if minus or _MINUS_WORD.search(text[: last.start()][-9:]) else value
 
 
 def _is_dash(text: str, at: int) -> bool:

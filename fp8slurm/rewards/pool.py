@@ -14,9 +14,10 @@ from collections import deque
 from collections.abc import Callable
 
 from fp8slurm.config.schema import RewardSection
+from fp8slurm.core.errors import InputError, TransientInputError
 from fp8slurm.core.processes import python_path
 from fp8slurm.core.types import Sample, SampleGroup
-from fp8slurm.rewards.graders import choice, digits, exact, numeric
+from fp8slurm.rewards.graders import answer_part, choice, digits, exact, numeric
 
 log = logging.getLogger(__name__)
 
@@ -34,20 +35,22 @@ class RewardError(RuntimeError):
 
 OWN = {"exact": exact, "numeric": numeric, "choice": choice}
 """Kinds that are computed here; `digits`, with its weight, is too."""
+SEARCHING = ("numeric", "choice", "math")
+"""Kinds that look for the answer in a response."""
 MATH_MEMORY_MIB = 2048
 
 
 def check_kind(kind: str, flag: str = "--reward.kind") -> None:
-    """ValueError: no such kind of reward."""
+    """InputError: no such kind of reward."""
     if kind not in (*OWN, "digits", "math") and not all(kind.partition(":")):
-        raise ValueError(f"{flag} {kind!r} is not one of {', '.join(OWN)}, digits, math, module:function")
+        raise InputError(f"{flag} {kind!r} is not one of {', '.join(OWN)}, digits, math, module:function")
 
 
 class RewardPool:
     """Scores groups by `reward.kind`, with at most `workers` calls at a time; a context manager.
 
     `exact`, `digits`, `numeric` and `choice` need no process. For the others each call has reward.timeout_s seconds,
-    after which its child is killed and replaced, and each child has reward.memory_mib of address space. ValueError:
+    after which its child is killed and replaced, and each child has reward.memory_mib of address space. InputError:
     the kind is unknown or its function cannot be imported.
     """
 
@@ -59,8 +62,11 @@ class RewardPool:
         self._workers: list[_Worker] = []
         if reward.kind not in (*OWN, "digits"):
             try:
+                memory_mib = reward.memory_mib
+                if memory_mib is None:
+                    memory_mib = MATH_MEMORY_MIB if reward.kind == "math" else 0
                 for _ in range(workers):
-                    self._workers.append(_Worker(reward.kind, _memory_mib(reward)))
+                    self._workers.append(_Worker(reward.kind, memory_mib))
                 for worker in self._workers:
                     worker.wait_ready()
             except BaseException:
@@ -78,12 +84,18 @@ class RewardPool:
         calls = [(g, i, s) for g in groups for i, s in enumerate(g.samples)]
         if self.reward.kind in OWN:
             for group, _, sample in calls:
-                sample.reward = OWN[self.reward.kind](sample.text, group.prompt.label)
+                sample.reward = OWN[self.reward.kind](self._text(group, sample), group.prompt.label)
         elif self.reward.kind == "digits":
             for group, _, sample in calls:
                 sample.reward = digits(sample.text, group.prompt.label, self.reward.digits_weight)
         else:
             self._score_in_workers(calls, heartbeat)
+
+    def _text(self, group: SampleGroup, sample: Sample) -> str:
+        """What the function is given: the whole response, or of a kind that looks for an answer in it, answer_part."""
+        if self.reward.kind not in SEARCHING:
+            return sample.text
+        return answer_part(sample.text, group.prompt.thinking, sample.finish_reason == "length")
 
     def _score_in_workers(self, calls: list[tuple[SampleGroup, int, Sample]], heartbeat: Callable[[], None]) -> None:
         waiting, failed, beaten = deque(calls), 0, time.monotonic()
@@ -95,7 +107,7 @@ class RewardPool:
                         worker.revive()
                         busy[worker] = waiting.popleft()
                         group, _, sample = busy[worker]
-                        worker.send(sample.text, group.prompt.label, self.reward.timeout_s)
+                        worker.send(self._text(group, sample), group.prompt.label, self.reward.timeout_s)
                 answers = _answers(list(busy))
                 if time.monotonic() - beaten > BEAT_S:
                     beaten = time.monotonic()
@@ -133,17 +145,13 @@ class RewardPool:
         self.close()
 
 
-def _memory_mib(reward: RewardSection) -> int:
-    if reward.memory_mib is not None:
-        return reward.memory_mib
-    return MATH_MEMORY_MIB if reward.kind == "math" else 0
-
-
 class _Worker:
     """One child, at most one call at a time."""
 
     def __init__(self, kind: str, memory_mib: int) -> None:
         self.kind, self.memory_mib = kind, memory_mib
+        self.loaded = False
+        """It could be imported once: if it cannot the next time, that is no fault of the user's."""
         self._start()
 
     def _start(self) -> None:
@@ -169,10 +177,13 @@ class _Worker:
             self.wait_ready()
 
     def wait_ready(self) -> None:
-        """ValueError: the function cannot be imported."""
+        """InputError: the function cannot be imported; TransientInputError: not now."""
         ((_, answer),) = _answers([self])
         if "ready" not in answer:
-            raise ValueError(f"reward.kind {self.kind!r} cannot be loaded: {answer['error']}")
+            for_good = answer.get("refused") and not self.loaded
+            error = InputError if for_good else TransientInputError
+            raise error(f"reward.kind {self.kind!r} cannot be loaded: {answer['error']}")
+        self.loaded = True
 
     def send(self, response: str, label: str, limit_s: float) -> None:
         request = json.dumps({"response": response, "label": label}) + "\n"

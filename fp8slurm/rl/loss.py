@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fp8slurm.config.schema import AlgorithmSection
+from fp8slurm.core.errors import InputError
 from fp8slurm.core.types import PackedBatch
 
 Metrics = dict[str, Tensor]
@@ -50,10 +51,11 @@ def make_policy_loss(algorithm: AlgorithmSection) -> LossFn:
     Loss: sum over the micro-batch of loss_weights * (tis * surrogate + kl_coef * KL - entropy_coef * entropy), with the
     ratio taken to batch.trainer_logprobs (where there are none, to the logprobs themselves, detached).
     Metrics: sums over tokens of loss_weights * value, so that they add up to the update's mean over all micro-batches
-    and ranks. ValueError: dual_clip between 0 and 1; kl_coef without reference_logprobs; entropy_coef without entropy.
+    and ranks. InputError: dual_clip between 0 and 1. ValueError: kl_coef without reference_logprobs;
+    entropy_coef without entropy.
     """
     if 0 < algorithm.dual_clip <= 1:
-        raise ValueError(f"algorithm.dual_clip {algorithm.dual_clip} must be above 1, or 0 to switch it off")
+        raise InputError(f"algorithm.dual_clip {algorithm.dual_clip} must be above 1, or 0 to switch it off")
 
     def policy_loss(logprobs: Tensor, entropy: Tensor | None, batch: PackedBatch) -> tuple[Tensor, Metrics]:
         mask, weights, advantages = batch.loss_mask, batch.loss_weights, batch.advantages

@@ -13,6 +13,7 @@ from typing import Any
 import torch.distributed as dist
 
 from fp8slurm.config import RunConfig
+from fp8slurm.core.errors import InputError
 from fp8slurm.rl.stopwatch import Stopwatch
 from fp8slurm.run.checkpoint_writer import CheckpointWriter
 from fp8slurm.run.directory import RunDirectory, RunState
@@ -26,7 +27,7 @@ MAX_FAILED_SAVES = 3
 def load_newest(config: RunConfig, run_dir: RunDirectory, trainer: Any, store: dist.Store) -> RunState | None:
     """Load the newest complete checkpoint, on all ranks; its state. Newer, damaged ones are set aside.
 
-    None where there is none: the trainer has the Hugging Face weights then. ValueError: no run can go on from it so.
+    None where there is none: the trainer has the Hugging Face weights then. InputError: no run can go on from it so.
     """
     if trainer.rank == 0:
         store.set("resume", _newest_complete(run_dir))
@@ -42,12 +43,12 @@ def load_newest(config: RunConfig, run_dir: RunDirectory, trainer: Any, store: d
     has_reference = trainer.load(folder)
     state = RunState.read(folder)
     if config.control.freeze_engine and state.phase == "rl" and state.step:
-        raise ValueError(
+        raise InputError(
             f"--control.freeze-engine: {folder} has other weights than those that the engines kept; such a run cannot "
             f"go on; allowed: another --run.name"
         )
     if kl_coef and not has_reference and state.phase == "rl" and state.sft_steps:
-        raise ValueError(
+        raise InputError(
             f"--algorithm.kl-coef {kl_coef:g}: {folder} was saved without a reference model, which "
             f"would have to be the one that its supervised phase ended with; allowed: 0, or another --run.name"
         )

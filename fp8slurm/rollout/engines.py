@@ -12,6 +12,7 @@ from pathlib import Path
 
 from fp8slurm.config import RunConfig
 from fp8slurm.config.derived import is_direct, is_mapped
+from fp8slurm.core.errors import InputError
 from fp8slurm.core.files import write_atomic
 from fp8slurm.engine.client import GenerateRequest, Generation
 from fp8slurm.engine.pool import EnginePool, Member, WeightsLost, engine_errors, pieces, shares
@@ -243,14 +244,14 @@ class EngineSet(EnginePool):
 
 
 def settings_of_engines(config: RunConfig, gpus: Sequence[tuple[int, ...]]) -> list[EngineSettings]:
-    """EngineSettings of each engine of a node; gpus as for EngineSet. ValueError: the node has fewer GPUs than that."""
+    """EngineSettings of each engine of a node; gpus as for EngineSet. InputError: the node has fewer GPUs than that."""
     common = engine_settings(config)
     if not any(gpus):
         return [replace(common, share=(i, len(gpus))) for i in range(len(gpus))]
     names = visible_gpus()
     needed = 1 + max(i for indices in gpus for i in indices)
     if needed > len(names):
-        raise ValueError(
+        raise InputError(
             f"--engine.per-node {config.engine.per_node} x --engine.tensor-parallel-size "
             f"{config.engine.tensor_parallel_size}: the engines take {needed} GPUs of a node, {len(names)} are visible"
         )

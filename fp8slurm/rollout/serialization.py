@@ -1,27 +1,27 @@
-"""Sample groups as one uint8 tensor: a JSON header and raw arrays, so that nothing that travels can execute anything.
+"""Sample groups as one uint8 tensor in the safetensors format, so that nothing that travels can execute anything.
 
-    8 bytes magic | uint64 header length | header (JSON, UTF-8) | zero padding to 8 bytes
-    int32 prompt tokens of all groups | of all samples: int32 response tokens, int32 weight versions, float32 logprobs
-    | of all samples that have one: routing, uint8 or int16 as the header says
+    prompt, response, version   int32: tokens and weight versions of all groups or samples, end to end
+    logprob                     float32, as response
+    routing/N                   uint8 or int16 [tokens - 1, layers, k]: of sample N, if it has one
+    metadata                    "groups": JSON of what else groups and samples have, and how many tokens
 
-All numbers are little-endian.
+All ranks decode the same bytes.
 """
 
 from __future__ import annotations
 
 import json
-import math
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load, save
 
 from fp8slurm.core.types import Prompt, Sample, SampleGroup
 
-MAGIC = b"f8sgrp01"
-_INT, _FLOAT = np.dtype("<i4"), np.dtype("<f4")
-_ROUTING = {torch.uint8: np.dtype("u1"), torch.int16: np.dtype("<i2")}
+DTYPES = {"prompt": torch.int32, "response": torch.int32, "version": torch.int32, "logprob": torch.float32}
 
 
 def encode_groups(groups: list[SampleGroup]) -> torch.Tensor:
@@ -29,17 +29,15 @@ def encode_groups(groups: list[SampleGroup]) -> torch.Tensor:
     samples = [s for g in groups for s in g.samples]
     for s in samples:
         assert len(s.response_ids) == len(s.weight_versions) == len(s.logprobs), "per-token lists differ in length"
-    text = json.dumps([_header(g) for g in groups]).encode()
-    start = len(MAGIC) + 8 + len(text)
-    parts = [
-        MAGIC + len(text).to_bytes(8, "little") + text + bytes(-start % 8),
-        _raw(chain.from_iterable(g.prompt.token_ids for g in groups), _INT),
-        _raw(chain.from_iterable(s.response_ids for s in samples), _INT),
-        _raw(chain.from_iterable(s.weight_versions for s in samples), _INT),
-        _raw(chain.from_iterable(s.logprobs for s in samples), _FLOAT),
-        *(r.numpy().astype(_ROUTING[r.dtype]).tobytes() for r in (s.routing for s in samples) if r is not None),
-    ]
-    return torch.frombuffer(bytearray(b"".join(parts)), dtype=torch.uint8)
+    tensors = {
+        "prompt": _flat((g.prompt.token_ids for g in groups), "int32"),
+        "response": _flat((s.response_ids for s in samples), "int32"),
+        "version": _flat((s.weight_versions for s in samples), "int32"),
+        "logprob": _flat((s.logprobs for s in samples), "float32"),
+    }
+    tensors |= {f"routing/{n}": s.routing.contiguous() for n, s in enumerate(samples) if s.routing is not None}
+    data = save(tensors, {"groups": json.dumps([_header(g) for g in groups])})
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
 
 def decode_groups(data: torch.Tensor) -> list[SampleGroup]:
@@ -47,93 +45,43 @@ def decode_groups(data: torch.Tensor) -> list[SampleGroup]:
     if data.dtype != torch.uint8 or data.dim() != 1:
         raise ValueError(f"sample groups: a flat uint8 tensor is expected, not {data.dtype} {tuple(data.shape)}")
     raw = data.contiguous().cpu().numpy().tobytes()
-    if len(raw) < 16 or raw[:8] != MAGIC:
-        raise ValueError(f"sample groups: {len(raw)} bytes that do not start with {MAGIC!r}")
-    length = int.from_bytes(raw[8:16], "little")
-    if length > len(raw) - 16:
-        raise ValueError(f"sample groups: a header of {length} bytes in {len(raw)}")
     try:
-        header = json.loads(raw[16 : 16 + length])
-        prompts = [_count(g["tokens"]) for g in header]
-        responses = [_count(s["tokens"]) for g in header for s in g["samples"]]
-        start = 16 + length + (-(16 + length)) % 8
-        routings = [_routing_form(s) for g in header for s in g["samples"]]
-        expected = start + 4 * (sum(prompts) + 3 * sum(responses))
-        expected += sum(dtype.itemsize * math.prod(shape) for dtype, shape in filter(None, routings))
-        if expected != len(raw):
-            raise ValueError(f"{len(raw)} bytes, the header says {expected}")
-        prompt_ids, start = _lists(raw, start, prompts, _INT)
-        response_ids, start = _lists(raw, start, responses, _INT)
-        versions, start = _lists(raw, start, responses, _INT)
-        logprobs, start = _lists(raw, start, responses, _FLOAT)
-        routing, start = _tensors(raw, start, routings)
-        groups, at = [], 0
-        for ids, g in zip(prompt_ids, header):
-            group = SampleGroup(Prompt(index=int(g["index"]), token_ids=tuple(ids), label=str(g["label"])))
-            for s in g["samples"]:
-                sample = Sample(
-                    response_ids[at], logprobs[at], versions[at], str(s["finish_reason"]), routing=routing[at]
-                )
-                sample.text, sample.reward, sample.train = str(s["text"]), float(s["reward"]), bool(s["train"])
-                group.samples.append(sample)
-                at += 1
-            groups.append(group)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"sample groups: {error}") from None
-    return groups
+        tensors = load(raw)
+        for name, tensor in tensors.items():
+            if tensor.dtype not in ([DTYPES[name]] if name in DTYPES else [torch.uint8, torch.int16]):
+                raise ValueError(f"{name} is {tensor.dtype}")
+        header_bytes = int.from_bytes(raw[:8], "little")
+        header = json.loads(json.loads(raw[8 : 8 + header_bytes])["__metadata__"]["groups"])
+        prompts = _split(tensors["prompt"], header)
+        of_samples = [s for g in header for s in g["samples"]]
+        lists = [_split(tensors[name], of_samples) for name in ("response", "logprob", "version")]
+        samples = []
+        for n, (s, *parts) in enumerate(zip(of_samples, *lists)):
+            scored = str(s["finish_reason"]), str(s["text"]), float(s["reward"])
+            samples.append(Sample(*parts, *scored, tensors.get(f"routing/{n}"), bool(s["train"])))
+        rest = iter(samples)
+        return [
+            SampleGroup(Prompt(int(g["index"]), tuple(ids), str(g["label"])), [next(rest) for _ in g["samples"]])
+            for g, ids in zip(header, prompts)
+        ]
+    except Exception as error:  # whatever is wrong with the bytes
+        raise ValueError(f"sample groups: {error}") from error
 
 
-def _raw(values: Any, dtype: np.dtype) -> bytes:
-    return np.array(list(values), dtype=dtype).tobytes()
+def _flat(lists: Iterable[Sequence[float]], dtype: str) -> torch.Tensor:
+    return torch.from_numpy(np.array(list(chain.from_iterable(lists)), dtype=dtype))
+
+
+def _split(values: torch.Tensor, headers: list[dict[str, Any]]) -> list[list[Any]]:
+    """One list for each header, `tokens` long; all of `values` together."""
+    return [part.tolist() for part in values.split([h["tokens"] for h in headers])]
 
 
 def _header(group: SampleGroup) -> dict[str, Any]:
     """All of a group but its arrays."""
-    samples: list[dict[str, Any]] = []
-    for s in group.samples:
-        header = {"tokens": len(s.response_ids), "finish_reason": s.finish_reason, "text": s.text, "reward": s.reward}
-        samples.append(header | {"train": s.train})
-        if s.routing is not None:
-            dtype = str(s.routing.dtype).removeprefix("torch.")
-            samples[-1] |= {"routing": list(s.routing.shape), "routing_dtype": dtype}
+    samples = [
+        {"tokens": len(s.response_ids)} | {key: getattr(s, key) for key in ("finish_reason", "text", "reward", "train")}
+        for s in group.samples
+    ]
     prompt = group.prompt
     return {"index": prompt.index, "label": prompt.label, "tokens": len(prompt.token_ids), "samples": samples}
-
-
-def _routing_form(sample: dict[str, Any]) -> tuple[np.dtype, list[int]] | None:
-    if "routing" not in sample:
-        return None
-    names = {str(dtype).removeprefix("torch."): form for dtype, form in _ROUTING.items()}
-    return names[sample["routing_dtype"]], [_count(n) for n in sample["routing"]]
-
-
-def _tensors(
-    raw: bytes, start: int, forms: list[tuple[np.dtype, list[int]] | None]
-) -> tuple[list[torch.Tensor | None], int]:
-    """(one tensor for each form, None for None, first byte behind them)."""
-    tensors: list[torch.Tensor | None] = []
-    for form in forms:
-        if form is None:
-            tensors.append(None)
-            continue
-        dtype, shape = form
-        flat = np.frombuffer(raw, dtype, count=math.prod(shape), offset=start)
-        tensors.append(torch.from_numpy(flat.astype(dtype.newbyteorder("=")).reshape(shape)))
-        start += dtype.itemsize * flat.size
-    return tensors, start
-
-
-def _count(value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise ValueError(f"a length of {value!r}")
-    return value
-
-
-def _lists(raw: bytes, start: int, lengths: list[int], dtype: np.dtype) -> tuple[list[list], int]:
-    """(one list for each length, first byte behind them)."""
-    flat = np.frombuffer(raw, dtype, count=sum(lengths), offset=start).tolist()
-    lists, at = [], 0
-    for n in lengths:
-        lists.append(flat[at : at + n])
-        at += n
-    return lists, start + 4 * at

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Hashable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -68,7 +67,8 @@ class RolloutWorker:
         """Start the engines, where they need not come after the trainer, without waiting for them; read the data."""
         c, folder = self.config, self.run.attempt_dir
         self.model_dir = engine_checkpoint(c, self.run, self.number)
-        self.engines = EngineSet(c, self.model_dir, folder, self.number, self.gpus, self._at_work, self._progress)
+        calls = (lambda: self.channel.at_work(), lambda: self.channel.progress())  # there is no channel yet
+        self.engines = EngineSet(c, self.model_dir, folder, self.number, self.gpus, *calls)
         self._started.append(self.engines.stop)
         if not engines_start_after_trainer(c):
             self.engines.start()
@@ -84,12 +84,6 @@ class RolloutWorker:
         """End the engines and everything that was started."""
         for end in self._started:
             end()
-
-    def _at_work(self) -> AbstractContextManager:
-        return self.channel.at_work()
-
-    def _progress(self) -> None:
-        self.channel.progress()
 
     def serve(self, channel: WorkerChannel, store: dist.Store, address: str) -> None:
         """Answer commands until "stop"."""
@@ -127,7 +121,7 @@ class RolloutWorker:
 
     def _bring_up(self) -> None:
         """Have all engines answer, those that come after the trainer's ranks of this node too."""
-        with self._at_work():  # the engines have a deadline of their own
+        with self.channel.at_work():  # the engines have a deadline of their own
             if engines_start_after_trainer(self.config):
                 for rank in self._ranks():
                     self.channel.get(f"resident/{rank}")
@@ -153,7 +147,7 @@ class RolloutWorker:
     def do_link(self, generation: int) -> tuple[dict, None]:
         """Have the engines join a new generation of them; those that fail are restarted."""
         plain = self.store.plain
-        with self._at_work():
+        with self.channel.at_work():
             self.engines.link(
                 GroupGeneration(self.store, generation), self.sources, plain.host, plain.port, self.number
             )
@@ -207,7 +201,7 @@ class RolloutWorker:
         """This node's share of the held-out prompts and, with the weights' name, of eval.tasks (evaluation.py)."""
         self._begin("evaluate", checkpoint)
         generate = self.engines.generate_batches
-        return self._once("answer", lambda: self.evaluation.evaluate(generate, checkpoint, self._progress)), None
+        return self._once("answer", lambda: self.evaluation.evaluate(generate, checkpoint, self.channel.progress)), None
 
     # -- parts ---------------------------------------------------------------------------------------------------
 
@@ -229,7 +223,7 @@ class RolloutWorker:
         groups = self.sampler.sample(
             self.engines.generate, share, r.n_samples, r.max_tokens, r.temperature, routing=r.routing_replay
         )
-        self.rewarder.score(groups, self._progress)
+        self.rewarder.score(groups, self.channel.progress)
         return groups, [s.reward for g in groups for s in g.samples]
 
     def _save(self, step: int, groups: list[SampleGroup]) -> None:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
+
+from fp8slurm.core.errors import InputError, TransientInputError
+from fp8slurm.core.files import read_json
 
 CHAIN = "chain.json"
 
 
 def read_chain(path: Path) -> dict[str, Any]:
-    """chain.json, empty if there is none. ValueError: it cannot be read."""
+    """chain.json, empty if there is none. InputError: it cannot be read."""
     try:
-        return json.loads(path.read_text())
+        return read_json(path)
     except FileNotFoundError:
         return {}
-    except ValueError as error:
-        raise ValueError(f"{path} cannot be read ({error}): move it away") from None
+    except InputError as error:
+        raise TransientInputError(f"{path} cannot be read ({error}): move it away") from None

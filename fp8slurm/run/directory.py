@@ -27,19 +27,22 @@ from pathlib import Path
 from typing import Any
 
 from fp8slurm.checkpoint.formats.complete import damage
-from fp8slurm.core.files import fsync_folder, write_atomic
+from fp8slurm.core.errors import InputError
+from fp8slurm.core.files import fsync_folder, read_json, write_atomic
 from fp8slurm.core.processes import process_of, process_start
 
 CHECKPOINT = re.compile(r"(sft|step)_\d+", re.ASCII)
 """Names of checkpoint folders; others beside them are the user's, and damaged ones that were set aside."""
 
 
-class RunBusyError(ValueError):
+class RunBusyError(InputError):
     """Another living process holds the run directory."""
 
 
 class FencedError(RuntimeError):
     """A newer attempt owns the run directory; this one must stop without writing."""
+
+    permanent = True
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ class RunState:
     @classmethod
     def read(cls, folder: Path) -> RunState:
         """The state stored in a checkpoint folder."""
-        return cls(**json.loads((folder / "state.json").read_text()))
+        return cls(**read_json(folder / "state.json"))
 
 
 def is_run(folder: Path) -> bool:
@@ -112,7 +115,7 @@ class RunDirectory:
     def owner(self, attempt: int) -> dict[str, Any] | None:
         """Who began an attempt; None if that is not known (any more)."""
         try:
-            return json.loads((self.attempts / str(attempt) / "owner.json").read_text())
+            return read_json(self.attempts / str(attempt) / "owner.json")
         except FileNotFoundError:
             return None
 

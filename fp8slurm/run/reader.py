@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fp8slurm.core.errors import InputError
 from fp8slurm.core.numbers import number
 from fp8slurm.observe.metrics import Record, order, position
 from fp8slurm.run.attempts import Attempt, read_attempts
@@ -54,12 +55,12 @@ class Run:
 
 
 def read_run(path: Path) -> Run:
-    """A run directory. ValueError: it is none."""
+    """A run directory. InputError: it is none."""
     path = Path(path)
     if not path.is_dir():
-        raise ValueError(f"{path} is no folder: give a run directory, such as runs/tiny-fp8")
+        raise InputError(f"{path} is no folder: give a run directory, such as runs/tiny-fp8")
     if not is_run(path):
-        raise ValueError(
+        raise InputError(
             f"{path} is no run directory: no metrics.jsonl, attempts or config.json of a run in it; give one, such as runs/tiny-fp8"
         )
     run = Run(path, path.resolve().name)

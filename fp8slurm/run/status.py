@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fp8slurm.core.errors import InputError
 from fp8slurm.core.processes import process_start
 from fp8slurm.observe.metrics import Record, order, position
 from fp8slurm.run.directory import SLURM_FOLDER, RunDirectory, is_run, rl_step
@@ -90,12 +91,12 @@ def _is_run(path: Path) -> bool:
 
 
 def find_run(name: str, root: Path) -> Path:
-    """A run by its path or by its name in `root`. ValueError: there is none."""
+    """A run by its path or by its name in `root`. InputError: there is none."""
     for path in (Path(name), root / name):
         if path in find_runs(path.parent):
             return path
     there = ", ".join(p.name for p in find_runs(root)) or "none"
-    raise ValueError(f"{name}: no run directory of that path, and none of that name in {root} (--root); there: {there}")
+    raise InputError(f"{name}: no run directory of that path, and none of that name in {root} (--root); there: {there}")
 
 
 def statuses(paths: Iterable[Path], now: float | None = None) -> tuple[list[RunStatus], str]:

@@ -4,13 +4,29 @@ from __future__ import annotations
 
 import json
 import time
+import traceback
 from pathlib import Path
 
-from fp8slurm.core.files import write_atomic
+from fp8slurm.core.errors import InputError
+from fp8slurm.core.files import read_json, write_atomic
 
+FRAMES = 20
+"""Of a foreign error's traceback, the innermost that are recorded."""
 STOPPED = "stopped.json"
 
 VERDICT = "verdict.json"
+
+
+def is_permanent(error: BaseException) -> bool:
+    """Whether another attempt would only meet the error again; of no foreign error that is known."""
+    return getattr(error, "permanent", False) is True
+
+
+def describe(error: BaseException) -> str:
+    """An error for the record: the line of one of ours, the last frames of a foreign one's traceback."""
+    if isinstance(error, InputError):
+        return str(error)
+    return "".join(traceback.format_exception(error, limit=-FRAMES))
 
 
 def record_error(folder: Path, index: int, text: str, primary: bool = True, permanent: bool = False) -> None:
@@ -29,14 +45,12 @@ def first_error(attempt_dir: Path, vanished: bool = True) -> str | None:
     """
     verdict = attempt_dir / "errors" / VERDICT
     if verdict.is_file():
-        return json.loads(verdict.read_text())["text"]
-    errors = [json.loads(p.read_text()) for p in (attempt_dir / "errors").glob("task_*.json")]
+        return read_json(verdict)["text"]
+    errors = [read_json(p) for p in (attempt_dir / "errors").glob("task_*.json")]
     spoken = {str(e["task"]) for e in errors}
     for path in sorted((attempt_dir / "tasks").glob("[0-9]*.json")):
         if vanished and path.stem not in spoken and not path.with_suffix(".done").exists():
-            return (
-                f"task {path.stem} (process {json.loads(path.read_text())['pid']}) was killed or ended without a word"
-            )
+            return f"task {path.stem} (process {read_json(path)['pid']}) was killed or ended without a word"
     if not errors:
         return None
     first = min(errors, key=lambda e: (not e["primary"], e["time"]))

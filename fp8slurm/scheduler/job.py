@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+from fp8slurm.core.errors import InputError
+
 COMMAND_TIMEOUT_S = 30.0
 
 
@@ -173,11 +175,11 @@ def minutes(text: str) -> int:
     """A time limit in minutes, rounded up: MINUTES, MM:SS, HH:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS.
 
     Raises:
-        ValueError: it is none of these.
+        InputError: it is none of these.
     """
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text.strip())
     if match is None:
-        raise ValueError(f"{text!r} is no time: allowed are minutes, HH:MM:SS and D-HH:MM:SS")
+        raise InputError(f"{text!r} is no time: allowed are minutes, HH:MM:SS and D-HH:MM:SS")
     days, a, b, c = (None if g is None else int(g) for g in match.groups())
     if days is not None:
         seconds = days * 86400 + a * 3600 + (b or 0) * 60 + (c or 0)
@@ -188,7 +190,7 @@ def minutes(text: str) -> int:
     else:
         seconds = a * 60
     if seconds <= 0:
-        raise ValueError(f"{text!r} is no time limit: it must be above 0")
+        raise InputError(f"{text!r} is no time limit: it must be above 0")
     return -(-seconds // 60)
 
 
@@ -196,15 +198,28 @@ def address() -> str:
     """This node's address on the network that joins the job's nodes: that of the route to where srun was started.
 
     Raises:
-        SlurmError: Slurm names no address, and the node's own name resolves to a loopback one.
+        SlurmError: there is no IPv4 route to where srun was started; or Slurm names no address, and the node's own name has none, or
+            a loopback one.
     """
     launcher = os.environ.get("SLURM_LAUNCH_NODE_IPADDR")
     if launcher:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:  # nothing is sent: only the route is looked up
-            s.connect((launcher, 9))
+            try:
+                s.connect((launcher, 9))
+            except OSError as error:
+                raise SlurmError(
+                    f"no IPv4 route to {launcher}, where srun was started (SLURM_LAUNCH_NODE_IPADDR): {error}; nodes are joined over "
+                    f"IPv4, other addresses are not supported"
+                ) from error
             return s.getsockname()[0]
     name = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
-    ip = socket.gethostbyname(name)
+    try:
+        ip = socket.gethostbyname(name)
+    except OSError as error:
+        raise SlurmError(
+            f"this node's name {name} has no IPv4 address ({error}): it must resolve to one that the other nodes "
+            f"reach (/etc/hosts, DNS)"
+        ) from error
     if ip.startswith("127."):
         raise SlurmError(f"this node's name {name} resolves to {ip}, which other nodes cannot reach")
     return ip

@@ -10,10 +10,12 @@ from typing import Any
 
 from fp8slurm.checkpoint.formats.complete import damage
 from fp8slurm.config import RunConfig
-from fp8slurm.core.files import write_atomic
+from fp8slurm.core.errors import InputError
+from fp8slurm.core.files import read_json, sha256, write_atomic
 from fp8slurm.core.processes import process_of
 from fp8slurm.models.precision import engine_in_fp8, serves_fp8
 from fp8slurm.run.directory import RunDirectory, RunState, rl_step
+from fp8slurm.run.task_errors import VERDICT, describe, first_error, is_permanent, record_error
 from fp8slurm.scheduler import job as slurm
 from fp8slurm.scheduler.job import Job, SlurmError
 
@@ -28,11 +30,13 @@ GUARDED = (
 """Settings that a run keeps: the weights it started from, its precision, and what its data cursors count."""
 PATHS = ("model.hf_checkpoint", "data.train", "sft.data")
 """Those of them that are paths: another spelling of the same one is no change."""
+DATA = "data.json"
+"""Of a run's folder: what its data files were when it was last started."""
 WAITING = ("dependency", "kill-on-invalid-dep")
 """Parameters of sbatch that say what one job waits for; they are no setting of the run."""
 
 
-class NoProgressError(ValueError):
+class NoProgressError(InputError):
     """Too many attempts in a row without a new checkpoint."""
 
 
@@ -40,10 +44,11 @@ def settle_configuration(config: RunConfig, run: RunDirectory) -> list[str]:
     """Write config.json; returns the settings that differ from the attempt before.
 
     Raises:
-        ValueError: as check_configuration.
+        InputError: as check_configuration.
     """
     changes = check_configuration(config, run)
     write_atomic(run.path / "config.json", json.dumps(_without_waiting(config.model_dump(mode="json")), indent=1))
+    write_atomic(run.path / DATA, json.dumps(_data_files(config), indent=1))
     return changes
 
 
@@ -57,29 +62,56 @@ def check_configuration(config: RunConfig, run: RunDirectory) -> list[str]:
     """The settings that differ from the attempt before; nothing is written.
 
     Raises:
-        ValueError: the directory belongs to a run of another model, precision or layout of data.
+        InputError: the directory belongs to a run of another model, precision or layout of data.
     """
     saved = run.path / "config.json"
     changes: list[str] = []
     if saved.is_file():
-        old = json.loads(saved.read_text())
+        old = read_json(saved)
         changes = changed_keys(_without_waiting(old), _without_waiting(config.model_dump(mode="json")))
         guarded = set(GUARDED)
         if not _same_precision(old.get("model", {}).get("rollout_checkpoint"), config):
             guarded.add("model.rollout_checkpoint")
         foreign = [c for c in changes if c.split(":")[0] in guarded]
         if foreign and run.newest_checkpoint():
-            raise ValueError(
+            raise InputError(
                 f"{run.path} belongs to another run ({'; '.join(foreign)}): choose another name with --run.name"
             )
-    return changes
+    return changes + _changed_data(config, run)
+
+
+def _changed_data(config: RunConfig, run: RunDirectory) -> list[str]:
+    """The data files whose content is not that of the run's last start, where there is a checkpoint to go on from."""
+    try:
+        before = read_json(run.path / DATA)
+    except FileNotFoundError:  # a first start, or a run of a version that kept no sums
+        return []
+    present = _data_files(config)
+    changed = [f"{key}: other content ({present[key]['bytes']} bytes, {before[key]['bytes']} at the last start)"
+               for key in present if key in before and before[key] != present[key]]  # fmt: skip
+    if changed and config.data.on_changed_file == "error" and run.newest_checkpoint():
+        raise InputError(
+            f"{run.path}: {'; '.join(changed)}: its checkpoints count rows of the file that was there; put it back, choose "
+            f"another name with --run.name, or go on with --data.on-changed-file warn"
+        )
+    return changed
+
+
+def _data_files(config: RunConfig) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of the data files that are there, by their settings."""
+    files = {"data.train": config.data.train, "data.eval": config.data.eval, "sft.data": config.sft.data}
+    return {
+        key: {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        for key, path in files.items()
+        if path is not None and path.is_file()
+    }
 
 
 def _same_precision(before: str | None, config: RunConfig) -> bool:
     """Whether engines that loaded the folder `before` (None: made from the model) had the precision of now."""
     try:
         return serves_fp8(before, config.fp8.engine, config.fp8.backend) == engine_in_fp8(config)
-    except (OSError, ValueError):  # the folder is gone
+    except (OSError, InputError):  # the folder is gone
         return True
 
 
@@ -157,7 +189,7 @@ def without_progress(run: RunDirectory, job: Job) -> int:
             break
         if owner["job"] != id:
             stopped = run.attempts / str(attempt) / "stopped.json"
-            if not stopped.is_file() or json.loads(stopped.read_text()).get("resubmitted") != id:
+            if not stopped.is_file() or read_json(stopped).get("resubmitted") != id:
                 break
             id = owner["job"]
         count += 1
@@ -170,7 +202,7 @@ def begin(config: RunConfig, path: Path, job: Job) -> RunDirectory:
     Raises:
         RunBusyError: another job or process holds the run directory.
         NoProgressError: slurm.max_attempts_without_progress attempts in a row made no new checkpoint.
-        ValueError: as settle_configuration.
+        InputError: as settle_configuration.
     """
     run = RunDirectory(path)
     run.path.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -182,21 +214,23 @@ def begin(config: RunConfig, path: Path, job: Job) -> RunDirectory:
     owner = {"job": job.id, "restart": job.restart, "step": job.step, "checkpoint": run.newest_checkpoint()}
     owner["arguments"] = slurm.script_arguments(job.id)
     run.acquire(owner, holder)
-    try:
+    try:  # an attempt that has not begun is found by nobody else
         changes = settle_configuration(config, run)
-    except ValueError as error:  # an attempt that has not begun is found by nobody else
-        _record(run, error)
+        write_versions(run, changes)
+        (run.attempt_dir / "logs").mkdir()
+    except Exception as error:
+        errors = run.attempt_dir / "errors"
+        errors.mkdir(exist_ok=True)
+        record_error(errors, 0, describe(error), permanent=is_permanent(error))
+        if not is_permanent(error):
+            (run.attempt_dir / "begun").touch()  # for the job script, which puts the job back into the queue
         raise
-    write_versions(run, changes)
-    (run.attempt_dir / "logs").mkdir()
     (run.attempt_dir / "begun").touch()
     return run
 
 
 def no_progress(config: RunConfig, run: RunDirectory, count: int) -> str:
     """Why the run is not started again."""
-    from fp8slurm.run.task_errors import first_error
-
     last = run.newest_attempt()
     folder = run.attempts / str(last)
     error = _planned_stop(config, folder) or first_error(folder) or "it ended without a word"
@@ -225,13 +259,11 @@ def _planned_stop(config: RunConfig, folder: Path) -> str:
 
 def _stopped(folder: Path) -> dict[str, Any]:
     path = folder / "stopped.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+    return read_json(path) if path.is_file() else {}
 
 
 def _say_the_end(run: RunDirectory, text: str) -> None:
     """The run ends before there is another attempt: the newest one's folder says so, for `fp8slurm status`."""
-    from fp8slurm.run.task_errors import VERDICT
-
     folder = run.attempts / str(run.newest_attempt())
     if record := _stopped(folder):
         write_atomic(
@@ -241,13 +273,6 @@ def _say_the_end(run: RunDirectory, text: str) -> None:
     if not (folder / "errors" / VERDICT).is_file():
         (folder / "errors").mkdir(exist_ok=True)
         write_atomic(folder / "errors" / VERDICT, json.dumps({"time": time.time(), "text": text}))
-
-
-def _record(run: RunDirectory, error: ValueError) -> None:
-    from fp8slurm.run.task_errors import record_error
-
-    (run.attempt_dir / "errors").mkdir(exist_ok=True)
-    record_error(run.attempt_dir / "errors", 0, str(error), permanent=True)
 
 
 def find(path: Path, job: Job) -> RunDirectory | None:

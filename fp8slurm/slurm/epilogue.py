@@ -14,7 +14,8 @@ import time
 from pathlib import Path
 
 from fp8slurm.config import RunConfig
-from fp8slurm.core.files import write_atomic
+from fp8slurm.core.errors import InputError
+from fp8slurm.core.files import read_json, write_atomic
 from fp8slurm.run.directory import RunDirectory
 from fp8slurm.run.task_errors import STOPPED, VERDICT, first_error
 from fp8slurm.scheduler import job as slurm
@@ -35,13 +36,13 @@ def after(status: int, path: Path) -> int:
     """What to do after the tasks ended with `status`; returns the job script's exit status."""
     job = Job.here()
     if job is None:
-        raise ValueError("this is no Slurm job: the command is the last line of a job script")
+        raise InputError("this is no Slurm job: the command is the last line of a job script")
     run = attempt.find(path, Job(job.id, job.restart, None))
     if run is None:  # it never began: the reason is in the log already
         return status
     stopped = run.attempt_dir / STOPPED
     if stopped.is_file():
-        said = json.loads(stopped.read_text())
+        said = read_json(stopped)
         print(f"fp8slurm: {said['why']}: {said['next'] or said['why_not']}", file=sys.stderr, flush=True)
         if said["next"] == "requeued":
             time.sleep(LINGER_S)
@@ -62,7 +63,7 @@ def _again(config: RunConfig, run: RunDirectory, job: Job) -> bool:
     if not config.slurm.requeue:
         _say("slurm.requeue is off: submit the run again to go on")
         return False
-    errors = [json.loads(p.read_text()) for p in (run.attempt_dir / "errors").glob("task_*.json")]
+    errors = [read_json(p) for p in (run.attempt_dir / "errors").glob("task_*.json")]
     if any(e["permanent"] for e in errors):
         _say("another attempt would only meet this again: the run ends")
         return False
@@ -95,7 +96,7 @@ def _verdict(run: RunDirectory, job: dict[str, str]) -> str:
     elif first is not None:
         task = re.match(r"\d+", first[2])[0]
         own = run.attempt_dir / "errors" / f"task_{task}.json"
-        said = json.loads(own.read_text()) if own.is_file() else None
+        said = read_json(own) if own.is_file() else None
         if said is None:
             text = f"task {first[2]} on {first[1]}: {first[3]}{_last_words(run, task)}"
         elif said["primary"]:
@@ -126,9 +127,9 @@ def main(argv: list[str]) -> int:
 
     asks = argv[:1] in (["-h"], ["--help"])
     if not asks and (not argv or not argv[0].isdigit()):
-        raise ValueError('the first argument must be the exit status of srun: exec fp8slurm after $? "${ARGS[@]}"')
+        raise InputError('the first argument must be the exit status of srun: exec fp8slurm after $? "${ARGS[@]}"')
     if "--dry-run" in argv:
-        raise ValueError("--dry-run: use fp8slurm submit --dry-run")
+        raise InputError("--dry-run: use fp8slurm submit --dry-run")
     parser = recipe_parser(
         "fp8slurm after STATUS",
         "The last line of a job script of your own, with srun's exit status and the settings of its workers: exec fp8slurm "

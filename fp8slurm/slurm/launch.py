@@ -38,7 +38,7 @@ def open_run(config: RunConfig) -> RunDirectory:
 
     Raises:
         RunBusyError: a process or a job holds it.
-        ValueError: it belongs to a run of another model, precision or layout of data.
+        InputError: it belongs to a run of another model, precision or layout of data.
     """
     run = RunDirectory(config.run.root / config.run.name)
     run.path.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -8,6 +8,7 @@ import os
 import sys
 
 from fp8slurm.config import RunConfig
+from fp8slurm.core.errors import InputError
 from fp8slurm.core.processes import python_path
 from fp8slurm.run.directory import SLURM_FOLDER, RunBusyError, RunDirectory
 from fp8slurm.scheduler import job as slurm
@@ -16,7 +17,7 @@ from fp8slurm.slurm import attempt
 from fp8slurm.slurm.script import parameters, script, task_python
 
 
-class RefusedError(ValueError):
+class RefusedError(InputError):
     """sbatch did not take a job; the message has its reason."""
 
 
@@ -25,7 +26,7 @@ def submit(config: RunConfig) -> str | None:
 
     Raises:
         RefusedError: sbatch refuses the job.
-        ValueError: Slurm is not there; another job or process holds the run directory.
+        InputError: Slurm is not there; another job or process holds the run directory.
     """
     import submitit
     from submitit.core.utils import FailedJobError, FailedSubmissionError
@@ -69,7 +70,7 @@ def refuse_second_job(run: RunDirectory) -> None:
         try:
             state = slurm.unfinished(job_id)
         except slurm.SlurmError as error:
-            raise ValueError(f"cannot ask Slurm whether job {job_id} of {run.path} is over: {error}") from None
+            raise InputError(f"cannot ask Slurm whether job {job_id} of {run.path} is over: {error}") from None
         if state == slurm.ENDING:
             raise RunBusyError(
                 f"{run.path} is held by job {job_id}, which is {state}: Slurm ends its processes, and it may wait again after that; "

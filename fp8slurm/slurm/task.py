@@ -16,8 +16,8 @@ from fp8slurm.process.environment import see_gpus, set_environment, set_logging
 from fp8slurm.process.monitor import Monitor
 from fp8slurm.process.rank import rank_main
 from fp8slurm.process.rollout_worker import rollout_worker_main
-from fp8slurm.run.directory import FencedError, RunDirectory
-from fp8slurm.run.task_errors import STOPPED, record_error
+from fp8slurm.run.directory import RunDirectory
+from fp8slurm.run.task_errors import STOPPED, describe, is_permanent, record_error
 from fp8slurm.scheduler.job import Job
 from fp8slurm.slurm.lifecycle import JobLifecycle
 
@@ -64,9 +64,7 @@ def be_task(config: RunConfig, run: RunDirectory, placement: Placement, task: Ta
         if (run.attempt_dir / STOPPED).exists() and (task.role, task.number) != ("rank", 0):
             code = 0  # the run has stopped as planned, and rank 0 and the store are gone
         else:
-            text = f"{error}" if isinstance(error, ValueError) else traceback.format_exc()
-            permanent = isinstance(error, (ValueError, FencedError)) or getattr(error, "permanent", False)
-            record_error(run.attempt_dir / "errors", task.index, text, permanent=permanent)
+            record_error(run.attempt_dir / "errors", task.index, describe(error), permanent=is_permanent(error))
             traceback.print_exc()
             code = 0 if monitor.replaced() else 1
     finally:

@@ -11,10 +11,13 @@ import signal
 import sys
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from fp8slurm.config import RunConfig
 from fp8slurm.config.placement import Placement, Task, place
+from fp8slurm.core.errors import InputError
 from fp8slurm.run.directory import RunDirectory
-from fp8slurm.run.task_errors import record_error
+from fp8slurm.run.task_errors import describe, is_permanent, record_error
 from fp8slurm.scheduler.job import Job
 from fp8slurm.slurm import attempt
 from fp8slurm.slurm.task import be_task
@@ -29,16 +32,20 @@ def work(config_json: str, run_dir: str) -> None:
     Raises:
         SystemExit: not started by srun, or not with the tasks of this configuration; the run directory is held; too many
             attempts without progress. The reason is said in a line, and recorded as one that another attempt would only meet again.
+        Exception: anything else, which is recorded as what another attempt may not meet.
     """
     try:
         _work(config_json, run_dir)
-    except ValueError as error:
+    except InputError as error:
         print(f"fp8slurm: {error}", file=sys.stderr, flush=True)
-        _record(Path(run_dir), str(error))
+        _record(Path(run_dir), error)
         raise SystemExit(2) from None
+    except Exception as error:
+        _record(Path(run_dir), error)
+        raise
 
 
-def _record(path: Path, text: str) -> None:
+def _record(path: Path, error: Exception) -> None:
     """Leave the reason in the attempt of this start of the job: without it the job script would take the task's end for one
     that another attempt may mend."""
     job, index = Job.here(), os.environ.get("SLURM_PROCID", "")
@@ -49,15 +56,18 @@ def _record(path: Path, text: str) -> None:
         run = attempt.find(path, job) if index == "0" else attempt.join(path, job, RECORD_TIMEOUT_S)
         if run is not None:
             (run.attempt_dir / "errors").mkdir(exist_ok=True)
-            record_error(run.attempt_dir / "errors", int(index), text, permanent=True)
-    except (OSError, ValueError) as error:  # TimeoutError among them: task 0 refuses the job too
-        print(f"fp8slurm: the reason is only here ({error})", file=sys.stderr)
+            record_error(run.attempt_dir / "errors", int(index), describe(error), permanent=is_permanent(error))
+    except (OSError, ValueError) as reason:  # TimeoutError among them: task 0 refuses the job too
+        print(f"fp8slurm: the error is only here ({reason})", file=sys.stderr)
 
 
 def _work(config_json: str, run_dir: str) -> None:
     # First of all: no process that is started from here on is ended by Slurm's notice.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
-    config = RunConfig.model_validate_json(config_json)
+    try:
+        config = RunConfig.model_validate_json(config_json)
+    except ValidationError as error:
+        raise InputError(f"the job's settings are not those of this version of fp8slurm: {error}") from None
     placement = place(config)
     job, task = Job.here(), this_task(placement)
     assert job is not None
@@ -72,20 +82,20 @@ def _work(config_json: str, run_dir: str) -> None:
 
 
 def this_task(placement: Placement) -> Task:
-    """The placement's task that Slurm's environment says this process is. Raises ValueError."""
+    """The placement's task that Slurm's environment says this process is. Raises InputError."""
     try:
         index, tasks, node = (int(os.environ[f"SLURM_{n}"]) for n in ("PROCID", "NTASKS", "NODEID"))
     except KeyError as missing:
-        raise ValueError(
+        raise InputError(
             f"{missing} is not set: this is no task of a Slurm job. Start it with srun from a job script (sbatch/), or use "
             f"fp8slurm submit"
         ) from None
     want = f"{placement.nodes} nodes x {placement.tasks_per_node} tasks (--slurm.nodes, --slurm.ranks-per-node + 1 rollout worker)"
     if tasks != len(placement.tasks):
-        raise ValueError(f"srun started {tasks} tasks; the configuration needs {want}")
+        raise InputError(f"srun started {tasks} tasks; the configuration needs {want}")
     task = placement.tasks[index]
     if task.node != node:
-        raise ValueError(f"task {index} is on node {node} instead of {task.node}; needed are {want}, dealt in blocks")
+        raise InputError(f"task {index} is on node {node} instead of {task.node}; needed are {want}, dealt in blocks")
     return task
 
 
@@ -109,7 +119,7 @@ def main(argv: list[str]) -> int:
     from fp8slurm.config.derived import under_slurm
 
     if "--dry-run" in argv:
-        raise ValueError(
+        raise InputError(
             "--dry-run: a worker is a task of a job that runs; allowed: fp8slurm submit --dry-run, before the job"
         )
     parser = recipe_parser(

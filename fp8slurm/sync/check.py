@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from fp8slurm.checkpoint.formats.hf_folder import natural, open_hf
+from fp8slurm.core.errors import InputError
 from fp8slurm.fp8.policy import FUSED_EXPERTS
 from fp8slurm.models.names import NameTable
 from fp8slurm.models.qwen3 import ModelSpec
@@ -21,7 +22,7 @@ FIX = "give another --model.rollout-checkpoint, or none: it is then made from --
 
 def check_rollout_checkpoint(folder: Path, trainer: ModelSpec) -> None:
     """`check_engine_checkpoint` without a run: for what a trainer of this model will send to an engine of that folder; and
-    the settings beside the weights, which no update changes. Raises ValueError."""
+    the settings beside the weights, which no update changes. Raises InputError."""
     engine = ModelSpec.from_hf_dir(folder)
     table = NameTable(trainer)
     planned = plan(table, [e.name for e in table], 1, engine.quantization)
@@ -31,7 +32,7 @@ def check_rollout_checkpoint(folder: Path, trainer: ModelSpec) -> None:
     for name in (f.name for f in fields(ModelSpec) if f.name not in others):
         theirs, ours = getattr(engine, name), getattr(trainer, name)
         if theirs != ours:
-            raise ValueError(
+            raise InputError(
                 f"the engine's checkpoint {folder}: {name} is {theirs}, the trainer's model has {ours}; {FIX}"
             )
 
@@ -40,7 +41,7 @@ def check_engine_checkpoint(folder: Path, sent: Iterable[WeightSpec]) -> None:
     """Compare the folder that the engine loads with the tensors of a plan: names, shapes, what is quantized.
 
     Raises:
-        ValueError: names the first tensor, in the order of the layers, that differs.
+        InputError: names the first tensor, in the order of the layers, that differs.
     """
     located = open_hf(folder).tensors
     if any(FUSED_EXPERTS.fullmatch(name) for name in located):
@@ -51,15 +52,15 @@ def check_engine_checkpoint(folder: Path, sent: Iterable[WeightSpec]) -> None:
     where = f"the engine's checkpoint {folder}"
     for name in sorted(there.keys() | planned.keys(), key=natural):
         if name not in there:
-            raise ValueError(f"{where} has no tensor {name}, which the trainer sends {_form(planned[name])}; {FIX}")
+            raise InputError(f"{where} has no tensor {name}, which the trainer sends {_form(planned[name])}; {FIX}")
         shape, dtype = there[name]
         if name not in planned:
-            raise ValueError(f"{where} has a tensor {name} {list(shape)}, which the trainer does not send; {FIX}")
+            raise InputError(f"{where} has a tensor {name} {list(shape)}, which the trainer does not send; {FIX}")
         spec = planned[name]
         if shape != spec.shape:
-            raise ValueError(f"{where}: {name} is {list(shape)}, the trainer sends {_form(spec)}; {FIX}")
+            raise InputError(f"{where}: {name} is {list(shape)}, the trainer sends {_form(spec)}; {FIX}")
         if (dtype == torch.float8_e4m3fn) != (spec.dtype == torch.float8_e4m3fn):
-            raise ValueError(f"{where}: {name} is {_named(dtype)}, the trainer sends {_form(spec)}; {FIX}")
+            raise InputError(f"{where}: {name} is {_named(dtype)}, the trainer sends {_form(spec)}; {FIX}")
 
 
 def _form(spec: WeightSpec) -> str:

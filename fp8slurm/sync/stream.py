@@ -27,6 +27,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
+from fp8slurm.core.errors import InputError
 from fp8slurm.core.gpu_memory import mappable
 from fp8slurm.fp8 import BLOCK
 from fp8slurm.fp8.block import BlockFP8
@@ -105,7 +106,7 @@ class _Writes:
                 )
 
     def run(self, seconds: dict[str, float]) -> None:
-        """Raises ValueError for a weight that is not finite, by name."""
+        """Raises TransientInputError for a weight that is not finite, by name."""
         start = time.perf_counter()
         if self.copies:
             torch._foreach_copy_([w.target for w in self.copies], [w.source for w in self.copies])
@@ -289,12 +290,12 @@ def _as_they_are(item: Planned, shard: BlockFP8, target: torch.Tensor, scale: to
 
 
 def check_as_they_are(planned: Iterable[Planned], held: Mapping[str, Parameter]) -> None:
-    """Refuse what cannot be sent from weights in block FP8 without quantizing them again; ValueError names the tensor."""
+    """Refuse what cannot be sent from weights in block FP8 without quantizing them again; InputError names the tensor."""
     for p in planned:
         if not isinstance(held[p.entry.name], BlockFP8):
             continue
         if not p.quantized:
-            raise ValueError(
+            raise InputError(
                 f"--fp8.param-gather: the trainer holds {p.name} in FP8 only, and the engine's checkpoint does not want it in "
                 f"FP8; give an FP8 --model.rollout-checkpoint (--fp8.engine fp8), or --fp8.no-param-gather"
             )
@@ -302,7 +303,7 @@ def check_as_they_are(planned: Iterable[Planned], held: Mapping[str, Parameter])
             t.shape[0] // max(p.entry.groups, 1) % BLOCK == 0 for t in p.entry.tensors
         )
         if p.method == "gather-quantize" or not whole:
-            raise ValueError(
+            raise InputError(
                 f"--fp8.param-gather: the {BLOCK}x{BLOCK} blocks of the trainer's {p.entry.name} are not those of {p.name}: a cut "
                 f"falls inside a block; use another tensor-parallel size, or --fp8.no-param-gather"
             )
@@ -370,7 +371,7 @@ class WeightStream:
     def send(self, version: int, start: Callable[[str, WeightBucket], Pending]) -> None:
         """One update. `start(source, bucket)` begins to send a finished bucket; it may travel while the next is filled.
 
-        Collective over the ranks that share the tensors. Raises ValueError for a weight that is not finite, by name.
+        Collective over the ranks that share the tensors. Raises TransientInputError for a weight that is not finite, by name.
         """
         under_way: deque[Pending] = deque()
         for source, bucket in self.buckets(version):

@@ -88,7 +88,7 @@ def traffic(
     """What one update moves.
 
     quantization: of the engine's checkpoint, None for BF16. dtype: the engine's for what is not quantized;
-    trainer_dtype: the trainer's parameters'. Sizes as in ParallelSection; each has to divide what it cuts (ValueError).
+    trainer_dtype: the trainer's parameters'. Sizes as in ParallelSection; each has to divide what it cuts (InputError).
     """
     result = Traffic([], 0, 0, 0, 0, 0, 0, 0, 0, 0)
     for stage, names in enumerate(stage_names(table, pipeline_parallel_size)):

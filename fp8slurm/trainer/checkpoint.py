@@ -22,6 +22,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from fp8slurm.core.errors import InputError
+from fp8slurm.core.patches import patch
 from fp8slurm.trainer import build, primary_fp8
 from fp8slurm.trainer.optimizer_state import OptimizerShards, distributed_parts, planning, save_groups
 
@@ -108,25 +110,6 @@ _groups: weakref.WeakKeyDictionary[Trainer, list[Any]] = weakref.WeakKeyDictiona
 """What `OptimizerShards` sends over: made with the first snapshot, by all ranks together."""
 
 
-def save(trainer: Trainer, path: Path) -> None:
-    """Write everything that `load` needs into the existing, empty folder `path`; blocks until it is on disk.
-
-    OSError on all ranks where one of them could not write its part (disk full).
-    """
-    snapshot = Snapshot(trainer, path, copy=False)
-    written: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(written, snapshot.write())
-    failure = [""]
-    if dist.get_rank() == 0:
-        try:
-            snapshot.finish(written)
-        except OSError as error:
-            failure = [str(error)]
-    dist.broadcast_object_list(failure, src=0)
-    if failure[0]:
-        raise OSError(f"the checkpoint in {path} could not be written: {failure[0]}")
-
-
 def _plan(state: dict[str, Any], path: Path) -> tuple[Any, Any, Any]:
     """Megatron's plan of a save: (this rank's writer with its tensors, metadata on rank 0, format). All ranks together.
 
@@ -142,7 +125,7 @@ def _plan(state: dict[str, Any], path: Path) -> tuple[Any, Any, Any]:
     # For what a writer hands over between processes; the default is a process of its own, which takes seconds to start
     # and imports the main module again.
     if filesystem_async._results_queue is None:
-        filesystem_async._results_queue = queue.Queue()
+        patch(filesystem_async, "_results_queue", queue.Queue())
     kept: list[Any] = []
 
     class Planning(TorchDistSaveShardedStrategy):
@@ -158,10 +141,10 @@ def _plan(state: dict[str, Any], path: Path) -> tuple[Any, Any, Any]:
 
 
 def load(trainer: Trainer, path: Path) -> bool:
-    """Take over a folder written by `save`, in this or (with optim.distributed) another layout; whether a reference
+    """Take over a folder that a Snapshot wrote, in this or (with optim.distributed) another layout; whether a reference
     came with it.
 
-    ValueError where that cannot be: another kind of optimizer, another dtype, another layout without optim.distributed.
+    InputError where that cannot be: another kind of optimizer, another dtype, another layout without optim.distributed.
     """
     from megatron.core import dist_checkpointing
 
@@ -173,10 +156,10 @@ def load(trainer: Trainer, path: Path) -> bool:
         ("moments", "--optim.moments"),
     ):
         if saved[key] != now[key]:
-            raise ValueError(f"{path} was saved with {flag} {saved[key]}, this run has {now[key]}: they must be equal")
+            raise InputError(f"{path} was saved with {flag} {saved[key]}, this run has {now[key]}: they must be equal")
     same = all(saved[k] == now[k] for k in ("tensor", "pipeline", "data", "expert", "expert_tensor"))
     if not trainer.config.optim.distributed and not same:
-        raise ValueError(
+        raise InputError(
             f"{path} was saved with {_shown(saved)}, this run has {_shown(now)}: without --optim.distributed only the "
             f"same layout can be resumed"
         )

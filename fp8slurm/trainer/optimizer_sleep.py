@@ -27,15 +27,6 @@ class OptimizerSleep:
         self._stream: torch.cuda.Stream | None = None
         self._under_way = False
 
-    @property
-    def asleep(self) -> bool:
-        return bool(self._away)
-
-    @property
-    def host_bytes(self) -> int:
-        """Bytes of host memory that are kept for it."""
-        return sum(host.nbytes for _, host in self._host.values())
-
     def _tensors(self) -> Iterator[torch.Tensor]:
         """Masters and moments. An FP32 model's weights are their own masters, in the model's buffer: they stay."""
         for part in self.optimizer.chained_optimizers:
@@ -49,7 +40,7 @@ class OptimizerSleep:
     def to_host(self) -> None:
         """All of it to host memory, done when this returns; torch's allocator holds what it took (empty_cache gives it
         back)."""
-        if self.asleep:
+        if self._away:
             return
         tensors = list(self._tensors())
         for t in tensors:
@@ -64,7 +55,7 @@ class OptimizerSleep:
 
     def begin(self) -> None:
         """Start the way back. The tensors are the GPU's again at once; what is in them counts after `finish`."""
-        if not self.asleep:
+        if not self._away:
             return
         cuda = torch.cuda.is_available()
         if cuda and self._stream is None:

@@ -16,10 +16,13 @@ import gc
 from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from fp8slurm.core.patches import patched
 
 PIECE = 2**24
 """Elements that are sent at once."""
@@ -59,8 +62,8 @@ def planning(parts: list[Any]) -> Iterator[dict[int, tuple[int, int, str]]]:
         gc.freeze()
         stack.callback(gc.unfreeze)
         for number, part in enumerate(parts):
-            part.get_parameter_state_dp_zero = lambda number=number, part=part, **_: describe(number, part)
-            stack.callback(delattr, part, "get_parameter_state_dp_zero")
+            whole = partial(describe, number, part)
+            stack.enter_context(patched(part, "get_parameter_state_dp_zero", lambda whole=whole, **_: whole()))
         yield owners
 
 

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from fp8slurm.config.schema import RunConfig
+from fp8slurm.core.errors import InputError
 from fp8slurm.core.gpu_memory import use_expandable_segments
 from fp8slurm.fp8.environment import set_fp32_scales
 
@@ -28,35 +29,35 @@ TIMEOUT = timedelta(hours=24)
 def check_machine(config: RunConfig, cuda: bool, transformer_engine: bool) -> None:
     """Refuse an FP8 setting that this machine cannot honour: training would be BF16 without saying so.
 
-    `cuda`: a GPU is in use; `transformer_engine`: it can be imported. ValueError names the flag and what is allowed.
+    `cuda`: a GPU is in use; `transformer_engine`: it can be imported. InputError names the flag and what is allowed.
     """
     backend = config.fp8.backend
     here = ("transformer_engine, off" if transformer_engine else "none") if cuda else "emulated, off"
     check_optimizer(config, cuda and transformer_engine)
     if backend == "transformer_engine" and not transformer_engine:
-        raise ValueError(
+        raise InputError(
             f"--fp8.backend transformer_engine: TransformerEngine is not installed, and training would silently be "
             f"{config.model.dtype}; allowed here: {here}"
         )
     if backend == "transformer_engine" and not cuda:
-        raise ValueError(f"--fp8.backend transformer_engine needs a GPU; allowed here: {here}")
+        raise InputError(f"--fp8.backend transformer_engine needs a GPU; allowed here: {here}")
     if backend == "emulated" and cuda:
-        raise ValueError(f"--fp8.backend emulated is for machines without a GPU; allowed here: {here}")
+        raise InputError(f"--fp8.backend emulated is for machines without a GPU; allowed here: {here}")
     if cuda and not transformer_engine:
-        raise ValueError("training on a GPU needs TransformerEngine (packed attention); it is not installed")
+        raise InputError("training on a GPU needs TransformerEngine (packed attention); it is not installed")
     check_dispatcher(config.moe.dispatcher, cuda, importlib.util.find_spec("deep_ep") is not None)
     if backend == "transformer_engine" and config.model.dtype != "bfloat16":
-        raise ValueError(f"--model.dtype {config.model.dtype} with TransformerEngine's FP8; allowed: bfloat16")
+        raise InputError(f"--model.dtype {config.model.dtype} with TransformerEngine's FP8; allowed: bfloat16")
 
 
 def check_optimizer(config: RunConfig, fused_adam: bool) -> None:
-    """Refuse optimizer settings that exclude one another or that nobody here offers; ValueError names the way out.
+    """Refuse optimizer settings that exclude one another or that nobody here offers; InputError names the way out.
 
     `fused_adam`: TransformerEngine's optimizer is there, and a GPU for it.
     """
     o = config.optim
     if config.fp8.param_gather and o.cpu_offload:
-        raise ValueError(
+        raise InputError(
             "--fp8.param-gather with --optim.cpu-offload: Megatron hands blockwise FP8 shards to the CPU-offloaded "
             "Adam as None, so that nothing would be updated; allowed: --fp8.no-param-gather (BF16 weights, quantized "
             "for every product) with --optim.cpu-offload"
@@ -64,12 +65,12 @@ def check_optimizer(config: RunConfig, fused_adam: bool) -> None:
     if config.fp8.param_gather:
         check_param_gather(config, fused_adam)
     if o.cpu_offload and not o.distributed:
-        raise ValueError(
+        raise InputError(
             "--optim.cpu-offload needs the distributed optimizer; allowed: --optim.distributed, or "
             "--optim.no-cpu-offload"
         )
     if o.cpu_offload and config.model.dtype != "bfloat16":
-        raise ValueError(
+        raise InputError(
             f"--optim.cpu-offload with --model.dtype {config.model.dtype}: Megatron cannot load its checkpoints; "
             f"allowed: --model.dtype bfloat16, or --optim.no-cpu-offload"
         )
@@ -78,22 +79,22 @@ def check_optimizer(config: RunConfig, fused_adam: bool) -> None:
     if o.moments == "float32":
         return
     if o.cpu_offload:
-        raise ValueError(
+        raise InputError(
             f"--optim.moments {o.moments} with --optim.cpu-offload: the CPU's Adam keeps FP32 moments; allowed: "
             f"float32, or --optim.no-cpu-offload"
         )
     if not fused_adam:
-        raise ValueError(
+        raise InputError(
             f"--optim.moments {o.moments}: only TransformerEngine's FusedAdam on a GPU keeps such moments; allowed "
             f"here: float32"
         )
     if not o.distributed:
-        raise ValueError(f"--optim.moments {o.moments} needs the distributed optimizer; allowed: --optim.distributed")
+        raise InputError(f"--optim.moments {o.moments} needs the distributed optimizer; allowed: --optim.distributed")
 
 
 def _check_optimizer_sleep(config: RunConfig) -> None:
     if not config.slurm.gpus_per_node or config.engine.placement != "shared" or config.engine.sleep is False:
-        raise ValueError(
+        raise InputError(
             "--optim.sleep makes room for engines on the trainer's GPUs: it needs --slurm.gpus-per-node, "
             "--engine.placement shared and engines that sleep; allowed here: --optim.no-sleep"
         )
@@ -104,33 +105,33 @@ def _check_optimizer_sleep(config: RunConfig) -> None:
         ("--fp8.param-gather", config.fp8.param_gather, "its checkpoints need the masters on the GPU"),
     ):
         if on:
-            raise ValueError(f"--optim.sleep with {flag}: {why}; allowed: one of the two")
+            raise InputError(f"--optim.sleep with {flag}: {why}; allowed: one of the two")
 
 
 def check_param_gather(config: RunConfig, gpu_engine: bool) -> None:
-    """Refuse FP8 primary weights where they would silently be BF16 ones; ValueError names the way out.
+    """Refuse FP8 primary weights where they would silently be BF16 ones; InputError names the way out.
 
     `gpu_engine`: there are a GPU and TransformerEngine.
     """
     o = config.optim
     instead = "or --fp8.no-param-gather"
     if config.fp8.backend != "transformer_engine":
-        raise ValueError(
+        raise InputError(
             f"--fp8.param-gather with --fp8.backend {config.fp8.backend}: only TransformerEngine keeps weights in FP8, "
             f"they would silently stay {config.model.dtype}; allowed: --fp8.backend transformer_engine, {instead}"
         )
     if not gpu_engine:
-        raise ValueError(
+        raise InputError(
             f"--fp8.param-gather needs a GPU and TransformerEngine; here the weights would silently stay "
             f"{config.model.dtype}; allowed here: --fp8.no-param-gather"
         )
     if not o.distributed:
-        raise ValueError(
+        raise InputError(
             f"--fp8.param-gather needs the distributed optimizer, which holds the FP32 masters; allowed: "
             f"--optim.distributed, {instead}"
         )
     if o.moments != "float32":
-        raise ValueError(
+        raise InputError(
             f"--fp8.param-gather with --optim.moments {o.moments}: not tried; "
             f"allowed: --optim.moments float32, {instead}"
         )
@@ -141,16 +142,16 @@ def check_dispatcher(dispatcher: str, cuda: bool, deep_ep: bool) -> None:
     if dispatcher != "flex":
         return
     if not deep_ep:
-        raise ValueError("--moe.dispatcher flex: DeepEP (package deep_ep) is not installed; allowed here: alltoall")
+        raise InputError("--moe.dispatcher flex: DeepEP (package deep_ep) is not installed; allowed here: alltoall")
     if not cuda:
-        raise ValueError("--moe.dispatcher flex: DeepEP's kernels need a GPU; allowed here: alltoall")
+        raise InputError("--moe.dispatcher flex: DeepEP's kernels need a GPU; allowed here: alltoall")
 
 
 def start(config: RunConfig, rank: int, world_size: int, store: dist.Store, local_rank: int = 0) -> None:
     """Make this process Megatron rank `rank` of `world_size`.
 
     `store` is shared by exactly these ranks (or a PrefixStore of theirs); `local_rank` picks the GPU on this node.
-    Afterwards torch.distributed's default group is the training ranks, and `Trainer` can be built. ValueError for
+    Afterwards torch.distributed's default group is the training ranks, and `Trainer` can be built. InputError for
     settings that this machine or the number of ranks cannot honour.
     """
     cuda = torch.cuda.is_available()

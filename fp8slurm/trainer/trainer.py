@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from fp8slurm.config.schema import RunConfig
+from fp8slurm.core.errors import InputError
 from fp8slurm.core.types import PackedBatch
 from fp8slurm.fp8.block import BlockFP8
 from fp8slurm.models.names import NameTable
@@ -54,7 +55,7 @@ class Trainer:
     """One rank's part of the model, with its optimizer. `start` comes first, then `load_hf` or `load`."""
 
     def __init__(self, config: RunConfig, spec: ModelSpec) -> None:
-        """Build the model. ValueError for a layout that does not fit it."""
+        """Build the model. InputError for a layout that does not fit it."""
         from megatron.core import parallel_state
 
         check_layout(spec, config.parallel, config.fp8.backend != "off", dist.get_world_size())
@@ -110,7 +111,7 @@ class Trainer:
     def load_hf(self, path: str | Path) -> None:
         """Load a Hugging Face folder in BF16, FP16 or FP32 and start the optimizer's master weights from it."""
         if self.spec.quantization is not None:
-            raise ValueError(f"{path}: holds FP8 weights; --model.hf-checkpoint must be in BF16, FP16 or FP32")
+            raise InputError(f"{path}: holds FP8 weights; --model.hf-checkpoint must be in BF16, FP16 or FP32")
         if self.config.fp8.param_gather:  # the masters start from the values, not from the codes
             self.shards.load(HfReader(path), str(path), primary_fp8.Masters(self.optimizer).set)
         else:
@@ -335,18 +336,12 @@ class Trainer:
     # Checkpoints.
 
     def snapshot(self, path: str | Path, copy: bool = True) -> checkpoint.Snapshot:
-        """What `save` would write, to be written in the background (trainer/checkpoint.py); all ranks together."""
+        """Model, reference, optimizer and random state, to be written in the background (trainer/checkpoint.py) into an
+        existing, empty folder; all ranks together."""
         return checkpoint.Snapshot(self, Path(path), copy)
 
-    def save(self, path: str | Path) -> None:
-        """Write model, reference, optimizer and random state as torch_dist into an existing, empty folder.
-
-        OSError on all ranks where one of them could not write (disk full); the trainer can go on.
-        """
-        checkpoint.save(self, Path(path))
-
     def load(self, path: str | Path) -> bool:
-        """Continue from `save`, in this or another layout; whether a reference model came with it. Errors as for
+        """Continue from a checkpoint, in this or another layout; whether a reference model came with it. Errors as for
         checkpoint.load."""
         with_reference = checkpoint.load(self, Path(path))
         self.weights_changed()

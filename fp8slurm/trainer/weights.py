@@ -10,6 +10,7 @@ import torch
 from fp8slurm.checkpoint.formats.hf_folder import open_hf
 from fp8slurm.checkpoint.formats.sources import HfSource
 from fp8slurm.checkpoint.formats.torch_dist_source import EMBEDDING, HEAD
+from fp8slurm.core.errors import InputError
 from fp8slurm.fp8.block import BlockFP8
 from fp8slurm.models.names import Entry, NameTable
 from fp8slurm.trainer import primary_fp8
@@ -88,22 +89,22 @@ class ParameterShards:
 
         `loaded` is called with every parameter and the values that it was filled with, before any quantizing.
 
-        ValueError for a missing tensor, a wrong shape, one in FP8, or a tied head that is not the embedding.
+        InputError for a missing tensor, a wrong shape, one in FP8, or a tied head that is not the embedding.
         """
         if self.table.spec.tie_word_embeddings and HEAD in hf:
             head, embedding = hf[HEAD], hf[EMBEDDING]
             if head.dtype != embedding.dtype or not torch.equal(head, embedding):
-                raise ValueError(f"{where}: {HEAD} is not {EMBEDDING}, but config.json says tie_word_embeddings")
+                raise InputError(f"{where}: {HEAD} is not {EMBEDDING}, but config.json says tie_word_embeddings")
         for entry, parameter, _ in self.parameters:
             for t in entry.tensors:
                 if t.name not in hf:
-                    raise ValueError(f"{where}: no tensor {t.name}, which {self.table.spec.architecture} needs")
+                    raise InputError(f"{where}: no tensor {t.name}, which {self.table.spec.architecture} needs")
             try:
                 shard = entry.shard(hf, *self.cut(entry))
-            except ValueError as error:
-                raise ValueError(f"{where}: {error}") from None
+            except InputError as error:
+                raise InputError(f"{where}: {error}") from None
             if not shard.is_floating_point() or shard.dtype.itemsize < 2:
-                raise ValueError(
+                raise InputError(
                     f"{where}: {entry.tensors[0].name} is {shard.dtype}; "
                     f"--model.hf-checkpoint must hold BF16, FP16 or FP32"
                 )

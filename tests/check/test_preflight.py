@@ -5,13 +5,15 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from fp8slurm.check.preflight import preflight
 from fp8slurm.checkpoint import hf_to_fp8
 from fp8slurm.cli import main
 from fp8slurm.config import parse
 from fp8slurm.data.tiny_task import write_data
-from fp8slurm.models.tiny import write_model
+from fp8slurm.models.tiny import random_weights, write_model
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +36,42 @@ def refused(tiny: Path, *more: str) -> str:
     with pytest.raises(ValueError) as error:
         preflight(parse("tiny-fp8", flags(tiny, *more)))
     return str(error.value)
+
+
+def test_the_trainers_folder_is_checked_before_anything_is_queued(tiny, tmp_path):
+    """It was read by the job's ranks only."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny / "model", model)
+    tensors = load_file(model / "model.safetensors")
+    name = "model.layers.1.mlp.down_proj.weight"
+
+    def says(changed: dict) -> str:
+        save_file(changed, model / "model.safetensors", metadata={"format": "pt"})
+        return refused(tiny, "--model.hf-checkpoint", str(model))
+
+    assert f"{model}: no tensor {name}, which Qwen3ForCausalLM needs" in says(
+        {k: v for k, v in tensors.items() if k != name}
+    )
+    assert f"{name} is [512, 256], config.json makes it [256, 512]" in says(
+        tensors | {name: tensors[name].T.contiguous()}
+    )
+    assert f"{name} is int8; allowed: bfloat16" in says(tensors | {name: tensors[name].to(torch.int8)})
+    (model / "model.safetensors").write_bytes((model / "model.safetensors").read_bytes()[:100_000])
+    assert "truncated" in refused(tiny, "--model.hf-checkpoint", str(model))
+
+
+def test_two_ways_of_asking_for_memory_are_refused(tiny):
+    more = ["--slurm.memory", "8G", "--slurm.sbatch", "mem-per-cpu", "2G"]
+    assert "--slurm.memory 8G with --slurm.sbatch mem-per-cpu 2G: sbatch takes one of them" in refused(tiny, *more)
+
+
+def test_the_end_of_a_turn_that_no_config_lists_is_said(tiny, tmp_path):
+    shutil.copytree(tiny / "model", tmp_path / "model")
+    for name in ("config.json", "generation_config.json"):
+        file = tmp_path / "model" / name
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": 256}))
+    (warning,) = preflight(parse("tiny-fp8", flags(tiny, "--model.hf-checkpoint", str(tmp_path / "model"))))
+    assert warning.startswith("token 258 (<|im_end|>) ends responses too")
 
 
 def test_the_recipe_passes(tiny):
@@ -187,6 +225,7 @@ def test_an_ffn_that_cuts_a_block_at_this_tp(tiny, tmp_path):
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     config["intermediate_size"] = 384  # 3 blocks
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    save_file(random_weights(config, 0), tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
     layout = ["--parallel.tensor-parallel-size", "2", "--model.hf-checkpoint", str(tmp_path / "model")]
     assert "384" in refused(tiny, *layout) and "128" in refused(tiny, *layout)
     preflight(parse("tiny-fp8", flags(tiny, *layout, "--fp8.backend", "off", "--fp8.engine", "bf16")))

@@ -6,8 +6,14 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from patch_list import check_replaced, rows
+
+from fp8slurm.config.schema import EngineSection
+from fp8slurm.engine.child import PATCHED
+from fp8slurm.engine.server import Engine, EngineSettings
 
 SCRIPT = """
 import json, torch
@@ -25,8 +31,12 @@ calls = []
 torch.cuda.is_available = lambda: True
 torch.cuda.synchronize = lambda: calls.append("GPU is done")
 adapter._memory_saver = SimpleNamespace(pause=lambda tag: calls.append(tag))
-for way in ("tensor", "distributed"):
-    setattr(WeightUpdater, f"update_weights_from_{way}", lambda self, way=way: calls.append(way) or (True, way))
+from_broadcast = "load_weights_from_distributed"  # of the installed version: none is made up here
+if not hasattr(WeightUpdater, from_broadcast):
+    from_broadcast = "update_weights_from_distributed"
+for name, what in (("update_weights_from_tensor", "tensor"), (from_broadcast, "distributed")):
+    assert hasattr(WeightUpdater, name)
+    setattr(WeightUpdater, name, lambda self, what=what: calls.append(what) or (True, what))
 Manager.resume_memory_occupation = lambda self, recv_req: "said"
 plugin.apply()
 plugin.apply()  # a second time changes nothing
@@ -46,7 +56,7 @@ class Updater(WeightUpdater):
 
 updater = Updater()
 assert updater.update_weights_from_tensor() == (True, "tensor")
-assert updater.update_weights_from_distributed() == (True, "distributed")
+assert getattr(updater, from_broadcast)() == (True, "distributed")
 found["loads"] = said()
 
 class Checker:
@@ -101,3 +111,40 @@ def test_digests_are_of_what_has_been_loaded(found) -> None:
 def test_the_padding_row_is_zero_again_after_waking(found) -> None:
     """Where the memory had been given back: with all of it, or with the cache's."""
     assert found["wakes"] == [0, 0, 6, 6]
+
+
+PRIVATE = """
+import json, sys
+if not __import__("torch").cuda.is_available():
+    from fp8slurm.cpu import sglang_stubs
+    sglang_stubs.install()
+from patch_list import missing
+print(json.dumps(missing(sys.argv[1:])))
+"""
+
+
+def test_private_names_of_sglang_are_there() -> None:
+    listed = [n for names, _ in rows("Private names that are used, not replaced") for n in names]
+    names = [name for name in listed if name.startswith("sglang.")]
+    environment = os.environ | {"SGLANG_USE_CPU_ENGINE": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(
+        [sys.executable, "-c", PRIVATE, *names], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert names and done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == []
+
+
+@pytest.mark.slow
+def test_a_scheduler_replaces_what_the_page_lists(tmp_path: Path, write_fp8_model) -> None:
+    """And says so in its log."""
+    write_fp8_model(tmp_path / "model", seed=1)
+    section = EngineSection(max_total_tokens=8192, context_length=128, dtype="float32", ready_timeout_s=120)
+    engine = Engine(tmp_path / "model", tmp_path, EngineSettings(section, cpu_threads=1))
+    engine.start()
+    try:
+        engine.wait_ready()
+        lines = [line for line in engine.log_path.read_text().splitlines() if line.startswith(PATCHED)]
+    finally:
+        engine.stop()
+    assert len(lines) == 1
+    check_replaced("SGLang's processes", lines[0].removeprefix(PATCHED).split(), "CPU" if engine.cpu else "GPU")

@@ -60,7 +60,27 @@ NUMERIC = [
     ("0.333333333333", "1/3", 1),
     ("0.3333333", "1/3", 0),
     ("1e-12", "2e-12", 0),
-    ("100000000000.5", "100000000000", 1),
+    ("100000000000.5", "100000000000", 0),
+    ("10000000001", "10000000000", 0),
+    ("9007199254740992", "9007199254740993", 0),  # the same double
+    ("0.30000000001", "0.3", 0),
+    ("3000000001/3000000000", "1", 0),
+    ("\\boxed{\u517118\u4e2a}", "18", 1),  # 18 in all
+    ("\u7b54\u3048\u306f18\u3067\u3059", "18", 1),  # the answer is 18, in Japanese
+    ("\uc815\ub2f5\uc74018\uc785\ub2c8\ub2e4", "18", 1),  # in Korean
+    ("\u7b54\u6848\uff1a\uff11\uff18\u3002", "18", 1),  # in wide characters
+    ("18\u4e07\u5143", "180000", 1),  # ten thousands
+    ("18\u4e07\u5143", "18", 0),
+    ("3\u4e075\u5343", "5000", 0),  # 35,000, which is not read
+    ("5\u5343\u514b", "5", 1),  # kilograms
+    ("\u8d1f5", "5", 0),  # minus 5
+    ("\u8d1f5", "-5", 1),
+    ("3\u5206\u4e4b1", "1", 0),  # a third
+    ("\\boxed{1\u30012}", "2", 0),
+    ("\\boxed{1\u62162}", "2", 0),  # or
+    ("\u03b12", "2", 0),
+    ("\\alpha2", "2", 0),
+    ("\u04452", "2", 0),  # a Cyrillic x
     ("Year 2024: 12", "12", 1),
     ("The answer is 42." + " So it is said." * 1000, "42", 1),
     ("twelve", "12", 0),
@@ -168,6 +188,50 @@ def score(kind, pairs, **settings):
 def test_the_tables(kind, table):
     got, failures = score(kind, table)
     assert [(t, label, g) for (t, label, want), g in zip(table, got) if g != want] == [] and failures == 0
+
+
+THINKING = [
+    ("so \\boxed{18}", False, "stop", 1),
+    ("<think>so \\boxed{18}", False, "stop", 0),
+    ("<think>so \\boxed{18}", False, "length", 0),
+    ("<think>so</think>\\boxed{18}", False, "stop", 1),
+    ("<think>so \\boxed{18}</think>", False, "stop", 0),
+    ("<think>so \\boxed{17}</think>It is 18.", False, "stop", 1),
+    ("<think>a</think>\\boxed{18}<think>b", False, "stop", 0),
+    ("so \\boxed{18}", True, "stop", 0),
+    ("so \\boxed{17}</think>\\boxed{18}", True, "stop", 1),
+    ("so</think>\\boxed{18} and now", True, "length", 1),
+    ("so it is 18", False, "length", 0),
+    ("so \\boxed{18}. Let me see", False, "length", 1),
+    ("so \\boxed{18", False, "length", 0),
+]
+
+
+@pytest.mark.parametrize("kind", ["numeric", "math", "choice"])
+def test_thinking_without_an_end_and_what_was_cut_off_hold_no_answer(kind):
+    """In the loop, where the prompt knows whether it opened the thinking, and in an evaluation, where its text does."""
+    label, text = ("B", lambda t: t.replace("18", "B").replace("17", "C")) if kind == "choice" else ("18", lambda t: t)
+    table = [(text(t), *rest) for t, *rest in THINKING if kind != "choice" or "it is 18" not in t.lower()]
+    groups = [
+        SampleGroup(Prompt(0, (), label, thinking=opened), [Sample([], [], [], reason, text=t)])
+        for t, opened, reason, _ in table
+    ]
+    with RewardPool(RewardSection(kind=kind, timeout_s=60), workers=1) as pool:
+        pool.score(groups)
+    assert [(t, g.samples[0].reward) for (t, *_), g in zip(table, groups)] == [(t, want) for t, *_, want in table]
+    rows = [
+        {"task": "a", "id": i, "sample": 0, "label": label, "response": t, "finish_reason": reason}
+        | {"prompt": "Q<think>\n" if opened else "Q"}
+        for i, (t, opened, reason, _) in enumerate(table)
+    ]
+    with Graders([EvalTask(name="a", grader=kind)], RewardSection(timeout_s=60)) as graders:
+        graders.submit(rows)
+        scores = graders.finish()
+    assert [scores["a", i, 0] for i in range(len(table))] == [want for *_, want in table]
+
+
+def test_other_kinds_get_the_whole_response():
+    assert score("exact", [("<think>18", "<think>18")]) == ([1.0], 0)
 
 
 def test_every_task_is_graded_by_its_own_grader():

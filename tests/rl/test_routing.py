@@ -57,7 +57,7 @@ def test_round_trip_on_the_wire(shapes, dtype):
 
 def test_a_forged_shape_is_refused():
     data = bytes(encode_groups(groups([(2, [3])])).tolist())
-    for old, new in (("[4, 3, 2]", "[4, 3, 3]"), ("[4, 3, 2]", "[-4, 3,2]"), ('"uint8"', '"int64"')):
+    for old, new in (("[4,3,2]", "[4,3,3]"), ("[4,3,2]", "[-4,32]"), ('"U8"', '"I8"')):
         assert len(old) == len(new) and data.count(old.encode()) == 1
         with pytest.raises(ValueError, match="sample groups"):
             decode_groups(torch.frombuffer(bytearray(data.replace(old.encode(), new.encode())), dtype=torch.uint8))

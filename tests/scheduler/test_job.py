@@ -84,6 +84,17 @@ def test_a_command_that_is_not_there():
         job.ask("no-such-slurm-command")
 
 
+@pytest.mark.parametrize("launcher, name, says", [
+    ("fd00::1", "n1", "no IPv4 route to fd00::1, where srun was started .*IPv4"),
+    ("", "no-such-host.invalid", "name no-such-host.invalid has no IPv4 address .*resolve"),
+])  # fmt: skip
+def test_a_node_without_an_ipv4_address_is_named(monkeypatch, launcher, name, says):
+    monkeypatch.setenv("SLURM_LAUNCH_NODE_IPADDR", launcher)
+    monkeypatch.setenv("SLURMD_NODENAME", name)
+    with pytest.raises(job.SlurmError, match=says):
+        job.address()
+
+
 def test_the_address_is_that_of_the_interface_towards_the_launcher(monkeypatch):
     monkeypatch.setenv("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1")
     assert job.address() == "127.0.0.1" and job.interface_of("127.0.0.1") == "lo"

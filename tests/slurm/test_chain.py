@@ -94,6 +94,18 @@ def test_directives_follow_the_settings(tmp_path):
         parse_sbatch("--convert-sbatch", ["-p"])
 
 
+@pytest.mark.parametrize("way", ["mem-per-cpu", "mem-per-gpu"])
+def test_one_way_of_asking_for_memory(tmp_path, way):
+    """sbatch refuses a second one."""
+    found = {
+        x.name: x.directives for x in links(config(slurm={"memory": "64G"}), tmp_path, [f"--{way}=2G"], [f"--{way}=3G"])
+    }
+    memory = {name: {k: v for k, v in d.items() if k.startswith("mem")} for name, d in found.items()}
+    assert memory["export-to-fp8"] == {way: "2G"} and memory["eval"] == {way: "3G"}
+    found = {x.name: x.directives for x in links(config(slurm={"sbatch": {way.replace("-", "_"): "4G"}}), tmp_path)}
+    assert found["eval"][way] == "4G" and "mem" not in found["eval"] and found["export-to-fp8"]["mem"] == "8G"
+
+
 def test_what_the_training_job_waits_for_is_the_chains_own(tmp_path):
     with pytest.raises(ValueError, match="--slurm.sbatch dependency singleton: in a chain"):
         links(config(slurm={"sbatch": {"dependency": "singleton"}}), tmp_path)

@@ -94,6 +94,39 @@ def test_another_spelling_of_a_path_is_the_same_model(config, tmp_path, monkeypa
         settled(Path("m"))
 
 
+def test_a_data_file_with_other_content_is_another_runs(config, tmp_path):
+    """A checkpoint's cursor counts rows of the file that was there: another file would be read from its middle on."""
+    run, data = RunDirectory(tmp_path / "r"), tmp_path / "train.jsonl"
+    run.path.mkdir()
+    data.write_text("one row\n")
+
+    def settled(on_changed_file: str = "error", path: Path = data) -> list[str]:
+        section = config.data.model_copy(update={"train": path, "on_changed_file": on_changed_file})
+        return attempt.settle_configuration(config.model_copy(update={"data": section}), run)
+
+    settled()
+    data.write_text("another\n")
+    assert settled() == ["data.train: other content (8 bytes, 8 at the last start)"], (
+        "without a checkpoint nothing binds"
+    )
+    checkpoint(run, 1)
+    assert settled() == []
+    shutil.copy(data, tmp_path / "copy.jsonl")
+    data.write_text("a longer row\n")
+    with pytest.raises(
+        ValueError, match="data.train: other content .13 bytes, 8 at the last start.*--data.on-changed-file"
+    ):
+        settled()
+    assert settled("warn") == [
+        "data.on_changed_file: 'error' -> 'warn'", "data.train: other content (13 bytes, 8 at the last start)",
+    ]  # fmt: skip
+    data.unlink()
+    assert settled("warn") == [], "a file that is away is somebody else's to miss"
+    (run.path / "data.json").unlink()
+    data.write_text("of a run that kept no sums\n")
+    assert settled("warn") == []
+
+
 def test_a_rollout_checkpoint_of_another_precision_is_another_run(config, tmp_path):
     run = RunDirectory(tmp_path / "r")
     run.path.mkdir()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from trainer_scenarios import BF16, TP2, Ranks, steps
+from trainer_scenarios import BF16, TP2, Ranks, save, steps
 
 from fp8slurm.fp8.policy import decide
 from fp8slurm.trainer.primary_fp8 import Masters, is_primary
@@ -50,12 +50,12 @@ def masters(ranks: Ranks, **sections: Any) -> dict[str, Any]:
         t.config = t.config.model_copy(update={"fp8": t.config.fp8.model_copy(update={"param_gather": False})})
         for p in weights:
             del p._rowwise_data
-        t.save(plain)
+        save(t, plain)
         claim(t)
         with torch.no_grad():
             for p in weights:  # of FP8 weights their values are not saved, but the masters'
                 p.fill_(7)
-        t.save(claimed)
+        save(t, claimed)
         shares = {p: s.clone() for p, (s, _, _) in held.own.items()}
         t.new_optimizer()
         now = Masters(t.optimizer)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import resource
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import torch
 import torch.distributed as dist
 from trainer_reference import LENGTHS, LR, cross_entropy, pack, run_config
 
+from fp8slurm.core.patches import applied
 from fp8slurm.core.types import PackedBatch
 from fp8slurm.models.qwen3 import ModelSpec
 from fp8slurm.trainer.start import start, stop
@@ -26,6 +28,25 @@ OFFLOAD = {"optim": {"cpu_offload": True}}
 TP2 = {"parallel": {"tensor_parallel_size": 2}}
 TP2SP = {"parallel": {"tensor_parallel_size": 2, "sequence_parallel": True}}
 PP2 = {"parallel": {"pipeline_parallel_size": 2}}
+
+
+def save(trainer: Trainer, path: Path) -> None:
+    """Write everything that `load` needs into the existing, empty folder `path`; blocks until it is on disk.
+
+    OSError on all ranks where one of them could not write its part (disk full).
+    """
+    snapshot = trainer.snapshot(path, copy=False)
+    written: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(written, snapshot.write())
+    failure = [""]
+    if dist.get_rank() == 0:
+        try:
+            snapshot.finish(written)
+        except OSError as error:
+            failure = [str(error)]
+    dist.broadcast_object_list(failure, src=0)
+    if failure[0]:
+        raise OSError(f"the checkpoint in {path} could not be written: {failure[0]}")
 
 
 @dataclass
@@ -91,6 +112,17 @@ def train(ranks: Ranks, **sections: Any) -> dict[str, Any]:
 # One rank.
 
 
+def replaced(ranks: Ranks) -> list[list[str]]:
+    """What is replaced once a rank has started and saved, and the private names that are not there."""
+    sys.path.append(str(Path(__file__).parents[1]))
+    from patch_list import missing, rows
+
+    with ranks.trainer() as trainer:
+        trainer.save(ranks.make("patches"))
+    names = [name for names, _ in rows("Private names that are used, not replaced") for name in names]
+    return [applied(), missing([n for n in names if n.startswith(("megatron.", "torch."))])]
+
+
 def one_rank(ranks: Ranks) -> dict[str, Any]:
     return train(ranks)
 
@@ -141,7 +173,7 @@ def reference_model(ranks: Ranks) -> dict[str, Any]:
         steps(trainer, range(1))
         kept, moved = trainer.logprobs(batches(trainer), reference=True), trainer.logprobs(batches(trainer))
         folder = ranks.make("with_reference")
-        trainer.save(folder)
+        save(trainer, folder)
         with_reference = trainer.logprobs(batches(trainer), reference=True)
     with ranks.trainer(load=False, **FP8, algorithm={"kl_coef": 0.1}) as trainer:
         assert trainer.load(folder)
@@ -221,7 +253,7 @@ def optimizer_settings(ranks: Ranks) -> dict[str, Any]:
         before = weights(trainer)
         trainer.train_step(batches(trainer), nothing, LR)
         kept = {name: float((w / before[name])[before[name] != 0].mean()) for name, w in weights(trainer).items()}
-        trainer.save(folder)
+        save(trainer, folder)
     with ranks.trainer(optim={"weight_decay": 0.5, "beta1": 0.5, "beta2": 0.999, "eps": 1e-3}, load=False) as trainer:
         trainer.load(folder)
         trainer.train_step(batches(trainer), nothing, LR)
@@ -357,7 +389,7 @@ def refused(ranks: Ranks) -> dict[str, str]:
         out["missing tensor"] = message(lambda: trainer.load_hf(ranks.paths["truncated"]))
         out["other head"] = message(lambda: trainer.load_hf(ranks.paths["other_head"]))
         folder = ranks.make("fp32")
-        trainer.save(folder)
+        save(trainer, folder)
     with ranks.trainer(**BF16) as trainer:
         out["dtype"] = message(lambda: trainer.load(folder))
 
@@ -377,7 +409,7 @@ def resume_exactly(ranks: Ranks, **sections: Any) -> dict[str, Any]:
     with ranks.trainer(**sections) as trainer:
         steps(trainer, range(2))
         path = ranks.make("resume_" + "_".join(sorted(sections)))
-        trainer.save(path)
+        save(trainer, path)
         straight = {"steps": steps(trainer, range(2, 4)), "weights": weights(trainer)}
         straight["random"] = torch.rand(3).tolist()
         straight["adam"] = adam_state(trainer)
@@ -409,7 +441,7 @@ def resume_one_rank(ranks: Ranks) -> dict[str, Any]:
 def save_before_any_step(ranks: Ranks, **sections: Any) -> dict[str, Any]:
     with ranks.trainer(**sections) as trainer:
         path = ranks.make("zero_" + "_".join(sorted(sections)))
-        trainer.save(path)
+        save(trainer, path)
         first = steps(trainer, range(1))
     with ranks.trainer(load=False, **sections) as trainer:
         trainer.load(path)
@@ -420,7 +452,7 @@ def save_here(ranks: Ranks, name: str, **sections: Any) -> dict[str, Any]:
     """Two steps, a save under NAME, two more."""
     with ranks.trainer(**sections) as trainer:
         steps(trainer, range(2))
-        trainer.save(ranks.make(name))
+        save(trainer, ranks.make(name))
         return next_two(trainer)
 
 
@@ -444,14 +476,14 @@ def full_disk(ranks: Ranks, **sections: Any) -> dict[str, Any]:
         if ranks.rank == ranks.world_size - 1:
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
         try:
-            trainer.save(folder)
+            save(trainer, folder)
             said = ""
         except OSError as error:
             said = str(error)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         later = ranks.make("later")
-        trainer.save(later)
+        save(trainer, later)
         trainer.load(later)
         return {"said": said, "step": steps(trainer, range(1))}
 
@@ -511,14 +543,15 @@ def optimizer_sleep(ranks: Ranks, **sections: Any) -> dict[str, Any]:
                 if name == "asleep":
                     sleeping.to_host()
                     sleeping.to_host()  # again: nothing happens
-                    assert sleeping.asleep and sleeping.host_bytes == sum(t.nbytes for t in sleeping._tensors())
+                    host_bytes = sum(host.nbytes for _, host in sleeping._host.values())
+                    assert sleeping._away and host_bytes == sum(t.nbytes for t in sleeping._tensors())
                     assert not set(before) & {t.data_ptr() for t in sleeping._tensors()}, "something did not move"
                 assert before and not set(before) & parameters, "a weight would have been moved"
                 said += steps(trainer, range(seed, seed + 1))
             if name == "asleep":
                 sleeping.to_host()
             folder = ranks.make(f"sleep_{name}_{'_'.join(sections)}")
-            trainer.save(folder)
+            save(trainer, folder)
             out[name] = {"steps": said, "weights": weights(trainer)}
             files = sorted(folder.glob("*.distcp"))
             out[name]["files"] = {p.name: torch.frombuffer(bytearray(p.read_bytes()), dtype=torch.uint8) for p in files}

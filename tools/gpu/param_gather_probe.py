@@ -229,7 +229,8 @@ def checkpoint(t: Any, folder: Path) -> dict[str, Any]:
 
     folder.mkdir()
     began = time.perf_counter()
-    t.save(folder)
+    snapshot = t.snapshot(folder, copy=False)
+    snapshot.finish([snapshot.write()])
     saved = time.perf_counter() - began
     reader = dcp.FileSystemReader(str(folder))
     kinds: dict[str, int] = {}

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fp8slurm.check.doctor.finding import LEVELS, Check, Finding, worst
+from fp8slurm.core.errors import InputError
 from fp8slurm.observe.output import check_file
 
 SLURM = Check("slurm")
@@ -22,7 +23,7 @@ COLOURS = {"ok": "green", "warning": "yellow", "error": "bold red"}
 
 
 def main(argv: list[str]) -> int:
-    """Exit status 0: ok or warnings; 1: errors; bad input is a ValueError (2)."""
+    """Exit status 0: ok or warnings; 1: errors; bad input is an InputError (2)."""
     from fp8slurm.config import parse, recipe_names
 
     parser = argparse.ArgumentParser(
@@ -50,7 +51,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--svg", metavar="FILE", help="also write the output as a picture")
     own, flags = parser.parse_known_args(argv)
     if flags and not own.recipe:
-        raise ValueError(
+        raise InputError(
             f"{flags[0]}: settings change a recipe, and there is no --recipe; --help lists the doctor's own"
         )
     configs = [parse(recipe, flags, "fp8slurm doctor") for recipe in own.recipe]
@@ -75,7 +76,7 @@ def _look(configs: list, over_slurm: bool, quick: bool) -> list[Finding]:
         from fp8slurm.scheduler.job import available
 
         if not available():
-            raise ValueError(
+            raise InputError(
                 "--slurm: there is no Slurm on this machine (sbatch, srun, scontrol, squeue); run this on a login node"
             )
         controller = list(check_slurm(configs))

@@ -15,6 +15,7 @@ from pathlib import Path
 from fp8slurm.check.doctor.finding import Check, Finding, merge
 from fp8slurm.check.doctor.node import MARK, compare_paths
 from fp8slurm.config import RunConfig
+from fp8slurm.core.errors import InputError
 from fp8slurm.core.processes import python_path
 from fp8slurm.core.signals import ended_is_interrupted
 from fp8slurm.scheduler import job as slurm
@@ -33,10 +34,10 @@ def over_nodes(configs: list[RunConfig], quick: bool, say: Callable[[str], None]
     """What every node of the allocation found, or of a job of its own with the first recipe's [slurm].
 
     Raises:
-        ValueError: no recipe, or Slurm refuses the job.
+        InputError: no recipe, or Slurm refuses the job.
     """
     if not configs:
-        raise ValueError(
+        raise InputError(
             "--slurm needs --recipe: its [slurm] says how many nodes, and which, its paths what to look for"
         )
     root = configs[0].run.root.resolve()
@@ -141,7 +142,7 @@ def _job(config: RunConfig, folder: Path, say: Callable[[str], None]) -> list[st
     """Queue the job, wait for its end; the names of its nodes. Interrupted or ended, the job is ended too.
 
     Raises:
-        ValueError: Slurm refuses it, never starts it, or gave it no nodes.
+        InputError: Slurm refuses it, never starts it, or gave it no nodes.
     """
     path = folder / "job.sh"
     text = script(config, folder)
@@ -149,7 +150,7 @@ def _job(config: RunConfig, folder: Path, say: Callable[[str], None]) -> list[st
     try:
         job_id = slurm.sbatch(str(path), environment=slurm.environment_for_a_job(_environment(), text))
     except slurm.SlurmError as error:
-        raise ValueError(f"Slurm refuses the doctor's job: {error}") from None
+        raise InputError(f"Slurm refuses the doctor's job: {error}") from None
     state, job = "", dict[str, str]()
     try:
         with ended_is_interrupted():
@@ -161,7 +162,7 @@ def _job(config: RunConfig, folder: Path, say: Callable[[str], None]) -> list[st
                     say(f"job {job_id} on {config.slurm.nodes} nodes: {now}")
                     state = now
                 if job.get("JobState") == "PENDING" and reason in HOPELESS:
-                    raise ValueError(
+                    raise InputError(
                         f"job {job_id} would never start: {now}; {config.slurm.nodes} node(s) for {MINUTES} minutes "
                         f"(--slurm.nodes, --slurm.partition, --slurm.constraint); it was cancelled"
                     )
@@ -173,5 +174,5 @@ def _job(config: RunConfig, folder: Path, say: Callable[[str], None]) -> list[st
         raise
     listed = job.get("NodeList", "")
     if listed in ("", "(null)"):
-        raise ValueError(f"job {job_id} ended without nodes: {state}")
+        raise InputError(f"job {job_id} ended without nodes: {state}")
     return slurm.ask("scontrol", "show", "hostnames", listed).split()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from fp8slurm.check.doctor.finding import Check, Finding
 from fp8slurm.config import RunConfig
+from fp8slurm.core.errors import InputError
 
 MEMORY, SHARED, LIMITS = Check("memory"), Check("shm"), Check("limits")
 
@@ -48,7 +49,7 @@ def _memory(configs: list[RunConfig]) -> Iterator[Finding]:
 
         try:
             host = {item.name: item.bytes for item in make_plan(config).host}
-        except ValueError:  # a layout that cannot be: train and submit say why
+        except InputError:  # a layout that cannot be: train and submit say why
             continue
         needed = sum(host.values())
         if needed > free:

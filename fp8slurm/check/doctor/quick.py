@@ -9,6 +9,7 @@ from fp8slurm.check.doctor.machine import check_machine
 from fp8slurm.check.doctor.network import check_ports
 from fp8slurm.check.doctor.versions import check_versions
 from fp8slurm.config import RunConfig
+from fp8slurm.core.errors import InputError
 
 ESSENTIAL = ("torch", "megatron-core", "sglang", "transformers")
 """First words of findings about packages without which nothing can run."""
@@ -30,7 +31,7 @@ def quick(config: RunConfig) -> list[str]:
     Another version than the set's is a warning here: whoever tries one wants to know, not to be stopped.
 
     Raises:
-        ValueError: the run cannot work here, with what to do about it.
+        InputError: the run cannot work here, with what to do about it.
     """
     tasks_here = config.slurm.executor != "slurm"
     findings = local([config], tasks_here, plans=False)
@@ -39,7 +40,7 @@ def quick(config: RunConfig) -> list[str]:
     lines = {f: f"{f.text}{f'; {f.fix}' if f.fix else ''}" for f in findings if f.level != "ok"}
     fatal = [line for f, line in lines.items() if f.level == "error" and _stops(f)]
     if fatal:
-        raise ValueError("\n".join(fatal) + "\n(fp8slurm doctor looks at everything)")
+        raise InputError("\n".join(fatal) + "\n(fp8slurm doctor looks at everything)")
     expected = "no GPU is visible"  # a recipe that needs one has been refused above
     return [line for f, line in lines.items() if not f.text.startswith(expected)]
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from fp8slurm.check.doctor.finding import Check, Finding
 from fp8slurm.config import RunConfig
+from fp8slurm.core.errors import InputError
 from fp8slurm.scheduler import job as slurm
 
 SLURM = Check("slurm")
@@ -73,7 +74,7 @@ def _recipes(configs: list[RunConfig]) -> Iterator[Finding]:
                 yield SLURM.warning(f"{name}: {warning}", "")
             partition = requested_partition(config)[0] or "the default partition"
             yield SLURM.ok(f"{name}: {s.nodes} node(s) of {partition} for {s.time}: sbatch would take the job")
-        except ValueError as error:
+        except InputError as error:
             yield SLURM.error(
                 f"{name}: {error}",
                 "--slurm.partition, account, qos, time, nodes; sinfo -o '%P %l %D %G' lists what there is",

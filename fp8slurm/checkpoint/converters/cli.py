@@ -17,6 +17,7 @@ from fp8slurm.checkpoint.converters.convert_torch_dist import (
 from fp8slurm.checkpoint.converters.stream import ConvertOptions
 from fp8slurm.checkpoint.formats.hf_folder import open_hf
 from fp8slurm.checkpoint.formats.sources import HfSource
+from fp8slurm.core.errors import InputError
 
 CONVERTERS: dict[str, tuple[Callable[..., Any], str]] = {
     "hf-to-fp8": (plan_hf_to_fp8, "Hugging Face in BF16 -> block FP8, for the engine"),
@@ -90,7 +91,7 @@ def convert(name: str, args: argparse.Namespace) -> int:
         if getattr(args, "list", False):
             return list_decisions(args)
         if args.output is None:
-            raise ValueError("OUT is missing; only --list does without")
+            raise InputError("OUT is missing; only --list does without")
         options = ConvertOptions(
             jobs=args.jobs,
             memory_mib=args.max_memory,
@@ -108,7 +109,7 @@ def convert(name: str, args: argparse.Namespace) -> int:
             return 0
         print(f"{name}: {planned.run()}")
         return 0
-    except (ValueError, FileNotFoundError) as error:
+    except (InputError, FileNotFoundError) as error:
         print(f"fp8slurm convert {name}: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # of --list | head: the caller's to handle

@@ -14,7 +14,7 @@ from fp8slurm.checkpoint.converters.works import Copy, Quantize, Work
 from fp8slurm.checkpoint.formats.hf_folder import HfFolder, open_hf
 from fp8slurm.checkpoint.formats.safetensors_file import TensorInfo
 from fp8slurm.checkpoint.formats.sources import SCALE_SUFFIX, DequantizedSource, HfSource, Source
-from fp8slurm.core.errors import BadCheckpoint
+from fp8slurm.core.errors import BadCheckpoint, InputError
 from fp8slurm.fp8 import BLOCK
 from fp8slurm.fp8.block import FLOAT_DTYPES
 from fp8slurm.fp8.policy import LINEAR, Decision, decide, engine_matrix, has_effect, kept_name
@@ -28,7 +28,7 @@ def decisions(tensors: Iterable[TensorInfo], own: Sequence[str] = (), given: Seq
 
     Raises:
         BadCheckpoint: a tensor cannot be quantized although it should.
-        ValueError: a given entry matches no module, or an entry keeps only a part of what SGLang holds as one matrix.
+        InputError: a given entry matches no module, or an entry keeps only a part of what SGLang holds as one matrix.
     """
     tensors = list(tensors)
     modules = list(dict.fromkeys(info.name.rpartition(".")[0] for info in tensors))
@@ -37,7 +37,7 @@ def decisions(tensors: Iterable[TensorInfo], own: Sequence[str] = (), given: Seq
             alone = (m for m in modules if LINEAR.fullmatch(f"{m}.weight") and engine_matrix(m) == m)
             example = next(alone, modules[0])
             parent, _, last = example.rpartition(".")
-            raise ValueError(
+            raise InputError(
                 f"--modules-to-not-convert {entry}: the model has no such module; allowed: a full name, an ancestor's, or "
                 f"last components, such as {example}, {parent} or {last}"
             )
@@ -52,12 +52,12 @@ def decisions(tensors: Iterable[TensorInfo], own: Sequence[str] = (), given: Seq
 
 
 def _check_whole_matrices(made: Sequence[Decided]) -> None:
-    """ValueError if SGLang would hold a kept and a quantized matrix as one."""
+    """InputError if SGLang would hold a kept and a quantized matrix as one."""
     quantized = {engine_matrix(_module(info)): _module(info) for info, decision in made if decision.quantize}
     for info, decision in made:
         other = quantized.get(engine_matrix(_module(info))) if decision.entry is not None else None
         if other is not None:
-            raise ValueError(
+            raise InputError(
                 f"modules_to_not_convert: {decision.entry} keeps {_module(info)} but not {other}; SGLang holds both in one "
                 f"matrix, so all of {engine_matrix(other)} or nothing of it can be kept (--modules-to-not-convert)"
             )
@@ -167,8 +167,8 @@ def hf_to_fp8(
     """An HF folder in BF16 (or fp16, fp32) -> the same model in block FP8, as SGLang and transformers load it.
 
     `settings`: fields of ConvertOptions (jobs, memory_mib, verify, progress, ...).
-    Raises BadCheckpoint (a ValueError) for a damaged or contradictory input and for weights that are not finite,
-    ValueError for an output that exists and for modules that cannot be kept, OSError for a full disk. Nothing is left
+    Raises BadCheckpoint for a damaged or contradictory input and for weights that are not finite,
+    InputError for an output that exists and for modules that cannot be kept, OSError for a full disk. Nothing is left
     at dst then; dst.tmp keeps the finished shards and the same call goes on with them.
     """
     return plan_hf_to_fp8(

@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from fp8slurm.core.errors import BadCheckpoint
+from fp8slurm.core.errors import BadCheckpoint, InputError
 from fp8slurm.core.files import fsync_folder
 from fp8slurm.core.processes import process_of, process_start
 
@@ -62,34 +62,34 @@ class OutputFolder:
         self._token = secrets.token_hex(8)
 
     def check(self, folders: Iterable[Path], files: Iterable[Path] = ()) -> None:
-        """ValueError if OUT exists (without overwrite) or is no folder, is an input folder or lies in one, holds an
+        """InputError if OUT exists (without overwrite) or is no folder, is an input folder or lies in one, holds an
         input file (where a link leads), or if OUT.tmp is not ours."""
         if self.path.is_symlink() or (self.path.exists() and not self.path.is_dir()):
             what = "a symbolic link" if self.path.is_symlink() else "no folder"
-            raise ValueError(f"{self.path} is {what}; OUT must be a folder or not exist yet")
+            raise InputError(f"{self.path} is {what}; OUT must be a folder or not exist yet")
         folders, files = [p.resolve() for p in folders], [p.resolve() for p in files]
         for place in (self.path.resolve(), self.tmp.resolve()):
             for folder in folders:
                 if place == folder or folder in place.parents or place in folder.parents:
-                    raise ValueError(f"{self.path}: the output must lie outside the input {folder}")
+                    raise InputError(f"{self.path}: the output must lie outside the input {folder}")
             for file in files:
                 if place in file.parents:
-                    raise ValueError(f"{self.path}: the input file {file} lies in it; give another OUT")
+                    raise InputError(f"{self.path}: the input file {file} lies in it; give another OUT")
         if self.path.exists() and not self._overwrite:
-            raise ValueError(f"{self.path} exists; give another folder, or --overwrite to replace it")
+            raise InputError(f"{self.path} exists; give another folder, or --overwrite to replace it")
         made_by_us = self.tmp.is_dir() and ((self.tmp / FINGERPRINT).is_file() or not any(self.tmp.iterdir()))
         if self.tmp.is_symlink() or (self.tmp.exists() and not made_by_us):
-            raise ValueError(f"{self.tmp} exists and no conversion made it; move it away")
+            raise InputError(f"{self.tmp} exists and no conversion made it; move it away")
 
     def begin(self) -> None:
         """Make OUT.tmp, or take up the one that an interrupted conversion of the same input left.
 
-        ValueError: another process of this machine works in it.
+        InputError: another process of this machine works in it.
         """
         owner = self._owner()
         living = process_of(owner) if owner else None
         if living:
-            raise ValueError(f"{self.tmp}: {living} is converting into it; wait for it, end it, or give another OUT")
+            raise InputError(f"{self.tmp}: {living} is converting into it; wait for it, end it, or give another OUT")
         mark = self.tmp / FINGERPRINT
         if mark.is_file() and mark.read_text() != self._fingerprint:
             shutil.rmtree(self.tmp)

@@ -21,7 +21,7 @@ from fp8slurm.checkpoint.converters.progress import Progress
 from fp8slurm.checkpoint.converters.works import Work
 from fp8slurm.checkpoint.formats.safetensors_file import Located, ShardLayout, read_header
 from fp8slurm.checkpoint.formats.sources import Files, as_bytes, scratch
-from fp8slurm.core.errors import BadCheckpoint
+from fp8slurm.core.errors import BadCheckpoint, InputError
 
 T = TypeVar("T")
 PIECE_BYTES = 4 << 20
@@ -49,7 +49,7 @@ class ConvertOptions:
     def __post_init__(self) -> None:
         for name, flag in (("jobs", "--jobs"), ("memory_mib", "--max-memory"), ("max_shard_bytes", "--max-shard-size")):
             if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{flag} {getattr(self, name)}: must be at least 1")
+                raise InputError(f"{flag} {getattr(self, name)}: must be at least 1")
 
     @property
     def threads(self) -> int:
@@ -63,14 +63,14 @@ class ConvertOptions:
     def fitted(self, works: Sequence[Work]) -> ConvertOptions:
         """The same with so many jobs that the buffers of the widest matrix's smallest pieces fit into memory_mib.
 
-        ValueError: they do not, with the jobs that were asked for or with one.
+        InputError: they do not, with the jobs that were asked for or with one.
         """
         widest = max((w.row_bytes * min(w.align, w.rows) for w in works), default=0)
         most = (self.memory_mib << 20) // max(1, widest * BUFFERS_PER_PIECE)
         jobs = self.jobs or max(1, min(self.threads, most))
         if jobs > most:
             needed = -(-widest * BUFFERS_PER_PIECE * jobs >> 20)
-            raise ValueError(f"--max-memory {self.memory_mib} MiB with --jobs {jobs}: at least {needed} are needed")
+            raise InputError(f"--max-memory {self.memory_mib} MiB with --jobs {jobs}: at least {needed} are needed")
         return replace(self, jobs=jobs)
 
 

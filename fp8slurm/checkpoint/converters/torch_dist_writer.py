@@ -34,6 +34,7 @@ from fp8slurm.checkpoint.converters.stream import ConvertOptions, in_threads, on
 from fp8slurm.checkpoint.formats.megatron_names import Run, megatron_from_hf, other_names, overlap
 from fp8slurm.checkpoint.formats.safetensors_file import TensorInfo
 from fp8slurm.checkpoint.formats.sources import Source, scratch
+from fp8slurm.core.errors import InputError
 from fp8slurm.models.names import Entry, NameTable
 from fp8slurm.models.qwen3 import ModelSpec
 
@@ -88,7 +89,7 @@ def _dtype_of(entry: Entry, source: Source, stacked: dict[str, TensorInfo]) -> t
         first = stacked.setdefault(entry.checkpoint_key, info)
         if info.dtype != first.dtype:
             dtypes = (f"{i.name} ({str(i.dtype).removeprefix('torch.')})" for i in (first, info))
-            raise ValueError(
+            raise InputError(
                 f"{' and '.join(dtypes)} become one tensor, {entry.checkpoint_key}: they must have one dtype"
             )
     return first.dtype
@@ -97,7 +98,7 @@ def _dtype_of(entry: Entry, source: Source, stacked: dict[str, TensorInfo]) -> t
 def plan_files(table: NameTable, source: Source, options: ConvertOptions) -> list[DistFile]:
     """Chunks of all parameters, in model order, dealt into files of at most max_shard_bytes.
 
-    ValueError: tensors that are stacked under one key are of several dtypes.
+    InputError: tensors that are stacked under one key are of several dtypes.
     """
     # each thread holds a chunk, torch.save copies of parts of it
     limit = min(CHUNK_BYTES, (options.memory_mib << 20) // (3 * options.threads))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from fp8slurm.core.files import sha256
 
 
 def damage(folder: Path, only: Iterable[str] | None = None) -> str | None:
@@ -30,12 +31,7 @@ def damage(folder: Path, only: Iterable[str] | None = None) -> str | None:
         if path.stat().st_size != files[name][0]:
             return f"{name} has {path.stat().st_size} bytes instead of {files[name][0]}"
     with ThreadPoolExecutor(4) as pool:
-        for name, digest in zip(chosen, list(pool.map(_sha256, (folder / name for name in chosen)))):
+        for name, digest in zip(chosen, list(pool.map(sha256, (folder / name for name in chosen)))):
             if digest != files[name][1]:
                 return f"{name} was altered (SHA-256)"
     return None
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()

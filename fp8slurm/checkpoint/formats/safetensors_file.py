@@ -140,8 +140,6 @@ def read_header(path: Path) -> tuple[dict[str, Located], dict[str, str]]:
             raise BadCheckpoint(f"{what}: {size} bytes, the header says {8 + length + end}")
     except BadCheckpoint as error:
         raise BadCheckpoint(f"{path}: {error}") from None
-    except OSError as error:
-        raise BadCheckpoint(f"{path}: {error.strerror}") from None
     return {info.name: Located(info, path, 8 + length + begin) for info, begin, _ in entries}, metadata
 
 

@@ -169,6 +169,8 @@ class TorchDistReader:
             return self._saved_tensors(metadata)
         except BadCheckpoint as error:
             raise BadCheckpoint(f"{where}: {error}") from None
+        except OSError:  # the file system's, not the checkpoint's
+            raise
         except Exception as error:  # a damaged pickle raises anything, and gives records of any types
             raise BadCheckpoint(f"{where}: not readable: {type(error).__name__}: {str(error)[:200]}") from None
 
@@ -223,7 +225,7 @@ class TorchDistReader:
                 record = archive.getinfo(f"{pickled.removesuffix('data.pkl')}data/{number}")
             header = bytearray(30)
             self._files.read_into(chunk.path, chunk.offset + record.header_offset, memoryview(header))
-        except BadCheckpoint:
+        except (BadCheckpoint, OSError):
             raise
         except Exception as error:
             raise BadCheckpoint(

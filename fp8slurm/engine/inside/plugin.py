@@ -1,4 +1,4 @@
-"""What the engine's own processes get on top of SGLang, on GPUs and CPUs alike."""
+"""What the engine's own processes get on top of SGLang, on GPUs and CPUs alike (docs/patches.md)."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import tempfile
 from typing import Any
 
+from fp8slurm.core.patches import patch, wrap
 from fp8slurm.engine.inside.digest import DIGEST_ACTION, overall, raw_digests
 from fp8slurm.engine.inside.recorded import RECORDED, FlatBucket, load_bucket, loads_of
 
@@ -18,7 +19,7 @@ def apply() -> None:
 
     # answers the load statistics' file in /dev/shm, which stays there when a server is killed: the engine's temporary
     # folder goes with it
-    load_snapshot.shm_path_for = lambda ipc_name: f"{tempfile.gettempdir()}/loads"
+    patch(load_snapshot, "shm_path_for", lambda ipc_name: f"{tempfile.gettempdir()}/loads")
     _add_raw_digest()
     _finish_loads()
     _finish_before_release()
@@ -34,9 +35,8 @@ def _add_raw_digest() -> None:
     import torch
     from sglang.srt.utils.weight_checker import WeightChecker
 
-    original = WeightChecker.handle
-
-    def handle(self: Any, action: str, *args: Any, **kwargs: Any) -> Any:
+    @wrap(WeightChecker, "handle")
+    def handle(original: Any, self: Any, action: str, *args: Any, **kwargs: Any) -> Any:
         if action != DIGEST_ACTION:
             return original(self, action, *args, **kwargs)
         if torch.cuda.is_available():  # the digests' threads copy on a stream of theirs, which waits for no other
@@ -55,8 +55,6 @@ def _add_raw_digest() -> None:
             "parallelism_info": self._parallelism_info(**role).model_dump(),
         }
 
-    WeightChecker.handle = handle
-
 
 def _finish_loads() -> None:
     """Answer that a bucket is loaded when it is, not when its broadcast and its copies are queued on the GPU.
@@ -71,18 +69,16 @@ def _finish_loads() -> None:
     if not torch.cuda.is_available():
         return
 
-    def finished(original: Any) -> Any:
-        @functools.wraps(original)
-        def load(self: Any, *args: Any, **kwargs: Any) -> Any:
-            torch.cuda.synchronize()
-            result = original(self, *args, **kwargs)
-            torch.cuda.synchronize()
-            return result
+    def load(original: Any, *args: Any, **kwargs: Any) -> Any:
+        torch.cuda.synchronize()
+        result = original(*args, **kwargs)
+        torch.cuda.synchronize()
+        return result
 
-        return load
-
-    for name in ("update_weights_from_tensor", "update_weights_from_distributed"):
-        setattr(WeightUpdater, name, finished(getattr(WeightUpdater, name)))
+    # with sessions (0.5.21) receiving and loading a broadcast are two methods, before them one
+    distributed = ("load_weights_from_distributed", "update_weights_from_distributed")
+    for name in ("update_weights_from_tensor", next(n for n in distributed if hasattr(WeightUpdater, n))):
+        wrap(WeightUpdater, name)(load)
 
 
 def _finish_before_release() -> None:
@@ -93,13 +89,10 @@ def _finish_before_release() -> None:
     import torch
     from sglang.srt.utils.torch_memory_saver_adapter import _TorchMemorySaverAdapterReal as Adapter
 
-    original = Adapter.pause
-
-    def pause(self: Any, tag: str) -> Any:
+    @wrap(Adapter, "pause")
+    def pause(original: Any, self: Any, tag: str) -> Any:
         torch.cuda.synchronize()
         return original(self, tag)
-
-    Adapter.pause = pause
 
 
 def _clear_padding_after_waking() -> None:
@@ -109,16 +102,12 @@ def _clear_padding_after_waking() -> None:
     """
     from sglang.srt.managers.scheduler_components.weight_updater import SchedulerWeightUpdaterManager as Manager
 
-    original = Manager.resume_memory_occupation
-
-    @functools.wraps(original)
-    def resume_memory_occupation(self: Any, recv_req: Any) -> Any:
+    @wrap(Manager, "resume_memory_occupation")
+    def resume_memory_occupation(original: Any, self: Any, recv_req: Any) -> Any:
         result = original(self, recv_req)
         if self.memory_saver_adapter.enabled and (not recv_req.tags or "kv_cache" in recv_req.tags):
             self.scheduler.req_to_token_pool.req_to_token.zero_()
         return result
-
-    Manager.resume_memory_occupation = resume_memory_occupation
 
 
 def _record_loads() -> None:
@@ -131,15 +120,11 @@ def _record_loads() -> None:
         forms = [(m.name, str(m.dtype).removeprefix("torch."), tuple(m.shape), m.start_idx) for m in self.metadata]
         return FlatBucket(self.flattened_tensor, forms)
 
-    def recorded(original: Any) -> Any:
-        @functools.wraps(original)
-        def load_weights(self: Any, weights: Any, *args: Any, **kwargs: Any) -> Any:
-            if isinstance(weights, FlatBucket):
-                return load_bucket(self, weights, lambda model, pairs: original(model, pairs, *args, **kwargs))
-            return original(self, weights, *args, **kwargs)
+    def load_weights(original: Any, self: Any, weights: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(weights, FlatBucket):
+            return load_bucket(self, weights, lambda model, pairs: original(model, pairs, *args, **kwargs))
+        return original(self, weights, *args, **kwargs)
 
-        return load_weights
-
-    FlattenedTensorBucket.reconstruct_tensors = reconstruct_tensors
+    patch(FlattenedTensorBucket, "reconstruct_tensors", reconstruct_tensors)
     for model in (Qwen3ForCausalLM, Qwen3MoeForCausalLM):
-        model.load_weights = recorded(model.load_weights)
+        wrap(model, "load_weights")(load_weights)

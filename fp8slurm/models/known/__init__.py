@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from fp8slurm.core.errors import InputError
 from fp8slurm.models.qwen3 import ModelSpec
 
 FOLDER = Path(__file__).parent
@@ -16,9 +17,9 @@ def known_models() -> list[str]:
 
 
 def known_model(name: str) -> ModelSpec:
-    """The shape of a published model by its name, such as Qwen3-4B. ValueError lists the known ones."""
+    """The shape of a published model by its name, such as Qwen3-4B. InputError lists the known ones."""
     if name not in known_models():
-        raise ValueError(f"no shape is known for a model named {name!r}; known: {', '.join(known_models())}")
+        raise InputError(f"no shape is known for a model named {name!r}; known: {', '.join(known_models())}")
     file = FOLDER / f"{name}.json"
     return ModelSpec.from_hf_config(json.loads(file.read_text()), str(file))
 
@@ -26,11 +27,11 @@ def known_model(name: str) -> ModelSpec:
 def find_spec(checkpoint: Path | None) -> tuple[ModelSpec, str]:
     """(shape, where it comes from): from CHECKPOINT/config.json, else the known model that the folder is named after.
 
-    ValueError where neither is there: it names the folder, the known models and the flag.
+    InputError where neither is there: it names the folder, the known models and the flag.
     """
     flag = "--model.hf-checkpoint"
     if checkpoint is None:
-        raise ValueError(
+        raise InputError(
             f"{flag} is not set: give a Hugging Face folder, or a known model ({', '.join(known_models())}), or a --recipe that names one"
         )
     if (checkpoint / "config.json").is_file():
@@ -44,7 +45,7 @@ def find_spec(checkpoint: Path | None) -> tuple[ModelSpec, str]:
         if checkpoint.name in ("tiny", "tiny-moe")
         else ""
     )
-    raise ValueError(
+    raise InputError(
         f"{flag} {checkpoint}: there is no config.json, and the folder is not named after a known model "
         f"({', '.join(known_models())}){made}"
     )
