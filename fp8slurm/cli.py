@@ -69,8 +69,8 @@ def train(argv: list[str]) -> int:
 
     parser = recipe_parser(
         "fp8slurm train",
-        "Run a recipe, here or (--slurm.executor slurm) as a Slurm job that is followed. The same command again goes on "
-        "where the run stopped. The settings below change the recipe; with --recipe R before --help their defaults are R's.",
+        "Run a recipe, here or (--slurm.executor slurm) as a Slurm job that is followed. The same command again goes "
+        "on where the run stopped.",
     )
     parser.add_argument("--dry-run", action="store_true", help="print what would run, start nothing")
     own, config = parse_command(parser, argv)
@@ -118,7 +118,12 @@ def _display(config: RunConfig) -> tuple[Display, Callable[[], None]]:
     totals = {"sft": config.sft.max_steps, "rl": config.run.steps}
     display = Display(config.run.name, {k: v for k, v in totals.items() if v})
     tail = MetricsTail(config.run.root / config.run.name / "metrics.jsonl")
-    return display, lambda: [display.update(record) for record in tail.poll()]
+
+    def update() -> None:
+        for record in tail.poll():
+            display.update(record)
+
+    return display, update
 
 
 def _train_here(config: RunConfig) -> int:
@@ -203,14 +208,12 @@ def _submit(config: RunConfig, command: str) -> str | None:
 
 
 def submit(argv: list[str]) -> int:
-    """`fp8slurm submit --recipe R [--dry-run] [--section.key VALUE ...]`: train as a Slurm job, without waiting for it."""
+    """`fp8slurm submit --recipe R [--dry-run] [--section.key VALUE ...]`: train as a Slurm job; does not wait."""
     from fp8slurm.config import parse_command, recipe_parser
     from fp8slurm.config.derived import under_slurm
 
     parser = recipe_parser(
-        "fp8slurm submit",
-        "Queue a recipe as a Slurm job, without waiting for it; fp8slurm status shows how far it is. The settings below "
-        "change the recipe; with --recipe R before --help their defaults are R's.",
+        "fp8slurm submit", "Queue a recipe as a Slurm job, without waiting for it; fp8slurm status shows how far it is."
     )
     parser.add_argument("--dry-run", action="store_true", help="print what would run, queue nothing")
     own, config = parse_command(parser, argv)

@@ -11,15 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from safetensors.torch import save_file
 
 from fp8slurm.cpu.sglang_stubs import declare_torchvision_operators
 from fp8slurm.fp8.policy import decide
 from fp8slurm.fp8.quantize import quantize
-from fp8slurm.models import tiny
 
-sys.path.insert(0, str(Path(__file__).parent))  # tiny_runs.py
 if not torch.cuda.is_available():
     declare_torchvision_operators()  # transformers imports torchvision for its models
 

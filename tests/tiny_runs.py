@@ -11,9 +11,9 @@ from typing import Any
 
 import psutil
 import pytest
+from tiny import write_model
+from tiny_task import write_data
 
-from fp8slurm.data.tiny_task import write_data
-from fp8slurm.models.tiny import write_model
 from fp8slurm.observe.metrics import read_metrics
 
 TIMEOUT_S = 400

@@ -13,10 +13,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from fp8slurm.data import tiny_task
-from fp8slurm.models import tiny
+import tiny
+import tiny_task
 
 STAMP = "made_by_make_tiny.json"
 

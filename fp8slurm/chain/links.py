@@ -13,7 +13,6 @@ waits for it, and what waits for that.
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from pathlib import Path
 
 from fp8slurm.config import RunConfig
 from fp8slurm.core.errors import InputError
+from fp8slurm.core.files import read_json
 from fp8slurm.core.processes import PACKAGE_ROOT
 from fp8slurm.run.directory import RunDirectory
 from fp8slurm.slurm.attempt import WAITING, last_checkpoint
@@ -64,8 +64,8 @@ def links(
     for key in config.slurm.sbatch:
         if key.replace("_", "-") in WAITING:
             raise InputError(
-                f"--slurm.sbatch {key} {config.slurm.sbatch[key]}: in a chain it follows from the jobs before; leave it out, or queue the "
-                f"training job alone (fp8slurm submit)"
+                f"--slurm.sbatch {key} {config.slurm.sbatch[key]}: in a chain the jobs before decide it; leave it "
+                f"out, or queue the training job alone (fp8slurm submit)"
             )
     assert config.model.hf_checkpoint is not None
     hf, rollout = config.model.hf_checkpoint, config.model.rollout_checkpoint
@@ -194,7 +194,7 @@ def _exclusions(rollout: Path | None) -> tuple[str, ...]:
     """Modules that the given rollout checkpoint keeps in high precision: the exported one keeps the same."""
     if rollout is None:
         return ()
-    quantization = json.loads((rollout / "config.json").read_text()).get("quantization_config") or {}
+    quantization = read_json(rollout / "config.json").get("quantization_config") or {}
     return tuple(quantization.get("modules_to_not_convert") or ())
 
 

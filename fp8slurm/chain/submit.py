@@ -45,20 +45,12 @@ def main(argv: list[str]) -> int:
     parser = recipe_parser(
         "fp8slurm chain",
         "Hugging Face -> torch_dist and FP8 -> train -> Hugging Face -> FP8 -> evaluation, as Slurm jobs that wait for "
-        "each other. The same command again leaves out what is done. The settings below change the recipe; with "
-        "--recipe R before --help their defaults are R's.",
+        "each other. The same command again leaves out what is done.",
     )
     parser.add_argument("--dry-run", action="store_true", help="print the scripts, queue nothing")
-    parser.add_argument(
-        "--convert-sbatch",
-        action="append",
-        default=[],
-        metavar="--NAME=VALUE",
-        help='a flag of sbatch for the conversion jobs, such as --convert-sbatch="--partition=cpu"; may be repeated',
-    )
-    parser.add_argument(
-        "--eval-sbatch", action="append", default=[], metavar="--NAME=VALUE", help="the same for the evaluation job"
-    )
+    for name, what in (("convert", "conversion jobs"), ("eval", "evaluation job")):
+        help = f'a flag of sbatch for the {what}, such as --{name}-sbatch="--partition=cpu"; may be repeated'
+        parser.add_argument(f"--{name}-sbatch", action="append", default=[], metavar="--NAME=VALUE", help=help)
     own, config = parse_command(parser, argv)
     config = under_slurm(config)
     for warning in preflight(config, dry_run=own.dry_run):
@@ -110,7 +102,7 @@ def plan(config: RunConfig, run: Path, convert_sbatch: list[str], eval_sbatch: l
             trained = damage is None
             if not trained and finished(config, RunDirectory(run)):
                 raise InputError(
-                    f"{link.output}, the run's last checkpoint, is damaged ({damage}): move it away, and the run makes it again"
+                    f"{link.output}, the run's last checkpoint, is damaged ({damage}): move it away, the run remakes it"
                 )
             done = f"{link.output} is there" if trained else ""
         else:
@@ -157,8 +149,8 @@ def refuse_second(run: Path) -> None:
     active = [job.id for job in known.values() if not job.over]
     if active:
         raise InputError(
-            f"{run}: jobs {', '.join(active)} of it wait or run, or are just being ended; fp8slurm status {run} shows them, "
-            f"scancel {' '.join(active)} ends them, --run.name starts another run"
+            f"{run}: jobs {', '.join(active)} of it wait or run, or are being ended; fp8slurm status {run} shows "
+            f"them, scancel {' '.join(active)} ends them, --run.name starts another run"
         )
     if facts.held() == "running":
         raise InputError(f"{run} is held by a process of this machine: wait for it, or choose another --run.name")
@@ -215,7 +207,7 @@ def submit(planned: list[Planned], config: RunConfig, run: Path, arguments: list
     ids: dict[str, str] = {}
     try:
         for p in planned:
-            entry = {"name": p.link.name, "job_id": None, "done": p.done, "after": [], "log": ""}
+            entry: dict[str, Any] = {"name": p.link.name, "job_id": None, "done": p.done, "after": [], "log": ""}
             if not p.done:
                 after = [ids[name] for name in p.link.after if name in ids]
                 ids[p.link.name], log = queue(p, after, config, run)
@@ -269,9 +261,7 @@ def withdraw(run: Path, ids: list[str], patience_s: float) -> str:
         left, problem = jobs_of_scripts([run / "chain", run / SLURM_FOLDER])
         waited = time.monotonic() - begun
         if problem:
-            return (
-                f"Slurm cannot say what is left of the chain in the queue ({problem}): squeue shows it, scancel ends it"
-            )
+            return f"Slurm cannot say what is left of the chain in the queue ({problem}): see squeue, scancel ends it"
         if not left and waited >= patience_s:
             return "nothing of the chain is left in the queue"
         if left and waited >= patience_s + LATE_S:

@@ -45,7 +45,7 @@ def check_cluster(config: RunConfig, timeout_s: float = slurm.COMMAND_TIMEOUT_S)
     """
     if not slurm.available():
         raise InputError(
-            "--slurm.executor slurm: there is no Slurm on this machine (sbatch, srun, scontrol and squeue); run this on a "
+            "--slurm.executor slurm: there is no Slurm on this machine (sbatch, srun, scontrol, squeue); run this on a "
             "login node of the cluster, or on one machine with --slurm.executor local"
         )
     try:
@@ -75,7 +75,8 @@ def _chosen(config: RunConfig, partitions: dict[str, dict[str, str]]) -> list[di
     missing = [name for name in requested.split(",") if name not in partitions]
     if missing:
         raise InputError(
-            f"{source} {requested}: there is no partition {', '.join(missing)}; there are {', '.join(sorted(partitions))}"
+            f"{source} {requested}: there is no partition {', '.join(missing)}; there are "
+            f"{', '.join(sorted(partitions))}"
             f"{' (--slurm.partition wins over the variable)' if source == PARTITION else ''}"
         )
     return [partitions[name] for name in requested.split(",")]
@@ -142,8 +143,8 @@ def _grace(config: RunConfig, chosen: list[dict[str, str]]) -> list[str]:
         if grace < SAFETY * step_times.save_s + REQUEUE_S:
             save = f"a save takes {step_times.save_s:.0f} s" if step_times.save_s else "there is no time to save"
             warnings.append(
-                f"partition {p['PartitionName']} is preemptible with {grace} s of notice, {save}: after a "
-                f"preemption the run goes on from its newest checkpoint (checkpoint.every {config.checkpoint.every} steps)"
+                f"partition {p['PartitionName']} is preemptible with {grace} s of notice, {save}: then the "
+                f"run goes on from its newest checkpoint (checkpoint.every {config.checkpoint.every} steps)"
             )
     return warnings
 
@@ -201,9 +202,8 @@ def _offer(nodes: list[dict[str, str]]) -> str:
     kinds: dict[str, list[str]] = {}
     for n in nodes:
         gpus = "no GPU" if n.get("Gres", "(null)") == "(null)" else n["Gres"]
-        kinds.setdefault(f"{gpus}, {n.get('CPUTot', '?')} cores, {n.get('RealMemory', '?')} MB", []).append(
-            n.get("NodeName", "?")
-        )
+        kind = f"{gpus}, {n.get('CPUTot', '?')} cores, {n.get('RealMemory', '?')} MB"
+        kinds.setdefault(kind, []).append(n.get("NodeName", "?"))
     return "; ".join(f"{len(names)} x {kind}" for kind, names in kinds.items())
 
 

@@ -25,6 +25,11 @@ SLURM_COUNTS_MIN = (2**31 - 1) // 60
 """Slurm keeps a time limit in seconds of 31 bits, and takes a longer one for another."""
 START_S = 180
 """Start, a step and a save should have so long before the notice, which Slurm may send 60 s early."""
+OURS = frozenset(
+    "partition account qos reservation constraint exclude time nodes signal requeue no-requeue ntasks-per-node "
+    "cpus-per-task gpus-per-node mem output error job-name".split()
+)
+"""Options of sbatch that have a setting of their own, or follow from others."""
 ROWS_CHECKED = 20_000
 """Rows of each data file that are read before a job is queued; the job itself reads all of them."""
 
@@ -42,7 +47,7 @@ def preflight(config: RunConfig, dry_run: bool = False) -> list[str]:
     refusals: list[str] = []
     warnings: list[str] = []
 
-    def check(what: Callable[..., None], *arguments: Any) -> None:
+    def check(what: Callable[..., object], *arguments: Any) -> None:
         try:
             what(*arguments)
         except InputError as error:
@@ -94,7 +99,7 @@ def _model(config: RunConfig) -> None:
     if spec.quantization is not None:
         raise InputError(
             f"--model.hf-checkpoint {folder} is quantized: the trainer starts from BF16 or FP32 weights "
-            f"(fp8slurm convert fp8-to-hf makes them); an FP8 checkpoint for the engine goes to --model.rollout-checkpoint"
+            f"(fp8slurm convert fp8-to-hf makes them); the engine's FP8 checkpoint is --model.rollout-checkpoint"
         )
     if config.model.rollout_checkpoint is not None:
         rollout = _folder(config.model.rollout_checkpoint, "--model.rollout-checkpoint", "folder that the engine loads")
@@ -107,8 +112,8 @@ def _model(config: RunConfig) -> None:
         there, requested = engine_in_fp8(config), config.fp8.engine
         if requested != "auto" and there != (requested == "fp8"):
             raise InputError(
-                f"--fp8.engine {requested} with --model.rollout-checkpoint {rollout}, which is in {'FP8' if there else 'BF16'}; allowed: "
-                f"leave --fp8.engine out, or give another folder"
+                f"--fp8.engine {requested} with --model.rollout-checkpoint {rollout}, which is in "
+                f"{'FP8' if there else 'BF16'}; allowed: leave --fp8.engine out, or give another folder"
             )
 
 
@@ -140,14 +145,14 @@ def _fp8(config: RunConfig) -> None:
     check_optimizer(config, fp8.backend == "transformer_engine")
     if fp8.param_gather and not engine_in_fp8(config):
         raise InputError(
-            "--fp8.param-gather with an engine in BF16: weight updates send the FP8 weights as they are; allowed: --fp8.engine "
-            "fp8 (or an FP8 --model.rollout-checkpoint), or --fp8.no-param-gather"
+            "--fp8.param-gather with an engine in BF16: weight updates send the FP8 weights as they are; allowed: "
+            "--fp8.engine fp8 (or an FP8 --model.rollout-checkpoint), or --fp8.no-param-gather"
         )
     # A job in a container has packages of its own: there every rank looks for itself when it starts (trainer/start.py).
     checkable = config.slurm.executor != "slurm" or config.slurm.container_image is None
     if fp8.backend == "transformer_engine" and checkable and importlib.util.find_spec("transformer_engine") is None:
         raise InputError(
-            "--fp8.backend transformer_engine: TransformerEngine is not installed, and without it Megatron would ignore FP8 silently; "
+            "--fp8.backend transformer_engine: it is not installed, and Megatron would ignore FP8 silently; "
             "install it (requirements/gpu.txt), or ask for --fp8.backend emulated (CPU) or --fp8.backend off (no FP8)"
         )
 
@@ -156,27 +161,23 @@ def _sync(config: RunConfig) -> None:
     """How the weights travel, and whether engines sleep, against the GPUs."""
     transport, gpus = config.sync.transport, config.slurm.gpus_per_node
     if transport == "cuda-ipc" and not gpus:
-        raise InputError(
-            "--sync.transport cuda-ipc needs GPUs (--slurm.gpus-per-node); allowed: auto, gloo, shared-memory"
-        )
+        raise InputError("--sync.transport cuda-ipc needs --slurm.gpus-per-node; allowed: auto, gloo, shared-memory")
     if transport in ("shared-memory", "gloo-direct") and gpus:
-        raise InputError(
-            f"--sync.transport {transport} is for machines without GPUs; allowed: auto, cuda-ipc, nccl, gloo"
-        )
+        raise InputError(f"--sync.transport {transport} is for CPUs; allowed: auto, cuda-ipc, nccl, gloo")
     split = config.engine.placement == "split"
     if transport == "cuda-ipc" and split:
         raise InputError(
-            "--sync.transport cuda-ipc with --engine.placement split: no engine shares a GPU with a training rank; allowed: "
+            "--sync.transport cuda-ipc with --engine.placement split: no engine shares a GPU with a rank; allowed: "
             "auto, nccl, gloo"
         )
     if transport == "nccl" and not split:
         raise InputError(
-            "--sync.transport nccl with --engine.placement shared: NCCL does not join two processes on one GPU; allowed: auto, "
-            "cuda-ipc, gloo, or --engine.placement split"
+            "--sync.transport nccl with --engine.placement shared: NCCL joins no two processes on one GPU; allowed: "
+            "auto, cuda-ipc, gloo, or --engine.placement split"
         )
     if config.sync.keep_last_update and transport_of(config) != "gloo":
         raise InputError(
-            f"--sync.keep-last-update with --sync.transport {transport}: the weights do not pass through the host, so there is "
+            f"--sync.keep-last-update with --sync.transport {transport}: no weights pass through the host, so there is "
             f"nothing to keep; allowed: leave it out, or --sync.transport gloo"
         )
     if config.engine.sleep and not (gpus and config.engine.placement == "shared"):
@@ -186,7 +187,7 @@ def _sync(config: RunConfig) -> None:
 def _parallel(config: RunConfig, spec: ModelSpec) -> None:
     if config.slurm.nodes > 1 and config.slurm.executor != "slurm":
         raise InputError(
-            f"--slurm.nodes {config.slurm.nodes} with --slurm.executor {config.slurm.executor}: one machine is one node; allowed: 1"
+            f"--slurm.nodes {config.slurm.nodes} with --slurm.executor {config.slurm.executor}: one machine; allowed: 1"
         )
     _limits(config)
     check_layout(spec, config.parallel, config.fp8.backend != "off", place(config).world_size)
@@ -204,34 +205,21 @@ def _limits(config: RunConfig) -> None:
         raise InputError(f"--slurm.time {error}") from None
     if limit > SLURM_COUNTS_MIN:
         raise InputError(
-            f"--slurm.time {s.time}: Slurm counts up to {SLURM_COUNTS_MIN} minutes; give the time that the run may take"
+            f"--slurm.time {s.time}: Slurm counts up to {SLURM_COUNTS_MIN} minutes; give what the run may take"
         )
     run = str((config.run.root / config.run.name).resolve())
     if s.executor == "slurm" and "%" in run:
         raise InputError(
-            f"--run.root {config.run.root} with --run.name {config.run.name}: {run} has a % in it, which Slurm replaces in the paths "
-            f"of logs; choose others"
+            f"--run.root {config.run.root} with --run.name {config.run.name}: {run} has a % in it, which Slurm "
+            f"replaces in the paths of logs; choose others"
         )
     if s.executor == "slurm" and s.signal_delay_s >= 60 * limit:
         raise InputError(
-            f"--slurm.signal-delay-s {s.signal_delay_s}: the notice would come before the job starts; it must be less than "
-            f"--slurm.time {s.time} ({60 * limit} s)"
+            f"--slurm.signal-delay-s {s.signal_delay_s}: the notice would come before the job starts; allowed: less "
+            f"than --slurm.time {s.time} ({60 * limit} s)"
         )
     if s.gpu_type and not s.gpus_per_node:
         raise InputError(f"--slurm.gpu-type {s.gpu_type} without GPUs: set --slurm.gpus-per-node, or leave it out")
-    own = {
-        "partition",
-        "account",
-        "qos",
-        "reservation",
-        "constraint",
-        "exclude",
-        "time",
-        "nodes",
-        "signal",
-        "requeue",
-        "no-requeue",
-    }
     for key in s.sbatch:
         if s.memory and key.replace("_", "-") in ("mem-per-cpu", "mem-per-gpu"):
             raise InputError(
@@ -239,25 +227,15 @@ def _limits(config: RunConfig) -> None:
             )
         if key == "array":
             raise InputError(
-                f"--slurm.sbatch array {s.sbatch[key]}: a run is one job; leave it out here, and submit every run by itself"
+                f"--slurm.sbatch array {s.sbatch[key]}: a run is one job; leave it out, submit each run by itself"
             )
         if key == "chdir":
             raise InputError(
-                f"--slurm.sbatch chdir {s.sbatch[key]}: relative paths of the settings would not be those that were checked; leave it "
+                f"--slurm.sbatch chdir {s.sbatch[key]}: relative paths would not be those that were checked; leave it "
                 f"out, and submit from the folder that they count from"
             )
-        if key.replace("_", "-") in own | {
-            "ntasks-per-node",
-            "cpus-per-task",
-            "gpus-per-node",
-            "mem",
-            "output",
-            "error",
-            "job-name",
-        }:
-            raise InputError(
-                f"--slurm.sbatch {key}: it has a setting of its own, or follows from others; leave it out here"
-            )
+        if key.replace("_", "-") in OURS:
+            raise InputError(f"--slurm.sbatch {key}: it has a setting of its own, or follows from others; leave it out")
 
 
 def _lengths(config: RunConfig, spec: ModelSpec) -> None:
@@ -265,7 +243,7 @@ def _lengths(config: RunConfig, spec: ModelSpec) -> None:
     e, flag = config.engine, "--engine.context-length"
     if e.context_length is not None and e.context_length > spec.max_position_embeddings:
         raise InputError(
-            f"{flag} {e.context_length}: the model has {spec.max_position_embeddings} positions; allowed: up to that"
+            f"{flag} {e.context_length}: the model has {spec.max_position_embeddings} positions; allowed: so many"
         )
     room = e.context_length or spec.max_position_embeddings
     whose = f"{flag} {room}" if e.context_length else f"the model's {room} positions"
@@ -283,8 +261,8 @@ def _stop_tokens(config: RunConfig, spec: ModelSpec) -> None:
     wrong = [i for i in config.rollout.stop_token_ids if not 0 <= i < spec.vocab_size]
     if wrong:
         raise InputError(
-            f"--rollout.stop-token-ids {' '.join(map(str, wrong))}: the model has {spec.vocab_size} tokens; allowed: 0 to "
-            f"{spec.vocab_size - 1}"
+            f"--rollout.stop-token-ids {' '.join(map(str, wrong))}: the model has {spec.vocab_size} tokens; allowed: 0 "
+            f"to {spec.vocab_size - 1}"
         )
 
 
@@ -337,26 +315,22 @@ def _algorithm(config: RunConfig) -> None:
 
     make_policy_loss(config.algorithm)  # refuses what it cannot do
     if config.run.steps and config.rollout.n_samples < 2:
-        raise InputError(
-            "--rollout.n-samples 1: advantages are relative to the group, and one sample has none; allowed: 2 or more"
-        )
+        raise InputError("--rollout.n-samples 1: advantages are relative to the group; allowed: 2 or more")
     if config.run.steps and config.rollout.temperature == 0:
-        raise InputError(
-            "--rollout.temperature 0: greedy samples of a prompt are all the same; allowed: above 0 (evaluation has its own)"
-        )
+        raise InputError("--rollout.temperature 0: greedy samples are equal; allowed: above 0 (evaluation has its own)")
     o, groups = config.optim, config.rollout.prompts_per_step
     if o.schedule != "constant" and o.min_lr > o.lr:
         raise InputError(
-            f"--optim.min-lr {o.min_lr:g} with --optim.lr {o.lr:g}: the rate would rise; allowed: at most --optim.lr"
+            f"--optim.min-lr {o.min_lr:g} with --optim.lr {o.lr:g}: the rate would rise; allowed: at most that"
         )
     if config.run.steps and config.train.updates_per_step > groups:
         raise InputError(
-            f"--train.updates-per-step {config.train.updates_per_step} with --rollout.prompts-per-step {groups}: an update takes whole "
-            f"groups; allowed: at most one update a group"
+            f"--train.updates-per-step {config.train.updates_per_step} with --rollout.prompts-per-step {groups}: an "
+            f"update takes whole groups; allowed: at most one update a group"
         )
     if config.sft.data is not None and not config.sft.max_steps:
         raise InputError(
-            "--sft.data without --sft.max-steps: the supervised phase would have 0 steps; set both or neither"
+            "--sft.data without --sft.max-steps: the supervised phase would have no steps; set both, or none"
         )
 
 
@@ -391,9 +365,7 @@ def _data(config: RunConfig) -> None:
     if config.sft.data is not None:
         load_sft(config.data, config.sft, tokenizer, config.sft.data, limit=ROWS_CHECKED)
         if config.sft.eval_every and config.data.eval is None:
-            raise InputError(
-                f"--sft.eval-every {config.sft.eval_every} needs --data.eval: there is nothing to evaluate on"
-            )
+            raise InputError(f"--sft.eval-every {config.sft.eval_every} needs --data.eval to evaluate on")
     if not config.run.steps and config.sft.data is None:
         raise InputError("--run.steps 0 without --sft.data: there is nothing to do")
 
@@ -419,8 +391,8 @@ def _eval_tasks(config: RunConfig, tokenizer: Any) -> None:
 
     if config.eval.n_samples > 1 and config.eval.temperature == 0:
         raise InputError(
-            f"--eval.n-samples {config.eval.n_samples} with --eval.temperature 0: greedy samples of a question are all the "
-            f"same; set a temperature, or --eval.n-samples 1"
+            f"--eval.n-samples {config.eval.n_samples} with --eval.temperature 0: greedy samples of a question "
+            f"are all the same; set a temperature, or --eval.n-samples 1"
         )
     for task in run_tasks(config) if config.eval.tasks else []:
         load_questions(task, tokenizer, config.data, rows=ROWS_CHECKED)
@@ -451,7 +423,7 @@ def _idle_settings(config: RunConfig) -> list[str]:
         f"sft.max_steps {config.sft.max_steps} without sft.data: there is no supervised phase": (
             config.sft.data is None and config.sft.max_steps
         ),
-        f"optim.min_lr {o.min_lr:g} with optim.schedule constant: nothing decays": (
+        f"optim.min_lr {o.min_lr:g} with optim.schedule constant decays nothing": (
             o.schedule == "constant" and o.min_lr
         ),
         f"optim.warmup_steps {o.warmup_steps} of run.steps {steps}: optim.lr is never reached": (
@@ -497,6 +469,6 @@ def _warnings(config: RunConfig) -> list[str]:
         )
     if config.rollout.top_p < 1 or config.rollout.top_k > 0:
         warnings.append(
-            "rollout.top_p or rollout.top_k cut the distribution: engine and trainer then differ by construction"
+            "rollout.top_p or rollout.top_k cut the distribution: engine and trainer differ by construction"
         )
     return warnings

@@ -20,16 +20,6 @@ def transport_of(config: RunConfig) -> TransportName:
     return "nccl" if config.engine.placement == "split" else "cuda-ipc"
 
 
-def is_mapped(config: RunConfig) -> bool:
-    """Whether engines map the weights where they lie (sync/mapped.py)."""
-    return transport_of(config) in ("cuda-ipc", "shared-memory")
-
-
-def is_direct(config: RunConfig) -> bool:
-    """Whether the ranks send the weights straight into the engines (sync/direct.py)."""
-    return transport_of(config) in ("nccl", "gloo-direct")
-
-
 def engines_start_after_trainer(config: RunConfig) -> bool:
     """Whether an engine starts only when the trainer's state lies in the GPU's memory.
 

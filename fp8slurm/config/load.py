@@ -45,13 +45,13 @@ def read_recipe(recipe: str | Path) -> RunConfig:
         path = RECIPES / f"{recipe}.toml"
         if not path.is_file():
             raise InputError(
-                f"--recipe {recipe}: no such recipe; there are {', '.join(recipe_names())}, or give the path of a .toml file"
+                f"--recipe {recipe}: no such recipe; allowed: {', '.join(recipe_names())}, or a .toml file"
             )
     if not path.is_file():
         raise InputError(f"--recipe {recipe}: there is no such file")
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
+    except PermissionError as error:  # any other of the file system's may pass
         raise InputError(f"--recipe {path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8, as a TOML file must be: byte {error.start}") from None
@@ -96,9 +96,9 @@ class _Once(argparse.Action):
 def recipe_parser(prog: str, description: str) -> argparse.ArgumentParser:
     """For `parse_command`: --recipe; the command adds what else it has beside the settings of a run."""
     # No usage and no -h: they come from tyro, which lists the settings.
-    parser = argparse.ArgumentParser(
-        prog=prog, description=description, usage=argparse.SUPPRESS, add_help=False, allow_abbrev=False
-    )
+    description += " The settings below change the recipe; with --recipe R before --help their defaults are R's."
+    hidden = argparse.SUPPRESS
+    parser = argparse.ArgumentParser(prog, hidden, description, add_help=False, allow_abbrev=False)
     parser.add_argument("--recipe", action=_Once, help=f"{', '.join(recipe_names())}, or the path of a .toml file")
     return parser
 

@@ -88,7 +88,7 @@ def _check_gpus(config: RunConfig) -> int:
     if e.placement == "shared":
         if e.gpus:
             raise InputError(
-                f"--engine.gpus {e.gpus} with --engine.placement shared: only split has GPUs of its own; allowed: 0"
+                f"--engine.gpus {e.gpus} with --engine.placement shared: engines have none of their own; allowed: 0"
             )
         if s.gpus_per_node and s.ranks_per_node != s.gpus_per_node:
             raise InputError(

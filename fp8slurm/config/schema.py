@@ -71,7 +71,7 @@ class RunSection(Section):
             raise InputError(f"--run.name {name!r} names no folder of its own; allowed: a name such as qwen3-4b-fp8")
         if any(ord(c) < 32 for c in name) or Path(name).is_absolute() or ".." in Path(name).parts:
             raise InputError(
-                f"--run.name {name!r} leads out of --run.root, or is no name of a folder; allowed: a name such as qwen3-4b-fp8"
+                f"--run.name {name!r} leads out of --run.root, or names no folder; allowed: a name like qwen3-4b"
             )
         if "/" in name:  # status looks for runs in run.root, not in folders of it
             path = Path("ROOT") / name
@@ -216,7 +216,8 @@ class DataSection(Section):
     max_prompt_tokens: int = Field(2048, ge=1)
     """Longer prompts are left out and counted."""
     on_changed_file: Literal["error", "warn"] = "error"
-    """What a resume does where a data file has other content than at the run's start: a checkpoint counts how far the data was read, and the held-out accuracy is another figure."""
+    """What a resume does where a data file has other content than at the run's start: a checkpoint counts rows of it,
+    and the held-out accuracy is another figure."""
     shuffle: bool = True
     """Shuffle the prompts, anew in every epoch, from run.seed."""
     on_bad_line: Literal["error", "skip"] = "error"
@@ -264,6 +265,9 @@ class RolloutSection(Section):
     """Further end tokens; those of the checkpoint's generation_config.json and config.json always stop a sample."""
     routing_replay: bool = False
     """Mixture of experts: route every token in the trainer to the experts that the engine chose for it."""
+    max_gap: float | None = Field(None, ge=0)
+    """Mean |trainer - engine| of a step's log-probabilities, in nats, above which the run ends before it trains on them
+    (0: never). Left out: 0.5 with FP8 on either side, 0.3 in BF16, far above what any run of one policy has shown."""
     save_every: int = Field(0, ge=0)
     """Steps between files rollouts/step_N.jsonl, with the trainer's log-probabilities for the report (0: none)."""
 
@@ -378,8 +382,8 @@ class SyncSection(Section):
     with the old weights' KV cache. (While rollouts do not run ahead of the trainer, none runs then.)"""
     transport: Literal["auto", "gloo", "cuda-ipc", "nccl", "shared-memory", "gloo-direct"] = "auto"
     """How weights reach the engines: through the host (gloo), mapped on the GPU that trainer and engine share
-    (cuda-ipc), or broadcast from GPU to GPU where each have their own (nccl). shared-memory and gloo-direct stand in for the
-    last two without GPUs. auto: gloo without GPUs, else cuda-ipc or nccl by engine.placement."""
+    (cuda-ipc), or broadcast from GPU to GPU where each have their own (nccl). shared-memory and gloo-direct stand in
+    for the last two without GPUs. auto: gloo without GPUs, else cuda-ipc or nccl by engine.placement."""
     keep_last_update: bool | None = None
     """Keep the last update in the host memory of every node, for an engine that restarts; without it the trainer sends
     it again. Left out: yes with gloo; the other transports cannot."""

@@ -21,9 +21,7 @@ def check_values(values: Any) -> None:
         if not isinstance(value, bool | int | float | str):
             raise InputError(f"{key} {value!r} is neither true, false, a number nor text; {FORMS}")
         if isinstance(value, str) and value.lower() in ("true", "false"):
-            raise InputError(
-                f"{key} {value!r} is text; allowed: True and False (in a recipe and as JSON true and false, without quotes)"
-            )
+            raise InputError(f"{key} {value!r} is text; allowed: True and False (in recipes and JSON: true and false)")
 
 
 def from_words(words: Sequence[str]) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """Which errors are the user's: shown as one line, and what they mean for a running job.
 
-A task that ends with an error is started again, as long as the run makes progress (slurm.max_attempts_without_progress),
-unless the error says `permanent = True`. Everything that is not declared here is foreign: a ValueError of json, numpy or
-torch may come from one torn read of a shared file system, so it costs a requeue, and is recorded with its traceback.
+A task that ends with an error is started again, as long as the run makes progress
+(slurm.max_attempts_without_progress), unless the error says `permanent = True`. Everything that is not declared here is
+foreign: a ValueError of json, numpy or torch may come from one torn read of a shared file system, so it costs a
+requeue, and is recorded with its traceback.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Torch's memory of a training rank on a GPU that it shares with an engine.
 
-What stays lies in the midst of what a step gives back, and cudaMalloc's pieces go back whole or not at all: a rank of the 4B
-on four H100s kept 42 GB where by plan 18 are in use, and engines that woke found no room (docs/gpu.md). Expandable segments
-go back page by page. But another process cannot map them (the handles are those of cudaMalloc), so what engines map is
-allocated without: `mappable`.
+What stays lies in the midst of what a step gives back, and cudaMalloc's pieces go back whole or not at all: a rank of
+the 4B on four H100s kept 42 GB where by plan 18 are in use, and engines that woke found no room (docs/gpu.md).
+Expandable segments go back page by page. But another process cannot map them (the handles are those of cudaMalloc), so
+what engines map is allocated without: `mappable`.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ SWITCH = re.compile(r"expandable_segments\s*:\s*(\w+)")
 
 def settings(given: str, expandable: bool) -> str:
     """The user's settings, with or without expandable segments: torch forgets every setting that is not named again."""
-    wanted = f"expandable_segments:{expandable}"
-    return SWITCH.sub(wanted, given) if SWITCH.search(given) else ",".join(filter(None, (given, wanted)))
+    switch = f"expandable_segments:{expandable}"
+    return SWITCH.sub(switch, given) if SWITCH.search(given) else ",".join(filter(None, (given, switch)))
 
 
 def given() -> str:
@@ -33,8 +33,8 @@ def given() -> str:
 
 def expandable() -> bool:
     """Whether ranks use them: yes, unless the user has said no."""
-    said = SWITCH.search(given())
-    return said is None or said[1].lower() in ("true", "1")
+    switch = SWITCH.search(given())
+    return switch is None or switch[1].lower() in ("true", "1")
 
 
 def use_expandable_segments() -> None:

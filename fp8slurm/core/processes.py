@@ -17,7 +17,7 @@ def python_path() -> str:
 
 
 def process_start(pid: int) -> str | None:
-    """Start time of a living process of this machine as the kernel writes it, None if there is none (or only a zombie)."""
+    """Start time, as the kernel writes it, of a process of this machine; None if there is none, or only a zombie."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

@@ -13,8 +13,8 @@ ENDING = (signal.SIGTERM, signal.SIGHUP)
 
 @contextmanager
 def ended_is_interrupted() -> Iterator[None]:
-    """SIGTERM and SIGHUP end what runs in here as Ctrl-C does: with everything that it started. What nohup ignores stays
-    ignored."""
+    """SIGTERM and SIGHUP end what runs in here as Ctrl-C does: with everything that it started. What nohup ignores
+    stays ignored."""
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt

@@ -71,17 +71,18 @@ def _accumulate(weight: torch.Tensor, dw: torch.Tensor) -> torch.Tensor:
     if not hasattr(weight, "main_grad"):
         return dw.to(weight.dtype)
     weight.main_grad.add_(dw)
-    weight.grad_added_to_main_grad = True
+    weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
     return torch.empty(1, dtype=weight.dtype).expand(weight.shape)
 
 
 def _gather(x: torch.Tensor, group: ProcessGroup | None) -> torch.Tensor:
+    assert group is not None, "sequence parallelism without a group"
     whole = x.new_empty((x.shape[0] * group.size(), *x.shape[1:]))
     torch.distributed.all_gather_into_tensor(whole, x.contiguous(), group=group)
     return whole
 
 
-def _scatter(x: torch.Tensor, group: ProcessGroup | None) -> torch.Tensor:
+def _scatter(x: torch.Tensor, group: ProcessGroup) -> torch.Tensor:
     part = x.new_empty((x.shape[0] // group.size(), *x.shape[1:]))
     torch.distributed.reduce_scatter_tensor(part, x.contiguous(), group=group)
     return part

@@ -1,8 +1,7 @@
 """Megatron-core on a machine without a GPU: its calls to CUDA are answered by the CPU; none of its maths is replaced.
 
-`install` comes before the first `import megatron.core`. Every patch says which call of Megatron it answers; docs/patches.md
-lists them.
-"""
+`install` comes before the first `import megatron.core`. Every patch says which call of Megatron it answers;
+docs/patches.md lists them."""
 
 from __future__ import annotations
 
@@ -58,8 +57,8 @@ class _Stream:
     def __enter__(self) -> _Stream:
         return self
 
-    def __exit__(self, *args: Any) -> bool:
-        return False
+    def __exit__(self, *args: Any) -> None:
+        pass
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Stream)

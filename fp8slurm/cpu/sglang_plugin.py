@@ -1,7 +1,7 @@
 """SGLang's block FP8 on the CPU: W8A8 emulated in SGLang's own formulas, and sampling from a seed.
 
-Every patch answers one call of SGLang that has no CPU implementation (docs/patches.md); no other model code is replaced.
-"""
+Every patch answers one call of SGLang that has no CPU implementation (docs/patches.md); no other model code is
+replaced."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fp8slurm.fp8.reference import dequantize_reference
 
 @functools.cache
 def apply() -> None:
-    """Patch SGLang in this process, once. Raises RuntimeError where a GPU is in use: there the real kernels have to run."""
+    """Patch SGLang in this process, once. RuntimeError where a GPU is in use: there the real kernels have to run."""
     if torch.cuda.is_available():
         raise RuntimeError("the FP8 emulation is for machines without a GPU")
     _allow_float32()
@@ -190,10 +190,9 @@ def _patch_sampling() -> None:
 def _part_batches() -> None:
     """Requests that have finished leave before others join them.
 
-    SGLang drops them at the next decode. Where new requests come before that the batches are merged first, and the finished
-    ones hand on how they were sampled: behind greedy ones (evaluation) all others go through top-k sampling, which draws
-    other tokens from the same seeds. Whether that happens depends on microseconds.
-    """
+    SGLang drops them at the next decode. Where new requests come before that the batches are merged first, and the
+    finished ones hand on how they were sampled: behind greedy ones (evaluation) all others go through top-k sampling,
+    which draws other tokens from the same seeds. Whether that happens depends on microseconds."""
     from sglang.srt.managers.scheduler import Scheduler
 
     @wrap(Scheduler, "get_next_batch_to_run")

@@ -70,16 +70,19 @@ class _StubModule(types.ModuleType):
         return lambda decorated: decorated
 
 
-def _name_triton(module: types.ModuleType) -> None:
-    """The few names of triton that are called, not only decorated with, while SGLang and torch are imported."""
-    if module.__name__ == "triton":
-        module.__version__ = "3.0.0+stub"
-        module.cdiv = lambda a, b: -(-a // b)
-        module.next_power_of_2 = lambda n: 1 << max(n - 1, 0).bit_length()
-    elif module.__name__ == "triton.language":
-        module.constexpr = type("constexpr", (), {"__init__": lambda self, value=None: setattr(self, "value", value)})
-    elif module.__name__ in ("triton.compiler.compiler", "triton.runtime.cache"):
-        module.triton_key = lambda: "stub"
+_TRITON_NAMES: dict[str, dict[str, object]] = {
+    "triton": {
+        "__version__": "3.0.0+stub",
+        "cdiv": lambda a, b: -(-a // b),
+        "next_power_of_2": lambda n: 1 << max(n - 1, 0).bit_length(),
+    },
+    "triton.language": {
+        "constexpr": type("constexpr", (), {"__init__": lambda self, value=None: setattr(self, "value", value)})
+    },
+    "triton.compiler.compiler": {"triton_key": lambda: "stub"},
+    "triton.runtime.cache": {"triton_key": lambda: "stub"},
+}
+"""By module, the few names of triton that are called, not only decorated with, while SGLang and torch are imported."""
 
 
 class _Kernels(types.ModuleType):
@@ -114,7 +117,7 @@ class _StubFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return _Kernels(spec.name) if spec.name == "sgl_kernel" else _StubModule(spec.name)
 
     def exec_module(self, module: types.ModuleType) -> None:
-        _name_triton(module)
+        vars(module).update(_TRITON_NAMES.get(module.__name__, {}))
 
 
 _declared: list[torch.library.Library] = []  # a Library takes its operators along when it is collected

@@ -8,7 +8,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -243,7 +243,7 @@ def read_rows(path: Path) -> Iterator[tuple[int, Callable[[], dict]]]:
     with open(path, "rb") as f:
         for index, line in enumerate(f):
             if line.strip():
-                yield index, lambda line=line: _parse(line)
+                yield index, partial(_parse, line)
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[int, Callable[[], dict]]]:
@@ -255,7 +255,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, Callable[[], dict]]]:
         with parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=TEXTS_PER_CALL):
                 for row in batch.to_pylist():
-                    yield index, lambda row=row: row
+                    yield index, partial(dict, row)
                     index += 1
     except pyarrow.ArrowInvalid as error:
         raise TransientInputError(f"{path} is not a readable parquet file: {error}") from None

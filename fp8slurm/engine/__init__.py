@@ -1,1 +1,1 @@
-"""The SGLang server as a child process, its client, and the pool that hands prompts out. Runs in the rollout worker, but for inside/."""
+"""The SGLang server as a child process, its client, the pool of engines. Runs in rollout workers, inside/ in SGLang."""

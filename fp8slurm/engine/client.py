@@ -59,7 +59,8 @@ class Generation:
     """"stop", "length" or "abort"."""
     weight_versions: list[int]
     """Version of the weights that made every token; -1 before the first update. Servers that do not stamp their tokens
-    (SGLang before 0.5.20): the version when the request was sent, exact unless an update without abort came in between."""
+    (SGLang before 0.5.20): the version when the request was sent, exact unless an update without abort came in
+    between."""
     routing: np.ndarray | None = None
     """Where it was asked for: int32 [(prompt and response tokens - 1) * layers * experts per token], in that order."""
 
@@ -166,9 +167,9 @@ class EngineClient:
     def progress(self) -> tuple[Any, ...] | None:
         """Something that changes whenever the server's schedulers have computed anything; None where it does not tell.
 
-        SGLang's /v1/loads: running and waiting requests, used tokens of the cache, steps so far. The schedulers write them
-        into shared memory after every batch anyway and are not asked. Raises EngineError: no answer within seconds.
-        """
+        SGLang's /v1/loads: running and waiting requests, used tokens of the cache, steps so far. The schedulers write
+        them into shared memory after every batch anyway and are not asked. Raises EngineError: no answer within
+        seconds."""
         if not self._tells_progress:
             return None
         response = self._request("GET", "/v1/loads?include=core", accept=(200, 404), timeout_s=_PROGRESS_TIMEOUT_S)
@@ -207,7 +208,7 @@ class EngineClient:
 
     def receive_bucket(self, group: str, forms: Sequence[Form]) -> None:
         """Have the server's ranks receive one flat broadcast from rank 0 of `group`; returns when it is loaded."""
-        names, dtypes, shapes = ([list(f[i]) if i == 2 else f[i] for f in forms] for i in range(3))
+        names, dtypes, shapes = [f[0] for f in forms], [f[1] for f in forms], [list(f[2]) for f in forms]
         body = {"names": names, "dtypes": dtypes, "shapes": shapes, "group_name": group, "flush_cache": False}
         self._post("/update_weights_from_distributed", {**body, "load_format": "flattened_bucket"})
 
@@ -217,7 +218,7 @@ class EngineClient:
         self._post("/update_weights_from_tensor", body)
 
     def release_memory(self) -> None:
-        """Give the GPU memory of weights, KV cache and CUDA graphs back; what was in it is gone. Nothing may be running."""
+        """Give the GPU memory of weights, KV cache and CUDA graphs back, contents and all. Nothing may be running."""
         self._post("/release_memory_occupation", {})
 
     def resume_memory(self) -> None:
@@ -233,11 +234,11 @@ class EngineClient:
         self.weight_version = version
 
     def digest(self) -> list[dict[str, str]]:
-        """sha256 of the raw bytes of every parameter, by name: one dict a tensor-parallel rank (engine/inside/plugin.py)."""
+        """sha256 of every parameter's raw bytes by name, one dict a tensor-parallel rank (inside/plugin.py)."""
         return [{k: v for k, v in checksums.items() if k != RECORDED} for checksums in self._checksums()]
 
     def recorded(self) -> list[list[int]]:
-        """How often each bucket was loaded by its recorded copies (engine/inside/recorded.py), for every tensor-parallel rank."""
+        """How often each bucket was loaded by its recorded copies (inside/recorded.py), by tensor-parallel rank."""
         return [json.loads(checksums[RECORDED]) for checksums in self._checksums()]
 
     def _checksums(self) -> list[dict[str, str]]:

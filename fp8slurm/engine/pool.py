@@ -10,11 +10,12 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 from fp8slurm.config.schema import EngineSection
 from fp8slurm.engine.client import EngineClient, GenerateRequest, Generation
 from fp8slurm.engine.server import Engine, EngineError
+from fp8slurm.run.events import RESTART, record_event
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ class Member:
         self.client: EngineClient | None = None
         """Of the server that runs now; a restarted one gets a new client."""
         self.failures = 0
-        """In a row, without an answer in between: an engine that only comes back and takes its weights has not worked."""
+        """In a row, without an answer in between: one that only comes back and takes its weights has not worked."""
         self.behind = False
         """It lost its weights: nothing may be asked of it until the next update."""
         self.busy = 0
@@ -74,6 +75,10 @@ class Member:
 
     def silent_s(self) -> float:
         return time.monotonic() - self._moved
+
+
+M = TypeVar("M", bound=Member)
+"""What a pool's members are."""
 
 
 class WorkQueue(Generic[T]):
@@ -124,16 +129,16 @@ class WorkQueue(Generic[T]):
             self.changed.wait_for(lambda: self.waiting or self.over, timeout_s)
 
 
-class EnginePool:
+class EnginePool(Generic[M]):
     """Engines of one model on this machine. EngineError: one of them cannot be kept alive (engine.max_restarts)."""
 
     def __init__(
-        self, members: Sequence[Member], section: EngineSection, one_by_one: bool = False,
+        self, members: Sequence[M], section: EngineSection, one_by_one: bool = False,
         on_progress: Callable[[], None] | None = None, silent_s: float = math.inf,
     ) -> None:  # fmt: skip
-        """one_by_one: an engine computes one piece of work at a time, and nothing beside it. on_progress is called every
-        POLL_S in which an engine has computed something. An engine that has work and computes nothing for silent_s is
-        restarted."""
+        """one_by_one: an engine computes one piece of work at a time, and nothing beside it. on_progress is called
+        every POLL_S in which an engine has computed something. An engine that has work and computes nothing for
+        silent_s is restarted."""
         self.members, self.section, self.one_by_one = list(members), section, one_by_one
         self.on_progress, self.silent_s = on_progress, silent_s
         self.restarts = 0
@@ -144,7 +149,7 @@ class EnginePool:
     def engines(self) -> list[Engine]:
         return [member.engine for member in self.members]
 
-    def __enter__(self) -> EnginePool:
+    def __enter__(self) -> Self:
         self.start()
         return self
 
@@ -178,12 +183,12 @@ class EnginePool:
     def client(self, engine: Engine) -> EngineClient:
         return EngineClient(engine.url, engine.api_key, self.section.request_timeout_s)
 
-    def restart_once(self, member: Member) -> None:
+    def restart_once(self, member: M) -> None:
         """Restart an engine that failed, with the weights that it should have. EngineError: it failed again."""
         member.engine.restart()
         member.client = self.client(member.engine)
 
-    def restart(self, member: Member, error: EngineError) -> None:
+    def restart(self, member: M, error: EngineError) -> None:
         """Restart an engine that failed with `error`, which is raised after engine.max_restarts failures in a row."""
         if member.engine.wait_exit(DYING_S):
             why = member.engine.obituary()
@@ -194,7 +199,9 @@ class EnginePool:
                 raise error
             first, _, rest = str(error).partition("\n")
             more = f"\n{rest}" if rest else ""
-            log.warning("%s failed (%s); restart %d%s", member.title, first, member.failures, more)
+            message = f"{member.title} failed ({first}); restart {member.failures}"
+            log.warning("%s%s", message, more)
+            record_event(RESTART, message)
             with self._lock:
                 self.restarts += 1
             try:
@@ -205,13 +212,13 @@ class EnginePool:
             except EngineError as again:
                 error = again
 
-    def each(self, work: Callable[[Member], Any], members: Sequence[Member] | None = None) -> dict[Member, EngineError]:
-        """Call work(member) for all members at once; what failed, and why. An error that is no EngineError is raised."""
+    def each(self, work: Callable[[M], Any], members: Sequence[M] | None = None) -> dict[M, EngineError]:
+        """Call work(member) for all members at once; what failed, and why. Other errors are raised."""
         chosen = self.members if members is None else list(members)
         with ThreadPoolExecutor(max(1, len(chosen))) as pool:
             return engine_errors({member: pool.submit(work, member) for member in chosen})
 
-    def restart_failed(self, failed: dict[Member, EngineError]) -> None:
+    def restart_failed(self, failed: dict[M, EngineError]) -> None:
         """Restart all engines that failed, at once. EngineError: one of them failed too often."""
         for error in self.each(lambda member: self.restart(member, failed[member]), list(failed)).values():
             raise error
@@ -250,7 +257,7 @@ class EnginePool:
         if queue.left:
             raise EngineError("the engines were ended with work left") if self._stopped.is_set() else WeightsLost
 
-    def _drive(self, member: Member, queue: WorkQueue, request: Callable, answered: Callable) -> None:
+    def _drive(self, member: M, queue: WorkQueue, request: Callable, answered: Callable) -> None:
         """Thread of one engine: keeps it full until everything is answered."""
         try:
             while not queue.over and not member.behind and not self._stopped.is_set():
@@ -261,12 +268,11 @@ class EnginePool:
         except BaseException as error:
             queue.fail(error)
 
-    def _until_it_fails(
-        self, member: Member, queue: WorkQueue, request: Callable, answered: Callable
-    ) -> EngineError | None:
+    def _until_it_fails(self, member: M, queue: WorkQueue, request: Callable, answered: Callable) -> EngineError | None:
         """Work until the queue is empty (None), or until the engine fails, with its unanswered pieces given back."""
         running: dict[Future, list] = {}
         client = member.client
+        assert client is not None
         with ThreadPoolExecutor(self.section.max_running_requests) as pool:
             while not queue.error and not self._stopped.is_set():
                 for piece in queue.take(member.busy):
@@ -277,8 +283,8 @@ class EnginePool:
                 done, _ = wait(running, timeout=1.0, return_when=FIRST_COMPLETED)
                 failed = None
                 for future in done:
-                    if isinstance(future.exception(), EngineError):
-                        failed = future.exception()
+                    if isinstance(error := future.exception(), EngineError):
+                        failed = error
                     else:
                         self._accept(member, queue, future, running.pop(future), answered)
                 if failed is not None:
@@ -290,7 +296,7 @@ class EnginePool:
             member.busy = 0
         return None
 
-    def _accept(self, member: Member, queue: WorkQueue, future: Future, piece: list, answered: Callable) -> None:
+    def _accept(self, member: M, queue: WorkQueue, future: Future, piece: list, answered: Callable) -> None:
         generations = future.result()
         member.busy -= len(piece)
         member.answers += 1
@@ -298,7 +304,7 @@ class EnginePool:
         answered(piece, generations)
         queue.answered()
 
-    def _give_back(self, member: Member, queue: WorkQueue, running: dict[Future, list], answered: Callable) -> None:
+    def _give_back(self, member: M, queue: WorkQueue, running: dict[Future, list], answered: Callable) -> None:
         """Wait for what was on its way; what is without an answer goes to the front of the queue."""
         left = []
         for future, piece in running.items():
@@ -340,13 +346,15 @@ class EnginePool:
                 self.on_progress()
 
 
-def engine_errors(done: dict[Member, Future]) -> dict[Member, EngineError]:
+def engine_errors(done: dict[M, Future[Any]]) -> dict[M, EngineError]:
     """The EngineErrors among what was done, waiting for all of it; any other error is raised."""
-    errors = {member: future.exception() for member, future in done.items()}
-    for error in errors.values():
-        if error is not None and not isinstance(error, EngineError):
+    errors: dict[M, EngineError] = {}
+    for member, future in done.items():
+        if isinstance(error := future.exception(), EngineError):
+            errors[member] = error
+        elif error is not None:
             raise error
-    return {member: error for member, error in errors.items() if error is not None}
+    return errors
 
 
 def pieces(requests: Sequence[GenerateRequest], engines: int, most: int) -> list[list[int]]:
@@ -363,6 +371,6 @@ def pieces(requests: Sequence[GenerateRequest], engines: int, most: int) -> list
 
 
 def shares(count: int, engines: int) -> list[list[int]]:
-    """The numbers 0 to count - 1 cut into one block for each engine, equal but for one: what an engine gets is fixed."""
+    """The numbers 0 to count - 1 in one block for each engine, equal but for one: what an engine gets is fixed."""
     boundaries = [count * i // engines for i in range(engines + 1)]
     return [list(range(a, b)) for a, b in zip(boundaries, boundaries[1:]) if a < b]

@@ -96,7 +96,7 @@ class Engine:
 
     def start(self) -> None:
         """Start the server without waiting for it. Raises RuntimeError if it runs, InputError for a missing model."""
-        if self.alive():
+        if self._process is not None and self.alive():
             raise RuntimeError(f"{self.name} is running already (pid {self._process.pid})")
         if not (self.model_dir / "config.json").is_file():
             raise TransientInputError(
@@ -148,7 +148,7 @@ class Engine:
         return self._process is None or self._exited.wait(timeout_s)
 
     def obituary(self) -> str:
-        """Of a server that has ended by itself: which of its processes was the first to end, and the end of its log; else ""."""
+        """Which process of a server that ended by itself was the first to end, and the end of its log; else ""."""
         process = self._process  # another thread's stop() takes it away
         if process is None or self._stopped or not self._exited.is_set():
             return ""
@@ -198,6 +198,7 @@ class Engine:
         finally:
             launched.set()
         process = self._process
+        assert process is not None
         process.wait()
         _kill_group(process.pid)
         self._exited.set()
@@ -235,7 +236,7 @@ class Engine:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
         with self.log_path.open("ab") as log, listener:
             self._log_start = log.tell()
-            self._process = subprocess.Popen(
+            self._process = process = subprocess.Popen(
                 [sys.executable, "-m", "fp8slurm.engine.child"],
                 stdin=subprocess.PIPE,
                 stdout=log,
@@ -246,20 +247,21 @@ class Engine:
             )
         os.close(ready_write)
         self._ready_pipe = ready_read
-        self._process.stdin.write(json.dumps(handover).encode() + b"\n")
-        self._process.stdin.flush()
+        assert process.stdin is not None
+        process.stdin.write(json.dumps(handover).encode() + b"\n")
+        process.stdin.flush()
 
     def _environment(self) -> dict[str, str]:
         env = {
             **os.environ,
             "PYTHONPATH": python_path(),
             "PYTHONUNBUFFERED": "1",
-            "PYTHONSAFEPATH": "1",  # a folder triton/ or a queue.py in the working folder is none of the server's modules
+            "PYTHONSAFEPATH": "1",  # a queue.py in the working folder is none of the server's modules
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
             "TMPDIR": str(self._temporary),
-            # The rollout worker uses its connections again after a training step. A server that closes them meanwhile (SGLang:
-            # after 5 s) may do so just as a request arrives, which is then lost.
+            # The rollout worker uses its connections again after a training step. A server that closes them meanwhile
+            # (SGLang: after 5 s) may do so just as a request arrives, which is then lost.
             "SGLANG_TIMEOUT_KEEP_ALIVE": str(365 * 24 * 3600),
             "GLOO_SOCKET_IFNAME": self.settings.gloo_interface,
             # a file instead of a TCP port that listens on every interface
@@ -283,6 +285,7 @@ class Engine:
 
     def _family(self) -> list[psutil.Process]:
         """The server's processes that are there now."""
+        assert self._process is not None
         try:
             server = psutil.Process(self._process.pid)
             return [server, *server.children(recursive=True)]
@@ -291,7 +294,7 @@ class Engine:
 
 
 def share_of(cores: list[int], number: int, count: int) -> list[int]:
-    """The cores of engine `number` of `count`: a share of as many as all others get, so that they compute the same bits."""
+    """The cores of engine `number` of `count`: as many as all others get, so that they compute the same bits."""
     each = max(1, len(cores) // count)
     return [cores[(number * each + i) % len(cores)] for i in range(each)]
 
@@ -351,10 +354,11 @@ def meaningful_tail(log: str, lines: int = 30) -> str:
 
 
 def vital_of(family: list[psutil.Process]) -> list[psutil.Process]:
-    """Of a server and its descendants those that it cannot do without: itself and what it started, schedulers and detokenizer.
+    """Of a server and its descendants those that it cannot do without: itself and what it started, schedulers and
+    detokenizer.
 
-    What these start comes and goes: compilers, and torch's pool of them, which is closed when it has been idle for a while.
-    """
+    What these start comes and goes: compilers, and torch's pool of them, which is closed when it has been idle for a
+    while."""
     vital = []
     for process in family:
         try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +36,7 @@ class EvalRequest:
 
 
 def batches(
-    task: EvalTask, questions: Sequence[Question], size: int, done: set[Key] = frozenset()
+    task: EvalTask, questions: Sequence[Question], size: int, done: Container[Key] = ()
 ) -> list[list[EvalRequest]]:
     """All samples of a task that are not done, `size` at a time, in the order of questions and samples.
 

@@ -66,9 +66,8 @@ def recognize(
         return _of_run(path, None, eval_dir)
     resolved = path.resolve()
     if (path / "state.json").is_file() and is_run(resolved.parent.parent):
-        return _of_run(
-            path.parent.parent if path.parent.name == "checkpoints" else resolved.parent.parent, resolved.name, eval_dir
-        )
+        run = path if path.parent.name == "checkpoints" else resolved
+        return _of_run(run.parent.parent, resolved.name, eval_dir)
     eval_dir = eval_dir or Path("runs/eval")
     if (path / "config.json").is_file():
         from fp8slurm.checkpoint.converters.convert_hf import is_fp8
@@ -99,7 +98,7 @@ def _of_run(path: Path, step: str | None, eval_dir: Path | None) -> Checkpoint:
         raise InputError(f"{error}; give a run (runs/NAME), or a Hugging Face folder that is whole") from None
     if "run" not in values:  # a model's folder
         raise InputError(
-            f"--run {path}: its config.json is not a run's; give the directory of a run (runs/NAME), or --checkpoint"
+            f"--run {path}: its config.json is not a run's; give a run's folder (runs/NAME), or --checkpoint"
         )
     config = build(values, str(saved))
     folder, state = pick_checkpoint(RunDirectory(path), step)
@@ -167,7 +166,7 @@ def prepare(checkpoint: Checkpoint, precision: Precision, keep: tuple[str, ...] 
         "modules_to_not_convert": list(kept) if precision == "fp8" else [],
     }
     stamp = target.with_name(target.name + ".source.json")
-    if target.is_dir() and stamp.is_file() and json.loads(stamp.read_text()) == expected:
+    if target.is_dir() and stamp.is_file() and read_json(stamp) == expected:
         return target, "converted earlier"
     target.parent.mkdir(parents=True, exist_ok=True)
     stamp.unlink(missing_ok=True)

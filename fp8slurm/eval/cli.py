@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fp8slurm.config.schema import DataSection, EngineSection, RewardSection
 from fp8slurm.config.template import from_words
@@ -23,6 +23,10 @@ from fp8slurm.eval.flags import WORSE, check, engine_section, parser, tasks_of
 from fp8slurm.eval.questions import load_questions
 from fp8slurm.eval.records import Records, choose_folder
 from fp8slurm.eval.tasks import EvalTask
+
+if TYPE_CHECKING:
+    from fp8slurm.eval.nodes import Place, StepRendezvous
+    from fp8slurm.eval.run import EvalSpec, Serving
 
 
 def main(argv: list[str]) -> int:
@@ -80,7 +84,7 @@ def step_command(nodes: int, flags: Sequence[str], argv: Sequence[str]) -> list[
     return [*command, *flags, sys.executable, "-P", "-m", "fp8slurm.cli", "eval", *own.parse_known_args(argv)[1]]
 
 
-def _run_on_nodes(plan: _Plan, place: Any) -> int:
+def _run_on_nodes(plan: _Plan, place: Place) -> int:
     """This task's part of an evaluation on several nodes."""
     from fp8slurm.engine.server import EngineError
     from fp8slurm.eval.nodes import StepRendezvous
@@ -114,8 +118,8 @@ class _Plan:
 
     args: argparse.Namespace
     checkpoint: Checkpoint
-    spec: Any
-    serving: Any
+    spec: EvalSpec
+    serving: Serving
 
     @classmethod
     def make(
@@ -142,9 +146,8 @@ class _Plan:
             questions[task.name], left_out[task.name] = load_questions(task, tokenizer, data, args.limit)
         seed = args.seed if args.seed is not None else config.run.seed if config is not None else 0
         settings = engine_settings(config) if config is not None else EngineSettings()
-        settings = replace(
-            settings, section=section, seed=seed, deterministic=settings.deterministic or args.deterministic
-        )
+        deterministic = settings.deterministic or args.deterministic
+        settings = replace(settings, section=section, seed=seed, deterministic=deterministic)
         elsewhere = args.nodes is not None and Place.here() is None
         engines = args.engines if elsewhere else len(gpu_shares(settings, args.engines))
         if settings.on_cpu and engines > 1 and not settings.cpu_threads:
@@ -170,7 +173,7 @@ class _Plan:
         """In the order in which they are evaluated."""
         return ("bf16", "fp8") if self.args.precision == "both" else (self.args.precision,)
 
-    def describe(self, place: Any, command: list[str] | None) -> None:
+    def describe(self, place: Place | None, command: list[str] | None) -> None:
         """Say what would be asked and started; of several tasks task 0 does."""
         if place is not None and place.number:
             return
@@ -179,8 +182,8 @@ class _Plan:
         for task in self.spec.tasks:
             print(
                 f"{task.name}: {count(len(self.spec.questions[task.name]), 'question')} of {task.data}, "
-                f"{count(task.n_samples, 'sample')} each, temperature {task.temperature:g}, top-p {task.top_p:g}, at most "
-                f"{task.max_tokens} tokens, grader {task.grader}"
+                f"{count(task.n_samples, 'sample')} each, temperature {task.temperature:g}, top-p {task.top_p:g}, at "
+                f"most {task.max_tokens} tokens, grader {task.grader}"
             )
             print(f"  the first: {self.spec.questions[task.name][0].text!r}")
         of = place.count if place is not None else self.args.nodes or 1
@@ -193,7 +196,7 @@ class _Plan:
         if command is not None:
             print(f"as this step: {shlex.join([word for word in command if word != '--dry-run'])}")
 
-    def run(self, rendezvous: Any = None) -> int:
+    def run(self, rendezvous: StepRendezvous | None = None) -> int:
         """Evaluate; the exit status. rendezvous: of the step's task 0."""
         from rich.console import Console
 
@@ -213,7 +216,7 @@ class _Plan:
         return report(folder, base, self.checkpoint.eval_dir / name, self.args.fail_if_worse, console, show_comparison)
 
     def evaluate(
-        self, precision: Precision, score_of: Path | None, rendezvous: Any = None
+        self, precision: Precision, score_of: Path | None, rendezvous: StepRendezvous | None = None
     ) -> tuple[Path, dict[str, Any]]:
         """(folder, summary) in one precision. score_of: see run.evaluate; Path() stands for its own."""
         from fp8slurm.eval.run import evaluate
@@ -262,9 +265,7 @@ def compare_main(argv: Sequence[str]) -> int:
         metavar="X",
         help=f"exit status {WORSE} when A is significantly worse by more than X",
     )
-    p.add_argument(
-        "--out", type=Path, metavar="DIR", help="folder for compare.json (default: compare-A-with-B beside A)"
-    )
+    p.add_argument("--out", type=Path, metavar="DIR", help="of compare.json (default: compare-A-with-B beside A)")
     args = p.parse_args(argv)
     if args.fail_if_worse is not None and not args.fail_if_worse >= 0:
         raise InputError(f"--fail-if-worse {args.fail_if_worse}; allowed: 0 or more (0.02: two points)")

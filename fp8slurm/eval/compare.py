@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fp8slurm.core.errors import InputError
-from fp8slurm.core.files import write_atomic
+from fp8slurm.core.files import read_json, write_atomic
 from fp8slurm.engine.client import EngineClient
 from fp8slurm.eval.questions import Question
 from fp8slurm.eval.records import FORMAT, SAMPLES, SCORED, SETTINGS, SUMMARY, read_rows
@@ -31,7 +31,7 @@ def load(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
             else "has no summary.json"
         )
         raise InputError(f"{folder} {what}")
-    return json.loads((folder / SUMMARY).read_text()), list(read_rows(folder / SAMPLES))
+    return read_json(folder / SUMMARY), list(read_rows(folder / SAMPLES))
 
 
 def compare(a: Path, b: Path, fail_if_worse: float | None = None) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def compare(a: Path, b: Path, fail_if_worse: float | None = None) -> dict[str, A
         raise InputError(f"{a} has the tasks {', '.join(names)}, {b} has {', '.join(summary_b['tasks'])}")
     _check_same_settings(a, b)
     tasks = {name: _task(name, rows_a, rows_b, a, b) for name in names}
-    speeds = [s.get("tokens_per_second") for s in (summary_a, summary_b)]
+    speed_a, speed_b = (s.get("tokens_per_second") for s in (summary_a, summary_b))
     return {
         "format": FORMAT,
         "a": str(a),
@@ -54,7 +54,7 @@ def compare(a: Path, b: Path, fail_if_worse: float | None = None) -> dict[str, A
         "checkpoint": summary_a["checkpoint"],
         "tasks": tasks,
         "logprob_gap": _gap(a / SCORED, b / SCORED),
-        "speed_ratio": speeds[0] / speeds[1] if all(speeds) else None,
+        "speed_ratio": speed_a / speed_b if speed_a and speed_b else None,
         "fail_if_worse": fail_if_worse,
         "worse": [n for n in names if fail_if_worse is not None and tasks[n]["difference"]["high"] < -fail_if_worse],
     }
@@ -70,11 +70,12 @@ def _check_same_settings(a: Path, b: Path) -> None:
     """InputError, naming the first setting that differs (where both evaluations have their settings.json)."""
     if not all((folder / SETTINGS).is_file() for folder in (a, b)):
         return
-    settings_a, settings_b = (json.loads((folder / SETTINGS).read_text()) for folder in (a, b))
+    settings_a, settings_b = (read_json(folder / SETTINGS) for folder in (a, b))
     for key in SAME_OF_ALL:
         if key in settings_a and key in settings_b and settings_a[key] != settings_b[key]:
             raise InputError(
-                f"{a} and {b} asked with another {key} ({settings_a[key]} and {settings_b[key]}): a difference would mean nothing"
+                f"{a} and {b} asked with another {key} ({settings_a[key]} and {settings_b[key]}): a difference would "
+                f"mean nothing"
             )
     ours, base = ({t["name"]: t for t in settings.get("tasks", [])} for settings in (settings_a, settings_b))
     for name in sorted(ours.keys() & base.keys()):

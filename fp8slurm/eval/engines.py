@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 from fp8slurm.core.errors import InputError
 from fp8slurm.engine.client import GenerateRequest
 from fp8slurm.engine.pool import EnginePool, Member, WorkQueue, log
 from fp8slurm.engine.server import Engine, EngineError, EngineSettings, visible_gpus
-from fp8slurm.eval.asking import EvalRequest
 from fp8slurm.eval.nodes import SharedWorkQueue
 
+T = TypeVar("T")
 
-class Engines(EnginePool):
+
+class Engines(EnginePool[Member]):
     """K engines of one model on this machine, started by `with`."""
 
     def __init__(self, model: Path, log_dir: Path, settings: EngineSettings, count: int) -> None:
@@ -31,7 +33,7 @@ class Engines(EnginePool):
         """What is asked from now on is asked by several nodes, with so many engines: they claim it in this folder."""
         self._shared = claims, engines
 
-    def queue_of(self, work: Sequence[list[EvalRequest]]) -> WorkQueue[EvalRequest]:
+    def queue_of(self, work: Sequence[list[T]]) -> WorkQueue[T]:
         if self._shared is None:
             return super().queue_of(work)
         return SharedWorkQueue(work, self.section.max_running_requests, *self._shared)

@@ -50,45 +50,22 @@ def parser() -> argparse.ArgumentParser:
     sampling.add_argument("--max-tokens", type=int, metavar="N", help="longest response")
     sampling.add_argument("--seed", type=int, help="default: the run's, or 0")
     p.add_argument("--limit", type=int, metavar="N", help="only the first N questions of each task")
-    p.add_argument(
-        "--max-prompt-tokens", type=int, metavar="N", help="longer questions are left out (default: the run's, or none)"
-    )
+    longest = "longer questions are left out (default: the run's, or none)"
+    p.add_argument("--max-prompt-tokens", type=int, metavar="N", help=longest)
     p.add_argument("--on-bad-line", choices=("error", "skip"), help="a line that cannot be used: stop, or leave it out")
-    p.add_argument(
-        "--chat-template-kwargs",
-        nargs="+",
-        metavar="NAME VALUE",
-        help="""such as enable_thinking False, or as JSON '{"enable_thinking": false}' (default: the run's, or none)""",
-    )
+    template = """enable_thinking False, or as JSON '{"enable_thinking": false}' (default: the run's, or none)"""
+    p.add_argument("--chat-template-kwargs", nargs="+", metavar="NAME VALUE", help=template)
     both = p.add_argument_group("with --precision both")
-    both.add_argument(
-        "--fail-if-worse",
-        type=float,
-        metavar="X",
-        help=f"exit status {WORSE} when FP8 is significantly worse by more than X (0.02: two points)",
-    )
-    both.add_argument(
-        "--score-questions",
-        type=int,
-        default=32,
-        metavar="N",
-        help="answers of each task whose log-probabilities are compared (default: 32)",
-    )
+    worse = f"exit status {WORSE} when FP8 is significantly worse by more than X (0.02: two points)"
+    both.add_argument("--fail-if-worse", type=float, metavar="X", help=worse)
+    compared = "answers of each task whose log-probabilities are compared (default: 32)"
+    both.add_argument("--score-questions", type=int, default=32, metavar="N", help=compared)
     model = p.add_argument_group("model and engines")
     model.add_argument("--origin-hf-dir", type=Path, metavar="HF", help="config and tokenizer for torch_dist")
-    model.add_argument(
-        "--fp8-checkpoint", type=Path, metavar="HF", help="FP8 folder made elsewhere, instead of converting"
-    )
-    model.add_argument(
-        "--modules-to-not-convert", nargs="+", default=[], metavar="MODULE", help="kept out of FP8 when it is made"
-    )
-    model.add_argument(
-        "--engines",
-        type=int,
-        default=0,
-        metavar="K",
-        help="engines that share the work (default: as many as the GPUs carry, one without)",
-    )
+    model.add_argument("--fp8-checkpoint", type=Path, metavar="HF", help="FP8 folder, instead of converting")
+    model.add_argument("--modules-to-not-convert", nargs="+", default=[], metavar="MODULE", help="kept out of FP8")
+    engines = "engines that share the work (default: as many as the GPUs carry, one without)"
+    model.add_argument("--engines", type=int, default=0, metavar="K", help=engines)
     model.add_argument(
         "--nodes",
         type=int,
@@ -96,33 +73,15 @@ def parser() -> argparse.ArgumentParser:
         help="as a Slurm step on N nodes, with that many engines on each: srun, in this allocation or in a new one "
         "(default: this node, or those of the step that this is a task of)",
     )
-    model.add_argument(
-        "--srun",
-        action="append",
-        default=[],
-        metavar="--NAME=VALUE",
-        help='with --nodes, a flag of srun, such as --srun="--gpus-per-node=8"; may be repeated',
-    )
-    model.add_argument(
-        "--batch-size",
-        type=int,
-        metavar="N",
-        help="samples in one request (default: 1 on GPUs, engine.max_running_requests on the CPU)",
-    )
-    model.add_argument(
-        "--deterministic",
-        action="store_true",
-        help="on GPUs: engines for which --seed counts, slower (a run's run.deterministic is the default)",
-    )
-    model.add_argument(
-        "--grader-timeout",
-        type=float,
-        metavar="S",
-        help="seconds for one answer (default: the run's reward.timeout_s, or 5)",
-    )
-    model.add_argument(
-        "--eval-dir", type=Path, metavar="DIR", help="where evaluations go (default: RUN/eval, or runs/eval)"
-    )
+    srun = 'with --nodes, a flag of srun, such as --srun="--gpus-per-node=8"; may be repeated'
+    model.add_argument("--srun", action="append", default=[], metavar="--NAME=VALUE", help=srun)
+    batch = "samples in one request (default: 1 on GPUs, engine.max_running_requests on the CPU)"
+    model.add_argument("--batch-size", type=int, metavar="N", help=batch)
+    seeded = "on GPUs: engines for which --seed counts, slower (a run's run.deterministic is the default)"
+    model.add_argument("--deterministic", action="store_true", help=seeded)
+    limit = "seconds for one answer (default: the run's reward.timeout_s, or 5)"
+    model.add_argument("--grader-timeout", type=float, metavar="S", help=limit)
+    model.add_argument("--eval-dir", type=Path, metavar="DIR", help="for evaluations (default: RUN/eval, or runs/eval)")
     model.add_argument("--out", type=Path, metavar="DIR", help="folder of this evaluation (one precision)")
     model.add_argument("--dry-run", action="store_true", help="say what would be asked, start nothing")
     p.epilog = "--engine.KEY VALUE sets what [engine] of a run does, such as --engine.tensor-parallel-size 2"
@@ -133,16 +92,8 @@ def check(args: argparse.Namespace) -> None:
     """InputError: a value out of range, or flags that exclude each other."""
     if args.run is None and args.checkpoint is None:
         raise InputError("say what to evaluate: --checkpoint FOLDER, or --run RUN")
-    for flag, least in (
-        ("n_samples", 1),
-        ("max_tokens", 1),
-        ("limit", 1),
-        ("max_prompt_tokens", 1),
-        ("batch_size", 1),
-        ("engines", 0),
-        ("nodes", 1),
-    ):
-        value = getattr(args, flag)
+    for flag in ("n_samples", "max_tokens", "limit", "max_prompt_tokens", "batch_size", "engines", "nodes"):
+        value, least = getattr(args, flag), 0 if flag == "engines" else 1
         if value is not None and value < least:
             raise InputError(f"--{flag.replace('_', '-')} {value}; allowed: {least} or more")
     if args.temperature is not None and not args.temperature >= 0:
@@ -157,9 +108,7 @@ def check(args: argparse.Namespace) -> None:
     if args.grader_timeout is not None and not 0 < args.grader_timeout < float("inf"):
         raise InputError(f"--grader-timeout {args.grader_timeout}; allowed: above 0 seconds")
     if args.fail_if_worse is not None and (args.precision != "both" or not args.fail_if_worse >= 0):
-        raise InputError(
-            f"--fail-if-worse {args.fail_if_worse} needs --precision both, and is 0 or more; allowed: 0 to 1"
-        )
+        raise InputError(f"--fail-if-worse {args.fail_if_worse} needs --precision both; allowed: 0 to 1")
     if args.out is not None and args.precision == "both":
         raise InputError("--out names one evaluation; with --precision both give --eval-dir")
     if args.fp8_checkpoint is not None and args.precision == "bf16":
@@ -192,11 +141,8 @@ def tasks_of(args: argparse.Namespace, config: RunConfig | None) -> list[EvalTas
         own = args.grader or ("exact" if kind == "digits" else kind)
         bare = [t.endswith((".jsonl", ".parquet")) and "=" not in t for t in args.tasks]
         tasks = [parse_task(t, args.data, own if b else args.grader) for t, b in zip(args.tasks, bare)]
-        if (
-            args.data is not None
-            and args.data.is_file()
-            and sum("=" not in t and not b for t, b in zip(args.tasks, bare)) > 1
-        ):
+        named = sum("=" not in t and not b for t, b in zip(args.tasks, bare))
+        if args.data is not None and args.data.is_file() and named > 1:
             raise InputError(f"--data {args.data} is one file for several tasks; give each its own: NAME=FILE")
     elif config is None:
         if args.data is None:

@@ -64,9 +64,7 @@ def load_questions(
         except BadRow as error:
             where = f"{task.data}:{index + 1}"
             if data.on_bad_line == "error":
-                raise InputError(
-                    f"{where}: {error}. --on-bad-line skip (a run's: --data.on-bad-line) leaves such lines out"
-                ) from None
+                raise InputError(f"{where}: {error}. --on-bad-line skip (--data.on-bad-line) leaves such out") from None
             log.warning("%s left out: %s", where, error)
             bad += 1
             continue

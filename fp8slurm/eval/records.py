@@ -11,18 +11,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from fp8slurm.core.errors import InputError, TransientInputError
-from fp8slurm.core.files import fsync_folder, write_atomic
+from fp8slurm.core.files import fsync_folder, read_json, write_atomic
 from fp8slurm.core.processes import process_start
 from fp8slurm.scheduler.job import Job, SlurmError, ask, is_active
 
 FORMAT = 1
-SETTINGS, SAMPLES, SUMMARY, SCORED, OWNER = (
-    "settings.json",
-    "samples.jsonl",
-    "summary.json",
-    "scored.jsonl",
-    "owner.json",
-)
+SETTINGS, SAMPLES, SUMMARY = "settings.json", "samples.jsonl", "summary.json"
+SCORED, OWNER = "scored.jsonl", "owner.json"
 
 Key = tuple[str, str, int]
 """(task, question's id, number of the sample)."""
@@ -45,9 +40,7 @@ def choose_folder(eval_dir: Path, name: str, settings: dict[str, Any], out: Path
         there = read_settings(out)
         if there is not None and there != settings:
             changed = sorted(k for k in {*there, *settings} if there.get(k) != settings.get(k))
-            raise InputError(
-                f"--out {out} holds an evaluation with other settings ({', '.join(changed)}); give another"
-            )
+            raise InputError(f"--out {out} holds an evaluation of other settings ({', '.join(changed)}); give another")
         return out
     there = read_settings(eval_dir / name)
     return eval_dir / name if there is None or there == settings else eval_dir / f"{name}-{settings_hash(settings)}"
@@ -55,7 +48,7 @@ def choose_folder(eval_dir: Path, name: str, settings: dict[str, Any], out: Path
 
 def read_settings(folder: Path) -> dict[str, Any] | None:
     try:
-        return json.loads((folder / SETTINGS).read_text())
+        return read_json(folder / SETTINGS)
     except FileNotFoundError:
         return None
 

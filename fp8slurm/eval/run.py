@@ -13,7 +13,7 @@ from typing import Any
 
 from fp8slurm.config.schema import RewardSection
 from fp8slurm.core.errors import InputError
-from fp8slurm.core.files import sha256
+from fp8slurm.core.files import read_json, sha256
 from fp8slurm.engine.server import EngineSettings
 from fp8slurm.eval import compare
 from fp8slurm.eval.asking import EvalRequest, batches, rows_of
@@ -72,7 +72,7 @@ class EvalSpec:
             "stop_token_ids": self.stop_ids,
             "chat_template_kwargs": self.chat_template_kwargs,
             "tasks": [
-                t.model_dump(mode="json") | {"sha256": sha256(t.data), "questions": len(self.questions[t.name])}
+                t.model_dump(mode="json") | {"sha256": sha256(t.file), "questions": len(self.questions[t.name])}
                 for t in self.tasks
             ],
         }
@@ -123,7 +123,7 @@ def evaluate(
             "batches": len(work), "digest": digest(spec, work), "model": str(model.resolve()), "context": context,
             "folder": str(records.folder.resolve()), "attempt": records.attempt, "done": list(records.rows),
         })  # fmt: skip
-    summary = json.loads((records.folder / SUMMARY).read_text()) if records.complete and not work else None
+    summary = read_json(records.folder / SUMMARY) if records.complete and not work else None
     sequences = None
     if score_of is not None and score_of != records.folder:
         sequences = compare.fixed_sequences(compare.load(score_of)[1], spec.questions, score_questions)
@@ -263,4 +263,4 @@ def _finish(
 
 def context_of(model: Path) -> int:
     """Longest prompt plus response of a model, in tokens."""
-    return int(json.loads((model / "config.json").read_text())["max_position_embeddings"])
+    return int(read_json(model / "config.json")["max_position_embeddings"])

@@ -62,6 +62,12 @@ class EvalTask(Section):
     data: Path | None = None
     """JSONL or parquet with the questions."""
 
+    @property
+    def file(self) -> Path:
+        """`data`, which every task has that is asked."""
+        assert self.data is not None
+        return self.data
+
 
 def shipped() -> list[str]:
     """Names of the definitions that come with the package."""

@@ -20,9 +20,7 @@ def set_fp32_scales() -> None:
     """
     value = os.environ.get(NAME)
     if value not in (None, "1"):
-        raise InputError(
-            f"{NAME}={value} contradicts the FP32 block scales that the weights are exported with: unset it or set it to 1"
-        )
+        raise InputError(f"{NAME}={value} contradicts the FP32 scales of the exported weights: unset it or set it to 1")
     if value is None and "transformer_engine" in sys.modules:
         raise ValueError(f"TransformerEngine was imported before {NAME} was set; it would use power-of-two scales")
     os.environ[NAME] = "1"

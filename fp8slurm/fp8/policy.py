@@ -29,7 +29,6 @@ _TOGETHER = (
     (re.compile(r"(.+\.mlp)\.(gate|up)_proj"), r"\1.gate_up_proj"),
     (_EXPERT, r"\1"),
 )
-FP8_PARTS = (".weight_scale_inv", ".weight_scale", ".input_scale")
 
 
 @dataclass(frozen=True)
@@ -57,8 +56,8 @@ def excluded_by(module: str, modules_to_not_convert: Sequence[str]) -> str | Non
 
 
 def engine_matrix(module: str) -> str:
-    """The name of what SGLang holds a Linear `module` of a layer in: it makes one of q, k and v, of gate and up, and of all
-    experts of a layer, and multiplies with the whole in one precision."""
+    """The name of what SGLang holds a Linear `module` of a layer in: it makes one of q, k and v, of gate and up, and of
+    all experts of a layer, and multiplies with the whole in one precision."""
     for pattern, together in _TOGETHER:
         if pattern.fullmatch(module):
             return pattern.sub(together, module)
@@ -66,8 +65,8 @@ def engine_matrix(module: str) -> str:
 
 
 def kept_name(module: str) -> str:
-    """How a kept Linear `module` is named in a config's modules_to_not_convert so that SGLang, transformers and we agree:
-    by its full name, and the experts of a layer together."""
+    """How a kept Linear `module` is named in a config's modules_to_not_convert so that SGLang, transformers and we
+    agree: by its full name, and the experts of a layer together."""
     return _EXPERT.sub(r"\1", module)
 
 

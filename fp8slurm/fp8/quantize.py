@@ -30,12 +30,10 @@ def quantize(
 ) -> BlockFP8:
     """[N, K] bf16|fp16|fp32 -> BlockFP8 in 128x128 blocks, with the bytes of TransformerEngine's weight quantizer.
 
-    `out` (same shapes, contiguous, same device) is filled and returned instead of new tensors. On the CPU nothing
-    but `out` and about 3 MiB of scratch a thread is allocated, whatever the size. `first_row`: number of row 0 where
-    weight is cut from a larger tensor, for the error.
-    Raises ValueError for another dtype or rank, TransientInputError, naming `name` and the first bad element, for a NaN or
-    infinity.
-    """
+    `out` (same shapes, contiguous, same device) is filled and returned instead of new tensors. On the CPU nothing but
+    `out` and about 3 MiB of scratch a thread is allocated, whatever the size. `first_row`: number of row 0 where weight
+    is cut from a larger tensor, for the error. Raises ValueError for another dtype or rank, TransientInputError, naming
+    `name` and the first bad element, for a NaN or infinity."""
     w = checked(weight, name)
     if out is None:
         data = torch.empty(w.shape, dtype=E4M3, device=w.device)

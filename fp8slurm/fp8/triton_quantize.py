@@ -1,8 +1,7 @@
 """The weight quantizer on CUDA: one program a 128x128 tile, every element read once and written once.
 
-`launch` works on one matrix, `GroupedLaunch` on many with one launch. Imported only when a CUDA tensor is quantized (or by the GPU
-test): Triton is not needed anywhere else.
-"""
+`launch` works on one matrix, `GroupedLaunch` on many with one launch. Imported only when a CUDA tensor is quantized (or
+by the GPU test): Triton is not needed anywhere else."""
 
 from __future__ import annotations
 
@@ -103,7 +102,8 @@ def quantize_into(w: torch.Tensor, out: BlockFP8, power_of_two: bool = False) ->
 
 @triton.jit
 def _quantize_group(
-    table_ptr, bad_ptr, LARGEST: tl.constexpr, E4M3_LARGEST: tl.constexpr, POWER_OF_TWO: tl.constexpr, EVEN: tl.constexpr,
+    table_ptr, bad_ptr, LARGEST: tl.constexpr, E4M3_LARGEST: tl.constexpr, POWER_OF_TWO: tl.constexpr,
+    EVEN: tl.constexpr,
     EDGE: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     entry = table_ptr + tl.program_id(0).to(tl.int64) * 8
@@ -112,7 +112,7 @@ def _quantize_group(
     scale_inv_ptr = tl.load(entry + 2).to(tl.pointer_type(tl.float32))
     w_stride, data_stride = tl.load(entry + 3), tl.load(entry + 4)
     rows, columns = tl.arange(0, EDGE).to(tl.int64), tl.arange(0, EDGE)
-    if EVEN:  # what GroupedLaunch has seen to; it cannot be seen from a number in a table, and loads would be element by element
+    if EVEN:  # GroupedLaunch has seen to it; told nothing, loads would be element by element
         w_ptr, data_ptr = tl.multiple_of(w_ptr, 16), tl.multiple_of(data_ptr, 16)
         w_stride, data_stride = tl.multiple_of(w_stride, 16), tl.multiple_of(data_stride, 16)
         w = tl.load(w_ptr + (rows[:, None] * w_stride + columns[None, :])).to(tl.float32)
@@ -137,14 +137,13 @@ DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32:
 class GroupedLaunch:
     """Many matrices that are quantized again and again, in place: one launch, whatever their number.
 
-    Where every tile lies is written down once, 64 bytes for 128x128 elements. The tensors must stay where they are (they
-    are kept alive). Sources are [N, K], or [G, N/G, K] of which each part is contiguous in rows (query groups inside a fused
-    matrix; N/G a multiple of 128 or G = 1).
-    """
+    Where every tile lies is written down once, 64 bytes for 128x128 elements. The tensors must stay where they are
+    (they are kept alive). Sources are [N, K], or [G, N/G, K] of which each part is contiguous in rows (query groups
+    inside a fused matrix; N/G a multiple of 128 or G = 1)."""
 
     WIDTH = 8
-    """Numbers a tile: address of its first element, code and scale; row strides of source and codes in elements; rows and
-    columns inside the matrix; number of the matrix, from 1."""
+    """Numbers a tile: address of its first element, code and scale; row strides of source and codes in elements; rows
+    and columns inside the matrix; number of the matrix, from 1."""
 
     def __init__(self, matrices: Sequence[tuple[torch.Tensor, BlockFP8]], power_of_two: bool = False) -> None:
         """(source bf16|fp16|fp32 with rows that are contiguous, where it goes) of each; all on one GPU."""

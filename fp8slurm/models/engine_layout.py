@@ -26,7 +26,7 @@ _PROJECTION = re.compile(r".*\b(q|k|v|o|gate|up|down)_proj\.")
 
 @dataclass(frozen=True)
 class EngineCut:
-    """`pieces` equal pieces along dimension `dim` (None: every rank has all of it); `copies` neighbours share a piece."""
+    """`pieces` equal pieces along dimension `dim` (None: all of it everywhere); `copies` neighbours share a piece."""
 
     dim: int | None = None
     pieces: int = 1
@@ -59,10 +59,9 @@ class EngineLayout:
     def cut(self, name: str) -> EngineCut:
         """How the tensor with this Hugging Face name is cut; blocks of scales like the codes that they belong to.
 
-        Embedding and head, gate and up are cut along their rows, o and down along their columns, q, k and v by heads. With
-        more ranks than key-value heads neighbours hold the same one. Norms and routers are everywhere. An expert is cut
-        over the ranks of its group.
-        """
+        Embedding and head, gate and up are cut along their rows, o and down along their columns, q, k and v by heads.
+        With more ranks than key-value heads neighbours hold the same one. Norms and routers are everywhere. An expert
+        is cut over the ranks of its group."""
         if _VOCABULARY.fullmatch(name):
             return EngineCut(0, self.tensor, multiple=VOCAB_MULTIPLE)
         projection = _PROJECTION.match(name)

@@ -196,7 +196,6 @@ class NameTable:
         self.spec = spec
         self.entries: tuple[Entry, ...] = tuple(_entries(spec))
         self._by_name = {e.name: e for e in self.entries}
-        self._by_hf = {t.name: e for e in self.entries for t in e.tensors}
 
     def __getitem__(self, megatron_name: str) -> Entry:
         """The entry of a global Megatron name; KeyError if the model has none."""
@@ -208,17 +207,13 @@ class NameTable:
     def __iter__(self) -> Iterator[Entry]:
         return iter(self.entries)
 
-    def of_hf(self, hf_name: str) -> Entry:
-        """The entry that an HF tensor is part of; KeyError for a tensor that the model does not have."""
-        return self._by_hf[hf_name]
-
     def hf_tensors(self) -> dict[str, HfTensor]:
         """Every HF tensor of the model by name, in model order."""
         return {t.name: t for e in self.entries for t in e.tensors}
 
     def stage(self, entry: Entry, stages: int) -> int:
-        """The pipeline stage of `stages` that holds a parameter: equally many layers each, the embedding with the first,
-        the final norm and an output layer of its own with the last."""
+        """The pipeline stage of `stages` that holds a parameter: equally many layers each, the embedding with the
+        first, the final norm and an output layer of its own with the last."""
         if entry.layer is None:
             return 0 if entry is self.entries[0] else stages - 1
         return entry.layer // (self.spec.num_layers // stages)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,13 @@ def serves_fp8(rollout_checkpoint: str | Path | None, engine: str | None, backen
 def engine_in_fp8(config: RunConfig) -> bool:
     """Whether the engine of this configuration serves FP8."""
     return serves_fp8(config.model.rollout_checkpoint, config.fp8.engine, config.fp8.backend)
+
+
+def gap_bound(config: RunConfig) -> float:
+    """rollout.max_gap, in nats: what the gap between trainer and engine cannot be while they are one policy."""
+    if config.rollout.max_gap is not None:
+        return config.rollout.max_gap or math.inf
+    return 0.5 if config.fp8.backend != "off" or engine_in_fp8(config) else 0.3
 
 
 def engine_quantization(config: RunConfig) -> QuantizationSpec | None:

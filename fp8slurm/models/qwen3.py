@@ -63,9 +63,7 @@ def _rope_theta(where: str, config: Mapping[str, Any]) -> float:
     for name in ("rope_type", "type"):
         _only(where, f"{key}: {name}", rope.get(name, "default"), ("default",))
     if more := sorted(set(rope) - {"rope_type", "type", "rope_theta"}):
-        raise InputError(
-            f"{where}: {key} has {more[0]!r}, which plain rotary embeddings do not have; allowed: rope_type, rope_theta"
-        )
+        raise InputError(f"{where}: {key} has {more[0]!r}, which plain RoPE has not; allowed: rope_type, rope_theta")
     _only(where, "partial_rotary_factor", config.get("partial_rotary_factor"), (None, 1.0))
     theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
     if type(theta) not in (int, float) or not math.isfinite(theta) or theta <= 0:
@@ -264,9 +262,7 @@ def check_layout(spec: ModelSpec, parallel: Any, fp8: bool, world_size: int | No
         _divides("experts", spec.num_experts, ep, ep_flag)
         _divides("expert FFN width", spec.moe_ffn_hidden_size, etp, etp_flag)
         if tp > 1 and not parallel.sequence_parallel:
-            raise InputError(
-                f"{tp_flag} {tp} with experts needs --parallel.sequence-parallel (Megatron trains no MoE without it)"
-            )
+            raise InputError(f"{tp_flag} {tp} with experts needs --parallel.sequence-parallel (a rule of Megatron)")
     else:
         _divides("FFN width", spec.ffn_hidden_size, tp, tp_flag)
         for flag, size in ((ep_flag, ep), (etp_flag, etp)):

@@ -8,7 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from fp8slurm.core.errors import InputError
+from fp8slurm.core.numbers import number
 from fp8slurm.observe.metrics import Record, column, read_metrics
 from fp8slurm.observe.output import check_file
 
@@ -31,6 +34,9 @@ TIMES = (
     ("time/eval", "evaluation"),
     ("time/checkpoint", "checkpoint"),
 )
+OTHER = ("", "other")
+PHASES = (*TIMES[:-1], OTHER, TIMES[-1])
+"""(key, name) in the order in which they are stacked; "" is what no phase claims."""
 SMOOTHING = 10
 """Steps of the trailing mean of the reward."""
 
@@ -110,7 +116,7 @@ def _records(run_dir: Path) -> list[Record]:
     return records
 
 
-def _figure(title: str) -> tuple[Figure, list]:
+def _figure(title: str) -> tuple[Figure, np.ndarray]:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -186,26 +192,36 @@ def _gaps(axes: Axes, records: list[Record]) -> None:
 
 def _finish_gap(axes: Axes, title: str) -> None:
     axes.set(title=title, xlabel="RL step", ylabel="nats")
-    if any(len(line.get_xdata()) for line in axes.get_lines()):
+    if any(np.size(line.get_xdata()) for line in axes.get_lines()):
         axes.set_yscale("log")
     _legend(axes)
 
 
 def _times(axes: Axes, records: list[Record], phase: str) -> None:
     """Seconds of each phase of a step, stacked, the checkpoint on top; what no phase claims is `other`."""
-    rows = [r for r in records if r["phase"] == phase and r.get("time/step")]
-    steps = [r["step"] for r in rows]
-    layers = [(label, f"C{i}", [r.get(key) or 0.0 for r in rows]) for i, (key, label) in enumerate(TIMES)]
-    inside = [sum(r.get(key) or 0.0 for key, _ in TIMES if key != "time/checkpoint") for r in rows]
-    other = [max(0.0, r["time/step"] - claimed) for r, claimed in zip(rows, inside)]
-    layers.insert(-1, ("other", "lightgrey", other))
-    base = [0.0] * len(rows)
-    for label, color, values in layers:
-        if any(values):
-            axes.bar(steps, values, bottom=base, width=1.0, label=label, color=color)
-            base = [b + v for b, v in zip(base, values)]
+    rows = phase_seconds(records, phase)
+    steps, base = [step for step, _ in rows], [0.0] * len(rows)
+    for slot, (key, label) in enumerate(PHASES):
+        heights = [values[slot] for _, values in rows]
+        if any(heights):
+            color = f"C{slot - (slot > PHASES.index(OTHER))}" if key else "lightgrey"
+            axes.bar(steps, heights, bottom=base, width=1.0, label=label, color=color)
+            base = [b + h for b, h in zip(base, heights)]
     axes.set(title="Step time by phase", xlabel="RL step" if phase == "rl" else "supervised step", ylabel="seconds")
     _legend(axes)
+
+
+def phase_seconds(records: list[Record], phase: str = "rl") -> list[tuple[int, list[float]]]:
+    """(step, seconds of each of PHASES) of every step that has a time."""
+    out = []
+    for r in records:
+        whole = number(r.get("time/step"))
+        if r["phase"] == phase and whole is not None:
+            values = {key: number(r.get(key)) or 0.0 for key, _ in TIMES}
+            inside = sum(values.values()) - values["time/checkpoint"]
+            values[""] = max(0.0, whole - inside)
+            out.append((r["step"], [values[key] for key, _ in PHASES]))
+    return out
 
 
 def _marker(steps: list[int]) -> dict:

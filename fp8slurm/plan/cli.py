@@ -17,8 +17,7 @@ def main(argv: list[str]) -> int:
     parser = recipe_parser(
         "fp8slurm plan",
         "Memory of every rank, host memory, bytes of a weight update and block alignment; needs no GPU and, for "
-        "Qwen3-0.6B, Qwen3-4B and Qwen3-30B-A3B, no checkpoint. The settings below change the recipe; with --recipe R "
-        "before --help their defaults are R's.",
+        "Qwen3-0.6B, Qwen3-4B and Qwen3-30B-A3B, no checkpoint.",
     )
     parser.add_argument(
         "--gpu-memory",
@@ -28,9 +27,7 @@ def main(argv: list[str]) -> int:
         help="memory of a GPU in 10^9 bytes; may be given several times (default: 80 for an H100 and 141 for an H200)",
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables; bytes are integers")
-    parser.add_argument(
-        "--row", metavar="LABEL", help="print one row of a Markdown table with that label, for comparing layouts"
-    )
+    parser.add_argument("--row", metavar="LABEL", help="print a row of a Markdown table with that label, to compare")
     own, config = parse_command(parser, argv)
     if any(size <= 0 for size in own.gpu_memory or ()):
         raise InputError("--gpu-memory must be above 0, in 10^9 bytes")

@@ -30,12 +30,12 @@ TRAINER_ALONE = 2_600_000_000
 TRAINER_RESIDENT = 5_000_000_000
 """The same of one among several ranks: 4 to 5 GB on two and four H100s, of which NCCL takes 0.5 a communicator."""
 ENGINE_ALONE = 2_000_000_000
-"""The same of an engine on one GPU, and its CUDA graphs; they stay when weights and KV cache are given back: 1.1 to 1.7 GB."""
+"""The same of an engine on one GPU, with its CUDA graphs; they stay when it sleeps: 1.1 to 1.7 GB."""
 ENGINE_RESIDENT = 3_000_000_000
 """Assumed: the same of an engine's rank among several."""
 RESERVE = {(False, False): 0.02, (False, True): 0.10, (True, False): 0.15, (True, True): 0.25}
-"""What torch's allocator has in reserve, as a share of what a step takes and gives back. (FP8, tensor parallelism) -> measured on
-H100s with expandable segments and full recomputation (docs/perf.md)."""
+"""What torch's allocator has in reserve, as a share of what a step takes and gives back. (FP8, tensor parallelism) ->
+measured on H100s with expandable segments and full recomputation (docs/perf.md)."""
 PASSING = ("gradients", "FP8 copies")
 """State that a trainer's rank gives back while engines work on its GPU (Trainer.make_room)."""
 HOST_PROCESS = 4_000_000_000
@@ -215,7 +215,8 @@ def _working(config: RunConfig, spec: ModelSpec, p: StageParameters, micro_batch
         "output layer",
         logits * OUTPUT_LAYER + chunk * OUTPUT_LAYER_CHUNK,
         "estimate",
-        f"{tokens} tokens x {spec.vocab_size // layout.tensor} logits x {OUTPUT_LAYER} B, and {chunk} x {OUTPUT_LAYER_CHUNK} B",
+        f"{tokens} tokens x {spec.vocab_size // layout.tensor} logits x {OUTPUT_LAYER} B, "
+        f"and {chunk} x {OUTPUT_LAYER_CHUNK} B",
     )
     # The output layer's backward is over before the layers' begins: only the larger of the two counts.
     return [*items, max(head, layer, key=lambda i: i.bytes)]

@@ -128,10 +128,10 @@ class Plan:
         """The plan as plain values; bytes are integers."""
         values = asdict(self)
         values["layout"] |= {"data": self.layout.data, "expert_data": self.layout.expert_data}
-        for stage, mine in zip(values["stages"], self.stages):
-            stage["parameters"] = mine.parameters
-        for fit, mine in zip(values["fits"], self.fits):
-            fit["fits"] = mine.fits
+        for values_of_stage, stage in zip(values["stages"], self.stages):
+            values_of_stage["parameters"] = stage.parameters
+        for values_of_fit, fit in zip(values["fits"], self.fits):
+            values_of_fit["fits"] = fit.fits
         return values
 
 
@@ -243,9 +243,9 @@ def _fit(
 
 
 def _update_buffers(config: RunConfig, spec: ModelSpec, layout: Layout, largest: int) -> int:
-    """For every list of buckets that a rank sends, its stage's and its experts', two buckets, and together a third for slices
-    of the other ranks that the matrices are cut over; where engines map the memory of their GPU's rank, two more for what
-    other ranks send (sync/mapped.py). All as large as the largest: an upper bound."""
+    """For every list of buckets that a rank sends, its stage's and its experts', two buckets, and together a third for
+    slices of the other ranks that the matrices are cut over; where engines map the memory of their GPU's rank, two more
+    for what other ranks send (sync/mapped.py). All as large as the largest: an upper bound."""
     lists = [layout.tensor] + ([layout.expert_tensor] if spec.is_moe else [])
     sources = layout.pipeline * (1 + (layout.expert if spec.is_moe else 0))
     others = 2 if sources > 1 and transport_of(config) == "cuda-ipc" else 0

@@ -45,8 +45,8 @@ def parts(plan: Plan) -> Iterator[RenderableType]:
     yield _pipeline(plan)
     yield Text(
         "GB are 10^9 bytes, on one rank unless it says otherwise. exact: counted, and compared with a built trainer, "
-        "the converter or SGLang in the tests; estimate: by formula or from a few runs on GPUs; assumed: a round number. "
-        "docs/plan.md explains.",
+        "the converter or SGLang in the tests; estimate: by formula or from a few runs on GPUs; assumed: a round "
+        "number. docs/plan.md explains.",
         style="dim",
     )
 
@@ -273,12 +273,6 @@ def _pipeline(plan: Plan) -> RenderableType:
 
 def _spaced(renderable: RenderableType) -> RenderableType:
     return Padding(renderable, (1, 0, 0, 0))
-
-
-ROW_HEAD = (
-    "layout", "parameters a rank", "train", "of it output layer", "sync", "host, a node", "micro-batches", "bubble",
-    "busiest rank sends", "gathered", "fits",
-)  # fmt: skip
 
 
 def row(plan: Plan, label: str) -> str:

@@ -1,8 +1,8 @@
-"""Host memory that a checkpoint takes while it is written: copies of weights and optimizer state, and what passes through.
+"""Host memory that a checkpoint takes while it is written: copies of weights and optimizer state, and what passes
+through.
 
-The arithmetic of trainer/checkpoint.py and trainer/optimizer_state.py; tests/plan compares it, rank by rank, with the bytes
-that they count.
-"""
+The arithmetic of trainer/checkpoint.py and trainer/optimizer_state.py; tests/plan compares it, rank by rank, with the
+bytes that they count."""
 
 from __future__ import annotations
 
@@ -18,9 +18,8 @@ KEYS = 3
 def rank_bytes(config: RunConfig, parts: list[StageParameters], rank: int) -> int:
     """The most bytes on a rank; `parts`: one of each pipeline stage.
 
-    Of the ranks that hold the same parameters the first writes them. With optim.distributed every rank copies its share of
-    the state, and the first then takes in one FP32 tensor of all parameters after the other, in pieces.
-    """
+    Of the ranks that hold the same parameters the first writes them. With optim.distributed every rank copies its share
+    of the state, and the first then takes in one FP32 tensor of all parameters after the other, in pieces."""
     layout = parts[0].layout
     p = parts[rank // (layout.world // layout.pipeline)]
     dense = rank // layout.tensor % layout.data == 0

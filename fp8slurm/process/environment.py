@@ -7,7 +7,7 @@ import os
 import sys
 
 from fp8slurm.config import RunConfig
-from fp8slurm.config.derived import is_direct
+from fp8slurm.config.derived import transport_of
 from fp8slurm.config.placement import Placement, Task
 from fp8slurm.core.errors import InputError
 from fp8slurm.scheduler import job as slurm
@@ -48,7 +48,7 @@ def set_environment(config: RunConfig, placement: Placement, task: Task) -> None
         os.environ.setdefault("NCCL_SOCKET_IFNAME", os.environ["GLOO_SOCKET_IFNAME"])
     if placement.gpus_per_node:
         set_gpus(placement.gpus_per_node)
-        if is_direct(config):  # both ends of a group have to agree, and SGLang sets it so
+        if transport_of(config) in ("nccl", "gloo-direct"):  # both ends of a group have to agree, and SGLang sets it so
             os.environ.setdefault("NCCL_CUMEM_ENABLE", "0")
         # NCCL's flight recorder: the last collectives of every rank, for the monitor to write out when nothing moves.
         for name in ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"):  # its name since torch 2.10, and before

@@ -27,12 +27,12 @@ def rank_main(
     where = run.attempt_dir / "store.json"
     address = address_of(placement)
     if task.number == 0:
-        store, port = groups.host_store(address)
+        plain, port = groups.host_store(address)
         groups.publish(where, address, port)
     else:
-        store = groups.connect_store(where, RENDEZVOUS_TIMEOUT_S)
-    start(config, task.number, placement.world_size, dist.PrefixStore("megatron", store), task.gpu or 0)
-    store = SignedStore(store, read_key(where))
+        plain = groups.connect_store(where, RENDEZVOUS_TIMEOUT_S)
+    start(config, task.number, placement.world_size, dist.PrefixStore("megatron", plain), task.gpu or 0)
+    store = SignedStore(plain, read_key(where))
     from fp8slurm.trainer.trainer import Trainer
 
     assert config.model.hf_checkpoint is not None

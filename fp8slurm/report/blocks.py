@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from fp8slurm.report.charts import Chart
 from fp8slurm.report.content import Part
@@ -12,31 +11,27 @@ from fp8slurm.report.samples import Samples
 from fp8slurm.run.evaluations import Interval
 
 
-@dataclass(frozen=True)
-class Text:
+class Text(NamedTuple):
     """A paragraph of ours, nothing in it comes from a run; small: a remark on what is above it."""
 
     text: str
     small: bool = False
 
 
-@dataclass(frozen=True)
-class Head:
+class Head(NamedTuple):
     """A heading within a section."""
 
     text: str
 
 
-@dataclass(frozen=True)
-class Items:
+class Items(NamedTuple):
     """A list."""
 
     rows: Sequence[str]
     title: str = ""
 
 
-@dataclass(frozen=True)
-class Table:
+class Table(NamedTuple):
     """Rows of text; a second line of a cell is a remark, which Markdown leaves out."""
 
     label: str
@@ -47,8 +42,7 @@ class Table:
     w time, l a text of many lines; anything else is text, as are columns without a letter."""
 
 
-@dataclass(frozen=True)
-class Fold:
+class Fold(NamedTuple):
     """What HTML folds up; Markdown shows it where it is open, and names it otherwise."""
 
     summary: str
@@ -58,16 +52,14 @@ class Fold:
     open: bool = False
 
 
-@dataclass(frozen=True)
-class Charts:
+class Charts(NamedTuple):
     """Curves; sparklines in Markdown. prefix: of the charts' ids, which are distinct in a page."""
 
     charts: list[Chart]
     prefix: str = ""
 
 
-@dataclass(frozen=True)
-class Times:
+class Times(NamedTuple):
     """Seconds by phase of the steps of one phase of the run ("rl" or "sft")."""
 
     id: str
@@ -76,8 +68,7 @@ class Times:
     parts: list[Part]
 
 
-@dataclass(frozen=True)
-class Intervals:
+class Intervals(NamedTuple):
     """(name, colour, interval) below each other, in HTML only: a table has the figures."""
 
     id: str
@@ -86,11 +77,10 @@ class Intervals:
     zero_line: bool = False
 
 
-@dataclass(frozen=True)
-class Browser:
+class Browser(NamedTuple):
     """The samples of saved rollouts."""
 
-    found: Samples
+    samples: Samples
 
 
 Block = Any

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 POINTS = 240
 """Most points of a line; more steps are put into as many buckets, drawn as their mean with a band from min to max."""
@@ -38,8 +39,7 @@ class Chart:
     """Vertical lines."""
 
 
-@dataclass(frozen=True)
-class Bucket:
+class Bucket(NamedTuple):
     """Some neighbouring points: first and last x, mean, smallest and largest y."""
 
     first: float

@@ -46,21 +46,19 @@ def main(argv: list[str]) -> int:
         names = [str(p) for p in paths]
     if len(set(names)) < len(names):
         raise InputError(f"--compare: a run is named twice ({', '.join(names)})")
+    samples = read_samples(runs[0], min(args.samples, 3) if args.text else args.samples)
+    if args.text:
+        from fp8slurm.report.text import markdown as render
+    else:
+        from fp8slurm.report.page import page as render
+    document = render(runs[0], samples, runs[1:], names)
+    if args.text and args.out is None:
+        sys.stdout.write(document)
+        return 0
+    out = args.out or args.run / "report.html"
     try:
-        if args.text:
-            from fp8slurm.report.text import markdown
-
-            document = markdown(runs[0], read_samples(runs[0], min(args.samples, 3)), runs[1:], names)
-            if args.out is None:
-                sys.stdout.write(document)
-                return 0
-            write_atomic(args.out, document)
-        else:
-            from fp8slurm.report.page import page
-
-            args.out = args.out or args.run / "report.html"
-            write_atomic(args.out, page(runs[0], read_samples(runs[0], args.samples), runs[1:], names))
+        write_atomic(out, document)
     except OSError as error:
-        raise InputError(f"{error.filename or args.out} cannot be written: {error.strerror}") from None
-    print(f"{args.out}  ({args.out.stat().st_size / 1e6:.1f} MB)")
+        raise InputError(f"{error.filename or out} cannot be written: {error.strerror}") from None
+    print(f"{out}  ({out.stat().st_size / 1e6:.1f} MB)")
     return 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fp8slurm.report.charts import Chart, Line
 from fp8slurm.report.content import sync_and_memory
-from fp8slurm.run.reader import Run, Series
+from fp8slurm.run.reader import Run
 
 _GAP = "d = trainer's minus engine's log-probability of each sampled token"
 _K3 = "KL of engine and trainer, estimated from the sampled tokens"
@@ -58,7 +58,7 @@ SYNC_CHARTS = 9
 
 def sync(run: Run) -> list[Chart]:
     """One curve for every key of weight sync and memory."""
-    keys = [s.key for s in sync_and_memory(run) if run.values(s.key)][:SYNC_CHARTS]
+    keys = [key for key, *_ in sync_and_memory(run) if run.values(key)][:SYNC_CHARTS]
     charts = [
         Chart(f"sync-{i}", key, "seconds" if key.startswith("time/") else "", [Line(key, run.series(key))], zero=True)
         for i, key in enumerate(keys)
@@ -83,34 +83,18 @@ def missing(run: Run) -> list[tuple[str, str]]:
     return [(name, how) for name, key, how in EXPECTED if not run.values(key)]
 
 
-COMPARED = (
-    ("reward", "Reward", "mean of all samples", "reward/mean", False, False),
-    ("accuracy", "Held-out accuracy", "share right", "eval/accuracy", False, True),
-    ("gap", "Gap, mean |d|", "nats", "gap/mean_abs", True, False),
-    ("p99", "Gap, 99th percentile |d|", "nats", "gap/p99", True, False),
-    ("k3", "Gap as KL (k3)", "nats", "gap/k3", True, False),
-    ("entropy", "Entropy", "nats per token", "entropy", False, False),
-    ("length", "Response length", "tokens, mean", "rollout/response_length", False, False),
-    ("grad", "Gradient norm", "before clipping", "grad_norm", False, True),
-    ("lr", "Learning rate", "", "lr", False, True),
-    ("step", "Time per step", "seconds", "time/step", False, True),
-    ("speed", "Trained tokens", "per second", "throughput/tokens_per_s", False, True),
-)
-
-
 def several(runs: list[Run], names: list[str]) -> list[Chart]:
-    """The same curves of several runs on each other, a colour and a dash each."""
+    """The same curves of several runs on each other, a chart for each key, a colour and a dash for each run."""
+    time = ("step", "Time per step", "seconds", (("step", "time/step"),), "zero", "")
+    accuracy = ("accuracy", "Held-out accuracy", "share right", (("", "eval/accuracy"),), "zero", "")
     charts = []
-    for id, title, unit, key, log, zero in COMPARED:
-        lines = [Line(name, run.series(key), i % 6, i % 6) for i, (run, name) in enumerate(zip(runs, names))]
-        charts.append(Chart(id, title, unit, lines, log, zero))
-    total: list[Series] = []
-    for run in runs:
-        low, high = dict(run.series("ratio/clipped_low")), dict(run.series("ratio/clipped_high"))
-        both = sorted({*low, *high})
-        total.append([(s, None if low.get(s) is None or high.get(s) is None else low[s] + high[s]) for s in both])
-    lines = [Line(name, series, i % 6, i % 6) for i, (series, name) in enumerate(zip(total, names))]
-    charts.insert(5, Chart("clip", "Clipped tokens", "share", lines, zero=True))
+    for id, title, unit, curves, axis, note in (RL[0], accuracy, *RL[1:], time):
+        for n, (name, key) in enumerate(curves):
+            lines = [
+                Line(run_name, run.series(key), i % 6, i % 6) for i, (run, run_name) in enumerate(zip(runs, names))
+            ]
+            whole = f"{title}, {name}" if len(curves) > 1 else title
+            charts.append(Chart(f"{id}-{n}" if n else id, whole, unit, lines, axis == "log", axis == "zero", note))
     return [c for c in charts if _any(c)]
 
 

@@ -18,8 +18,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
+from fp8slurm.observe.plot import PHASES
 from fp8slurm.report.charts import POINTS, Bucket, Chart, Line, downsample
-from fp8slurm.report.content import PHASES, Part
+from fp8slurm.report.content import Part
 from fp8slurm.report.safe import figure, one_line, seconds, visible
 from fp8slurm.run.evaluations import Interval
 
@@ -79,7 +80,7 @@ def line_chart(chart: Chart) -> tuple[str, dict[str, Any]]:
 
 @rc_context(_STYLE)
 def stacked(rows: list[tuple[int, list[float]]], id: str, title: str) -> str:
-    """Mean seconds a step by phase, over the steps; rows are those of content.phase_seconds, at least one."""
+    """Mean seconds a step by phase, over the steps; rows are those of phase_seconds, at least one."""
     size = -(-len(rows) // BARS)
     groups = [rows[i : i + size] for i in range(0, len(rows), size)]
     means = [[sum(values[slot] for _, values in g) / len(g) for slot in range(len(PHASES))] for g in groups]

@@ -122,15 +122,15 @@ def _size(path: Path) -> int:
 
 def rollout_files(run: Path) -> dict[int, list[Path]]:
     """The saved files of every step, rollout workers in order."""
-    found: dict[int, list[tuple[int, Path]]] = {}
+    by_step: dict[int, list[tuple[int, Path]]] = {}
     try:
         paths = list((run / "rollouts").glob("step_*.jsonl"))
     except OSError:
         return {}
     for path in paths:
         if m := _NAME.fullmatch(path.name):
-            found.setdefault(int(m[1]), []).append((int(m[2] or 0), path))
-    return {step: [p for _, p in sorted(files)] for step, files in found.items()}
+            by_step.setdefault(int(m[1]), []).append((int(m[2] or 0), path))
+    return {step: [p for _, p in sorted(files)] for step, files in by_step.items()}
 
 
 def _rows(files: list[Path], notes: list[str]) -> Iterator[dict[str, Any]]:
@@ -157,12 +157,12 @@ def _trainer_rows(path: Path, rows: list[dict[str, Any]], notes: list[str]) -> l
     """The trainer's log-probabilities by line; None where there are none, or where they belong to other samples."""
     if not path.is_file():
         return None
-    found = list(_rows([path], notes))
-    fits = len(found) == len(rows) and all(t.get("index") == r.get("index") for t, r in zip(found, rows) if t and r)
+    trained = list(_rows([path], notes))
+    fits = len(trained) == len(rows) and all(t.get("index") == r.get("index") for t, r in zip(trained, rows) if t and r)
     if not fits:
         notes.append(f"rollouts/trainer/{path.name} belongs to other samples and is left out")
         return None
-    return [_numbers(t.get("trainer_logprobs")) for t in found]
+    return [_numbers(t.get("trainer_logprobs")) for t in trained]
 
 
 def _gaps(row: dict[str, Any], trainer: list[float | None] | None) -> list[float | None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
+from fp8slurm.observe.plot import PHASES, phase_seconds
 from fp8slurm.report import content, curves
 from fp8slurm.report.blocks import Block, Browser, Charts, Fold, Head, Intervals, Items, Table, Text, Times
 from fp8slurm.report.safe import DASH, figure, one_line, seconds, when
@@ -42,8 +43,8 @@ def _compare(runs: list[Run], names: list[str]) -> list[Block]:
             rows.append((key, *map(figure, values), *apart))
     apart_heads = [f"{name} minus {names[0]}" for name in names[1:]]
     medians = []
-    for slot, (_, phase) in enumerate(content.PHASES):
-        spent = [[v[slot] for _, v in content.phase_seconds(run) if v[slot] > 0] for run in runs]
+    for slot, (_, phase) in enumerate(PHASES):
+        spent = [[v[slot] for _, v in phase_seconds(run.records) if v[slot] > 0] for run in runs]
         medians.append((phase, *(f"{statistics.median(s):.2f} s" if s else DASH for s in spent)))
     differing = [(key, *values) for key, values in content.differences(runs)]
     return [
@@ -75,7 +76,7 @@ def _curves(run: Run) -> list[Block]:
 def _times(run: Run) -> list[Block]:
     out: list[Block] = []
     for phase, title in (("rl", "RL steps"), ("sft", "Supervised steps")):
-        if rows := content.phase_seconds(run, phase):
+        if rows := phase_seconds(run.records, phase):
             out += [Head(title), Times(f"time-{phase}", title, rows, content.parts(run, phase))]
     if not out:
         return [Text("Not recorded: no step has a time yet.")]
@@ -88,14 +89,13 @@ def _times(run: Run) -> list[Block]:
 
 
 def _sync(run: Run) -> list[Block]:
-    spreads = content.sync_and_memory(run)
-    rows = [(s.key, s.median, s.p90, s.largest, str(s.count)) for s in spreads]
+    rows = content.sync_and_memory(run)
     out: list[Block] = []
     if rows:
         out.append(Table("sync and memory", ("metric", "median", "90%", "largest", "steps"), rows, "cnnnn"))
-    if not any(s.key.startswith(("time/sync", "sync/")) for s in spreads):
+    if not any(key.startswith(("time/sync", "sync/")) for key, *_ in rows):
         out.append(Text("Sync times: not recorded (time/sync, in every step that sends weights to the engines)."))
-    if not any("mem" in s.key for s in spreads):
+    if not any("mem" in key for key, *_ in rows):
         told = "Memory: not recorded in this run's metrics.jsonl (no memory/... key). "
         out.append(Text(told + "`fp8slurm plan --recipe R` computes what each GPU should need."))
     return [*out, Charts(curves.sync(run))]
@@ -180,14 +180,16 @@ def _count(value: int | None) -> str:
 def _attempts(run: Run) -> list[Block]:
     if not run.attempts:
         return [Text("Not recorded: there is no attempts folder.")]
-    rows, out = [], []
+    rows: list[tuple[str, ...]] = []
+    out: list[Block] = []
     for a in run.attempts:
         rows.append((
             f"{a.number}\njob {a.job}" if a.job else f"{a.number}", when(a.started),
             when(a.ended) if a.state != "running" else "goes on",
             seconds(a.ended - a.started) if a.ended and a.started and a.ended >= a.started else DASH,
-            a.began_at or "the start", f"{a.last[0]} {a.last[1]}" if a.last else "not recorded", a.state,
-            a.why.strip() or DASH, str(a.engine_restarts),
+            a.began_at or ("the start" if a.recorded else "not recorded"),
+            f"{a.last[0]} {a.last[1]}" if a.last else "not recorded", a.state,
+            a.why.strip() or DASH, str(a.engine_restarts) if a.recorded else "not recorded",
         ))  # fmt: skip
         items = [*a.faults, *(f"changed setting: {c}" for c in a.changed)]
         if a.stacks:
@@ -199,8 +201,11 @@ def _attempts(run: Run) -> list[Block]:
         "Start: when the attempt wrote its first file. End: its last task's mark, or else the last line of its logs. "
         "The last step of an attempt whose metrics were cut back by the next one is not recorded by older versions."
     )
-    if not any(a.faults for a in run.attempts):
-        out.append(Text("No checkpoint was skipped and no engine was restarted, as far as the attempts' events say."))
+    if not all(a.recorded for a in run.attempts):
+        told = "An attempt of an older version, or one that ended before its tasks began, has no `events` folder: "
+        out.append(Text(told + "where it began, skipped checkpoints and engine restarts stand in its logs only."))
+    elif not any(a.faults for a in run.attempts):
+        out.append(Text("No checkpoint was skipped and no engine was restarted."))
     return [Table("attempts", heads, rows, "twwnttpln"), Text(note, True), *out]
 
 
@@ -224,22 +229,22 @@ def _configuration(run: Run) -> list[Block]:
     return out
 
 
-def _samples(found: Samples) -> list[Block]:
-    if not found.steps:
+def _samples(samples: Samples) -> list[Block]:
+    if not samples.steps:
         told = "Not recorded: `--rollout.save-every N` keeps the samples of every N-th step, "
         return [Text(told + "with the trainer's log-probabilities.")]
-    if not found.shown:
+    if not samples.shown:
         return [Text("Rollouts were saved, but none of their samples is shown (--samples 0, or they cannot be read).")]
-    steps = "steps" if found.read != 1 else "step"
-    lines = [f"{len(found.shown):,} of the {found.saved:,} samples of {found.read} saved {steps} are shown."]
-    if len(found.shown) < found.saved:
+    steps = "steps" if samples.read != 1 else "step"
+    lines = [f"{len(samples.shown):,} of the {samples.saved:,} samples of {samples.read} saved {steps} are shown."]
+    if len(samples.shown) < samples.saved:
         lines.append("Of every step half are those with the largest gap, half are spread evenly;")
         lines.append("`--samples N` embeds more, up to a size.")
-    if found.read < len(found.steps):
-        lines.append(f"{len(found.steps) - found.read:,} more saved steps, spread evenly, were not read.")
-    if not found.with_gap:
+    if samples.read < len(samples.steps):
+        lines.append(f"{len(samples.steps) - samples.read:,} more saved steps, spread evenly, were not read.")
+    if not samples.with_gap:
         lines.append("Per-token gaps: not recorded. The run was made before saved rollouts carried the trainer's")
         lines.append("log-probabilities (rollouts/trainer/step_N.jsonl).")
-    if not found.decoded:
+    if not samples.decoded:
         lines.append("No tokenizer.json was found where the configuration says: tokens are shown by number.")
-    return [Text(" ".join(lines)), Browser(found)]
+    return [Text(" ".join(lines)), Browser(samples)]

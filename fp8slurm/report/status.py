@@ -13,27 +13,22 @@ from rich.table import Table
 from rich.text import Text
 
 from fp8slurm.observe.console import format_duration
+from fp8slurm.report.safe import gist
 from fp8slurm.run.status import RunStatus, find_run, find_runs, statuses
 
 WIDTH = 140
 """Columns where the output is no terminal."""
 ERROR_LINES = 15
 """Last lines of an error that the page of one run shows."""
-COLOURS = {
-    "running": "green",
-    "finished": "cyan",
-    "done": "cyan",
-    "completed": "cyan",
-    "pending": "yellow",
-    "requeued": "yellow",
-    "unknown": "yellow",
-    "failed": "red",
-    "node_fail": "red",
-    "timeout": "red",
-    "out_of_memory": "red",
-    "cancelled": "magenta",
-    "stopped": "magenta",
+_COLOURED = {
+    "green": "running",
+    "cyan": "finished done completed",
+    "yellow": "pending requeued unknown",
+    "red": "failed node_fail timeout out_of_memory",
+    "magenta": "cancelled stopped",
 }
+COLOURS = {state: colour for colour, states in _COLOURED.items() for state in states.split()}
+OVER = ("finished", "failed", "stopped", "unknown", "cancelled", "timeout", "node_fail", "out_of_memory")
 
 
 def main(argv: list[str]) -> int:
@@ -49,17 +44,17 @@ def main(argv: list[str]) -> int:
     )
     args = parser.parse_args(argv)
     paths = [find_run(args.run, args.root)] if args.run else find_runs(args.root)
-    found, problem = statuses(paths)
+    runs, problem = statuses(paths)
     if args.json:
-        print(json.dumps(asdict(found[0]) if args.run else [asdict(s) for s in found], indent=1))
+        print(json.dumps(asdict(runs[0]) if args.run else [asdict(s) for s in runs], indent=1))
     else:
         console = Console()
         if not console.is_terminal:
             console = Console(width=WIDTH)
         if args.run:
-            show_one(found[0], console)
-        elif found:
-            show_all(found, console)
+            show_one(runs[0], console)
+        elif runs:
+            show_all(runs, console)
         else:
             print(f"no runs in {args.root} (--root names another folder)")
     if problem:
@@ -67,24 +62,24 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def show_all(found: list[RunStatus], console: Console) -> None:
+def show_all(runs: list[RunStatus], console: Console) -> None:
     """One line a run."""
-    rest = console.measure(runs_table(found, 0)).maximum
-    console.print(runs_table(found, max(20, console.width - rest - 2)))
-    damaged = [s.name for s in found if s.notes]
+    rest = console.measure(runs_table(runs, 0)).maximum
+    console.print(runs_table(runs, max(20, console.width - rest - 2)))
+    damaged = [s.name for s in runs if s.notes]
     if damaged:
         console.print(f"damaged files in {', '.join(damaged)}: fp8slurm status RUN names them", markup=False)
 
 
-def runs_table(found: list[RunStatus], error_width: int) -> Table:
+def runs_table(runs: list[RunStatus], error_width: int) -> Table:
     """The table of all runs; errors are cut to `error_width` columns (0: left out)."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     left = ("run", "state", "checkpoint", "last error")
     figures = ("job", "attempt", "step", "reward", "held-out", "s/step", "left")
     for title in ("run", "state", *figures, "checkpoint", "last error")[: None if error_width else -1]:
         table.add_column(title, justify="left" if title in left else "right", no_wrap=True, overflow="ellipsis")
-    for s in found:
-        error = Text(last_line(s.error), style="red" if s.error_attempt == s.attempt else "dim")
+    for s in runs:
+        error = Text(gist(s.error or ""), style="red" if s.error_attempt == s.attempt else "dim")
         error.truncate(error_width, overflow="ellipsis")
         cells = (
             Text(s.name),
@@ -95,7 +90,7 @@ def runs_table(found: list[RunStatus], error_width: int) -> Table:
             number(s.reward, ".3f"),
             number(s.accuracy, ".3f"),
             number(s.step_seconds, ".1f"),
-            "" if s.remaining_s is None or not going_on(s) else format_duration(s.remaining_s),
+            "" if s.remaining_s is None or s.state in OVER else format_duration(s.remaining_s),
             checkpoint(s),
             error,
         )
@@ -175,24 +170,3 @@ def checkpoint(s: RunStatus) -> str:
 
 def number(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
-
-
-def last_line(error: str | None) -> str:
-    """A traceback's last line says what happened."""
-    lines = [x for x in (error or "").splitlines() if x.strip()]
-    if len(lines) < 2:
-        return "".join(lines)
-    return f"{lines[0].partition(':')[0]}: {lines[-1].strip()}"
-
-
-def going_on(s: RunStatus) -> bool:
-    return s.state not in (
-        "finished",
-        "failed",
-        "stopped",
-        "unknown",
-        "cancelled",
-        "timeout",
-        "node_fail",
-        "out_of_memory",
-    )

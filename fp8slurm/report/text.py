@@ -41,21 +41,21 @@ def _block(block: Block) -> list[str]:
         case Items(rows, title):
             return [*([f"{title}:", ""] if title else []), *(f"- {cell(row)}" for row in rows), ""]
         case Table():
-            rows = [
+            cells = [
                 [gist(c) if kind == "l" else c.partition("\n")[0] for c, kind in zip(row, block.kinds.ljust(len(row)))]
                 for row in block.rows
             ]
-            return _table(block.heads, rows)
+            return _table(block.heads, cells)
         case Fold(summary, table, _, is_open):
             return [f"{summary}:", "", *_block(table)] if is_open else [f"{summary}: see the HTML report.", ""]
         case Charts(charts, _):
             return _curves(charts)
         case Times():
-            rows = [
+            times = [
                 (p.name, seconds(p.total), f"{100 * p.share:.1f}%", seconds(p.median), "\u2588" * round(20 * p.share))
                 for p in block.parts
             ]
-            return _table(("phase", "total", "share", "median of a step", ""), rows)
+            return _table(("phase", "total", "share", "median of a step", ""), times)
         case Browser(samples):
             return [line for s in samples.shown for line in _sample(s)]
     return []

@@ -11,13 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
+from itertools import product
 from typing import Any
 
 import sympy
 from latex2sympy2_extended import latex2sympy
 from latex2sympy2_extended.latex2sympy2 import ConversionConfig
 from latex2sympy2_extended.math_normalization import NormalizationConfig, normalize_latex
-from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
+from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
 from math_verify.grader import should_treat_as_complex
 from sympy.core.function import AppliedUndef
 from sympy.core.relational import Relational
@@ -32,7 +33,9 @@ LEAST_DECIMALS = 6
 """Digits behind the point, and in all, that a decimal needs to stand for the number that it rounds (0.333333: 1/3)."""
 POINTS = (Fraction(7, 5), Fraction(-13, 11), Fraction(29, 9), Fraction(-3, 17))
 """What the variables of two expressions are set to: expressions that agree at all four are taken to be the same."""
-_NORMALIZE = NormalizationConfig(units=False, malformed_operators=True, nits=True, boxed="none")
+_AS_IS = NormalizationConfig(boxed="none")
+_MENDED = NormalizationConfig(malformed_operators=True, nits=True, boxed="none")
+"""Reads \\frac12 and 2^(1/2) too; takes a brace from where it stands in other cases."""
 _CHARACTERS = str.maketrans(
     {chr(c): chr(c - 0xFEE0) for c in range(0xFF01, 0xFF5F)}
     | {
@@ -47,7 +50,8 @@ _CHARACTERS = str.maketrans(
         "°": "^\\circ ",
     }
     | {"\u00d7": "\\times ", "÷": "\\div ", "·": "\\cdot ", "π": "\\pi ", "∞": "\\infty ", "\u222a": "\\cup "}
-    | {"≤": "\\le ", "≥": "\\ge ", "≠": "\\ne "}
+    | {"≤": "\\le ", "≥": "\\ge ", "≠": "\\ne ", "\u2019": "'", "\u2032": "'"}
+    | {chr(0x2460 + i): f" ({i + 1}) " for i in range(9)}
 )
 _WIDE = r"\u1100-\u11ff\u3000-ヿ㄰-㆏\u3400-\u9fff가-\ud7af"
 """Letters of Chinese, Japanese and Korean, which stand beside numbers without white space."""
@@ -67,8 +71,8 @@ _SEPARATOR = re.compile(
     r"|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])|[和或及]"
 )
 _THOUSANDS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?!\d)")
-_NUMBERED = re.compile(r"(?:^|(?<=[\s,;$}]))\(\s*(\d|[ivx]{1,4})\s*\)")
-_ROMAN = ("i", "ii", "iii", "iv", "v", "vi", "vii", "viii", "ix")
+_NUMBERED = re.compile(r"(?:^|(?<=[\s,;$}]))\(\s*(\d|[ivx]{1,4}|[a-h])\s*\)")
+_NUMBERS = ("1 2 3 4 5 6 7 8 9".split(), "i ii iii iv v vi vii viii ix".split(), "a b c d e f g h".split())
 _PREDICATE = re.compile(
     r"\s*(\([^()]*\)|[A-Za-z](?:_\{?\w\}?)?)\s*(\\in\s*(?:\\mathbb\s*\{?\s*\w\s*\}?|\w))?"
     r"\s*(?:\\mid(?![A-Za-z])|\\vert(?![A-Za-z])|\||:)(.+)",
@@ -83,6 +87,9 @@ _PLAIN = re.compile(
 _SCIENTIFIC = re.compile(r"([-+]?(?:\d+\.?\d*|\.\d+))[eE]([-+]?)(\d{1,3})")
 _REPEATING = re.compile(r"([-+]?)(\d*)\.(\d*)\\(?:overline|bar|dot)\s*\{(\d+)\}")
 _BASE = re.compile(r"([0-9A-Fa-f]+)_\{?\s*(?:\\text\s*\{)?\s*(\d+|two|eight|ten)\s*\}*")
+_DEGREES = re.compile(
+    r"(\\(?:sin|cos|tan|cot|sec|csc)(?:\s*\^\s*\{?\s*\d\s*\}?)?)\s*[({]?\s*(\d+)\s*\^\s*\{?\s*\\circ\s*\}?\s*[)}]?"
+)
 _CLOCK = re.compile(r"0*(\d{1,2}):([0-5]\d)")
 _GEOMETRY = re.compile(r"\\(?:angle|triangle|widehat|parallel|perp|sim|cong|overset|overrightarrow|vec)(?![A-Za-z])")
 _NUMBER_COMMANDS = re.compile(r"\\(?:[dtc]?frac|sqrt|pi|times|cdot|pm|circ)(?![A-Za-z])")
@@ -159,7 +166,7 @@ def _label(label: str) -> Answer:
 def _unboxed(tail: str) -> list[Answer]:
     """What math-verify takes for the answer of a text, as it is written there, and else the value that it reads."""
     tail = re.sub(rf"(?<=[{_WIDE}\uff01-\uff5e])(?=[-\d$\\.])", " ", tail).translate(_CHARACTERS)
-    formulas = LatexExtractionConfig(normalization_config=_NORMALIZE)
+    formulas = LatexExtractionConfig(normalization_config=_MENDED)
     found = parse(tail, [formulas, ExprExtractionConfig()], parsing_timeout=None)
     if not found:
         return []
@@ -173,7 +180,9 @@ def _unboxed(tail: str) -> list[Answer]:
 
 
 def structure(text: str) -> Answer:
-    """The pieces of a whole answer."""
+    """The pieces of a whole answer; of one that is longer than MATH_TAIL nothing is read."""
+    if len(text) > MATH_TAIL:
+        return Answer("leaf", text)
     text = _clean(text)
     at = re.match(
         r"(?:[A-Za-z]|\([A-Za-z](?:\s*,\s*[A-Za-z])*\))\s*(?:\\in(?![A-Za-z])|=)\s*(?=[(\[]|\\\{|\\mathbb)", text
@@ -237,10 +246,7 @@ def _cut(text: str, separator: re.Pattern[str], numbers: bool = False) -> tuple[
 def _pieces(text: str, bracketed: bool = False) -> Answer:
     text = text.strip()
     marks = [m for m in _NUMBERED.finditer(text)]
-    if len(marks) > 1 and [m[1] for m in marks] in (
-        [str(i + 1) for i in range(len(marks))],
-        list(_ROMAN[: len(marks)]),
-    ):
+    if len(marks) > 1 and [m[1] for m in marks] in [numbers[: len(marks)] for numbers in _NUMBERS]:
         ends = [m.start() for m in marks[1:]] + [len(text)]
         parts = [text[m.end() : end].strip(" ,;.") for m, end in zip(marks, ends)]
         if marks[0].start() == 0 and all(parts):
@@ -256,11 +262,11 @@ def _pieces(text: str, bracketed: bool = False) -> Answer:
     if (inner := _inside(text, "\\{", "\\}")) is not None:
         if at := _PREDICATE.fullmatch(inner):
             conditions = _pieces(at[3], bracketed=True)
-            every = conditions.parts if conditions.kind == "list" else (conditions,)
+            every = conditions.parts if conditions.kind == "list" and conditions.joined != "or" else (conditions,)
             if at[2]:
                 every += (Answer("leaf", f"{at[1]} {at[2].strip()}"),)
             kept = tuple(part for part in every if not _REALS.search(part.text))
-            return Answer("where", text, kept, joined=conditions.joined, variable=at[1])
+            return Answer("where", text, kept, joined=conditions.joined.replace("or", ""), variable=at[1])
         content = _pieces(inner, bracketed=True)
         return Answer("set", text, content.parts if content.kind == "list" else (content,) if content.text else ())
     for brackets in ("()", "[]", "(]", "[)"):
@@ -279,6 +285,8 @@ def _read(text: str) -> Any:
     """What latex2sympy reads; numbers are read here, exactly. None: it cannot be read."""
     if len(text) > MATH_TAIL:
         return None
+    text = re.sub(r"^([A-Za-z]\w*)\s*\\approx(?![A-Za-z])", r"\1=", text).replace("\\varnothing", "\\emptyset")
+    text = _DEGREES.sub(r"\1(\\frac{\2\\pi}{180})", text)
     if _PLAIN.fullmatch(text):
         number = last_number(text)
         return None if number is None else sympy.Rational(number.numerator, number.denominator)
@@ -290,8 +298,8 @@ def _read(text: str) -> Any:
             at[2] or 0
         )
         return -value if at[1] == "-" else value
-    for part in dict.fromkeys((text, text.rpartition("=")[2])):
-        latex = normalize_latex(part, _NORMALIZE)
+    for part, config in product(dict.fromkeys((text, text.rpartition("=")[2])), (_AS_IS, _MENDED)):
+        latex = normalize_latex(part, config)
         try:
             value = latex2sympy(
                 latex,
@@ -303,11 +311,11 @@ def _read(text: str) -> Any:
             raise
         except Exception:  # noqa: S112  (it raises Exception itself where it cannot read)
             continue
-        return (
-            value.xreplace({f: sympy.Rational(str(f)) for f in value.atoms(sympy.Float)})
-            if isinstance(value, sympy.Basic)
-            else value
-        )
+        if not isinstance(value, sympy.Basic):
+            return value
+        value = value.xreplace({f: sympy.Rational(str(f)) for f in value.atoms(sympy.Float)})
+        variables = value.free_symbols
+        return value.xreplace(dict.fromkeys(variables, sympy.I)) if {v.name for v in variables} == {"i"} else value
     return None
 
 
@@ -345,11 +353,20 @@ def same(expected: Answer, answer: Answer) -> bool:
         words = {expected.joined, answer.joined} - {""}
         if len(words) == 2 and any(isinstance(p.value, Relational) for p in first if p.kind == "leaf"):
             return False
-        return _same_members(first, second)
+        return _same_members(first, _renamed(second, _parameter(second), _parameter(first)))
     if kinds == ("union", "union") and _matched(expected.parts, answer.parts):
         return True
+    names = [_set_variables(expected), _set_variables(answer)]
+    if all(names) and names[0] != names[1]:
+        return False
     a, b = _as_set(expected), _as_set(answer)
     return a is not None and b is not None and _same_sets(a, b)
+
+
+def _set_variables(answer: Answer) -> set[str]:
+    """What a relation is about; a set's own variable has no name outside."""
+    own = _variables(answer.value) if answer.kind == "leaf" else set()
+    return own.union(*map(_set_variables, answer.parts)) - {answer.variable}
 
 
 def _in_order(expected: Answer, answer: Answer) -> bool:
@@ -398,15 +415,23 @@ def _same_predicate(expected: Answer, answer: Answer) -> bool:
         return _same_sets(a, b)
     if len({expected.joined, answer.joined} - {""}) == 2:
         return False
-    parts = answer.parts
-    if expected.variable != answer.variable:
-        if len(expected.variable + answer.variable) > 2 or any(
-            re.search(rf"(?<!\\)\b{expected.variable}\b", p.text) for p in parts
-        ):
-            return False
-        renamed = re.compile(rf"(\\[A-Za-z]+)|{answer.variable}")
-        parts = tuple(_pieces(renamed.sub(lambda m: m[1] or expected.variable, p.text)) for p in parts)
-    return _matched(expected.parts, parts)
+    parts = _renamed(answer.parts, answer.variable, expected.variable)
+    return _matched(expected.parts, _renamed(parts, _parameter(parts), _parameter(expected.parts)))
+
+
+def _parameter(parts: Sequence[Answer]) -> str:
+    """The k of "k \\in \\mathbb{Z}", whose name does not count."""
+    at = [m[1] for p in parts if (m := re.fullmatch(r"([A-Za-z])\s*\\in\s*\\mathbb\s*\{?\s*[ZN]\s*\}?.*", p.text))]
+    return at[0] if len(at) == 1 else ""
+
+
+def _renamed(parts: Sequence[Answer], old: str, new: str) -> Sequence[Answer]:
+    """With another letter for a variable; as they are where the new letter has a meaning in them already."""
+    letters = re.compile(r"(\\[A-Za-z]+)|([A-Za-z])")
+    used = {m[2] for p in parts for m in letters.finditer(p.text)}
+    if old == new or len(old) != 1 or len(new) != 1 or new in used:
+        return parts
+    return [_pieces(letters.sub(lambda m: new if m[0] == old else m[0], p.text)) for p in parts]
 
 
 def _as_set(answer: Answer) -> Any:
@@ -422,12 +447,12 @@ def _as_set(answer: Answer) -> Any:
                 return None
         return value if isinstance(value, sympy.Set) else None
     if answer.kind in ("where", "union", "list"):
+        if answer.kind == "where" and not answer.parts:
+            return sympy.Reals
         sets = [_as_set(part) for part in answer.parts]
         if not sets or any(s is None for s in sets) or (answer.kind == "list" and not answer.joined):
             return None
-        if answer.kind == "where" and any(
-            p.kind == "leaf" and _variables(p.value) - {answer.variable} for p in answer.parts
-        ):
+        if answer.kind == "where" and _set_variables(answer):
             return None
         return (sympy.Union if answer.kind == "union" or answer.joined == "or" else sympy.Intersection)(*sets)
     values: list[Any] = [part.value if part.kind == "leaf" else None for part in answer.parts]
@@ -465,7 +490,8 @@ def _same_leaf(expected: Answer, answer: Answer) -> bool:
             return pattern is _BASE and a[1] == answer.text
         if b and pattern is _BASE:
             return b[2].isdigit() and 2 <= int(b[2]) <= 36 and _equal(expected.value, _in_base(*b.groups()))
-    if _GEOMETRY.search(expected.text + answer.text):
+    both = ("=" in expected.text) == ("=" in answer.text)
+    if _GEOMETRY.search(expected.text + answer.text) or (both and _primes(expected.text) != _primes(answer.text)):
         return False
     if _same_values(expected, answer):
         return True
@@ -479,11 +505,16 @@ def _same_leaf(expected: Answer, answer: Answer) -> bool:
     return _same_values(Answer("leaf", number), Answer("leaf", given))
 
 
+def _primes(text: str) -> int:
+    """Derivatives and other primes, which latex2sympy leaves out."""
+    return text.count("'") + text.count("\\prime")
+
+
 def _same_words(expected: str, answer: str) -> bool | None:
     """The verdict on words such as \\text{even}; None where neither is one."""
     texts = [re.sub(_WORDS_BOX, r"\1", t) for t in (expected, answer)]
     is_words = [
-        (re.fullmatch(rf"\(?\s*(?:{_WORDS_BOX}\s*)+\)?", t) or re.fullmatch(r"[A-Za-z][A-Za-z' -]*", t))
+        (re.fullmatch(rf"\(?\s*(?:{_WORDS_BOX}\s*)+\)?", t) or re.fullmatch(r"[A-Za-z]+(?:[ '][A-Za-z]+)*", t))
         and (len(re.findall(r"[A-Za-z]", bare)) > 3 or t != bare)
         for t, bare in zip((expected, answer), texts)
     ]
@@ -563,18 +594,15 @@ def _equal(a: Any, b: Any) -> bool:
         return _same_relations(a, b)
     for first, second in ((a, b), (b, a)):
         if isinstance(first, sympy.Eq) and not _is_relation(second):
-            if isinstance(second, sympy.Expr) and (
-                first is b or first.lhs.is_Symbol or isinstance(first.lhs, AppliedUndef)
-            ):
-                return _equal(first.rhs, second) if first is a else _equal(second, first.rhs)
+            if isinstance(second, sympy.Expr) and _names(first.lhs, first is a):
+                return _equal(first.rhs, second)
             return isinstance(second, sympy.Set) and first.rhs == second
         if (
             isinstance(first, sympy.And)
             and not _is_relation(second)
             and all(isinstance(r, sympy.Eq) for r in first.args)
         ):
-            last = getattr(first, "_unsorted_args", first.args)[-1]
-            return _equal(last.rhs, second)
+            return _equal(getattr(first, "_unsorted_args", first.args)[-1].rhs, second)
     if isinstance(a, sympy.MatrixBase) or isinstance(b, sympy.MatrixBase):
         shapes = getattr(a, "shape", None), getattr(b, "shape", None)
         return shapes[0] == shapes[1] is not None and all(map(_equal, a, b))
@@ -582,7 +610,15 @@ def _equal(a: Any, b: Any) -> bool:
         return isinstance(a, sympy.Set) and isinstance(b, sympy.Set) and _same_sets(a, b)
     if isinstance(a, sympy.Expr) and isinstance(b, sympy.Expr):
         return _same_expressions(a, b)
-    return bool(verify([a], [b], timeout_seconds=None))
+    return bool(a == b)
+
+
+def _names(left: Any, label: bool) -> bool:
+    """Whether the left side of an equation only names the right side, as x and f(x) do. An answer may name a sum or a
+    product that a question asks for (x + y = 5), but not 2x or x^2: the right side is no value of x."""
+    if left.is_Symbol or isinstance(left, AppliedUndef):
+        return True
+    return not label and not left.is_Pow and left.as_coeff_Mul()[0] == 1
 
 
 def _same_expressions(a: sympy.Expr, b: sympy.Expr) -> bool:
@@ -633,14 +669,31 @@ def _at_points(a: Any, b: Any) -> list[tuple[Any, Any]] | None:
 
 def _same_relations(a: Any, b: Any) -> bool:
     first, second = (list(r.args) if isinstance(r, sympy.And) else [r] for r in (a, b))
-    if len(first) != len(second):
-        return False
+    left = list(second)
     for relation in first:
-        at = next((i for i, other in enumerate(second) if _same_relation(relation, other)), None)
+        at = next((i for i, other in enumerate(left) if _same_relation(relation, other)), None)
         if at is None:
-            return False
-        del second[at]
-    return True
+            break
+        del left[at]
+    else:
+        return not left
+    return (
+        _polynomial(first)
+        and _polynomial(second)
+        and a.free_symbols == b.free_symbols
+        and _same_sets(a.as_set(), b.as_set())
+    )
+
+
+def _polynomial(relations: Sequence[Any]) -> bool:
+    """Whether sympy solves these at once: inequalities in one variable and its absolute values."""
+    names = set().union(*(r.free_symbols for r in relations))
+    return len(names) == 1 and all(
+        isinstance(r, Relational)
+        and not isinstance(r, sympy.Eq)
+        and (r.lhs - r.rhs).replace(sympy.Abs, lambda x: x).is_polynomial(*names)
+        for r in relations
+    )
 
 
 def _same_relation(a: Any, b: Any) -> bool:

@@ -25,8 +25,8 @@ START_LIMIT_S = 120.0
 """Time for a child to start and to import the reward function."""
 WARNINGS = 5
 """Failed calls that are logged one by one in each score(); all are counted."""
-BEAT_S = 1.0
-"""Least time between two beats of score()."""
+HEARTBEAT_S = 1.0
+"""Least time between two heartbeats of score()."""
 
 
 class RewardError(RuntimeError):
@@ -98,7 +98,7 @@ class RewardPool:
         return answer_part(sample.text, group.prompt.thinking, sample.finish_reason == "length")
 
     def _score_in_workers(self, calls: list[tuple[SampleGroup, int, Sample]], heartbeat: Callable[[], None]) -> None:
-        waiting, failed, beaten = deque(calls), 0, time.monotonic()
+        waiting, failed, last_heartbeat = deque(calls), 0, time.monotonic()
         busy: dict[_Worker, tuple[SampleGroup, int, Sample]] = {}
         try:
             while waiting or busy:
@@ -109,8 +109,8 @@ class RewardPool:
                         group, _, sample = busy[worker]
                         worker.send(self._text(group, sample), group.prompt.label, self.reward.timeout_s)
                 answers = _answers(list(busy))
-                if time.monotonic() - beaten > BEAT_S:
-                    beaten = time.monotonic()
+                if time.monotonic() - last_heartbeat > HEARTBEAT_S:
+                    last_heartbeat = time.monotonic()
                     heartbeat()
                 for worker, answer in answers:
                     group, i, sample = busy.pop(worker)
@@ -158,13 +158,15 @@ class _Worker:
         self.killed = False
         self._buffer = b""
         self._set_limit(START_LIMIT_S, "to start")
-        self.process = subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, "-P", "-m", "fp8slurm.rewards.worker", self.kind, str(self.memory_mib)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=os.environ | {"PYTHONPATH": python_path()},
             start_new_session=True,
         )
+        assert process.stdin is not None and process.stdout is not None
+        self.process, self._stdin, self._stdout = process, process.stdin, process.stdout
 
     def _set_limit(self, seconds: float, what: str) -> None:
         self.deadline = time.monotonic() + seconds
@@ -189,13 +191,13 @@ class _Worker:
         request = json.dumps({"response": response, "label": label}) + "\n"
         self._set_limit(limit_s, "reward.timeout_s")
         try:
-            self.process.stdin.write(request.encode())
-            self.process.stdin.flush()
+            self._stdin.write(request.encode())
+            self._stdin.flush()
         except BrokenPipeError:
             pass  # it died; reading finds out
 
     def fileno(self) -> int:
-        return self.process.stdout.fileno()
+        return self._stdout.fileno()
 
     def receive(self) -> dict | None:
         """The answer, None while it is incomplete; a child that died is an error answer."""
@@ -222,7 +224,7 @@ class _Worker:
             self.killed = True
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
-            for pipe in (self.process.stdin, self.process.stdout):
+            for pipe in (self._stdin, self._stdout):
                 try:
                     pipe.close()
                 except BrokenPipeError:
@@ -233,11 +235,11 @@ def _answers(workers: list[_Worker]) -> list[tuple[_Worker, dict]]:
     """Wait for the first answers or deadlines among workers that all have a call running."""
     with selectors.DefaultSelector() as selector:
         for worker in workers:
-            selector.register(worker, selectors.EVENT_READ)
+            selector.register(worker, selectors.EVENT_READ, worker)
         while True:
             now = time.monotonic()
             ready = selector.select(max(0.0, min(w.deadline for w in workers) - now))
-            done = [(key.fileobj, answer) for key, _ in ready if (answer := key.fileobj.receive()) is not None]
+            done = [(key.data, answer) for key, _ in ready if (answer := key.data.receive()) is not None]
             answered = {worker for worker, _ in done}
             now = time.monotonic()
             done += [(w, w.expire()) for w in workers if w not in answered and w.deadline <= now]

@@ -9,6 +9,7 @@ The order of things is here, and each part is a file: saving.py (load, save), ad
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -20,12 +21,13 @@ from fp8slurm.config.derived import engines_start_after_trainer
 from fp8slurm.core.stopping import NeverStop, StepAbandoned, StopPolicy, StopRequested
 from fp8slurm.core.types import PackedBatch, SampleGroup
 from fp8slurm.data.prompts import SftExample
+from fp8slurm.models.precision import gap_bound
 from fp8slurm.rl import controls
 from fp8slurm.rl.advantages import advantages
 from fp8slurm.rl.boundary import StepBoundary
 from fp8slurm.rl.loss import make_policy_loss
 from fp8slurm.rl.packing import pack, pack_sft, packing_of
-from fp8slurm.rl.recompute import recompute, save_logprobs
+from fp8slurm.rl.recompute import check_gap, recompute, save_logprobs
 from fp8slurm.rl.recorder import Recorder
 from fp8slurm.rl.saving import Saver, first_state, load_newest
 from fp8slurm.rl.schedule import learning_rate
@@ -37,6 +39,7 @@ from fp8slurm.rollout.channel import RankChannel
 from fp8slurm.rollout.files import is_saved, trainer_file
 from fp8slurm.rollout.groups import merge
 from fp8slurm.run.directory import RunDirectory, RunState
+from fp8slurm.run.events import NO_UPDATE, record_event
 from fp8slurm.run.step_times import StepTimes
 
 log = logging.getLogger(__name__)
@@ -92,6 +95,7 @@ class Loop:
         self.recorder, self.saver, self.boundary, self.watch = recorder, saver, boundary, watch
         self.state = state
         self.policy_loss = make_policy_loss(config.algorithm)
+        self.gap_bound = math.inf if config.control.freeze_engine else gap_bound(config)
 
     # -- phases --------------------------------------------------------------------------------------------------
 
@@ -158,11 +162,13 @@ class Loop:
         if not updates:
             reason = "no sample to train on" if groups else "no group with signal"
             log.warning("step %d: %s; no update", step, reason)
+            record_event(NO_UPDATE, f"step {step}: {reason}; no update")
             return record | {"skipped": 1.0}
         self.weights.sleep()
         with self.watch.timed("logprobs"):
             batches = [batch for update in updates for batch in update]
             record |= recompute(self.trainer, batches, with_reference=bool(c.algorithm.kl_coef))
+            check_gap(record, self.gap_bound, step)
             if is_saved(step, c.rollout.save_every):
                 save_logprobs(self.trainer, trainer_file(self.run_dir.path, step), groups, batches)
         with self.watch.timed("train"):
@@ -215,6 +221,7 @@ class Loop:
         (batches,), with_reference = updates, bool(self.config.algorithm.kl_coef)
         self.weights.sleep()
         record = recompute(self.trainer, batches, with_reference)
+        check_gap(record, self.gap_bound, self.state.step)
         if self.config.rollout.routing_replay:
             for batch in batches:
                 batch.routing = None

@@ -13,6 +13,30 @@ from fp8slurm.core.types import PackedBatch, SampleGroup
 from fp8slurm.rollout.files import logprob_rows, write_trainer_logprobs
 
 
+class ImpossibleGap(RuntimeError):
+    """Trainer and engines are not the same policy: nothing that was sampled may be trained on."""
+
+    def __init__(self, text: str, permanent: bool) -> None:
+        super().__init__(text)
+        self.permanent = permanent
+
+
+def check_gap(record: dict[str, float], bound: float, step: int) -> None:
+    """Refuse a gap that rounding cannot explain; a step of nothing but NaN is the optimizer's to skip.
+
+    At step 0 it is the settings', and every attempt would meet it. Later something was damaged, and another may not.
+    """
+    gap = record.get("gap/mean_abs", 0.0)
+    if gap > bound:
+        raise ImpossibleGap(
+            f"step {step}: log-probabilities of trainer and engines differ by {gap:.3g} nats a token on average, more "
+            f"than --rollout.max-gap {bound:g}: they are not the same policy. Look at config.json of both checkpoints "
+            f"(rope, norms), --rollout.temperature, top-p and top-k, the chat template, the engine's precision "
+            f"(--fp8.engine) and its log; --sync.verify always compares its weights",
+            permanent=step == 0,
+        )
+
+
 def recompute(trainer: Any, batches: list[PackedBatch], with_reference: bool) -> dict[str, float]:
     """Fill in the trainer's log-probabilities, and the reference's; metrics of the gap over all ranks (core/gap.py)."""
     pairs = []  # each [N, 2]

@@ -17,6 +17,7 @@ from fp8slurm.core.errors import InputError
 from fp8slurm.rl.stopwatch import Stopwatch
 from fp8slurm.run.checkpoint_writer import CheckpointWriter
 from fp8slurm.run.directory import RunDirectory, RunState
+from fp8slurm.run.events import CONTINUED, NOT_SAVED, SKIPPED, record_event
 from fp8slurm.run.step_times import StepTimes
 
 log = logging.getLogger(__name__)
@@ -53,6 +54,7 @@ def load_newest(config: RunConfig, run_dir: RunDirectory, trainer: Any, store: d
             f"would have to be the one that its supervised phase ended with; allowed: 0, or another --run.name"
         )
     log.info("continuing from %s", folder)
+    record_event(CONTINUED, name)
     return state
 
 
@@ -61,6 +63,7 @@ def _newest_complete(run_dir: RunDirectory) -> str:
         if damage is None:
             return folder.name
         log.warning("checkpoint %s is skipped: %s; set aside as %s", folder, damage, run_dir.set_aside(folder).name)
+        record_event(SKIPPED, f"checkpoint {folder.name} was skipped: {damage}")
     return ""
 
 
@@ -163,7 +166,9 @@ class Saver:
         free = shutil.disk_usage(self.run_dir.path).free
         self._failed += 1
         self._error = f"{error} ({free / 1e9:.2f} GB are free in {self.run_dir.path})"
-        log.error("checkpoint %s was not written, the one before is kept: %s", state.name, self._error)
+        message = f"checkpoint {state.name} was not written, the one before is kept: {self._error}"
+        log.error("%s", message)
+        record_event(NOT_SAVED, message)
         if self._failed >= MAX_FAILED_SAVES:
             kept = self.on_disk.name if self.on_disk is not None else "none"
             raise OSError(

@@ -18,18 +18,17 @@ import torch
 import torch.distributed as dist
 
 from fp8slurm.config import RunConfig
-from fp8slurm.config.derived import engines_sleep, is_direct, is_mapped
+from fp8slurm.config.derived import engines_sleep
 from fp8slurm.models.names import NameTable
 from fp8slurm.models.precision import engine_quantization
 from fp8slurm.rl.stopwatch import Stopwatch
 from fp8slurm.rollout.channel import RankChannel
+from fp8slurm.sync import paths
 from fp8slurm.sync.bucket import WeightBucket
-from fp8slurm.sync.direct import DirectSender
 from fp8slurm.sync.groups import Group
-from fp8slurm.sync.mapped import MappedSender
 from fp8slurm.sync.plan import source_names
 from fp8slurm.sync.receiver import checksum, publish_checksums
-from fp8slurm.sync.stream import Cut, WeightStream, parse_description
+from fp8slurm.sync.stream import Cut, Sender, WeightStream
 
 VERIFIED_AT_FIRST = 2
 """Updates that sync.verify = "first" compares: SGLang's own load, the first as copies (engine/inside/recorded.py)."""
@@ -49,8 +48,7 @@ class EngineWeights:
         self.sent_version: int | None = None
         """What all engines have; None: nothing, or not all of them."""
         self._asleep = False
-        self._mapped: MappedSender | None = None
-        self._direct: DirectSender | None = None
+        self._sender = Sender()
         self._sends = self._verified = 0
 
     def connect(self) -> None:
@@ -73,15 +71,7 @@ class EngineWeights:
             self.store.set(f"sync/root/{name}", str(t.rank))
         size = 1 + self.channel.workers
         self._groups = {n: Group(self.store, f"sync/{n}", 0, size, self.address) for n in self._stream.sources}
-        if is_direct(c):
-            engine_ranks = c.slurm.nodes * c.engine.per_node * c.engine.tensor_parallel_size
-            self._direct = DirectSender(self.store, list(self._stream.sources), engine_ranks, self.address)
-        if is_mapped(c):
-            names = self.store.get("sync/sources").decode().split()
-            roots = {n: int(self.store.get(f"sync/root/{n}")) for n in names}
-            plans = {n: parse_description(self.store.get(f"sync/plan/{n}").decode()) for n in names}
-            sources = [(n, roots[n], plans[n]) for n in names]
-            self._mapped = MappedSender(self.store, sources, self.attempt_dir)
+        self._sender = paths.sender(c, self.store, self._stream, self.address, self.attempt_dir)
 
     def sync(self, version: int) -> None:
         """Send the trainer's weights to every engine; once a version."""
@@ -120,9 +110,7 @@ class EngineWeights:
 
     def close(self) -> None:
         """Give groups and files up."""
-        for sender in (self._mapped, self._direct):
-            if sender is not None:
-                sender.close()
+        self._sender.close()
 
     def _send(self, version: int) -> bool:
         """One update; False if an engine lost the weights meanwhile, and no copy was kept (sync.keep_last_update)."""
@@ -131,27 +119,22 @@ class EngineWeights:
         verify = when == "always" or when == "first" and self._verified < VERIFIED_AT_FIRST
         checksums: dict[str, list[int]] = {name: [] for name in self._groups}
 
-        def start(source: str, bucket: WeightBucket) -> dist.Work:
+        def to_hosts(source: str, bucket: WeightBucket) -> dist.Work:
             payload = bucket.payload.cpu()
             if verify:
                 checksums[source].append(checksum(payload))
             return self._groups[source].start_broadcast(payload, 0)
 
+        def send() -> None:
+            self._sender.send(self._sends, version, self._stream, to_hosts, verify)
+            for source in self._groups if verify else ():
+                publish_checksums(self.store, self._sends, source, checksums[source])
+
         with self.watch.timed("sync"):
             if self.sleeps:
                 self.trainer.make_room()
-            if self._direct is not None:
-                self._link(self._direct)
-            self.channel.post("update", version=version, verify=verify, number=self._sends)
-            if self._mapped is not None:
-                self._mapped.send(self._sends, version, self._stream, start if verify else None)
-            elif self._direct is not None:
-                self._direct.send(version, self._stream, start if verify else None)
-            else:
-                self._stream.send(version, start)
-            for source in self._groups if verify else ():
-                publish_checksums(self.store, self._sends, source, checksums[source])
-            answers = [a for a, _ in self.channel.collect()]
+            self._sender.prepare(self._command)
+            answers = self._command("update", send, version=version, verify=verify, number=self._sends)
         self._asleep = False
         lost = any(a.get("weights_lost") for a in answers)
         self._verified += verify and not lost
@@ -161,11 +144,10 @@ class EngineWeights:
             self.watch.spent(f"sync_{part}", max(a["seconds"][part] for a in answers if "seconds" in a))
         return not lost
 
-    def _link(self, direct: DirectSender) -> None:
-        """Have all engines in the sources' groups; where one is missing (the start, a restart), all make new ones."""
-        number = direct.generation.number
-        while not all(a["linked"] for a, _ in self.channel.call("linked", generation=number)):
-            number += 1
-            self.channel.post("link", generation=number)
-            direct.link(number)
-            self.channel.collect()
+    def _command(
+        self, kind: str, meanwhile: Callable[[], None] = lambda: None, **arguments: Any
+    ) -> list[dict[str, Any]]:
+        """The rollout workers' answers to a command; meanwhile() is called while they work on it."""
+        self.channel.post(kind, **arguments)
+        meanwhile()
+        return [answer for answer, _ in self.channel.collect()]

@@ -11,18 +11,17 @@ from dataclasses import replace
 from pathlib import Path
 
 from fp8slurm.config import RunConfig
-from fp8slurm.config.derived import is_direct, is_mapped
 from fp8slurm.core.errors import InputError
 from fp8slurm.core.files import write_atomic
 from fp8slurm.engine.client import GenerateRequest, Generation
 from fp8slurm.engine.pool import EnginePool, Member, WeightsLost, engine_errors, pieces, shares
 from fp8slurm.engine.server import Engine, EngineError, EngineSettings, visible_gpus
 from fp8slurm.engine.settings import engine_settings
-from fp8slurm.sync import direct
+from fp8slurm.sync import paths
 from fp8slurm.sync.bucket import WeightBucket
+from fp8slurm.sync.direct import DirectTransport, GroupGeneration
 from fp8slurm.sync.engine_link import EngineLink, Expected
 from fp8slurm.sync.fan_out import FanOut
-from fp8slurm.sync.transport import MappedTransport, Transport
 
 log = logging.getLogger(__name__)
 
@@ -36,15 +35,19 @@ class RunEngine(Member):
 
     link: EngineLink
 
+    @property
+    def direct(self) -> DirectTransport:
+        """What carries its weights where ranks send them straight into it."""
+        assert isinstance(self.link.transport, DirectTransport)
+        return self.link.transport
 
-class EngineSet(EnginePool):
+
+class EngineSet(EnginePool[RunEngine]):
     """All engines of one node. start, connect, then update and generate, from one thread; stop from any.
 
     An engine that fails is restarted and gets `held` (the last whole update) before it gets a request again, while
     the others go on. Where nothing is held it stays out until the next update; WeightsLost where all of them are out.
     """
-
-    members: list[RunEngine]
 
     def __init__(
         self, config: RunConfig, model_dir: Path, attempt_dir: Path, node: int, gpus: Sequence[tuple[int, ...]],
@@ -77,11 +80,7 @@ class EngineSet(EnginePool):
     def _link_up(self, member: RunEngine) -> None:
         e, mode = self.config.engine, self.config.sync.pause_mode
         assert member.client is not None
-        transport: Transport | None = None
-        if is_direct(self.config):
-            transport = direct.DirectTransport()
-        elif is_mapped(self.config):  # without GPUs all map the first rank's
-            transport = MappedTransport(self._gpus[self.members.index(member)] or (0,) * e.tensor_parallel_size)
+        transport = paths.transport(self.config, self._gpus[self.members.index(member)])
         member.link = EngineLink(
             member.client, e.tensor_parallel_size, transport, mode, expert_parallel_size=e.expert_parallel_size
         )
@@ -137,12 +136,10 @@ class EngineSet(EnginePool):
         """Whether all engines are members of this generation, and nobody in it has failed. One that died unnoticed is
         restarted here: in an update it would take the others with it."""
         self.restart_failed({m: EngineError("it is gone") for m in self.members if not m.engine.alive()})
-        joined = [member.link.transport.generation for member in self.members]
+        joined = [member.direct.generation for member in self.members]
         return all(g is not None and g.number == generation and not g.failed() for g in joined)
 
-    def link(
-        self, generation: direct.GroupGeneration, sources: Sequence[str], address: str, port: int, node: int
-    ) -> None:
+    def link(self, generation: GroupGeneration, sources: Sequence[str], address: str, port: int, node: int) -> None:
         """Have all engines join; those that cannot are restarted. address, port: of the job's store. EngineError."""
         ranks = self.config.engine.tensor_parallel_size
         size = 1 + self.config.slurm.nodes * len(self.members) * ranks
@@ -151,7 +148,7 @@ class EngineSet(EnginePool):
         def join(member: RunEngine) -> None:
             first = 1 + (node * len(self.members) + self.members.index(member)) * ranks
             try:
-                member.link.transport.join(generation, sources, address, port, first, size, backend)
+                member.direct.join(generation, sources, address, port, first, size, backend)
             except EngineError as error:
                 generation.fail(f"{member.title} did not join: {error}")
                 raise
@@ -190,11 +187,7 @@ class EngineSet(EnginePool):
         try:
             digests = member.link.update(self.version, buckets, verify=verify, expected=expected)
         except EngineError as error:
-            if (
-                isinstance(member.link.transport, direct.DirectTransport)
-                and member.link.transport.generation is not None
-            ):
-                member.link.transport.generation.fail(f"{member.title}: {error}")
+            member.link.transport.failed(f"{member.title}: {error}")
             raise
         member.behind = False
         member.moved()

@@ -69,6 +69,7 @@ class Sampler:
             for g, text in zip(done, texts, strict=True)
         ]
         if routing:
+            assert self.config.model.hf_checkpoint is not None
             spec = ModelSpec.from_hf_dir(self.config.model.hf_checkpoint)
             for sample, request, g in zip(samples, requests, done, strict=True):
                 sample.routing = routing_of(g, len(request.token_ids), spec)

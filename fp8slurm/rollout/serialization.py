@@ -56,9 +56,10 @@ def decode_groups(data: torch.Tensor) -> list[SampleGroup]:
         of_samples = [s for g in header for s in g["samples"]]
         lists = [_split(tensors[name], of_samples) for name in ("response", "logprob", "version")]
         samples = []
-        for n, (s, *parts) in enumerate(zip(of_samples, *lists)):
+        for n, (s, ids, logprobs, versions) in enumerate(zip(of_samples, *lists)):
             scored = str(s["finish_reason"]), str(s["text"]), float(s["reward"])
-            samples.append(Sample(*parts, *scored, tensors.get(f"routing/{n}"), bool(s["train"])))
+            routing = tensors.get(f"routing/{n}")
+            samples.append(Sample(ids, logprobs, versions, *scored, routing, bool(s["train"])))
         rest = iter(samples)
         return [
             SampleGroup(Prompt(int(g["index"]), tuple(ids), str(g["label"])), [next(rest) for _ in g["samples"]])

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from fp8slurm.config import RunConfig
-from fp8slurm.config.derived import engines_start_after_trainer, is_direct, is_mapped
+from fp8slurm.config.derived import engines_start_after_trainer
 from fp8slurm.core.types import Prompt, SampleGroup
 from fp8slurm.data.prompts import PromptOrder
 from fp8slurm.engine.pool import WeightsLost
@@ -33,11 +33,11 @@ from fp8slurm.rollout.groups import apply_truncation_policy, has_signal
 from fp8slurm.rollout.sampler import Sampler
 from fp8slurm.rollout.serialization import encode_groups
 from fp8slurm.run.directory import RunDirectory
+from fp8slurm.sync import paths
 from fp8slurm.sync.check import check_engine_checkpoint
-from fp8slurm.sync.direct import DirectReceiver, GroupGeneration
+from fp8slurm.sync.direct import GroupGeneration
 from fp8slurm.sync.groups import Group
-from fp8slurm.sync.mapped import MappedReceiver
-from fp8slurm.sync.receiver import Receiver
+from fp8slurm.sync.signed_store import SignedStore
 from fp8slurm.sync.stream import parse_description
 
 log = logging.getLogger(__name__)
@@ -85,22 +85,16 @@ class RolloutWorker:
         for end in self._started:
             end()
 
-    def serve(self, channel: WorkerChannel, store: dist.Store, address: str) -> None:
+    def serve(self, channel: WorkerChannel, store: SignedStore, address: str) -> None:
         """Answer commands until "stop"."""
         self.store, self.channel = store, channel
         names = store.get("sync/sources").decode().split()
         plans = {name: parse_description(store.get(f"sync/plan/{name}").decode()) for name in names}
         check_engine_checkpoint(self.model_dir, [s for plan in plans.values() for specs in plan for s in specs])
         groups = {n: Group(store, f"sync/{n}", 1 + self.number, 1 + self.workers, address) for n in names}
-        through_host = not (is_mapped(self.config) or is_direct(self.config))
-        keep = through_host and self.config.sync.keep_last_update is not False
-        self.receiver: Receiver | MappedReceiver | DirectReceiver
-        self.receiver = host = Receiver(store, [(n, groups[n], plans[n]) for n in names], keep)
+        sources = [(name, groups[name], plans[name]) for name in names]
+        self.receiver = paths.receiver(self.config, self.number, store, sources)
         self.sources = names
-        if is_direct(self.config):
-            self.receiver = DirectReceiver([(n, plans[n]) for n in names], host)
-        elif is_mapped(self.config):
-            self.receiver = MappedReceiver(store, self._ranks(), [plans[n] for n in names], host)
         self._bring_up()
         commands: dict[str, Callable[..., tuple[dict, torch.Tensor | None]]] = {
             "rollout": self.do_rollout, "evaluate": self.do_evaluate, "update": self.do_update,
@@ -147,6 +141,7 @@ class RolloutWorker:
     def do_link(self, generation: int) -> tuple[dict, None]:
         """Have the engines join a new generation of them; those that fail are restarted."""
         plain = self.store.plain
+        assert isinstance(plain, dist.TCPStore)
         with self.channel.at_work():
             self.engines.link(
                 GroupGeneration(self.store, generation), self.sources, plain.host, plain.port, self.number
@@ -193,7 +188,7 @@ class RolloutWorker:
                 break
         if is_saved(step, r.save_every):
             self._save(step, kept)
-        answer = {"cursor": cursor, "dropped": dropped, "generated": generated}
+        answer: dict[str, Any] = {"cursor": cursor, "dropped": dropped, "generated": generated}
         answer |= {"rewards": [float(sum(rewards)), len(rewards)], "reward_failures": self.rewarder.failures}
         return answer, encode_groups(kept)
 

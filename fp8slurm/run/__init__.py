@@ -1,2 +1,2 @@
-"""A run's folder: what attempts and checkpoints write there, and what anybody reads there. Runs in training ranks (rank 0 writes) and on
-login nodes."""
+"""A run's folder: what attempts and checkpoints write there, and what anybody reads there. Runs in training ranks (rank
+0 writes) and on login nodes."""

@@ -42,7 +42,7 @@ class CheckpointWriter:
         self, run_dir: RunDirectory, store: dist.Store, rank: int, ranks: int, settings: CheckpointSection
     ) -> None:
         self.run_dir, self.rank, self.ranks, self.settings = run_dir, rank, ranks, settings
-        self._store = store.clone()
+        self._store = store.clone()  # type: ignore[attr-defined]  # every store has it
         self._thread: threading.Thread | None = None
         self._saves = 0
         self._begun = 0.0

@@ -78,7 +78,7 @@ class RunState:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder has a run's files. A model's config.json is none of them; a torn one counts. OSError: no rights."""
+    """Whether a folder has a run's files: a model's config.json is none, a torn one counts. OSError: no rights."""
     if any((folder / mark).exists() for mark in ("metrics.jsonl", "attempts", "chain.json")):
         return True
     try:
@@ -120,7 +120,7 @@ class RunDirectory:
             return None
 
     def check_free(self, holder: Callable[[dict[str, Any]], str | None] | None = None) -> int:
-        """Number of the newest attempt, -1 for none. Raises RunBusyError: its holder (as for acquire) is still alive."""
+        """Number of the newest attempt, -1 for none. RunBusyError: its holder (as for acquire) is still alive."""
         newest = self.newest_attempt()
         held = self.owner(newest)
         living = (holder or process_of)(held) if held is not None else None
@@ -178,7 +178,7 @@ class RunDirectory:
         return own
 
     def publish(self, name: str) -> None:
-        """Make this attempt's file the run's, if it is not already. Raises FencedError: nothing may be written any more."""
+        """Make this attempt's file the run's, if it is not already. FencedError: nothing may be written any more."""
         self.check_fence()
         own, shown = self.attempt_dir / name, self.path / name
         if shown.exists() and os.path.samefile(own, shown):

@@ -71,13 +71,13 @@ def read_evaluations(folder: Path, notes: list[str]) -> list[Evaluation]:
 
     out: list[Evaluation] = []
     for path in _find(folder, "summary.json"):
-        said = read_json(path, notes)
+        summary = read_json(path, notes)
         name = path.parent.relative_to(folder).as_posix()
-        if not said:
+        if not summary:
             continue
-        tasks = said.get("tasks")
+        tasks = summary.get("tasks")
         if not isinstance(tasks, dict):  # the first format: one task, no interval
-            tasks = {"held_out": said} if number(said.get("accuracy")) is not None else {}
+            tasks = {"held_out": summary} if number(summary.get("accuracy")) is not None else {}
         for task, figures in tasks.items():
             if not isinstance(figures, dict) or (accuracy := _interval(figures.get("accuracy"))) is None:
                 notes.append(f"eval/{name}/summary.json: task {task} has no accuracy")
@@ -86,16 +86,16 @@ def read_evaluations(folder: Path, notes: list[str]) -> list[Evaluation]:
             passes = figures.get("pass_at_k")
             samples = _count(figures.get("samples"), figures.get("questions"))
             truncated = number(figures.get("truncated"))
-            if figures is said and truncated is not None and samples:
+            if figures is summary and truncated is not None and samples:
                 truncated /= samples
             out.append(
                 Evaluation(
-                    name, Path(str(said.get("checkpoint", "?"))).name, _count(said.get("step")),
-                    str(said.get("precision", "?")), str(said.get("made_by", "eval")), str(task), accuracy,
+                    name, Path(str(summary.get("checkpoint", "?"))).name, _count(summary.get("step")),
+                    str(summary.get("precision", "?")), str(summary.get("made_by", "eval")), str(task), accuracy,
                     {str(k): i for k, v in passes.items() if (i := _interval(v))} if isinstance(passes, dict) else {},
                     _count(figures.get("questions")), samples,
                     number(lengths.get("mean")) if isinstance(lengths, dict) else None, truncated,
-                    number(said.get("tokens_per_second")), str(said.get("date", "")),
+                    number(summary.get("tokens_per_second")), str(summary.get("date", "")),
                 )
             )  # fmt: skip
     notes.extend(
@@ -112,12 +112,12 @@ def read_comparisons(folder: Path, notes: list[str]) -> list[Comparison]:
 
     out = []
     for path in _find(folder, "compare.json"):
-        said = read_json(path, notes)
-        tasks, names = said.get("tasks"), said.get("precision")
+        summary = read_json(path, notes)
+        tasks, names = summary.get("tasks"), summary.get("precision")
         if not isinstance(tasks, dict):
             continue
         both = tuple(str(n).upper() for n in names) if isinstance(names, list) and len(names) == 2 else ("A", "B")
-        raw = said.get("logprob_gap")
+        raw = summary.get("logprob_gap")
         gap = {k: v for k, x in raw.items() if (v := number(x)) is not None} if isinstance(raw, dict) else {}
         for task, figures in tasks.items():
             difference = _interval(figures.get("difference")) if isinstance(figures, dict) else None
@@ -127,9 +127,9 @@ def read_comparisons(folder: Path, notes: list[str]) -> list[Comparison]:
             lost, won = (len(x) if isinstance(x := figures.get(k), list) else 0 for k in ("lost", "won"))
             out.append(
                 Comparison(
-                    path.parent.relative_to(folder).as_posix(), str(said.get("checkpoint", "?")), str(task),
+                    path.parent.relative_to(folder).as_posix(), str(summary.get("checkpoint", "?")), str(task),
                     (both[0], both[1]), number(figures.get("a")), number(figures.get("b")), difference,
-                    _count(figures.get("questions")), lost, won, number(said.get("speed_ratio")), gap,
+                    _count(figures.get("questions")), lost, won, number(summary.get("speed_ratio")), gap,
                 )
             )  # fmt: skip
     return out

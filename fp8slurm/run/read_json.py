@@ -15,9 +15,9 @@ def read_json(path: Path, notes: list[str]) -> dict[str, Any]:
         return {}
     except (OSError, ValueError, RecursionError) as error:
         why = error.strerror if isinstance(error, OSError) else "not JSON (torn?)"
-        notes.append(f"{path.parent.name}/{path.name} cannot be read: {why}")
+        notes.append(f"{'/'.join(path.parts[-3:])} cannot be read: {why}")
         return {}
     if not isinstance(value, dict):
-        notes.append(f"{path.parent.name}/{path.name} is no JSON object")
+        notes.append(f"{'/'.join(path.parts[-3:])} is no JSON object")
         return {}
     return value

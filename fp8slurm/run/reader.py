@@ -11,7 +11,7 @@ from fp8slurm.core.errors import InputError
 from fp8slurm.core.numbers import number
 from fp8slurm.observe.metrics import Record, order, position
 from fp8slurm.run.attempts import Attempt, read_attempts
-from fp8slurm.run.directory import is_run
+from fp8slurm.run.directory import RunDirectory, is_run
 from fp8slurm.run.evaluations import Comparison, Evaluation, read_comparisons, read_evaluations
 from fp8slurm.run.read_json import read_json
 
@@ -30,6 +30,8 @@ class Run:
     attempts: list[Attempt] = field(default_factory=list)
     evaluations: list[Evaluation] = field(default_factory=list)
     comparisons: list[Comparison] = field(default_factory=list)
+    checkpoint: str = ""
+    """Name of the newest that was sealed."""
     notes: list[str] = field(default_factory=list)
 
     def setting(self, key: str) -> Any:
@@ -61,11 +63,12 @@ def read_run(path: Path) -> Run:
         raise InputError(f"{path} is no folder: give a run directory, such as runs/tiny-fp8")
     if not is_run(path):
         raise InputError(
-            f"{path} is no run directory: no metrics.jsonl, attempts or config.json of a run in it; give one, such as runs/tiny-fp8"
+            f"{path} is no run directory: it has no metrics.jsonl, attempts or config.json of a run; give runs/NAME"
         )
     run = Run(path, path.resolve().name)
     run.config = read_config(path / "config.json", run.notes)
     run.records = read_records(path / "metrics.jsonl", run.notes)
+    run.checkpoint = RunDirectory(path).newest_checkpoint()
     run.attempts = read_attempts(path, run.notes)
     run.evaluations = read_evaluations(path / "eval", run.notes)
     run.comparisons = read_comparisons(path / "eval", run.notes)
@@ -92,25 +95,29 @@ def read_records(path: Path, notes: list[str]) -> list[Record]:
         notes.append(f"metrics.jsonl cannot be read: {error.strerror}")
         return []
     torn = raw.pop()  # a step that is being written, or was when the run was killed
-    found: dict[tuple[int, int], Record] = {}
-    broken = repeated = 0
-    for line in raw:
-        try:
-            record = json.loads(line)
-            at = order(position(record))
-            if not isinstance(record["step"], int) or isinstance(record["step"], bool):
-                raise TypeError
-        except (ValueError, KeyError, TypeError, RecursionError):
-            broken += 1
-            continue
-        repeated += at in found
-        found[at] = record
+    records, broken = parse_records(raw)
+    repeated = len(raw) - broken - len(records)
     if broken:
         notes.append(f"metrics.jsonl: {broken} of {len(raw)} lines cannot be read and are left out")
     if repeated:
         notes.append(f"metrics.jsonl: {repeated} steps are there twice; the later line counts")
     if torn:
         notes.append("metrics.jsonl ends in half a line, which is left out: the run is writing it, or was killed")
-    if not found and not broken:
+    if not records and not broken:
         notes.append("metrics.jsonl is empty: no step has been recorded yet")
-    return [found[at] for at in sorted(found)]
+    return records
+
+
+def parse_records(lines: list[bytes]) -> tuple[list[Record], int]:
+    """(records in the order of the run, lines that are none); the later one of two of a step counts."""
+    records: dict[tuple[int, int], Record] = {}
+    broken = 0
+    for line in lines:
+        try:
+            record = json.loads(line)
+            if not isinstance(record["step"], int) or isinstance(record["step"], bool):
+                raise TypeError
+            records[order(position(record))] = record
+        except (ValueError, KeyError, TypeError, RecursionError):
+            broken += 1
+    return [records[at] for at in sorted(records)], broken

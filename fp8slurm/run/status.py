@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import socket
+import statistics
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from fp8slurm.core.errors import InputError
-from fp8slurm.core.processes import process_start
-from fp8slurm.observe.metrics import Record, order, position
-from fp8slurm.run.directory import SLURM_FOLDER, RunDirectory, is_run, rl_step
+from fp8slurm.core.numbers import number
+from fp8slurm.observe.metrics import Record
+from fp8slurm.run.attempts import Attempt, holder_state, read_attempt, run_state
+from fp8slurm.run.directory import SLURM_FOLDER, RunDirectory, is_run
+from fp8slurm.run.read_json import read_json
+from fp8slurm.run.reader import parse_records
 from fp8slurm.scheduler.queue import SlurmJob, jobs
 
 TAIL_BYTES = 1 << 18
@@ -41,8 +44,8 @@ class RunStatus:
     name: str
     path: str
     state: str
-    """A Slurm job's state in lower case while it waits or runs; running, held (by a process on
-    another machine), finished, failed, stopped or new without one; unknown where Slurm was asked about a job and did not answer."""
+    """A Slurm job's state in lower case while it waits or runs; running, held (by a process on another machine),
+    finished, failed, stopped or new without one; unknown where Slurm was asked about a job and did not answer."""
     attempt: int | None
     job_id: str | None
     job: SlurmJob | None
@@ -113,16 +116,24 @@ class Facts:
         self.path, self.now = path, now
         self.notes: list[str] = []
         self.run = RunDirectory(path)
-        self.config = self._json(path / "config.json")
+        self.config = read_json(path / "config.json", self.notes)
         self.attempts = sorted(int(p.name) for p in path.glob("attempts/*") if p.name.isdigit())
         self.newest = self.attempts[-1] if self.attempts else None
         self.records = self._records()
-        self.chain = [link for link in self._json(path / "chain.json").get("links") or () if isinstance(link, dict)]
-        self.owner = self._attempt_file(self.newest, "owner.json")
-        self.stopped = self._attempt_file(self.newest, "stopped.json")
+        self.chain = [
+            link for link in read_json(path / "chain.json", self.notes).get("links") or () if isinstance(link, dict)
+        ]
+        self.attempt: Attempt | None = None
+        self.owner: dict[str, Any] = {}
+        if self.newest is not None:
+            # Slurm's word of a job that holds it comes first, see _state.
+            self.attempt = read_attempt(path, self.newest, True, self.notes, job_over=True)
+            self.owner = read_json(self.run.attempts / str(self.newest) / "owner.json", [])
+            if self.attempt.state == "held":
+                self.notes.append(f"attempt {self.newest}: {self.attempt.why}")
         pickles = [(p.stat().st_mtime, p.name.partition("_")[0]) for p in (path / SLURM_FOLDER).glob("*_submitted.pkl")]
         newest = max(pickles)[1] if pickles else None  # a queued job has no attempt before it starts
-        named = (self.stopped.get("resubmitted"), self.owner.get("job"), newest)
+        named = (self.attempt.resubmitted, self.attempt.job, newest) if self.attempt else (newest,)
         self.training_jobs = [str(i) for i in named if i]
 
     @property
@@ -132,7 +143,8 @@ class Facts:
         return [i for i in ids if isinstance(i, str) and i] + self.training_jobs
 
     def status(self, known: dict[str, SlurmJob], problem: str = "") -> RunStatus:
-        """The status, given what Slurm knows; problem: why it knows nothing of the other jobs, "" if it has forgotten them."""
+        """The status, given what Slurm knows; problem: why it knows nothing of other jobs, "" if it has forgotten
+        them."""
         links = tuple(_link(link, known) for link in self.chain)
         alive = [i for i in self.training_jobs if i in known and known[i].active]
         job_id = next(iter(alive + self.training_jobs), None)
@@ -141,14 +153,14 @@ class Facts:
         last = self.records[-1] if self.records else {}
         phase = last.get("phase")
         total = self._total(phase)
-        same = [r for r in self.records if r["phase"] == phase and _number(r, "time/step")][-SPEED_WINDOW:]
-        seconds = _mean([_number(r, "time/step") + (_number(r, "time/checkpoint") or 0.0) for r in same])
+        same = [r for r in self.records if r["phase"] == phase and number(r.get("time/step"))][-SPEED_WINDOW:]
+        seconds = _mean([(number(r["time/step"]) or 0.0) + (number(r.get("time/checkpoint")) or 0.0) for r in same])
         checkpoint, age = self._checkpoint()
         error_attempt, error = self._error()
         return RunStatus(
             name=self.path.resolve().name,
             path=str(self.path),
-            state=self._state(job, checkpoint, error_attempt, bool(silent)),
+            state=self._state(job, checkpoint, bool(silent)),
             attempt=self.newest,
             job_id=job_id,
             job=job,
@@ -158,12 +170,12 @@ class Facts:
             reward=self._latest("reward/mean"),
             accuracy=self._latest("eval/accuracy"),
             step_seconds=seconds,
-            tokens_per_s=_mean([_number(r, "throughput/tokens_per_s") for r in same]),
+            tokens_per_s=_mean([number(r.get("throughput/tokens_per_s")) for r in same]),
             remaining_s=None if seconds is None or total is None else max(0, total - last["step"]) * seconds,
             record_age_s=self._age(self.path / "metrics.jsonl") if self.records else None,
             checkpoint=checkpoint,
             checkpoint_age_s=age,
-            stop=self._stop(),
+            stop=(self.attempt.stop or None) if self.attempt else None,
             error=error,
             error_attempt=error_attempt,
             links=links,
@@ -173,35 +185,21 @@ class Facts:
 
     # -- parts ---------------------------------------------------------------------------------------------------
 
-    def _state(self, job: SlurmJob | None, checkpoint: str | None, error_attempt: int | None, silent: bool) -> str:
-        steps = self._total("rl")
+    def _state(self, job: SlurmJob | None, checkpoint: str | None, silent: bool) -> str:
+        """Slurm's word where a job is active, then the files', then Slurm's of a job that is over."""
         if job is not None and job.active:
             return job.state.lower()
-        held = self.held()
-        if held == "running":
-            return held
-        if steps is not None and rl_step(checkpoint or "") >= steps:
-            return "finished"
+        last = next((r["step"] for r in reversed(self.records) if r["phase"] == "rl"), None)
+        state = run_state(self._total("rl"), checkpoint or "", last, self.attempt)
+        if state in ("running", "held", "finished"):
+            return state
         if silent:  # its job may wait or run
             return "unknown"
-        if job is not None and job.state != "COMPLETED":
-            return job.state.lower()
-        if self.newest is None:
-            return "new"
-        return held or ("failed" if error_attempt == self.newest else "stopped")
+        return job.state.lower() if job is not None and job.state != "COMPLETED" else state
 
     def held(self) -> str | None:
         """Whether a process outside Slurm that holds the newest attempt is alive, or on another machine; None: gone."""
-        host, pid, start = (self.owner.get(key) for key in ("host", "pid", "start"))
-        if "job" in self.owner or not isinstance(pid, int) or start is None:
-            return None
-        if host != socket.gethostname():
-            self.notes.append(f"process {pid} on {host} holds attempt {self.newest} and cannot be seen from here")
-            return "held"
-        return "running" if process_start(pid) == start else None
-
-    def _attempt_file(self, attempt: int | None, name: str) -> dict[str, Any]:
-        return {} if attempt is None else self._json(self.run.attempts / str(attempt) / name)
+        return None if "job" in self.owner else holder_state(self.owner) or None
 
     def _records(self) -> list[Record]:
         """The last whole records of metrics.jsonl, in the order of the run."""
@@ -216,20 +214,13 @@ class Facts:
             self.notes.append(f"metrics.jsonl cannot be read: {error.strerror}")
             return []
         lines = lines[1 if size > TAIL_BYTES else 0 : -1]  # the first may be half a line, the last is not finished
-        records, broken = [], 0
-        for line in lines:
-            try:
-                record = json.loads(line)
-                order(position(record))
-                records.append(record)
-            except (ValueError, KeyError, TypeError):
-                broken += 1
+        records, broken = parse_records(lines)
         if broken:
             self.notes.append(f"metrics.jsonl: {broken} of the last {len(lines)} lines cannot be read")
-        return sorted(records, key=lambda r: order(position(r)))
+        return records
 
     def _latest(self, key: str) -> float | None:
-        return next((v for r in reversed(self.records) if (v := _number(r, key)) is not None), None)
+        return next((v for r in reversed(self.records) if (v := number(r.get(key))) is not None), None)
 
     def _total(self, phase: str | None) -> int | None:
         section, key = ("sft", "max_steps") if phase == "sft" else ("run", "steps")
@@ -247,25 +238,14 @@ class Facts:
             self.notes.append(f"checkpoint {name}: {reason}")
         return None, None
 
-    def _stop(self) -> str | None:
-        s = self.stopped
-        if not s:
-            return None
-        saved = f"{'saved' if s.get('saved') else 'not saved'} at {s['at']}" if s.get("at") else ""
-        return "; ".join(str(x) for x in (s.get("why"), saved, s.get("next") or s.get("why_not")) if x)
-
     def _error(self) -> tuple[int | None, str | None]:
         """(attempt, text) of the newest attempt that left an error of its own; tasks that Slurm ended, or
         that ended with another, count for the newest attempt alone."""
-        for attempt in reversed(self.attempts):
-            folder = self.run.attempts / str(attempt)
-            verdict = self._json(folder / "errors" / "verdict.json").get("text")  # the job script's, from srun
-            if isinstance(verdict, str):
-                return attempt, verdict.strip()
-            errors = [e for p in folder.glob("errors/task_*.json") if isinstance((e := self._json(p)).get("text"), str)]
-            if any(e.get("primary", True) for e in errors) or (errors and attempt == self.newest):
-                first = min(errors, key=lambda e: (not e.get("primary", True), e.get("time") or 0.0))
-                return attempt, f"task {first.get('task', '?')}: {first['text'].strip()}"
+        for n in reversed(self.attempts):
+            newest = n == self.newest
+            a = self.attempt if newest else read_attempt(self.path, n, False, self.notes)
+            if a is not None and a.error and (a.primary or newest):
+                return n, a.error
         return None, None
 
     def _age(self, path: Path) -> float | None:
@@ -273,21 +253,6 @@ class Facts:
             return max(0.0, self.now - path.stat().st_mtime)
         except OSError:
             return None
-
-    def _json(self, path: Path) -> dict[str, Any]:
-        """A JSON object; empty where there is no file, or (with a note) where it cannot be read."""
-        try:
-            value = json.loads(path.read_text())
-        except (FileNotFoundError, NotADirectoryError):
-            return {}
-        except (OSError, ValueError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "not JSON"
-            self.notes.append(f"{path.relative_to(self.path)} cannot be read: {reason}")
-            return {}
-        if not isinstance(value, dict):
-            self.notes.append(f"{path.relative_to(self.path)} is no JSON object")
-            return {}
-        return value
 
 
 def size_damage(folder: Path) -> str | None:
@@ -313,11 +278,5 @@ def _link(link: dict[str, Any], known: dict[str, SlurmJob]) -> Link:
     return Link(str(link.get("name")), job_id, state, str(link.get("log") or ""))
 
 
-def _number(record: Record, key: str) -> float | None:
-    value = record.get(key)
-    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
-
-
 def _mean(values: list[float | None]) -> float | None:
-    numbers = [v for v in values if v is not None]
-    return sum(numbers) / len(numbers) if numbers else None
+    return statistics.fmean(v for v in values if v is not None) if any(v is not None for v in values) else None

@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from fp8slurm.core.files import write_atomic
+from fp8slurm.core.files import read_json, write_atomic
 from fp8slurm.run.directory import RunDirectory
 
 
@@ -23,7 +23,7 @@ class StepTimes:
     def read(cls, run: RunDirectory | Path) -> StepTimes:
         """Those of a run so far."""
         path = (run.path if isinstance(run, RunDirectory) else run) / "pace.json"
-        return cls(**json.loads(path.read_text())) if path.is_file() else cls()
+        return cls(**read_json(path)) if path.is_file() else cls()
 
     def step_took(self, seconds: float) -> None:
         """Measured from boundary to boundary."""

@@ -180,15 +180,10 @@ def minutes(text: str) -> int:
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text.strip())
     if match is None:
         raise InputError(f"{text!r} is no time: allowed are minutes, HH:MM:SS and D-HH:MM:SS")
-    days, a, b, c = (None if g is None else int(g) for g in match.groups())
-    if days is not None:
-        seconds = days * 86400 + a * 3600 + (b or 0) * 60 + (c or 0)
-    elif c is not None:
-        seconds = a * 3600 + b * 60 + c
-    elif b is not None:
-        seconds = a * 60 + b
-    else:
-        seconds = a * 60
+    days, *clock = match.groups()
+    parts = [int(part) for part in clock if part is not None]
+    units = (3600, 60, 1) if days is not None or len(parts) == 3 else (60, 1)
+    seconds = 86400 * int(days or 0) + sum(n * unit for n, unit in zip(parts, units))
     if seconds <= 0:
         raise InputError(f"{text!r} is no time limit: it must be above 0")
     return -(-seconds // 60)
@@ -198,8 +193,8 @@ def address() -> str:
     """This node's address on the network that joins the job's nodes: that of the route to where srun was started.
 
     Raises:
-        SlurmError: there is no IPv4 route to where srun was started; or Slurm names no address, and the node's own name has none, or
-            a loopback one.
+        SlurmError: there is no IPv4 route to where srun was started; or Slurm names no address, and the node's own
+            name has none, or a loopback one.
     """
     launcher = os.environ.get("SLURM_LAUNCH_NODE_IPADDR")
     if launcher:
@@ -208,8 +203,8 @@ def address() -> str:
                 s.connect((launcher, 9))
             except OSError as error:
                 raise SlurmError(
-                    f"no IPv4 route to {launcher}, where srun was started (SLURM_LAUNCH_NODE_IPADDR): {error}; nodes are joined over "
-                    f"IPv4, other addresses are not supported"
+                    f"no IPv4 route to {launcher}, where srun was started (SLURM_LAUNCH_NODE_IPADDR): {error}; "
+                    f"nodes are joined over IPv4, other addresses are not supported"
                 ) from error
             return s.getsockname()[0]
     name = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
@@ -269,7 +264,8 @@ def flags_of(shown: dict[str, str], environment: Mapping[str, str]) -> list[str]
     flags = {
         "partition": shown.get("Partition"), "account": shown.get("Account"), "qos": shown.get("QOS"),
         "reservation": shown.get("Reservation"), "constraint": shown.get("Features"),
-        "exclude": shown.get("ExcNodeList"), "time": shown.get("TimeLimit"), "nodes": shown.get("NumNodes"), "job-name": environment.get("SLURM_JOB_NAME"),
+        "exclude": shown.get("ExcNodeList"), "time": shown.get("TimeLimit"), "nodes": shown.get("NumNodes"),
+        "job-name": environment.get("SLURM_JOB_NAME"),
         "ntasks-per-node": environment.get("SLURM_NTASKS_PER_NODE"), "mem": environment.get("SLURM_MEM_PER_NODE"),
         "mem-per-cpu": environment.get("SLURM_MEM_PER_CPU"), "cpus-per-task": environment.get("SLURM_CPUS_PER_TASK"),
         "gpus-per-node": environment.get("SLURM_GPUS_PER_NODE"), "array": environment.get("SLURM_ARRAY_TASK_ID"),

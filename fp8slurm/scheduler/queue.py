@@ -74,7 +74,7 @@ def jobs(ids: Iterable[str]) -> tuple[dict[str, SlurmJob], str]:
 
 
 def jobs_of_scripts(folders: Iterable[Path]) -> tuple[list[str], str]:
-    """This user's waiting and running jobs with a script in one of the folders, and why nothing is known ("": it is)."""
+    """This user's waiting and running jobs whose script is in one of the folders; why nothing is known, or ""."""
     out, problem = query("squeue", "--noheader", f"--user={os.getuid()}", "--format=%A|%T|%o")
     rows = [line.strip().split("|", 2) for line in (out or "").splitlines()]
     starts = tuple(f"{folder}/" for folder in folders)

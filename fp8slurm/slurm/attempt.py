@@ -74,9 +74,7 @@ def check_configuration(config: RunConfig, run: RunDirectory) -> list[str]:
             guarded.add("model.rollout_checkpoint")
         foreign = [c for c in changes if c.split(":")[0] in guarded]
         if foreign and run.newest_checkpoint():
-            raise InputError(
-                f"{run.path} belongs to another run ({'; '.join(foreign)}): choose another name with --run.name"
-            )
+            raise InputError(f"{run.path} belongs to another run ({'; '.join(foreign)}): choose another --run.name")
     return changes + _changed_data(config, run)
 
 
@@ -91,8 +89,8 @@ def _changed_data(config: RunConfig, run: RunDirectory) -> list[str]:
                for key in present if key in before and before[key] != present[key]]  # fmt: skip
     if changed and config.data.on_changed_file == "error" and run.newest_checkpoint():
         raise InputError(
-            f"{run.path}: {'; '.join(changed)}: its checkpoints count rows of the file that was there; put it back, choose "
-            f"another name with --run.name, or go on with --data.on-changed-file warn"
+            f"{run.path}: {'; '.join(changed)}: its checkpoints count rows of the file that was there; put it back, "
+            f"choose another name with --run.name, or go on with --data.on-changed-file warn"
         )
     return changed
 

@@ -12,6 +12,7 @@ import re
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from fp8slurm.config import RunConfig
 from fp8slurm.core.errors import InputError
@@ -42,11 +43,11 @@ def after(status: int, path: Path) -> int:
         return status
     stopped = run.attempt_dir / STOPPED
     if stopped.is_file():
-        said = read_json(stopped)
-        print(f"fp8slurm: {said['why']}: {said['next'] or said['why_not']}", file=sys.stderr, flush=True)
-        if said["next"] == "requeued":
+        record = read_json(stopped)
+        _say(f"{record['why']}: {record['next'] or record['why_not']}")
+        if record["next"] == "requeued":
             time.sleep(LINGER_S)
-        return 0 if said["next"] else status or 1
+        return 0 if record["next"] else status or 1
     if status == 0:
         return 0
     shown = slurm.show_job(job.id) or {}
@@ -71,15 +72,15 @@ def _again(config: RunConfig, run: RunDirectory, job: Job) -> bool:
     if count >= config.slurm.max_attempts_without_progress:
         _say(attempt.no_progress(config, run, count))
         return False
-    said = {"why": "a task died", "at": "", "saved": False, "time": time.time(), "why_not": ""}
+    record: dict[str, Any] = {"why": "a task died", "at": "", "saved": False, "time": time.time(), "why_not": ""}
     # Slurm ends this script as soon as it has taken the requeue.
-    write_atomic(run.attempt_dir / STOPPED, json.dumps(said | {"next": "requeued"}))
-    said |= requeue_or_resubmit(run, job, dict(os.environ))
-    write_atomic(run.attempt_dir / STOPPED, json.dumps(said))
-    _say(said["next"] or said["why_not"])
-    if said["next"] == "requeued":
+    write_atomic(run.attempt_dir / STOPPED, json.dumps(record | {"next": "requeued"}))
+    record |= requeue_or_resubmit(run, job, dict(os.environ))
+    write_atomic(run.attempt_dir / STOPPED, json.dumps(record))
+    _say(record["next"] or record["why_not"])
+    if record["next"] == "requeued":
         time.sleep(LINGER_S)
-    return bool(said["next"])
+    return bool(record["next"])
 
 
 def _verdict(run: RunDirectory, job: dict[str, str]) -> str:
@@ -94,13 +95,13 @@ def _verdict(run: RunDirectory, job: dict[str, str]) -> str:
         nodes = f" (nodes {job['NodeList']}, counted from 0)" if "on node " in first[1] and job.get("NodeList") else ""
         text = f"{first[1]}{nodes}"
     elif first is not None:
-        task = re.match(r"\d+", first[2])[0]
+        task = re.split("[,-]", first[2])[0]
         own = run.attempt_dir / "errors" / f"task_{task}.json"
-        said = read_json(own) if own.is_file() else None
-        if said is None:
+        error = read_json(own) if own.is_file() else None
+        if error is None:
             text = f"task {first[2]} on {first[1]}: {first[3]}{_last_words(run, task)}"
-        elif said["primary"]:
-            text = f"task {task}: {said['text']}"
+        elif error["primary"]:
+            text = f"task {task}: {error['text']}"
     (run.attempt_dir / "errors").mkdir(exist_ok=True)
     write_atomic(run.attempt_dir / "errors" / VERDICT, json.dumps({"time": time.time(), "text": text}))
     return text
@@ -110,6 +111,7 @@ def _last_words(run: RunDirectory, task: str) -> str:
     """The last line that a task wrote before it had a log in its attempt, and where it stands; "" where it had one."""
     from fp8slurm.run.directory import SLURM_FOLDER
 
+    assert run.attempt is not None
     job = (run.owner(run.attempt) or {}).get("job")
     file = run.path / SLURM_FOLDER / f"{job}_{task}_log.err"
     lines = file.read_text(errors="replace").splitlines() if file.is_file() else []
@@ -132,8 +134,8 @@ def main(argv: list[str]) -> int:
         raise InputError("--dry-run: use fp8slurm submit --dry-run")
     parser = recipe_parser(
         "fp8slurm after STATUS",
-        "The last line of a job script of your own, with srun's exit status and the settings of its workers: exec fp8slurm "
-        'after $? "${ARGS[@]}". Requeues the job where a task died, as long as the run makes progress.',
+        "The last line of a job script of your own, with srun's exit status and the settings of its workers: exec "
+        'fp8slurm after $? "${ARGS[@]}". Requeues the job where a task died, as long as the run makes progress.',
     )
     _, config = parse_command(parser, argv if asks else argv[1:])
     return after(int(argv[0]), (config.run.root / config.run.name).resolve())

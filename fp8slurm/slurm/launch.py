@@ -75,7 +75,7 @@ class LocalTasks:
         job = executor.submit(run_task, config.model_dump_json(), str(run.path.resolve()), run.attempt)
         os.environ.clear()
         os.environ.update(environment)
-        assert job._process is not None
+        assert isinstance(job, submitit.LocalJob) and job._process is not None
         self._process = job._process
 
     def poll(self) -> int | None:
@@ -101,8 +101,8 @@ class ForegroundTasks:
         ]
 
     def poll(self) -> int | None:
-        codes = [p.poll() for p in self._processes]
-        return None if None in codes else max(codes, key=abs)
+        codes = [code for p in self._processes if (code := p.poll()) is not None]
+        return max(codes, key=abs) if len(codes) == len(self._processes) else None
 
     def end(self) -> None:
         for p in self._processes:

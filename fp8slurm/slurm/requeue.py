@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 def requeue_or_resubmit(run: RunDirectory, job: Job, environment: dict[str, str]) -> dict[str, Any]:
-    """Put the job back into the queue, or submit it anew where that is forbidden. Returns next, why_not, resubmitted."""
+    """Put the job back into the queue, or submit it anew where that is forbidden: next, why_not, resubmitted."""
     try:
         slurm.requeue(job.id)
         return {"next": "requeued"}
@@ -38,6 +38,7 @@ def resubmit(run: RunDirectory, job: Job, environment: dict[str, str]) -> str:
     Raises:
         SlurmError: Slurm refuses.
     """
+    assert run.attempt is not None
     script = run.attempt_dir / "job_script.sh"
     slurm.ask("scontrol", "write", "batch_script", job.id, str(script))
     flags = slurm.flags_of(slurm.show_job(job.id) or {}, environment)

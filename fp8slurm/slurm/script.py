@@ -48,8 +48,8 @@ def parameters(config: RunConfig, run_dir: Path, python: str = sys.executable) -
         "constraint": s.constraint,
         "exclude": s.exclude,
         "signal_delay_s": s.signal_delay_s,
-        # Without the trap bash would die of the SIGTERM before the tasks, and its last line would never run. The variable,
-        # which sbatch sets where it was told what to export, would keep slurm.setup's exports from the tasks.
+        # Without the trap bash would die of the SIGTERM before the tasks, and its last line would never run. The
+        # variable, which sbatch sets where it was told what to export, would keep slurm.setup's exports from the tasks.
         "setup": ["trap : TERM USR2", "unset SLURM_EXPORT_ENV", *s.setup, SAFE_PATH],
         "srun_args": [f"--{k}={v}" for k, v in srun.items() if v is not None] + s.srun,
         "teardown": [f"exec {shlex.quote(python)} -m fp8slurm.slurm.epilogue $? {shlex.quote(str(run_dir))}"],

@@ -73,11 +73,9 @@ def refuse_second_job(run: RunDirectory) -> None:
             raise InputError(f"cannot ask Slurm whether job {job_id} of {run.path} is over: {error}") from None
         if state == slurm.ENDING:
             raise RunBusyError(
-                f"{run.path} is held by job {job_id}, which is {state}: Slurm ends its processes, and it may wait again after that; "
+                f"{run.path} is held by job {job_id}, which is {state}: Slurm ends it, and it may wait again then; "
                 f"try again when squeue does not show it any more, or choose another name with --run.name"
             )
         living = f"job {job_id}" if state else None
     if living:
-        raise RunBusyError(
-            f"{run.path} is held by {living}: wait for it, cancel it (scancel), or choose another name with --run.name"
-        )
+        raise RunBusyError(f"{run.path} is held by {living}: wait, cancel it (scancel), or choose another --run.name")

@@ -17,6 +17,7 @@ from fp8slurm.process.monitor import Monitor
 from fp8slurm.process.rank import rank_main
 from fp8slurm.process.rollout_worker import rollout_worker_main
 from fp8slurm.run.directory import RunDirectory
+from fp8slurm.run.events import keep_events
 from fp8slurm.run.task_errors import STOPPED, describe, is_permanent, record_error
 from fp8slurm.scheduler.job import Job
 from fp8slurm.slurm.lifecycle import JobLifecycle
@@ -42,6 +43,8 @@ def be_task(config: RunConfig, run: RunDirectory, placement: Placement, task: Ta
     started_with = dict(os.environ)
     set_environment(config, placement, task)
     set_logging(config, task)
+    if task.role == "worker" or task.number == 0:  # the other ranks would say what rank 0 says
+        keep_events(run.attempt_dir, task.index)
     monitor = Monitor(run.attempt_dir, task.index, config.watchdog.timeout_s)
     stop_policy: StopPolicy = NeverStop()
     if job is not None:
@@ -49,8 +52,8 @@ def be_task(config: RunConfig, run: RunDirectory, placement: Placement, task: Ta
         # by then the step of the attempt that goes on elsewhere.
         monitor.replaced = run.replaced
         if task.role == "rank":
-            stop_policy = life = JobLifecycle(config, run, job, task.number == 0, started_with)
-            monitor.on_notice, monitor.on_tick = life.notice, life.tick
+            stop_policy = lifecycle = JobLifecycle(config, run, job, task.number == 0, started_with)
+            monitor.on_notice, monitor.on_tick = lifecycle.notice, lifecycle.tick
     monitor.start()
     code = 1
     try:

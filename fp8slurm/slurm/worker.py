@@ -1,7 +1,7 @@
 """What srun starts: find or begin this job's attempt, then be one of its tasks.
 
-The same for a job that `fp8slurm submit` made (submitit unpickles `work` with two strings) and for a hand-written script
-(`srun ... fp8slurm worker --recipe R`).
+The same for a job that `fp8slurm submit` made (submitit unpickles `work` with two strings) and for a hand-written
+script (`srun ... fp8slurm worker --recipe R`).
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def work(config_json: str, run_dir: str) -> None:
     """Be task SLURM_PROCID of the run. Does not return, except where the run is finished.
 
     Raises:
-        SystemExit: not started by srun, or not with the tasks of this configuration; the run directory is held; too many
-            attempts without progress. The reason is said in a line, and recorded as one that another attempt would only meet again.
+        SystemExit: not started by srun, or not with the tasks of this configuration; the run directory is held; too
+            many attempts without progress. The reason is printed in a line, and recorded as permanent.
         Exception: anything else, which is recorded as what another attempt may not meet.
     """
     try:
@@ -46,8 +46,8 @@ def work(config_json: str, run_dir: str) -> None:
 
 
 def _record(path: Path, error: Exception) -> None:
-    """Leave the reason in the attempt of this start of the job: without it the job script would take the task's end for one
-    that another attempt may mend."""
+    """Leave the reason in the attempt of this start of the job: without it the job script would take the task's end for
+    one that another attempt may cure."""
     job, index = Job.here(), os.environ.get("SLURM_PROCID", "")
     if job is None or not index.isdigit():
         return
@@ -87,15 +87,15 @@ def this_task(placement: Placement) -> Task:
         index, tasks, node = (int(os.environ[f"SLURM_{n}"]) for n in ("PROCID", "NTASKS", "NODEID"))
     except KeyError as missing:
         raise InputError(
-            f"{missing} is not set: this is no task of a Slurm job. Start it with srun from a job script (sbatch/), or use "
-            f"fp8slurm submit"
+            f"{missing} is not set: this is no task of a Slurm job. Start it with srun from a job script (sbatch/), or "
+            f"use fp8slurm submit"
         ) from None
-    want = f"{placement.nodes} nodes x {placement.tasks_per_node} tasks (--slurm.nodes, --slurm.ranks-per-node + 1 rollout worker)"
+    needed = f"{placement.nodes} nodes x {placement.tasks_per_node} tasks (--slurm.nodes, --slurm.ranks-per-node + 1)"
     if tasks != len(placement.tasks):
-        raise InputError(f"srun started {tasks} tasks; the configuration needs {want}")
+        raise InputError(f"srun started {tasks} tasks; the configuration needs {needed}")
     task = placement.tasks[index]
     if task.node != node:
-        raise InputError(f"task {index} is on node {node} instead of {task.node}; needed are {want}, dealt in blocks")
+        raise InputError(f"task {index} is on node {node} instead of {task.node}; needed are {needed}, dealt in blocks")
     return task
 
 
@@ -105,9 +105,7 @@ def redirect_output(run: RunDirectory, task: Task) -> None:
     print(f"task {task.index} ({task.role} {task.number}): attempt {run.attempt}, logs in {where}", file=sys.stderr)
     for stream, end in ((sys.stdout, "out"), (sys.stderr, "err")):
         stream.flush()
-        fd = os.open(
-            run.attempt_dir / "logs" / f"{task.index}_log.{end}", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600
-        )
+        fd = os.open(where / f"{task.index}_log.{end}", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         os.dup2(fd, stream.fileno())
         os.close(fd)
 
@@ -119,13 +117,11 @@ def main(argv: list[str]) -> int:
     from fp8slurm.config.derived import under_slurm
 
     if "--dry-run" in argv:
-        raise InputError(
-            "--dry-run: a worker is a task of a job that runs; allowed: fp8slurm submit --dry-run, before the job"
-        )
+        raise InputError("--dry-run: a worker is a task of a running job; allowed: fp8slurm submit --dry-run")
     parser = recipe_parser(
         "fp8slurm worker",
-        "One task of the run, in a job script of your own: srun starts one a training GPU and one more a node (sbatch/ has "
-        "such scripts; fp8slurm submit makes them). The settings below change the recipe.",
+        "One task of the run, in a job script of your own: srun starts one a training GPU and one more a node "
+        "(sbatch/ has such scripts; fp8slurm submit makes them).",
     )
     config = under_slurm(parse_command(parser, argv)[1])
     work(config.model_dump_json(), str((config.run.root / config.run.name).resolve()))

@@ -33,7 +33,7 @@ class WeightSpec:
 
 @dataclass
 class WeightBucket:
-    """Tensors of one update (`version`): `payload` is uint8 [sum of nbytes], `specs` lie in it without gaps or overlaps."""
+    """Tensors of update `version`: `payload` is uint8 [sum of nbytes], `specs` lie in it without gaps or overlaps."""
 
     version: int
     specs: tuple[WeightSpec, ...]
@@ -51,9 +51,9 @@ TensorForm = tuple[str, torch.dtype, tuple[int, ...]]
 def layout(items: Sequence[Sequence[TensorForm]], bucket_bytes: int) -> list[tuple[WeightSpec, ...]]:
     """Deal items, in order, into buckets of at most bucket_bytes (a larger item gets one of its own).
 
-    An item is what stays together: a tensor, or FP8 codes and their scales. Inside a bucket wider dtypes come first: the
-    payload then has no gaps (SGLang expects none in its flattened form) and every view is still aligned for its dtype.
-    """
+    An item is what stays together: a tensor, or FP8 codes and their scales. Inside a bucket wider dtypes come first:
+    the payload then has no gaps (SGLang expects none in its flattened form) and every view is still aligned for its
+    dtype."""
     buckets: list[list[TensorForm]] = []
     used = bucket_bytes + 1
     for item in items:

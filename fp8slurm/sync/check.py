@@ -21,8 +21,8 @@ FIX = "give another --model.rollout-checkpoint, or none: it is then made from --
 
 
 def check_rollout_checkpoint(folder: Path, trainer: ModelSpec) -> None:
-    """`check_engine_checkpoint` without a run: for what a trainer of this model will send to an engine of that folder; and
-    the settings beside the weights, which no update changes. Raises InputError."""
+    """`check_engine_checkpoint` without a run: for what a trainer of this model will send to an engine of that folder;
+    and the settings beside the weights, which no update changes. Raises InputError."""
     engine = ModelSpec.from_hf_dir(folder)
     table = NameTable(trainer)
     planned = plan(table, [e.name for e in table], 1, engine.quantization)

@@ -1,14 +1,15 @@
 """Weights for engines on GPUs of their own: straight from the rank that has them into every engine's memory.
 
-For every source (sync/stream.py) there is one group: the source is its rank 0, the ranks of all engines of all nodes follow.
+For every source (sync/stream.py) there is one group: the source is its rank 0, the ranks of all engines of all nodes
+follow.
 
-    rank 0   link            the rollout workers have their engines join the groups; the sources make their end at the same time
+    rank 0   link            rollout workers have their engines join the groups while the sources make their end
     source   fills a bucket, one broadcast to all engine ranks           (NCCL; gloo without GPUs)
     rollout worker    tells its engines what comes next, all of them at once      (HTTP)
 
-A broadcast whose members are not all there never ends. So whoever fails says so under direct/G/failed, and everybody who
-waits in generation G of the groups looks there: sources give their groups up, rollout workers restart their engines, which may hold
-half an update. Then generation G + 1 is made with all engines, and the update is sent again.
+A broadcast whose members are not all there never ends. So whoever fails says so under direct/G/failed, and everybody
+who waits in generation G of the groups looks there: sources give their groups up, rollout workers restart their
+engines, which may hold half an update. Then generation G + 1 is made with all engines, and the update is sent again.
 """
 
 from __future__ import annotations
@@ -18,18 +19,17 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from fp8slurm.engine.client import EngineClient
 from fp8slurm.engine.server import EngineError
 from fp8slurm.sync.bucket import WeightBucket
 from fp8slurm.sync.groups import TIMEOUT
-from fp8slurm.sync.mapped import Buckets, HostCopy
-from fp8slurm.sync.receiver import Receiver
-from fp8slurm.sync.stream import WeightStream
+from fp8slurm.sync.receiver import PastTheHost
+from fp8slurm.sync.stream import Ask, HostCopy, Sender, WeightStream
 from fp8slurm.sync.transport import Transport, engine_group
 
 log = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ class GroupGeneration:
         return future.result()
 
 
-class DirectSender:
+class DirectSender(Sender):
     """A training rank's end; every rank makes one, also those that are the source of nothing."""
 
     def __init__(self, store: Any, sources: Sequence[str], engine_ranks: int, address: str) -> None:
@@ -105,12 +105,18 @@ class DirectSender:
         backend = "nccl" if self.on_gpu else "gloo"
         return engine_group(plain, self.generation.group(source), self.size, backend, self.address, TIMEOUT)
 
-    def send(self, version: int, stream: WeightStream, host_copy: HostCopy | None = None) -> None:
-        """One update. Collective over the ranks that share tensors, so a broken group does not end it: then the engines
-        say that they lost their weights. host_copy: also send every bucket to the rollout workers, to compare with."""
+    def prepare(self, ask: Ask) -> None:
+        """Have all engines in the sources' groups; where one is missing (the start, a restart), all make new ones."""
+        number = self.generation.number
+        while not all(answer["linked"] for answer in ask("linked", generation=number)):
+            number += 1
+            ask("link", partial(self.link, number), generation=number)
+
+    def send(self, number: int, version: int, stream: WeightStream, to_hosts: HostCopy, verify: bool) -> None:
+        """A broken group does not end it: then the engines say that they lost their weights."""
 
         def start(source: str, bucket: WeightBucket) -> _UnderWay:
-            copying = None if host_copy is None else host_copy(source, bucket)
+            copying = to_hosts(source, bucket) if verify else None
             if self.on_gpu:
                 torch.cuda.current_stream().synchronize()  # the payload is finished: another stream reads it
             sending = None
@@ -174,28 +180,15 @@ class DirectBucket(WeightBucket):
     source: str = ""
 
 
-class DirectReceiver:
+class DirectReceiver(PastTheHost):
     """A rollout worker's end: what comes, in the order in which it comes."""
 
-    def __init__(self, sources: Sequence[tuple[str, Buckets]], host: Receiver) -> None:
-        """sources: (name, buckets). host: takes the copies to compare with, in updates that are verified."""
-        self.plan = [(name, specs) for name, plan in sources for specs in plan]
-        self.host = host
-
-    @property
-    def held(self) -> list[WeightBucket]:
-        """Nothing: the weights do not pass through here."""
-        return []
-
     def receive(self, version: int, number: int, verify: bool) -> Iterator[WeightBucket]:
-        """The buckets of update `number`, which gets `version`; with verify they come with payloads, which last
-        (CorruptUpdate as in Receiver.receive)."""
-        copies = self.host.receive(version, number, True) if verify else None
+        """As Receiver.receive; without verify the buckets have no payloads."""
+        payloads = self.payloads(version, number, verify)
         for name, specs in self.plan:
-            payload = torch.empty(0, dtype=torch.uint8) if copies is None else next(copies).payload
-            yield DirectBucket(version, specs, payload, name)
-        if copies is not None:
-            next(copies, None)
+            yield DirectBucket(version, specs, next(payloads), name)
+        next(payloads, None)
 
 
 class DirectTransport(Transport):
@@ -206,13 +199,6 @@ class DirectTransport(Transport):
         self.generation: GroupGeneration | None = None
         """The groups that the engine is a member of."""
         self._sources: tuple[str, ...] = ()
-        self._client: EngineClient | None = None
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="engine-link")
-        self._loading: Future = Future()
-
-    def open(self, client: EngineClient, tensor_parallel_size: int) -> None:
-        self._told.clear()
-        self._client = client
 
     def join(
         self,
@@ -259,4 +245,9 @@ class DirectTransport(Transport):
         )  # the broadcast and the load: the server tells no boundary
 
     def close(self, engine_answers: bool) -> None:
-        self._client = self.generation = None
+        super().close(engine_answers)
+        self.generation = None
+
+    def failed(self, why: str) -> None:
+        if self.generation is not None:
+            self.generation.fail(why)

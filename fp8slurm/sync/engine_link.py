@@ -7,13 +7,12 @@ One update, as a state machine; whatever fails in it leaves the link broken, the
 A session that ends has the server post-process its quantized layers. Servers without sessions (SGLang before 0.5.21)
 skip those two states; which kind a server is, it is asked once (EngineClient.begin_update).
 
-Pause modes: `abort` ends what is being generated, with what there is; `retract` puts it back into the queue, and it goes on
-under the new weights, its keys and values computed anew; `in_place` goes on with the keys and values of the old weights.
-"""
+Pause modes: `abort` ends what is being generated, with what there is; `retract` puts it back into the queue, and it
+goes on under the new weights, its keys and values computed anew; `in_place` goes on with the keys and values of the old
+weights."""
 
 from __future__ import annotations
 
-import json
 import logging
 import threading
 import time
@@ -25,6 +24,7 @@ from typing import Literal
 
 import torch
 
+from fp8slurm.core.files import read_json
 from fp8slurm.engine.client import EngineClient
 from fp8slurm.engine.inside.digest import expected_digests, first_difference
 from fp8slurm.engine.server import EngineError
@@ -71,7 +71,7 @@ class EngineLink:
         """The sizes are the engine's."""
         self.expert_parallel_size = expert_parallel_size
         self.client, self.tensor_parallel_size, self.pause_mode = client, tensor_parallel_size, pause_mode
-        self.transport = BroadcastTransport("gloo") if transport is None else transport
+        self.transport = BroadcastTransport() if transport is None else transport
         self.broken: str | None = None
         self._is_open = False
         self.seconds: dict[str, float] = {}
@@ -146,10 +146,9 @@ class EngineLink:
     def verify(self, buckets: Iterable[WeightBucket], expected: Expected | None = None) -> Digests:
         """Compare codes, scales and all other parameters in the engine, byte by byte, with these buckets.
 
-        expected: as in update. Returns the engine's digests. Raises EngineError naming the first parameter that differs,
-        and breaks the link.
-        """
-        config = json.loads((Path(self.client.model_info()["model_path"]) / "config.json").read_text())
+        expected: as in update. Returns the engine's digests. Raises EngineError naming the first parameter that
+        differs, and breaks the link."""
+        config = read_json(Path(self.client.model_info()["model_path"]) / "config.json")
         dtype = getattr(torch, self.client.server_info()["dtype"])
         with ThreadPoolExecutor(1) as pool:  # the engine computes its digests meanwhile
             answer = pool.submit(self.client.digest)
@@ -177,8 +176,8 @@ class EngineLink:
         except EngineError as error:
             if session or self.pause_mode != "retract":
                 raise
-            why = "SGLang before 0.5.21 keeps cached keys and values while retracted requests wait; use --sync.pause-mode abort"
-            raise EngineError(f"{error} ({why})") from error
+            why = "SGLang before 0.5.21 keeps cached keys and values while retracted requests wait"
+            raise EngineError(f"{error} ({why}; use --sync.pause-mode abort)") from error
 
     def _break(self, reason: str) -> None:
         self.broken = reason

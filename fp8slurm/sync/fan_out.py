@@ -20,7 +20,7 @@ class FanOut:
 
     def __init__(self, consumers: int) -> None:
         self._present = set(range(consumers))
-        self._asked: set[int] = set()
+        self._waiting: set[int] = set()
         self._changed = threading.Condition()
         self._turn = 0
         self._bucket: WeightBucket | None = None
@@ -31,7 +31,7 @@ class FanOut:
         bucket: WeightBucket | None = None
         while bucket is not None or not self._turn:
             with self._changed:
-                self._changed.wait_for(lambda: self._asked >= self._present)
+                self._changed.wait_for(lambda: self._waiting >= self._present)
             try:
                 bucket = next(source, None)
             except BaseException as error:
@@ -42,7 +42,7 @@ class FanOut:
     def _hand(self, bucket: WeightBucket | None, error: BaseException | None) -> None:
         with self._changed:
             self._bucket, self._error = bucket, error
-            self._asked.clear()
+            self._waiting.clear()
             self._turn += 1
             self._changed.notify_all()
 
@@ -51,7 +51,7 @@ class FanOut:
         turn = 0
         while True:
             with self._changed:
-                self._asked.add(consumer)
+                self._waiting.add(consumer)
                 self._changed.notify_all()
                 turn += 1
                 self._changed.wait_for(lambda: self._turn >= turn)

@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from fp8slurm.core.files import read_json
+
 TIMEOUT = timedelta(hours=24)  # hangs are the watchdog's business: it knows what progress is
 
 
@@ -37,7 +39,7 @@ def host_store(address: str) -> tuple[dist.TCPStore, int]:
 
 
 def publish(path: Path, address: str, port: int) -> None:
-    """Tell the other tasks of the attempt where the store is, and the key of its values: a file that nobody else reads."""
+    """Tell the attempt's other tasks where the store is, and the key of its values, in a file for nobody else."""
     from fp8slurm.core.files import write_atomic
     from fp8slurm.sync.signed_store import new_key
 
@@ -51,7 +53,7 @@ def connect_store(path: Path, timeout_s: float) -> dist.TCPStore:
         if time.monotonic() > deadline:
             raise TimeoutError(f"{path} did not appear within {timeout_s:g} s: rank 0 did not start")
         time.sleep(0.05)
-    where = json.loads(path.read_text())
+    where = read_json(path)
     return dist.TCPStore(
         where["address"], where["port"], None, is_master=False, timeout=TIMEOUT, wait_for_workers=False
     )
@@ -62,7 +64,7 @@ class Group:
 
     def __init__(self, store: dist.Store, name: str, rank: int, size: int, address: str) -> None:
         self.rank, self.size = rank, size
-        options = dist.ProcessGroupGloo._Options()
+        options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         options._timeout = TIMEOUT
         options._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
         self._group = dist.ProcessGroupGloo(dist.PrefixStore(f"group/{name}", store), rank, size, options)
@@ -72,7 +74,7 @@ class Group:
         self.start_broadcast(tensor, root).wait()
 
     def start_broadcast(self, tensor: torch.Tensor, root: int) -> dist.Work:
-        """Begin a broadcast in place; the tensor is the group's until wait() returns. Started in the same order by all."""
+        """Begin a broadcast in place; the tensor is the group's until wait() returns. All start in the same order."""
         options = dist.BroadcastOptions()
         options.rootRank, options.rootTensor = root, 0
-        return self._group.broadcast([tensor], options)
+        return self._group.broadcast([tensor], options)  # type: ignore[attr-defined]

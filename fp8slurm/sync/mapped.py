@@ -4,12 +4,11 @@
     ranks    one broadcast to all of them: a copy on every GPU            (NCCL; none with a single rank)
     rank     mapped/N/B/R = handle of its copy of bucket B of update N    (the job's store)
     rollout worker    has each engine load from the handles of its own GPUs, all engines at once
-    rollout worker    mapped/N/B/done/R once its engines are done with bucket B; the memory is used again for bucket B + 2
+    rollout worker    mapped/N/B/done/R once its engines are done with bucket B; its memory is bucket B + 2's then
 
-Weights do not pass through the host, so the rollout worker has none to hold: an engine that restarts waits for the next update.
-Without GPUs (sync.transport shared-memory) the copies are files that the engines map: the same protocol, for tests and
-for trying it out.
-"""
+Weights do not pass through the host, so the rollout worker has none to hold: an engine that restarts waits for the next
+update. Without GPUs (sync.transport shared-memory) the copies are files that the engines map: the same protocol, for
+tests and for trying it out."""
 
 from __future__ import annotations
 
@@ -19,7 +18,7 @@ import math
 import os
 import pickle
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,10 +30,9 @@ import torch.distributed as dist
 from fp8slurm.core.gpu_memory import mappable
 from fp8slurm.engine.inside.recorded import Form
 from fp8slurm.sync.bucket import WeightBucket, WeightSpec, payload_bytes
-from fp8slurm.sync.receiver import Receiver
-from fp8slurm.sync.stream import BUFFERS, Pending, WeightStream
+from fp8slurm.sync.receiver import PastTheHost, Source
+from fp8slurm.sync.stream import BUFFERS, HostCopy, Pending, Sender, WeightStream
 
-HostCopy = Callable[[str, WeightBucket], Pending]
 Buckets = Sequence[tuple[WeightSpec, ...]]
 
 
@@ -49,15 +47,16 @@ class MappedBucket(WeightBucket):
 def memory_handle(payload: torch.Tensor | Path) -> str:
     """Where a payload lies, for another process of this node: JSON.
 
-    payload: uint8 on a GPU (sync/memory.mappable), or a file that holds it.
+    payload: uint8 on a GPU (core/gpu_memory.mappable), or a file that holds it.
     """
     if isinstance(payload, Path):
         return json.dumps({"file": str(payload)})
     from torch.multiprocessing.reductions import reduce_tensor
 
-    # Every call puts another wrapper around the storage's pointer (torch's CudaIPCSentData: some 200 bytes of host memory)
-    # until the storage is freed. One handle for all updates would save that, but every opening counts its counter down, and
-    # below zero torch takes the memory for one that is used, and keeps it when parameters move and get new buffers.
+    # Every call puts another wrapper around the storage's pointer (torch's CudaIPCSentData: some 200 bytes of host
+    # memory) until the storage is freed. One handle for all updates would save that, but every opening counts its
+    # counter down, and below zero torch takes the memory for one that is used, and keeps it when parameters move and
+    # get new buffers.
     _, arguments = reduce_tensor(payload)
     plain = [a if i not in CONSTANT else None for i, a in enumerate(arguments)]
     # numbers of GPUs differ by process: it is named by its UUID, and SGLang looks for it there
@@ -65,7 +64,7 @@ def memory_handle(payload: torch.Tensor | Path) -> str:
     return json.dumps([{"bytes": base64.b64encode(a).decode()} if isinstance(a, bytes) else a for a in plain])
 
 
-CONSTANT = {0: torch.Tensor, 4: torch.storage.TypedStorage, 5: torch.uint8}
+CONSTANT: dict[int, Any] = {0: torch.Tensor, 4: torch.storage.TypedStorage, 5: torch.uint8}
 DEVICE = 6
 """Arguments of torch.multiprocessing.reductions.rebuild_cuda_tensor: what they are for every payload; the GPU's."""
 
@@ -101,7 +100,7 @@ class _CudaMemory:
         return rebuild_cuda_tensor, tuple(arguments)
 
 
-class MappedSender:
+class MappedSender(Sender):
     """A rank's end. Every rank makes one and takes part in every update: its GPU has engines to feed."""
 
     def __init__(self, store: dist.Store, sources: Sequence[tuple[str, int, Buckets]], folder: Path) -> None:
@@ -121,10 +120,10 @@ class MappedSender:
             with mappable():
                 self._buffers = [torch.empty(largest, dtype=torch.uint8, device="cuda") for _ in range(BUFFERS)]
 
-    def send(self, number: int, version: int, stream: WeightStream, host_copy: HostCopy | None = None) -> None:
+    def send(self, number: int, version: int, stream: WeightStream, to_hosts: HostCopy, verify: bool) -> None:
         """Update `number`, under `version`. Collective over all ranks; returns when the last bucket is handed over.
 
-        host_copy: also sends what this rank is the source of to the rollout workers, for comparison.
+        verify: what this rank is the source of also goes `to_hosts`, to be compared.
         """
         own = stream.buckets(version)
         under_way: deque[tuple[str, Pending | None]] = deque()
@@ -135,19 +134,16 @@ class MappedSender:
                     with stream.waiting():
                         self._wait(*under_way.popleft())
                 bucket = next(own)[1] if name in stream.shared else None
-                copying = host_copy(name, bucket) if host_copy is not None and bucket is not None else None
+                copying = to_hosts(name, bucket) if verify and bucket is not None else None
                 payload = self._spread(specs, bucket, root, turn)
                 memory = payload if self.on_gpu else self._files[turn % BUFFERS]
                 self.store.set(f"mapped/{number}/{turn}/{self.rank}", memory_handle(memory))
                 under_way.append((f"mapped/{number}/{turn}/done/{self.rank}", copying))
                 turn += 1
         assert next(own, None) is None, "the stream has more buckets than the plan"
-        for (
-            _,
-            copying,
-        ) in under_way:  # the engines are done with the last ones when their rollout worker answers the command
-            if copying is not None:
-                copying.wait()
+        # the engines are done with the last ones when their rollout worker answers the command
+        for copying in filter(None, (pending for _, pending in under_way)):
+            copying.wait()
 
     def _spread(self, specs: Sequence[WeightSpec], bucket: WeightBucket | None, root: int, turn: int) -> torch.Tensor:
         """The bucket's payload on this rank's GPU (or in its file), finished: another process may read it."""
@@ -177,24 +173,19 @@ class MappedSender:
             copying.wait()
 
 
-class MappedReceiver:
+class MappedReceiver(PastTheHost):
     """A rollout worker's end."""
 
-    def __init__(self, store: dist.Store, ranks: Sequence[int], sources: Sequence[Buckets], host: Receiver) -> None:
-        """ranks: those of this node. host: takes the copies to compare with, in updates that are verified."""
-        self.store, self.ranks, self.host = store, ranks, host
-        self.plan = [specs for plan in sources for specs in plan]
-
-    @property
-    def held(self) -> list[WeightBucket]:
-        """Nothing: the weights do not pass through here."""
-        return []
+    def __init__(self, store: dist.Store, ranks: Sequence[int], sources: Sequence[Source]) -> None:
+        """ranks: those of this node."""
+        super().__init__(store, sources)
+        self.store, self.ranks = store, ranks
 
     def receive(self, version: int, number: int, verify: bool) -> Iterator[WeightBucket]:
         """The buckets of update `number`, which gets `version`. Each is good until the next but one is asked for; with
         verify they come with payloads, which last (CorruptUpdate as in Receiver.receive)."""
-        copies = self.host.receive(version, number, True) if verify else None
-        for turn, specs in enumerate(self.plan):
+        payloads = self.payloads(version, number, verify)
+        for turn, (_, specs) in enumerate(self.plan):
             if turn >= BUFFERS:
                 for rank in self.ranks:  # a key for each, who deletes it
                     self.store.set(f"mapped/{number}/{turn - BUFFERS}/done/{rank}", "")
@@ -202,10 +193,8 @@ class MappedReceiver:
             handles = tuple(self.store.get(key).decode() for key in keys)
             for key in keys:
                 self.store.delete_key(key)
-            payload = torch.empty(0, dtype=torch.uint8) if copies is None else next(copies).payload
-            yield MappedBucket(version, specs, payload, handles)
-        if copies is not None:
-            next(copies, None)
+            yield MappedBucket(version, specs, next(payloads), handles)
+        next(payloads, None)
 
 
 def _map_file(path: Path, size: int) -> torch.Tensor:

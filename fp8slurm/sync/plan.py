@@ -2,7 +2,8 @@
 
 Every source sends one list of buckets: `stageS` the tensors of pipeline stage S, `stageS.expertsE` those experts of the
 stage that expert-parallel rank E holds (mixture-of-experts models only). The source is the first rank that holds them,
-so experts are quantized where they lie and never pass through another rank. For every tensor one of four methods is used:
+so experts are quantized where they lie and never pass through another rank. For every tensor one of four methods is
+used:
 
     local        the source has the whole tensor; it is copied, or quantized into the bucket
     shard-fp8    every tensor-parallel rank quantizes its slice; codes and scales are gathered (half the bytes of BF16)
@@ -66,7 +67,7 @@ def plan(
     quantization: QuantizationSpec | None,
     expert_tensor_parallel_size: int = 1,
 ) -> list[Planned]:
-    """How each HF tensor made of the Megatron parameters `names` (global, those of one stage) is sent, in model order."""
+    """How each HF tensor made of the Megatron parameters `names` (global, of one stage) is sent, in model order."""
     held = set(names)
     out = []
     for entry in table:
@@ -94,7 +95,7 @@ def plan(
 
 
 def source_names(stages: int, expert_ranks: int = 0) -> list[str]:
-    """All sources of a run, in the order in which a rollout worker takes their buckets; expert_ranks: 0 for a dense model."""
+    """All sources of a run, in the order in which a rollout worker takes their buckets; expert_ranks: 0 if dense."""
     out = []
     for stage in range(stages):
         out.append(f"stage{stage}")

@@ -34,7 +34,7 @@ class Receiver:
     """Takes updates, one after the other; while a bucket is worked on, the next one arrives."""
 
     def __init__(self, store: dist.Store, sources: Sequence[Source], keep: bool) -> None:
-        """keep: hold the last update in host memory (as many bytes as all buckets together) instead of three buckets."""
+        """keep: hold the last update in host memory (the bytes of all buckets together) instead of three buckets."""
         self.store, self.sources, self.keep = store, sources, keep
         self.held: list[WeightBucket] = []
         """The last update where it is kept and has wholly arrived, else nothing."""
@@ -48,8 +48,9 @@ class Receiver:
         return [torch.empty(n, dtype=torch.uint8) for n in sizes]
 
     def receive(self, version: int, number: int, verify: bool) -> Iterator[WeightBucket]:
-        """The buckets of update `number`, which gets `version`. Each is good until the next but one is asked for; with verify
-        all of them last, and at the end they are compared with what the sources say they sent (CorruptUpdate)."""
+        """The buckets of update `number`, which gets `version`. Each is good until the next but one is asked for; with
+        verify all of them last, and at the end they are compared with what the sources say they sent
+        (CorruptUpdate)."""
         self.held = []
         if self.keep:
             payloads = self._payloads
@@ -78,6 +79,22 @@ class Receiver:
             for i, (crc, bucket) in enumerate(zip(sent, (next(rest) for _ in plan), strict=True)):
                 if checksum(bucket.payload) != crc:
                     raise CorruptUpdate(
-                        f"bucket {i} of {name} ({bucket.specs[0].name} and {len(bucket.specs) - 1} more) is not what was "
-                        f"sent: its CRC-32 is {checksum(bucket.payload):08x}, {crc:08x} when it left the trainer"
+                        f"bucket {i} of {name} ({bucket.specs[0].name} and {len(bucket.specs) - 1} more) is not what "
+                        f"was sent: its CRC-32 is {checksum(bucket.payload):08x}, {crc:08x} when it left the trainer"
                     )
+
+
+class PastTheHost:
+    """A rollout worker's end that weights do not pass through, but for copies to compare with: it holds no update."""
+
+    def __init__(self, store: dist.Store, sources: Sequence[Source]) -> None:
+        self.plan = [(name, specs) for name, _, plan in sources for specs in plan]
+        self.held: list[WeightBucket] = []
+        self._host = Receiver(store, sources, keep=False)
+
+    def payloads(self, version: int, number: int, verify: bool) -> Iterator[torch.Tensor]:
+        """For each bucket in turn an empty payload, or with verify a copy, which lasts; taken once more, compares."""
+        if verify:
+            yield from (bucket.payload for bucket in self._host.receive(version, number, True))
+        while not verify:
+            yield torch.empty(0, dtype=torch.uint8)

@@ -1,21 +1,22 @@
 """A store whose values only this attempt's tasks can make.
 
 TCPStore knows no users: whoever reaches its port can list, read and write its keys, other users of the node among them.
-What our tasks say to each other over it (commands to the rollout workers, folders to save into, addresses of gloo's peers) is
-therefore signed with a key that stands in the attempt's folder, which nobody else can read. Reading is not prevented:
-nothing secret goes over the store. Megatron's own rendezvous runs over the plain store, once, at the start.
+What our tasks say to each other over it (commands to the rollout workers, folders to save into, addresses of gloo's
+peers) is therefore signed with a key that stands in the attempt's folder, which nobody else can read. Reading is not
+prevented: nothing secret goes over the store. Megatron's own rendezvous runs over the plain store, once, at the start.
 """
 
 from __future__ import annotations
 
 import hashlib
 import hmac
-import json
 import secrets
 from datetime import timedelta
 from pathlib import Path
 
 import torch.distributed as dist
+
+from fp8slurm.core.files import read_json
 
 SIGNATURE_BYTES = hashlib.sha256().digest_size
 
@@ -31,7 +32,7 @@ def new_key() -> str:
 
 def read_key(path: Path) -> str:
     """The key in the file that tells the tasks where the store is."""
-    return json.loads(path.read_text())["key"]
+    return read_json(path)["key"]
 
 
 class SignedStore(dist.Store):
@@ -46,7 +47,7 @@ class SignedStore(dist.Store):
 
     def set(self, name: str, value: str | bytes) -> None:
         value = value.encode() if isinstance(value, str) else bytes(value)
-        self.plain.set(name, self._sign(name, value) + value)
+        self.plain.set(name, self._sign(name, value) + value)  # type: ignore[arg-type]  # takes bytes, too
 
     def get(self, name: str) -> bytes:
         """Waits for the name. Raises ForgedError."""
@@ -77,7 +78,7 @@ class SignedStore(dist.Store):
 
     def clone(self) -> SignedStore:
         """A connection of its own, for another thread: a call that waits holds up the others of its connection."""
-        return SignedStore(self.plain.clone(), self._key.hex())
+        return SignedStore(self.plain.clone(), self._key.hex())  # type: ignore[attr-defined]
 
     def set_timeout(self, timeout: timedelta) -> None:
         self.plain.set_timeout(timeout)

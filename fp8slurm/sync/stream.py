@@ -6,8 +6,8 @@ then runs lists of ready operations: no names are matched, nothing about the ten
 
 One bucket, on the ranks that share its tensors:
 
-    every rank      quantizes or copies its slices (the source straight into the payload, wherever they fit); a weight that
-                    the trainer holds in block FP8 is copied, codes and scales
+    every rank      quantizes or copies its slices (the source straight into the payload, wherever they fit); a weight
+                    that the trainer holds in block FP8 is copied, codes and scales
     not the source  one message to the source with all of them
     source          puts the slices of the others into place, quantizes what had to be gathered first, sends the bucket
 
@@ -85,7 +85,7 @@ class _Write:
 
 
 class _Writes:
-    """Operations that are made together, in their order: on a GPU all copies in one call, then all matrices in one launch."""
+    """Operations made together, in order: on a GPU all copies in one call, then all matrices in one launch."""
 
     def __init__(self, writes: list[_Write]) -> None:
         self.one_by_one = writes
@@ -173,7 +173,9 @@ class _Lane:
         others = buffers(self.cut.size - 1 if self.is_source else 0, max(piece_sizes))
         split = _Split(parameters, self.cut)
         self.fills = []
-        handed = 0  # buckets without pieces (norms, routers) hand nothing over: by their number a buffer would come round too soon
+        handed = (
+            0  # counts buckets with pieces: by the number of all (norms hand nothing over) a buffer came round too soon
+        )
         for i, size in enumerate(piece_sizes):
             mine = own[handed % len(own)][:size]
             handed += size > 0
@@ -274,9 +276,8 @@ class _Split:
 def _as_they_are(item: Planned, shard: BlockFP8, target: torch.Tensor, scale: torch.Tensor) -> list[_Write]:
     """The copies that write codes and scales of this rank's slice of `item` from a weight that is in block FP8.
 
-    A parameter is fused along its rows: [groups, rows of the first tensor | of the second | ..., K]; gate and up are one
-    group, q, k and v as many as there are key-value heads on this rank.
-    """
+    A parameter is fused along its rows: [groups, rows of the first tensor | of the second | ..., K]; gate and up are
+    one group, q, k and v as many as there are key-value heads on this rank."""
     entry, world = item.entry, len(item.slices)
     groups = entry.groups // world if entry.kind == "qkv" else 1
     rows = [s.shape[0] // groups for s in entry.slices(0, world)]
@@ -290,22 +291,22 @@ def _as_they_are(item: Planned, shard: BlockFP8, target: torch.Tensor, scale: to
 
 
 def check_as_they_are(planned: Iterable[Planned], held: Mapping[str, Parameter]) -> None:
-    """Refuse what cannot be sent from weights in block FP8 without quantizing them again; InputError names the tensor."""
+    """Refuse what weights in block FP8 cannot be sent as without quantizing them again; InputError names the tensor."""
     for p in planned:
         if not isinstance(held[p.entry.name], BlockFP8):
             continue
         if not p.quantized:
             raise InputError(
-                f"--fp8.param-gather: the trainer holds {p.name} in FP8 only, and the engine's checkpoint does not want it in "
-                f"FP8; give an FP8 --model.rollout-checkpoint (--fp8.engine fp8), or --fp8.no-param-gather"
+                f"--fp8.param-gather: the trainer holds {p.name} in FP8 only, and the engine's checkpoint does not "
+                f"want it in FP8; give an FP8 --model.rollout-checkpoint (--fp8.engine fp8), or --fp8.no-param-gather"
             )
         whole = len(p.entry.tensors) == 1 or all(
             t.shape[0] // max(p.entry.groups, 1) % BLOCK == 0 for t in p.entry.tensors
         )
         if p.method == "gather-quantize" or not whole:
             raise InputError(
-                f"--fp8.param-gather: the {BLOCK}x{BLOCK} blocks of the trainer's {p.entry.name} are not those of {p.name}: a cut "
-                f"falls inside a block; use another tensor-parallel size, or --fp8.no-param-gather"
+                f"--fp8.param-gather: the {BLOCK}x{BLOCK} blocks of the trainer's {p.entry.name} are not those of "
+                f"{p.name}: a cut falls inside a block; use another tensor-parallel size, or --fp8.no-param-gather"
             )
 
 
@@ -324,9 +325,9 @@ class WeightStream:
         expert_cut: Cut = Cut(),
         expert_rank: int = 0,
     ) -> None:
-        """`shards` yields (global Megatron name, this rank's parameter [any float dtype, or BlockFP8, which is sent as it
-        is]); `dtype` is that of the engine's tensors that are not quantized; `cut` and `expert_cut` are the ranks that share the stage's matrices and its
-        experts'; expert_rank is this rank's expert-parallel rank."""
+        """`shards` yields (global Megatron name, this rank's parameter [any float dtype, or BlockFP8, which is sent as
+        it is]); `dtype` is that of the engine's tensors that are not quantized; `cut` and `expert_cut` are the ranks
+        that share the stage's matrices and its experts'; expert_rank is this rank's expert-parallel rank."""
         self.shards = shards
         held = dict(shards())
         names = list(held)
@@ -340,10 +341,10 @@ class WeightStream:
         check_as_they_are(self.planned, held)
         self._bound: list[tuple[int, int]] = []
         self.seconds = dict.fromkeys(PARTS, 0.0)
-        """Of the last update: quantize, copy, gather (slices to the source, or waiting for them), wait (for a bucket under
-        way, because its buffer is needed)."""
+        """Of the last update: quantize, copy, gather (slices to the source, or waiting for them), wait (for a bucket
+        under way, because its buffer is needed)."""
         self.counts: dict[str, int] = {}
-        """Of the last update: bytes gathered and broadcast by this rank, messages and buckets, as in traffic.RankTraffic."""
+        """Of the last update: bytes that this rank gathered and broadcast, messages, buckets (traffic.RankTraffic)."""
 
     @property
     def sources(self) -> dict[str, SourcePlan]:
@@ -371,8 +372,8 @@ class WeightStream:
     def send(self, version: int, start: Callable[[str, WeightBucket], Pending]) -> None:
         """One update. `start(source, bucket)` begins to send a finished bucket; it may travel while the next is filled.
 
-        Collective over the ranks that share the tensors. Raises TransientInputError for a weight that is not finite, by name.
-        """
+        Collective over the ranks that share the tensors. Raises TransientInputError for a weight that is not finite, by
+        name."""
         under_way: deque[Pending] = deque()
         for source, bucket in self.buckets(version):
             if bucket is None:
@@ -387,8 +388,8 @@ class WeightStream:
 
     def buckets(self, version: int) -> Iterator[tuple[str, WeightBucket | None]]:
         """(source, finished bucket) for everything that this rank is the source of; (source, None) for what it hands
-        slices of to another. A bucket is good until the next but one is asked for. All ranks that share the tensors have
-        to run it to its end: the gathers are collective."""
+        slices of to another. A bucket is good until the next but one is asked for. All ranks that share the tensors
+        have to run it to its end: the gathers are collective."""
         self.seconds = dict.fromkeys(PARTS, 0.0)
         self.counts = dict.fromkeys(("gathered", "gathers", "broadcast", "buckets"), 0)
         self._bind()
@@ -407,7 +408,9 @@ class WeightStream:
                     if len(sent) == BUFFERS:
                         self._wait(sent.popleft())
                     fill.first.run(self.seconds)
-                    sent.append(dist.isend(fill.outgoing, group=lane.cut.group, group_dst=0))
+                    work = dist.isend(fill.outgoing, group=lane.cut.group, group_dst=0)
+                    assert work is not None, "this rank is no member of the group"
+                    sent.append(work)
                     self.counts["gathered"] += fill.outgoing.numel()
                     self.counts["gathers"] += 1
                 if not lane.is_source:
@@ -442,6 +445,27 @@ class WeightStream:
         start = time.perf_counter()
         yield
         self.seconds[part] += time.perf_counter() - start
+
+
+HostCopy = Callable[[str, WeightBucket], Pending]
+"""Begins to send a source's bucket to the rollout workers."""
+Ask = Callable[..., list[dict[str, Any]]]
+"""ask(command, meanwhile, **arguments): the rollout workers' answers; meanwhile() is called while they work on it."""
+
+
+class Sender:
+    """A training rank's end of a path, and the path through the hosts. All ranks make the same calls."""
+
+    def prepare(self, ask: Ask) -> None:
+        """Before an update is announced."""
+
+    def send(self, number: int, version: int, stream: WeightStream, to_hosts: HostCopy, verify: bool) -> None:
+        """Update `number`, under `version`. Collective over the ranks that share tensors. verify: every bucket also
+        goes `to_hosts`, to be compared (here all do, always)."""
+        stream.send(version, to_hosts)
+
+    def close(self) -> None:
+        """Give groups and files up."""
 
 
 def parse_description(text: str) -> list[tuple[WeightSpec, ...]]:

@@ -42,7 +42,7 @@ class Traffic:
     ranks: list[RankTraffic]
     """In the order of stage and position."""
     payload: int
-    """Bytes of all buckets together: what every rollout worker receives and may keep, and what every engine rank is handed."""
+    """Bytes of all buckets: what a rollout worker receives and may keep, and what every engine rank is handed."""
     buckets: int
     gathers: int
     """Messages to sources, of all ranks together."""

@@ -1,9 +1,7 @@
-"""How a bucket gets from this node into one engine: three ways, the same bytes.
+"""How a bucket gets from this node into one engine (a third way, past this process: sync/direct.py).
 
-gloo      CPU. One group on loopback: this process is rank 0, the engine's ranks are 1 to tensor_parallel_size.
-nccl      the same over NVLink or the network, from a payload on this process's GPU. In a run the training ranks
-          themselves are the senders, for all engines at once (sync/direct.py).
-cuda-ipc  GPUs that trainer and engine share: the engine maps the payload where it lies (sync/mapped.py).
+broadcast  one group on loopback: this process is rank 0, the engine's ranks are 1 to tensor_parallel_size.
+mapped     the engine maps the payload where it lies, on a GPU that it shares with a training rank (sync/mapped.py).
 """
 
 from __future__ import annotations
@@ -13,9 +11,8 @@ import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
-from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -38,6 +35,9 @@ class Transport(ABC):
     def __init__(self) -> None:
         self.seconds = {"handover": 0.0, "load": 0.0}
         """Since last cleared: until the engine had the bytes, and from then until it had loaded them."""
+        self._client: EngineClient | None = None
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="engine-link")
+        self._loading: Future[None] = Future()
         self._told: set[str] = set()
         """Buckets that this engine has had: their tensors need no more naming."""
         self._ids: dict[int, tuple[tuple[WeightSpec, ...], str]] = {}
@@ -53,9 +53,10 @@ class Transport(ABC):
         self._told.add(bucket)
         return [spec.form for spec in specs]
 
-    @abstractmethod
     def open(self, client: EngineClient, tensor_parallel_size: int) -> None:
         """Get ready. Raises EngineError if the engine does not take part."""
+        self._told.clear()
+        self._client = client
 
     @abstractmethod
     def start(self, bucket: WeightBucket) -> None:
@@ -65,27 +66,29 @@ class Transport(ABC):
     def finish(self) -> None:
         """Wait until the bucket under way is loaded: its payload may be overwritten then. Raises EngineError."""
 
-    @abstractmethod
+    def failed(self, why: str) -> None:  # noqa: B027 - what others learn of it, if anything
+        """The engine failed in an update."""
+
     def close(self, engine_answers: bool) -> None:
         """Give everything up; `engine_answers`: whether the engine is to be told."""
+        self._client = None
 
 
 class BroadcastTransport(Transport):
-    """gloo or nccl: the engine is told by HTTP what comes, then it comes as one broadcast."""
+    """The engine is told by HTTP what comes, then it comes as one broadcast over gloo."""
 
-    def __init__(self, backend: Literal["gloo", "nccl"] = "gloo") -> None:
+    backend = "gloo"
+
+    def __init__(self) -> None:
         super().__init__()
-        self.backend = backend
-        self._client: EngineClient | None = None
         self._group: dist.ProcessGroup | None = None
         self._store: dist.TCPStore | None = None
         self._name = ""
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="engine-link")
 
     def open(self, client: EngineClient, tensor_parallel_size: int) -> None:
         assert self._group is None, "the transport is open"
-        self._told.clear()
-        self._client, size = client, 1 + tensor_parallel_size
+        super().open(client, tensor_parallel_size)
+        size = 1 + tensor_parallel_size
         self._name = f"fp8slurm-{os.getpid()}-{next(_numbers)}"
         listener = listen(LOOPBACK)  # a TCPStore by itself listens on every interface
         port = listener.getsockname()[1]
@@ -113,29 +116,22 @@ class BroadcastTransport(Transport):
         options = dist.BroadcastOptions()
         options.rootRank, options.rootTensor = 0, 0
         self._sending = self._group.broadcast([bucket.payload], options)
-        if (
-            self.backend == "gloo"
-        ):  # nccl's is done when the stream is, which says nothing: all of it counts as handover
-            self._sending.get_future().add_done_callback(lambda _: times.append(time.perf_counter()))
+        self._sending.get_future().add_done_callback(lambda _: times.append(time.perf_counter()))
 
     def finish(self) -> None:
         self._loading.result()  # before the broadcast: an engine that refuses or dies never takes part in it
         self._sending.wait()
-        if self.backend == "nccl":
-            torch.cuda.current_stream().synchronize()  # wait() only orders streams
         began, arrived = self._times[0], min(self._times[1:], default=self._times[0])
         self.seconds["handover"] += arrived - began
         self.seconds["load"] += max(self._times) - arrived
 
     def close(self, engine_answers: bool) -> None:
         if self._group is not None and self._client is not None and engine_answers:
-            leaving = self._pool.submit(self._client.leave_group, self._name)
-            if self.backend == "nccl":
-                # the engine shuts its end down, and NCCL wants both ends to do the same: where this one aborts (or is only
-                # forgotten) the engine's waits for ever (seen with NCCL 2.32.3, torch 2.11)
-                self._group.shutdown()
-            leaving.result()
+            self._leave(self._client, self._group)
         self._group = self._store = None
+
+    def _leave(self, client: EngineClient, group: dist.ProcessGroup) -> None:
+        client.leave_group(self._name)
 
 
 def engine_group(
@@ -152,11 +148,11 @@ def engine_group(
     if backend == "nccl":
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = timeout
-        return dist.ProcessGroupNCCL(store, 0, size, options)
-    options = dist.ProcessGroupGloo._Options()
+        return dist.ProcessGroupNCCL(store, 0, size, options)  # type: ignore[return-value]
+    options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     options._timeout = timeout
     options._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
-    return dist.ProcessGroupGloo(store, 0, size, options)
+    return dist.ProcessGroupGloo(store, 0, size, options)  # type: ignore[return-value]
 
 
 class MappedTransport(Transport):
@@ -166,13 +162,10 @@ class MappedTransport(Transport):
         """ranks: for every rank of the engine the number on its node of the training rank that shares its GPU."""
         super().__init__()
         self._ranks = tuple(ranks)
-        self._client: EngineClient | None = None
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="engine-link")
 
     def open(self, client: EngineClient, tensor_parallel_size: int) -> None:
         assert tensor_parallel_size == len(self._ranks), (tensor_parallel_size, self._ranks)
-        self._told.clear()
-        self._client = client
+        super().open(client, tensor_parallel_size)
 
     def start(self, bucket: WeightBucket) -> None:
         """A MappedBucket, or one on this process's GPU."""
@@ -195,6 +188,3 @@ class MappedTransport(Transport):
 
     def finish(self) -> None:
         self._loading.result()
-
-    def close(self, engine_answers: bool) -> None:
-        self._client = None

@@ -252,7 +252,9 @@ def _state(trainer: Trainer, loading: bool, with_random_state: bool, with_refere
 def _random_state() -> dict[str, Any]:
     from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
-    kind, keys, position, has_gauss, cached = np.random.get_state()
+    numpy_state = np.random.get_state()
+    assert isinstance(numpy_state, tuple)
+    kind, keys, position, has_gauss, cached = numpy_state
     return {
         "python": random.getstate(),
         "numpy": (kind, keys.tolist(), position, has_gauss, cached),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
 from fp8slurm.core.types import PackedBatch
+
+if TYPE_CHECKING:
+    from megatron.core.models.gpt import GPTModel
 
 
 class RoutingReplay:
@@ -18,7 +21,7 @@ class RoutingReplay:
     process; here each is reached through its own router, so that a reference model is left alone.
     """
 
-    def __init__(self, module: torch.nn.Module, sequence_rank: int = 0, sequence_size: int = 1) -> None:
+    def __init__(self, module: GPTModel, sequence_rank: int = 0, sequence_size: int = 1) -> None:
         """`module`: a GPTModel made with moe_enable_routing_replay. The sequence is cut into `sequence_size` equal
         parts (sequence parallelism), this rank's being number `sequence_rank`."""
         self._routers = [layer.mlp.router for layer in module.decoder.layers]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import fields, replace
+from dataclasses import fields
 from functools import partial
 from typing import Any
 
@@ -81,5 +81,6 @@ def _packed(batch: PackedBatch) -> Any:
 
 def _on_device(batch: PackedBatch) -> PackedBatch:
     device = torch.cuda.current_device()
-    tensors = {f.name: getattr(batch, f.name) for f in fields(batch)}
-    return replace(batch, **{k: v.to(device) for k, v in tensors.items() if isinstance(v, torch.Tensor)})
+    values: dict[str, Any] = {f.name: getattr(batch, f.name) for f in fields(batch)}
+    values |= {k: v.to(device) for k, v in values.items() if isinstance(v, torch.Tensor)}
+    return PackedBatch(**values)

@@ -68,7 +68,7 @@ class OptimizerSleep:
     def finish(self) -> None:
         """Wait until all of it is back; `begin` is called where nobody has."""
         self.begin()
-        if self._under_way:
+        if self._under_way and self._stream is not None:
             current = torch.cuda.current_stream()
             current.wait_stream(self._stream)
             for t in self._tensors():

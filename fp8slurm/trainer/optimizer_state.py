@@ -102,7 +102,7 @@ class OptimizerShards:
         for i, (_, tensor) in enumerate(items):
             if tensor.is_meta:
                 assert tensor.is_contiguous(), "a piece of the state that is not in one piece"
-                waiting.setdefault(owners[_storage(tensor)], []).append((tensor.storage_offset(), i))
+                waiting.setdefault(owners[_storage(tensor)], []).append((int(tensor.storage_offset()), i))
         held = most = self.host_bytes + sum(t.nbytes for _, t in items if not t.is_meta)
         for owner in list(self.held):
             buckets, group = self.held.pop(owner), self.groups[owner[0]]
@@ -126,7 +126,7 @@ def _gather(group: dist.ProcessGroup | None, buckets: list[tuple[torch.Tensor, i
         end, first = start + elements, group is None or group.rank() == 0
         if first:
             _put(share, start, end, to)
-        else:
+        elif group is not None:
             for piece in share.split(PIECE):
                 dist.send(piece, dist.get_global_rank(group, 0), group)
         if group is not None and first:

@@ -173,7 +173,7 @@ def in_bf16(model: dict[str, Any], value: Callable[[Any], torch.Tensor] | None) 
 
     for item in nested_values(model):
         weight = getattr(item, "data", None)
-        if not is_primary(weight):
+        if weight is None or not is_primary(weight):
             continue
         if value is None:
             item.data = torch.empty(weight.shape, dtype=weight.dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -14,6 +15,9 @@ from fp8slurm.core.errors import InputError
 from fp8slurm.fp8.block import BlockFP8
 from fp8slurm.models.names import Entry, NameTable
 from fp8slurm.trainer import primary_fp8
+
+if TYPE_CHECKING:
+    from megatron.core.models.gpt import GPTModel
 
 
 class HfReader(Mapping[str, torch.Tensor]):
@@ -48,7 +52,7 @@ class ParameterShards:
         self.tensor_parallel, self.expert_tensor_parallel = tensor_parallel, expert_tensor_parallel
 
     @classmethod
-    def of(cls, module: torch.nn.Module, table: NameTable) -> ParameterShards:
+    def of(cls, module: GPTModel, table: NameTable) -> ParameterShards:
         """Those of a Megatron model."""
         from megatron.core import parallel_state as ps
 

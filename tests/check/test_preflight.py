@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny import random_weights, write_model
+from tiny_task import write_data
 
 from fp8slurm.check.preflight import preflight
 from fp8slurm.checkpoint import hf_to_fp8
 from fp8slurm.cli import main
 from fp8slurm.config import parse
-from fp8slurm.data.tiny_task import write_data
-from fp8slurm.models.tiny import random_weights, write_model
 
 
 @pytest.fixture(scope="module")

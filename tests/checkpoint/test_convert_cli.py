@@ -40,14 +40,14 @@ def test_list_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert main(["hf-to-fp8", str(hf), "--list", "--modules-to-not-convert", "layers.1.self_attn.o_proj"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(tiny_folders.tensors(tiny_folders.config(tie=False, moe=True)))
-    said = {line.split()[3]: (line.split()[0], line.split("(")[1].rstrip(")")) for line in lines}
-    assert said["lm_head.weight"] == ("keep", "output head")
-    assert said["model.layers.0.mlp.gate.weight"] == ("keep", "router")
-    assert said["model.layers.1.self_attn.o_proj.weight"] == (
+    decisions = {line.split()[3]: (line.split()[0], line.split("(")[1].rstrip(")")) for line in lines}
+    assert decisions["lm_head.weight"] == ("keep", "output head")
+    assert decisions["model.layers.0.mlp.gate.weight"] == ("keep", "router")
+    assert decisions["model.layers.1.self_attn.o_proj.weight"] == (
         "keep",
         "modules_to_not_convert: layers.1.self_attn.o_proj",
     )
-    assert said["model.layers.0.mlp.experts.3.down_proj.weight"] == ("fp8", "expert weight")
+    assert decisions["model.layers.0.mlp.experts.3.down_proj.weight"] == ("fp8", "expert weight")
 
 
 @pytest.mark.parametrize("name", ["hf-to-fp8", "hf-to-torch-dist"])
@@ -106,8 +106,8 @@ def test_a_damaged_checkpoint_of_a_run_is_refused(tmp_path: Path, capsys: pytest
     (saved / "__0_0.distcp").write_bytes(data)
     for name in ("torch-dist-to-hf", "torch-dist-to-fp8"):
         assert main([name, *arguments, "--overwrite"]) == 2
-        said = f"{saved}: a damaged checkpoint of a run: __0_0.distcp was altered (SHA-256)"
-        assert said in capsys.readouterr().err
+        message = f"{saved}: a damaged checkpoint of a run: __0_0.distcp was altered (SHA-256)"
+        assert message in capsys.readouterr().err
     assert not (tmp_path / "out.tmp").exists()
 
 
@@ -178,7 +178,7 @@ def test_a_list_that_is_cut_off_is_no_error(tmp_path):
     import subprocess
     import sys
 
-    from fp8slurm.models.tiny import write_model
+    from tiny import write_model
 
     write_model(tmp_path)
     command = f"{sys.executable} -m fp8slurm.cli convert hf-to-fp8 {tmp_path} --list | true"

@@ -617,8 +617,8 @@ def test_blocks_that_are_not_square(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             q = quantize_reference(w, block)
             weights[name], weights[name + "_scale_inv"] = q.data, q.scale_inv
             expected[name] = dequantize_reference(q).bfloat16()
-    said = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": list(block)}
-    src = tiny_folders.write(tmp_path / "src", config | {"quantization_config": said}, weights)
+    values = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": list(block)}
+    src = tiny_folders.write(tmp_path / "src", config | {"quantization_config": values}, weights)
     fp8_to_hf(src, tmp_path / "back")
     back = load(tmp_path / "back")
     assert sorted(back) == sorted(expected) and [n for n, w in expected.items() if not same(back[n], w)] == []

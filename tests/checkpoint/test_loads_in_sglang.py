@@ -38,12 +38,12 @@ def quantized(bf16: Path) -> dict[str, torch.Tensor]:
 
 def logprobs(model: torch.nn.Module, sequences: list[list[int]]) -> torch.Tensor:
     """Log-probability of every token after the first, all sequences one after another."""
-    found = []
+    values = []
     for ids in map(torch.tensor, sequences):
         with torch.no_grad():
             logits = model(ids[None]).logits[0].float()
-        found.append(torch.log_softmax(logits[:-1], -1).gather(1, ids[1:, None])[:, 0])
-    return torch.cat(found)
+        values.append(torch.log_softmax(logits[:-1], -1).gather(1, ids[1:, None])[:, 0])
+    return torch.cat(values)
 
 
 # SGLang does not tie the embeddings of a Qwen3-MoE

@@ -7,7 +7,7 @@ from fp8slurm.config import parse
 
 
 @pytest.mark.parametrize(
-    "flags, said",
+    "flags, output",
     [
         (["--rollout.n-samples", "0"], "--rollout.n-samples 0: allowed: greater than or equal to 1"),
         (["--optim.lr=-1"], "--optim.lr -1.0: allowed: greater than 0"),
@@ -37,8 +37,8 @@ from fp8slurm.config import parse
         ),
     ],
 )
-def test_a_value_out_of_range_names_its_flag(flags, said):
-    with pytest.raises(ValueError, match=f"(?s)^.*{said}") as refused:
+def test_a_value_out_of_range_names_its_flag(flags, output):
+    with pytest.raises(ValueError, match=f"(?s)^.*{output}") as refused:
         parse("tiny-fp8", flags)
     assert "pydantic" not in str(refused.value) and "\n" not in str(refused.value)
 
@@ -72,8 +72,8 @@ def test_flags_of_sbatch_without_a_value():
 def test_other_forms_are_refused_with_those_that_are_allowed(words, capsys):
     with pytest.raises(SystemExit) as ended:
         parse("tiny-fp8", ["--data.chat-template-kwargs", *words])
-    said = " ".join(line.strip("\u2502 ") for line in capsys.readouterr().err.splitlines())
-    assert ended.value.code == 2 and "allowed: enable_thinking False, or as JSON" in " ".join(said.split())
+    output = " ".join(line.strip("\u2502 ") for line in capsys.readouterr().err.splitlines())
+    assert ended.value.code == 2 and "allowed: enable_thinking False, or as JSON" in " ".join(output.split())
 
 
 def test_a_recipe_that_cannot_be_read(tmp_path, monkeypatch, capsys):

@@ -18,11 +18,11 @@ def help_of(command: str, capsys, monkeypatch, width: int = 80) -> str:
 @pytest.mark.parametrize("command", WITH_SETTINGS)
 def test_help_is_one_page(command, capsys, monkeypatch):
     for width in (80, 140):
-        said = help_of(command, capsys, monkeypatch, width)
-        assert said.count("usage:") == 1 and said.startswith(f"usage: fp8slurm {command} ")
-        assert said.count("--recipe RECIPE") == 1 and "--run.name" in said
-        assert ("--dry-run" in said) == (command in ("train", "submit", "chain"))
-        assert max(map(len, said.splitlines())) <= width
+        output = help_of(command, capsys, monkeypatch, width)
+        assert output.count("usage:") == 1 and output.startswith(f"usage: fp8slurm {command} ")
+        assert output.count("--recipe RECIPE") == 1 and "--run.name" in output
+        assert ("--dry-run" in output) == (command in ("train", "submit", "chain"))
+        assert max(map(len, output.splitlines())) <= width
 
 
 @pytest.mark.parametrize("command", WITH_SETTINGS)

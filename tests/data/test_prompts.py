@@ -5,6 +5,7 @@ from functools import partial
 from types import SimpleNamespace
 
 import pytest
+import tiny
 
 from fp8slurm.config.schema import DataSection, SftSection
 from fp8slurm.data import prompts as data_module
@@ -17,7 +18,6 @@ from fp8slurm.data.prompts import (
     load_tokenizer,
     unlisted_ends,
 )
-from fp8slurm.models import tiny
 from fp8slurm.rewards.graders import label_error
 
 
@@ -58,6 +58,12 @@ def test_chat_template_kwargs_reach_the_template(tmp_path, tokenizer):
     assert tokenizer.decode(prompt.token_ids).endswith("assistant\n<think>\n\n</think>\n\n")
     with pytest.raises(ValueError, match="add_generation_prompt"):
         load_prompts(DataSection(chat_template_kwargs={"add_generation_prompt": False}), tokenizer, path)
+
+
+def test_a_prompt_knows_that_it_opens_the_thinking(tmp_path, tokenizer):
+    ends = {"1": False, "1<think>\n": True, "1<think>": True, "1<think>\n\n</think>\n\n": False, "<think>1": False}
+    path = write(tmp_path / "a.jsonl", *({"prompt": text, "label": "1"} for text in ends))
+    assert [p.thinking for p in load_prompts(DataSection(), tokenizer, path)] == list(ends.values())
 
 
 def test_parquet_equals_jsonl(tmp_path, tokenizer):

@@ -2,12 +2,12 @@ import json
 import shutil
 
 import pytest
+import tiny
 from safetensors.torch import load_file
 
 from fp8slurm.checkpoint import hf_to_fp8, hf_to_torch_dist
 from fp8slurm.cli import main
 from fp8slurm.eval.checkpoints import prepare, recognize
-from fp8slurm.models import tiny
 
 
 @pytest.fixture(scope="module")
@@ -101,8 +101,8 @@ BAD = {
 @pytest.mark.parametrize("line", BAD, ids=lambda line: line.replace("{m}/", ""))
 def test_a_mistake_is_one_sentence_and_status_two(models, capsys, line):
     assert main(["eval", *line.format(m=models).split()]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("fp8slurm eval: ") and BAD[line] in said and "Traceback" not in said
+    output = capsys.readouterr().err
+    assert output.startswith("fp8slurm eval: ") and BAD[line] in output and "Traceback" not in output
 
 
 def test_a_prompt_that_fills_the_context_is_refused_before_an_engine_starts(models, tmp_path, capsys):
@@ -121,8 +121,8 @@ def test_dry_run_says_what_would_be_asked(models, tmp_path, capsys):
     assert "q: 1 question of" in out and "grader numeric" in out and "'1|2='" in out and not (tmp_path / "e").exists()
     assert "\n1 sample in FP8, by 1 engine; results in " in out
     assert main(["eval", *arguments.split(), "--nodes", "2", "--precision", "both"]) == 0
-    said = capsys.readouterr().out.splitlines()
-    assert said[-2].startswith(
+    output = capsys.readouterr().out.splitlines()
+    assert output[-2].startswith(
         "1 sample in BF16 and in FP8, by as many engines as the GPUs carry on each of 2 nodes; results in "
     )
-    assert said[-1].startswith("as this step: srun --nodes=2 ") and "--dry-run" not in said[-1]
+    assert output[-1].startswith("as this step: srun --nodes=2 ") and "--dry-run" not in output[-1]

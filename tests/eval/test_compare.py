@@ -177,16 +177,16 @@ def test_what_is_scored_is_the_first_answer_to_the_first_questions(monkeypatch):
 def test_every_response_token_gets_its_own_score(tmp_path):
     """The engine scores all tokens after a sequence's first; here each one's score is its number."""
     sequences = [(list(range(1, 2 + i)), list(range(50 + i, 53 + i))) for i in range(10)]  # more than one request's
-    asked = []
+    batch_sizes = []
 
     def answer(lists):
-        asked.append(len(lists))
+        batch_sizes.append(len(lists))
         return [[-float(token) for token in ids[1:]] for ids in lists]
 
     score(SimpleNamespace(score=answer), sequences, tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "scored.jsonl").read_text().splitlines()]
     assert [r["logprobs"] for r in rows] == [[-float(token) for token in response] for _, response in sequences]
-    assert asked == [8, 2] and len({r["tokens"] for r in rows}) == 10
+    assert batch_sizes == [8, 2] and len({r["tokens"] for r in rows}) == 10
     assert is_scored(tmp_path, sequences) and not is_scored(tmp_path, sequences[1:])
     other = [*sequences[:-1], (sequences[-1][0][:-1], [sequences[-1][0][-1], *sequences[-1][1]])]
     assert not is_scored(tmp_path, other), "the same tokens, cut elsewhere into prompt and response"

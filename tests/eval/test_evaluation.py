@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny import write_model
+from tiny_task import write_data
 
 from fp8slurm.cli import main
-from fp8slurm.data.tiny_task import write_data
 from fp8slurm.engine.client import EngineClient
 from fp8slurm.eval import engines as engines_module
-from fp8slurm.models.tiny import write_model
 from fp8slurm.observe.metrics import read_metrics, without_times
 
 pytestmark = pytest.mark.slow
@@ -280,8 +280,8 @@ def test_killed_and_resumed_and_the_engine_killed_too(compared, tmp_path, monkey
     rows, summary = rows_in(results), summary_of(results)
     total = 3 * summary["tasks"]["q"]["questions"]
     assert f"going on, {there} of {total} samples are there" in capsys.readouterr().out
-    asked = [seed for seeds in answered for seed in seeds]
-    assert len(asked) == len(set(asked)) == total - there, "a sample was answered twice"
+    answered_seeds = [seed for seeds in answered for seed in seeds]
+    assert len(answered_seeds) == len(set(answered_seeds)) == total - there, "a sample was answered twice"
     assert len({(r["id"], r["sample"]) for r in rows}) == len(rows) == total
     kept = {json.dumps([r["id"], r["sample"], r["response_ids"]]) for r in map(json.loads, first.splitlines())}
     assert kept == {json.dumps([r["id"], r["sample"], r["response_ids"]]) for r in rows if r["attempt"] == 0}

@@ -28,7 +28,7 @@ def outside_slurm(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("more", "found"),
+    ("more", "place"),
     [
         ({}, Place(1, 2, "7.0.0")),
         ({"SLURM_RESTART_COUNT": "3"}, Place(1, 2, "7.3.0")),
@@ -37,10 +37,10 @@ def outside_slurm(monkeypatch):
         ({"SLURM_STEP_ID": "4294967291"}, None),  # the job script, as newer versions number it
     ],
 )
-def test_where_this_task_is(monkeypatch, more, found):
+def test_where_this_task_is(monkeypatch, more, place):
     for name, value in (STEP | more).items():
         monkeypatch.setenv(name, value)
-    assert Place.here() == found
+    assert Place.here() == place
 
 
 def test_two_tasks_a_node_are_refused(monkeypatch, tmp_path, capsys):
@@ -95,11 +95,11 @@ def meetings(folder, count=2):
 def test_what_is_announced_arrives_and_nobody_begins_alone(tmp_path):
     zero, one = meetings(tmp_path)
     zero.wait_started()
-    said: list = []
+    answers: list = []
 
     def other():
-        said.append(one.work("fp8"))
-        said.append(one.all_ready("fp8", 3))
+        answers.append(one.work("fp8"))
+        answers.append(one.all_ready("fp8", 3))
         one.done("fp8", 5, 3, 1)
 
     thread = threading.Thread(target=other)
@@ -108,7 +108,7 @@ def test_what_is_announced_arrives_and_nobody_begins_alone(tmp_path):
     assert zero.all_ready("fp8", 4) == 7
     assert zero.reports("fp8") == [{"rows": 5, "engines": 3, "restarts": 1}]
     thread.join()
-    assert said == [{"batches": 2}, 7]
+    assert answers == [{"batches": 2}, 7]
     zero.remove()
     assert not list(tmp_path.iterdir())
 
@@ -174,9 +174,9 @@ def test_rows_of_other_nodes_are_handed_on_whole_and_once(tmp_path, monkeypatch)
 
 def test_the_command_of_a_step(monkeypatch):
     argv = ["--run", "r", "--nodes", "2", "--n-samples=4", "--srun=--partition=gpu", "--nodes=3"]
-    found = step_command(3, ["--partition=gpu"], argv)
-    assert found[:5] == ["srun", "--nodes=3", "--ntasks-per-node=1", "--kill-on-bad-exit=1", "--partition=gpu"]
-    assert found[-4:] == ["eval", "--run", "r", "--n-samples=4"]
+    command = step_command(3, ["--partition=gpu"], argv)
+    assert command[:5] == ["srun", "--nodes=3", "--ntasks-per-node=1", "--kill-on-bad-exit=1", "--partition=gpu"]
+    assert command[-4:] == ["eval", "--run", "r", "--n-samples=4"]
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_CPUS_ON_NODE", "64")
     assert "--cpus-per-task=64" in step_command(3, [], argv)

@@ -93,18 +93,18 @@ def binomial_quantile(n, p, level):
 @pytest.mark.parametrize(("n", "right"), [(30, 12), (200, 150), (500, 425)])
 def test_the_bootstrap_of_right_and_wrong_is_binomial(n, right):
     """Resampling n answers, `right` of them 1, draws from Binomial(n, right / n): its quantiles are the interval."""
-    found = bootstrap([1.0] * right + [0.0] * (n - right))
-    assert found.value == pytest.approx(right / n)
-    assert found.low == pytest.approx(binomial_quantile(n, right / n, 0.025), abs=1.01 / n)
-    assert found.high == pytest.approx(binomial_quantile(n, right / n, 0.975), abs=1.01 / n)
+    estimate = bootstrap([1.0] * right + [0.0] * (n - right))
+    assert estimate.value == pytest.approx(right / n)
+    assert estimate.low == pytest.approx(binomial_quantile(n, right / n, 0.025), abs=1.01 / n)
+    assert estimate.high == pytest.approx(binomial_quantile(n, right / n, 0.975), abs=1.01 / n)
 
 
 def test_about_95_of_100_intervals_hold_the_truth():
     rng = np.random.default_rng(5)
     inside = 0
     for i in range(400):
-        found = bootstrap((rng.random(150) < 0.7).astype(float).tolist(), draws=1000, seed=i)
-        inside += found.low <= 0.7 <= found.high
+        estimate = bootstrap((rng.random(150) < 0.7).astype(float).tolist(), draws=1000, seed=i)
+        inside += estimate.low <= 0.7 <= estimate.high
     assert 0.91 <= inside / 400 <= 0.98
 
 

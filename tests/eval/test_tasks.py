@@ -1,6 +1,7 @@
 import json
 
 import pytest
+import tiny
 
 from fp8slurm.check.preflight import _eval_tasks
 from fp8slurm.config import RunConfig
@@ -20,7 +21,6 @@ from fp8slurm.eval.tasks import (
     shipped,
     unique,
 )
-from fp8slurm.models import tiny
 
 DATA = DataSection(max_prompt_tokens=10**6)
 
@@ -247,14 +247,14 @@ def test_a_sample_is_asked_for_as_its_task_says():
     task = EvalTask(name="x", grader="exact").model_copy(
         update={"temperature": 0.6, "top_p": 0.95, "top_k": 20, "max_tokens": 64}
     )
-    wanted = EvalRequest(task, Question("q7", "", (5, 6, 7), ""), 3)
-    assert wanted.request(7, [2], context=1000) == GenerateRequest(
+    request = EvalRequest(task, Question("q7", "", (5, 6, 7), ""), 3)
+    assert request.request(7, [2], context=1000) == GenerateRequest(
         [5, 6, 7], 64, 0.6, 0.95, 20, [2], sample_seed(7, "x/q7", 3)
     )
-    other = EvalRequest(task.model_copy(update={"name": "y"}), wanted.question, 3)
-    assert other.request(7, [2]).seed != wanted.request(7, [2]).seed, "two tasks may number their questions alike"
+    other = EvalRequest(task.model_copy(update={"name": "y"}), request.question, 3)
+    assert other.request(7, [2]).seed != request.request(7, [2]).seed, "two tasks may number their questions alike"
     # SGLang takes one token less than its context holds; a prompt that fills it still gets a token, to be refused by name
-    assert [wanted.request(7, [2], context=c).max_tokens for c in (68, 67, 5, 3)] == [64, 63, 1, 1]
+    assert [request.request(7, [2], context=c).max_tokens for c in (68, 67, 5, 3)] == [64, 63, 1, 1]
 
 
 def test_a_runs_tasks_are_checked_before_it_starts(tmp_path, tokenizer):

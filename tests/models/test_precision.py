@@ -3,11 +3,11 @@
 import json
 
 import pytest
+from tiny import model_config
 
 from fp8slurm.config import RunConfig
 from fp8slurm.models.precision import engine_in_fp8, engine_quantization
 from fp8slurm.models.qwen3 import QuantizationSpec
-from fp8slurm.models.tiny import model_config
 
 
 @pytest.mark.parametrize(

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from fp8slurm.checkpoint import hf_to_fp8
 from fp8slurm.checkpoint.formats.hf_folder import open_hf
 from fp8slurm.config import RunConfig, parse
-from fp8slurm.models import known, tiny
+from fp8slurm.models import known
 from fp8slurm.models.known import known_model
 from fp8slurm.models.names import NameTable
 from fp8slurm.models.qwen3 import ModelSpec, QuantizationSpec

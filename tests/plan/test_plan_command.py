@@ -6,13 +6,13 @@ import re
 
 import pytest
 from rich.console import Console
+from tiny import model_config
 
 from fp8slurm.cli import main
 from fp8slurm.config import RunConfig, parse, recipe_names
 from fp8slurm.models.known import find_spec, known_models
 from fp8slurm.models.names import NameTable
 from fp8slurm.models.qwen3 import ModelSpec
-from fp8slurm.models.tiny import model_config
 from fp8slurm.plan import make_plan, memory
 from fp8slurm.plan.engine import engine_memory, weights_on_gpu
 from fp8slurm.plan.parameters import Layout, stages
@@ -117,7 +117,7 @@ def test_shape_comes_from_the_checkpoint_where_there_is_one(tmp_path):
     folder.mkdir()
     known, source = find_spec(folder)
     assert "published shape" in source and known.hidden_size == 2560
-    from fp8slurm.models.tiny import model_config
+    from tiny import model_config
 
     (folder / "config.json").write_text(json.dumps(model_config()))
     spec, source = find_spec(folder)

@@ -71,13 +71,13 @@ def write_run(path: Path, steps=20, sft=8, hostile=False, samples=6, name_of_mod
         path / "attempts/0/errors/task_0.json",
         {"time": 1.0, "task": 0, "primary": True, "text": f"Traceback\n  x\nKeyError: {text}"},
     )
-    (path / "attempts/1/logs").mkdir()
-    (path / "attempts/1/logs/5_0_log.err").write_text(
-        "2026-11-23 20:00:00,000 WARNING rank 0 fp8slurm.rl.loop: checkpoint runs/x/checkpoints/step_000010 is "
-        "skipped: a.bin was altered (SHA-256)\n"
-        "2026-11-23 20:00:00,000 INFO rank 0 fp8slurm.rl.loop: continuing from runs/x/checkpoints/step_000005\n"
-        "2026-11-23 20:00:00,000 WARNING rollout worker 0 fp8slurm.rollout.worker: engine 0 failed (it died); restart 1\n"
-    )
+    events = [
+        ("skipped", "checkpoint step_000010 was skipped: a.bin was altered (SHA-256)"),
+        ("continued", "step_000005"),
+    ]
+    write_lines(path / "attempts/1/events/task_0.jsonl", [{"time": 1.0, "kind": k, "text": t} for k, t in events])
+    restart = {"time": 2.0, "kind": "engine restart", "text": "engine 0 failed (it died); restart 1"}
+    write_lines(path / "attempts/1/events/task_2.jsonl", [restart])
     estimate = {"value": 0.85, "low": 0.82, "high": 0.88}
     for precision in ("fp8", "bf16"):
         write_json(path / f"eval/step_000010-{precision}/summary.json", {

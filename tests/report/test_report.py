@@ -435,3 +435,11 @@ def test_drawings_take_their_colours_from_the_page_and_share_no_id(make_run):
 
 def test_hostile_text_is_the_one_that_is_tested():
     assert "</script>" in HOSTILE and "\x1b" in HOSTILE
+
+
+def test_an_attempt_of_an_older_version_says_what_it_did_not_record(make_run, capsys):
+    run = make_run()
+    shutil.rmtree(run / "attempts/1/events")
+    for page in (html(run), text(run, capsys)):
+        attempts = page.split("Attempts and faults")[-1].split("Configuration")[0]
+        assert attempts.count("not recorded") >= 2 and "stand in its logs only" in attempts

@@ -25,7 +25,7 @@ from fp8slurm.rl import supervised
 from fp8slurm.rl.boundary import StepBoundary
 from fp8slurm.rl.loop import Loop
 from fp8slurm.rl.loss import sft_loss
-from fp8slurm.rl.recompute import recompute, save_logprobs
+from fp8slurm.rl.recompute import ImpossibleGap, check_gap, recompute, save_logprobs
 from fp8slurm.rl.recorder import Recorder
 from fp8slurm.rl.saving import Saver, first_state, load_newest
 from fp8slurm.rl.stopwatch import Stopwatch
@@ -423,6 +423,33 @@ def test_a_probe_keeps_every_group_and_is_made_without_replay_too(monkeypatch: p
     assert loop.probe_gap() == {"gap/k3": 1.0, "gap_no_replay/k3": 2.0}
     assert loop.weights.commands == [("rollout", {"step": 0, "cursor": 0, "prompts": 2, "keep_all": True})]
     assert replayed == [[True], [False]]
+
+
+@pytest.mark.parametrize("fp8, bound", [({"backend": "off"}, 0.3), ({"backend": "emulated"}, 0.5)])
+def test_a_gap_that_cannot_be_ends_the_run_before_it_trains(
+    monkeypatch: pytest.MonkeyPatch, fp8: dict[str, str], bound: float
+) -> None:
+    """0.5 on every token and 2.5 on another rank's: mean 0.79. At record 0 every attempt would meet it, later none may."""
+    loop, *_ = gap_loop(monkeypatch, rollout={"n_samples": 1, "drop_no_signal": False}, fp8=fp8)
+    with pytest.raises(ImpossibleGap, match=f"step 0: .* 0.786 nats .* --rollout.max-gap {bound}: .*rope") as at_start:
+        loop.probe_gap()
+    with pytest.raises(ImpossibleGap, match="step 1: ") as later:
+        loop.step(1)
+    assert (at_start.value.permanent, later.value.permanent) == (True, False)
+    assert not hasattr(loop.trainer, "train_step"), "it was not asked to train"
+
+
+@pytest.mark.parametrize(
+    "sections", [{"rollout": {"max_gap": 0.8}}, {"rollout": {"max_gap": 0}}, {"control": {"freeze_engine": True}}]
+)
+def test_a_wider_bound_none_and_frozen_engines(monkeypatch: pytest.MonkeyPatch, sections: dict[str, Any]) -> None:
+    loop, *_ = gap_loop(monkeypatch, **sections)
+    assert loop.probe_gap()["gap/mean_abs"] == pytest.approx(0.786, abs=1e-3)
+
+
+def test_a_gap_of_nothing_but_nan_is_the_optimizers_to_skip() -> None:
+    check_gap({"gap/mean_abs": float("nan")}, 0.5, 0)
+    check_gap({}, 0.5, 0)
 
 
 # -- the supervised phase ---------------------------------------------------------------------------------------

@@ -5,11 +5,11 @@ import random
 
 import numpy as np
 import pytest
+import tiny
 import torch
 
 from fp8slurm.config import RunConfig
 from fp8slurm.engine.client import Generation
-from fp8slurm.models import tiny
 from fp8slurm.rollout.evaluation import TrainingEval, merge
 from fp8slurm.rollout.sampler import Sampler
 from fp8slurm.run.directory import RunDirectory

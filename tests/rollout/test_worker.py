@@ -4,6 +4,7 @@ from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
+import tiny
 import torch.distributed as dist
 
 from fp8slurm.config import RunConfig
@@ -11,7 +12,6 @@ from fp8slurm.core.types import Prompt, Sample, SampleGroup
 from fp8slurm.data.prompts import PromptOrder, sample_seed
 from fp8slurm.engine.client import GenerateRequest, Generation
 from fp8slurm.engine.pool import WeightsLost
-from fp8slurm.models import tiny
 from fp8slurm.rollout.sampler import Sampler as RealSampler
 from fp8slurm.rollout.serialization import decode_groups
 from fp8slurm.rollout.worker import RolloutWorker

@@ -157,8 +157,8 @@ def test_a_task_of_an_array_requeues_itself_alone(monkeypatch):
 
 
 def test_of_an_arrays_number_the_task_that_has_it_is_meant(monkeypatch):
-    said = "JobId=6 ArrayJobId=5 JobState=COMPLETED\nJobId=5 ArrayJobId=5 JobState=RUNNING\n"
-    monkeypatch.setattr(job, "ask", lambda *command, **_: said)
+    output = "JobId=6 ArrayJobId=5 JobState=COMPLETED\nJobId=5 ArrayJobId=5 JobState=RUNNING\n"
+    monkeypatch.setattr(job, "ask", lambda *command, **_: output)
     assert job.show_job("5")["JobState"] == "RUNNING"
 
 

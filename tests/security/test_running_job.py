@@ -18,9 +18,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+from tiny import write_model
+from tiny_task import write_data
 
-from fp8slurm.data.tiny_task import write_data
-from fp8slurm.models.tiny import write_model
 from fp8slurm.observe.metrics import read_metrics
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user, and reads memory")]

@@ -77,25 +77,25 @@ class Lab:
 
     def processes(self, node: int) -> dict[int, str]:
         """Command lines of a node's processes by id, Slurm's own daemons left out."""
-        found = {}
+        commands = {}
         for pid in map(int, self.do("pids", str(node)).split()):
             try:
                 command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
             except OSError:
                 continue
             if command and not command.startswith(("slurmd", "slurmstepd")):
-                found[pid] = command
-        return found
+                commands[pid] = command
+        return commands
 
     def state_text(self) -> str:
         """Jobs, nodes and the end of the daemons' logs: why a job does not start."""
-        asked = [["scontrol", "-o", "show", kind] for kind in ("job", "node")]
-        said = [
-            subprocess.run(command, env=self.environment, capture_output=True, text=True).stdout for command in asked
+        commands = [["scontrol", "-o", "show", kind] for kind in ("job", "node")]
+        answers = [
+            subprocess.run(command, env=self.environment, capture_output=True, text=True).stdout for command in commands
         ]
         files = sorted((self.state / "log").glob("*.log"))
         ends = [f"== {p.name}\n" + "\n".join(p.read_text(errors="replace").splitlines()[-40:]) for p in files]
-        return "\n".join([*said, *ends])
+        return "\n".join([*answers, *ends])
 
     def wait_empty(self) -> None:
         """Until no job's process is left on any node."""

@@ -77,10 +77,10 @@ def test_a_given_rollout_checkpoint_is_not_made_and_its_exclusions_are_kept(tmp_
 
 
 def test_directives_follow_the_settings(tmp_path):
-    asked = {"partition": "gpu", "account": "me", "gpus_per_node": 8, "ranks_per_node": 8, "requeue": False}
-    c = config(slurm=asked)
-    found = {x.name: x for x in links(c, tmp_path, ["--partition=cpu", "--exclusive"], ["--time=5"])}
-    convert, evaluation = found["export-to-fp8"].directives, found["eval"].directives
+    settings = {"partition": "gpu", "account": "me", "gpus_per_node": 8, "ranks_per_node": 8, "requeue": False}
+    c = config(slurm=settings)
+    chain = {x.name: x for x in links(c, tmp_path, ["--partition=cpu", "--exclusive"], ["--time=5"])}
+    convert, evaluation = chain["export-to-fp8"].directives, chain["eval"].directives
     assert (convert["partition"], convert["account"], convert["exclusive"]) == ("cpu", "me", "")
     assert "gpus-per-node" not in convert
     assert (evaluation["partition"], evaluation["gpus-per-node"], evaluation["time"]) == ("gpu", "8", "5")
@@ -88,7 +88,7 @@ def test_directives_follow_the_settings(tmp_path):
     text = script(several, 6, c, tmp_path)
     assert "#SBATCH --nodes=3\n" in text and "#SBATCH --ntasks-per-node=1\n" in text and "#SBATCH --ntasks=" not in text
     assert " srun --ntasks-per-node=1 --kill-on-bad-exit=1 " in text
-    text = script(found["export-to-fp8"], 5, c, tmp_path)
+    text = script(chain["export-to-fp8"], 5, c, tmp_path)
     assert "#SBATCH --exclusive\n" in text and "#SBATCH --no-requeue\n" in text and "#SBATCH --requeue\n" not in text
     with pytest.raises(ValueError, match="--convert-sbatch -p: sbatch flags are written --name=value"):
         parse_sbatch("--convert-sbatch", ["-p"])
@@ -97,13 +97,19 @@ def test_directives_follow_the_settings(tmp_path):
 @pytest.mark.parametrize("way", ["mem-per-cpu", "mem-per-gpu"])
 def test_one_way_of_asking_for_memory(tmp_path, way):
     """sbatch refuses a second one."""
-    found = {
+    directives = {
         x.name: x.directives for x in links(config(slurm={"memory": "64G"}), tmp_path, [f"--{way}=2G"], [f"--{way}=3G"])
     }
-    memory = {name: {k: v for k, v in d.items() if k.startswith("mem")} for name, d in found.items()}
+    memory = {name: {k: v for k, v in d.items() if k.startswith("mem")} for name, d in directives.items()}
     assert memory["export-to-fp8"] == {way: "2G"} and memory["eval"] == {way: "3G"}
-    found = {x.name: x.directives for x in links(config(slurm={"sbatch": {way.replace("-", "_"): "4G"}}), tmp_path)}
-    assert found["eval"][way] == "4G" and "mem" not in found["eval"] and found["export-to-fp8"]["mem"] == "8G"
+    directives = {
+        x.name: x.directives for x in links(config(slurm={"sbatch": {way.replace("-", "_"): "4G"}}), tmp_path)
+    }
+    assert (
+        directives["eval"][way] == "4G"
+        and "mem" not in directives["eval"]
+        and directives["export-to-fp8"]["mem"] == "8G"
+    )
 
 
 def test_what_the_training_job_waits_for_is_the_chains_own(tmp_path):

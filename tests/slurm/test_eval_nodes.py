@@ -107,9 +107,9 @@ def test_a_node_that_would_ask_something_else_is_named(one_node, runs, tmp_path)
     two = Evaluation(one_node.lab, runs, tmp_path)
     command = [sys.executable, "-m", "fp8slurm.cli", "eval", *two.flags]
     script = f'[ "$SLURM_PROCID" = 0 ] || set -- "$@" --limit={QUESTIONS - 1}; exec "$@"'
-    asked = ["srun", "--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--kill-on-bad-exit=1", "--time=20"]
+    expected = ["srun", "--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--kill-on-bad-exit=1", "--time=20"]
     done = subprocess.run(
-        [*asked, "bash", "-c", script, "_", *command],
+        [*expected, "bash", "-c", script, "_", *command],
         env=two.lab.environment,
         capture_output=True,
         text=True,

@@ -22,10 +22,10 @@ def done(tmp_path):
 @pytest.mark.parametrize("steps, expected", [(61, False), (60, True), (30, True), (0, True)])
 def test_fewer_steps_than_were_made_is_finished(done, steps, expected):
     config, run = done
-    asked = config.model_copy(update={"run": config.run.model_copy(update={"steps": steps})})
-    assert attempt.finished(asked, run) == expected
+    changed = config.model_copy(update={"run": config.run.model_copy(update={"steps": steps})})
+    assert attempt.finished(changed, run) == expected
     (run.checkpoints / "step_000060").rename(run.checkpoints / "sft_000060")
-    assert not attempt.finished(asked, run)
+    assert not attempt.finished(changed, run)
 
 
 def test_looking_writes_nothing(done):

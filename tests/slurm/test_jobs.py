@@ -6,10 +6,12 @@ import json
 import os
 import signal
 import subprocess
+from pathlib import Path
 
 import pytest
 
 from fp8slurm.core.processes import process_start
+from fp8slurm.run.task_errors import first_error
 
 pytestmark = [pytest.mark.slow, pytest.mark.slurm]
 
@@ -80,12 +82,34 @@ def test_the_same_tasks_without_slurm(lab, runs, reference, same_run):
         tasks.append(
             subprocess.Popen(runs.command("worker", "by-hand"), env=environment, stderr=subprocess.PIPE, text=True)
         )
-    said = [t.communicate(timeout=600)[1] for t in tasks]
-    assert [t.returncode for t in tasks] == [0] * 6, "\n".join(said) + runs.log("by-hand")
+    outputs = [t.communicate(timeout=600)[1] for t in tasks]
+    assert [t.returncode for t in tasks] == [0] * 6, "\n".join(outputs) + runs.log("by-hand")
     same_run("by-hand", reference)
 
 
-def test_a_run_survives_everything(lab, runs, reference, same_run, measure):
+@pytest.fixture
+def foreign(lab, tmp_path, monkeypatch):
+    """foreign(place): the next process of a job, submitted from here on, that comes to this place of
+    foreign_errors/sitecustomize.py meets the ValueError of another library, once."""
+    path = [str(Path(__file__).parent / "foreign_errors"), os.environ.get("PYTHONPATH", "")]
+    monkeypatch.setitem(lab.environment, "PYTHONPATH", os.pathsep.join(filter(None, path)))
+    monkeypatch.setitem(lab.environment, "FOREIGN_ERRORS", str(tmp_path / "armed"))
+    (tmp_path / "armed").mkdir()
+    return lambda place: (tmp_path / "armed" / place).touch()
+
+
+def check_foreign(runs, name: str, attempt: int, error: str) -> None:
+    """The attempt ended with this error of another library: not for good, and with the frames that lead to it."""
+    folder = runs.path(name) / "attempts" / str(attempt)
+    errors = [json.loads(path.read_text()) for path in (folder / "errors").glob("task_*.json")]
+    assert not any(e["permanent"] for e in errors), errors
+    assert any("Traceback" in e["text"] and "sitecustomize.py" in e["text"] and error in e["text"] for e in errors), (
+        errors
+    )
+    assert error in (first_error(folder) or ""), first_error(folder)
+
+
+def test_a_run_survives_everything(lab, runs, reference, same_run, measure, foreign):
     name = "long"
     fault = Fault(lab, runs, name, measure)
 
@@ -104,15 +128,22 @@ def test_a_run_survives_everything(lab, runs, reference, same_run, measure):
         runs.wait_end(lab, name, job, "CANCELLED")
         return runs.submit(lab, name, "--slurm.partition=low")
 
+    foreign("start")
     job = runs.submit(lab, name, "--slurm.partition=low")
     refused = subprocess.run(runs.command("submit", name), env=lab.environment, capture_output=True, text=True)
     assert refused.returncode == 2 and f"held by job {job}" in refused.stderr
 
+    runs.wait_attempt(lab, name, job, 1)
+    check_foreign(runs, name, 0, "JSONDecodeError")
     fault.happens("controller restarted", lambda job: lab.do("restart-controller") and None, job, new_attempt=False)
     fault.happens("engine killed", engine, job, new_attempt=False, after=1)
     fault.happens("scontrol requeue", lambda job: lab.ask("scontrol", "requeue", job) and None, job, after=1)
+    fault.happens("foreign error in a rollout worker", lambda job: foreign("decoding"), job)
+    check_foreign(runs, name, runs.attempt(name) - 1, "UnicodeDecodeError")
     fault.happens("rank killed", kill(1, signal.SIGKILL), job)
     fault.happens("preemption without notice", preempt, job)
+    fault.happens("foreign error in a save", lambda job: foreign("save"), job)
+    check_foreign(runs, name, runs.attempt(name) - 1, "zip() argument 2 is shorter")
     fault.happens("rank stopped", kill(3, signal.SIGSTOP), job)
     stacks = runs.path(name) / "attempts" / str(runs.attempt(name) - 1) / "stacks"
     # Whoever's watchdog is the first, all say where they stand before it ends the step. The stopped one may too: Slurm
@@ -131,3 +162,19 @@ def test_a_run_survives_everything(lab, runs, reference, same_run, measure):
         for path in (runs.path(name) / "attempts" / str(attempt) / "tasks").glob("[0-9].json"):
             task = json.loads(path.read_text())
             assert process_start(task["pid"]) != task["start"]
+
+
+def test_a_setting_that_cannot_be_is_not_tried_again(lab, runs):
+    """It shows only where the tasks run: preflight does not see what slurm.setup does to their environment."""
+    name = "refused"
+    job = runs.submit(lab, name, "--slurm.setup=export NVTE_FP8_BLOCK_SCALING_FP32_SCALES=0")
+    runs.wait_end(lab, name, job, "FAILED")
+    assert runs.attempt(name) == 0 and lab.job(job)["Restarts"] == "0"
+    errors = list((runs.path(name) / "attempts" / "0" / "errors").glob("task_*.json"))
+    reasons = [json.loads(path.read_text()) for path in errors]
+    assert any(e["permanent"] and e["text"].startswith("NVTE_FP8_BLOCK_SCALING_FP32_SCALES=0") for e in reasons), (
+        reasons
+    )
+    said = (runs.path(name) / "slurm" / f"{job}_0_log.err").read_text()
+    assert "contradicts the FP32 block scales" in said and "Traceback" not in said
+    assert said.strip().endswith("another attempt would only meet this again: the run ends"), said

@@ -6,11 +6,11 @@ import time
 from pathlib import Path
 
 import pytest
+from tiny import write_model
 
 from fp8slurm.checkpoint import hf_to_fp8
 from fp8slurm.config import RunConfig
 from fp8slurm.core.deadlines import REQUEUE_S
-from fp8slurm.models.tiny import write_model
 from fp8slurm.run.directory import FencedError, RunBusyError, RunDirectory
 from fp8slurm.run.status import statuses
 from fp8slurm.run.task_errors import STOPPED, first_error, record_error
@@ -319,26 +319,26 @@ def test_an_old_attempt_does_not_requeue(config, slurm):
 
 def test_where_requeue_is_disabled_the_job_is_submitted_again(config, slurm, monkeypatch):
     run = begin(config)
-    asked = []
-    monkeypatch.setattr(job, "ask", lambda *command, **_: asked.append(command) or "99\n")
+    commands = []
+    monkeypatch.setattr(job, "ask", lambda *command, **_: commands.append(command) or "99\n")
     (run.path / "slurm").mkdir()
     (run.path / "slurm" / "7_submitted.pkl").write_text("call")
     slurm.refuses = "Requested operation is presently disabled"
     JobLifecycle(config, run, Job("7", 0, "0"), first=True).stopped("step_000004", True)
     said = json.loads((run.attempt_dir / "stopped.json").read_text())
     assert said["resubmitted"] == "99" and "presently disabled" in said["why_not"]
-    assert asked[1][:3] == ("sbatch", "--parsable", "--dependency=afterany:7")
+    assert commands[1][:3] == ("sbatch", "--parsable", "--dependency=afterany:7")
     assert (run.path / "slurm" / "99_submitted.pkl").read_text() == "call"
 
 
 def test_the_jobs_of_a_chain_wait_for_the_resubmitted_one(config, slurm, monkeypatch):
-    run, asked = begin(config), []
+    run, commands = begin(config), []
     links = [{"job_id": "7", "after": []}, {"job_id": "8", "after": ["7"]}]
     (run.path / "chain.json").write_text(json.dumps({"links": links}))
-    monkeypatch.setattr(job, "ask", lambda *command, **_: asked.append(command) or "99\n")
+    monkeypatch.setattr(job, "ask", lambda *command, **_: commands.append(command) or "99\n")
     slurm.refuses = "Requested operation is presently disabled"
     JobLifecycle(config, run, Job("7", 0, "0"), first=True).stopped("step_000004", True)
-    assert ("scontrol", "update", "JobId=8", "Dependency=afterok:99") in asked
+    assert ("scontrol", "update", "JobId=8", "Dependency=afterok:99") in commands
     assert json.loads((run.path / "chain.json").read_text())["links"][0]["job_id"] == "99"
 
 

@@ -95,11 +95,11 @@ PATHS = ("HF_CHECKPOINT=model", "PROMPT_DATA=train.jsonl", "EVAL_DATA=eval.jsonl
 
 @pytest.mark.parametrize("target", SLURM_TARGETS)
 def test_without_slurm(project, target):
-    said = project.refused(target, *PATHS)
-    assert "there is no sbatch on this machine" in said and "login node" in said and "make train-tiny-fp8" in said
+    output = project.refused(target, *PATHS)
+    assert "there is no sbatch on this machine" in output and "login node" in output and "make train-tiny-fp8" in output
     project.slurm("sinfo: error: Unable to contact slurm controller", status=1)
-    said = project.refused(target, *PATHS)
-    assert "Slurm does not answer (sinfo: error: Unable to contact slurm controller)" in said
+    output = project.refused(target, *PATHS)
+    assert "Slurm does not answer (sinfo: error: Unable to contact slurm controller)" in output
 
 
 @pytest.mark.parametrize("target", GPU_TARGETS)
@@ -211,9 +211,9 @@ def test_jobs_keep_their_environment(project):
     project.command(project.folder / ".venv" / "bin" / "fp8slurm", 'printf "%s " "$@"')
     (project.folder / ".venv" / "lib" / "python3.12" / "site-packages" / "transformer_engine").mkdir(parents=True)
     os.utime(project.folder / ".venv" / ".complete", (1, 1))
-    for target, said in (("train-4b-fp8", "submit"), ("all-4b-fp8", "chain"), ("status", "status")):
+    for target, output in (("train-4b-fp8", "submit"), ("all-4b-fp8", "chain"), ("status", "status")):
         done = project.make(target, *PATHS)
-        assert done.returncode == 0 and done.stdout.startswith(said), done
+        assert done.returncode == 0 and done.stdout.startswith(output), done
     assert "environment built" in project.make("setup").stderr
 
 
@@ -227,6 +227,17 @@ def test_tests_are_chosen_by_their_markers(project):
     ):
         ran = project.make(target, "ARGS=-x").stdout.splitlines()[-1]
         assert ran.strip() == f"python -m pytest {how} -x"
+
+
+def test_lint_stops_at_its_first_finding(project):
+    project.environment()
+    tools = {"ruff": "ruff $1", "lint-imports": "lint-imports", "mypy": "mypy"}
+    for name, text in tools.items():
+        project.command(project.folder / ".venv" / "bin" / name, f'echo "{text}"')
+    assert project.make("lint").stdout.splitlines() == ["ruff format", "ruff check", "lint-imports", "mypy"]
+    project.command(project.folder / ".venv" / "bin" / "lint-imports", "echo broken; exit 1")
+    done = project.make("lint")
+    assert done.returncode == 2 and done.stdout.splitlines() == ["ruff format", "ruff check", "broken"]
 
 
 def test_a_folder_that_make_did_not_make_is_never_removed(project):

@@ -94,8 +94,8 @@ def test_a_failing_run_ends_with_the_reason(lab, runs, tmp_path):
     finally:
         del lab.environment["PYTHONPATH"]
     runs.wait_end(lab, name, job, "FAILED")
-    said = (runs.path(name) / "slurm" / f"{job}_0_log.err").read_text()
-    assert "no such answer" in said.strip().splitlines()[-2] + said.strip().splitlines()[-1], said
+    output = (runs.path(name) / "slurm" / f"{job}_0_log.err").read_text()
+    assert "no such answer" in output.strip().splitlines()[-2] + output.strip().splitlines()[-1], output
 
 
 SCRIPT = """#!/bin/bash
@@ -121,11 +121,14 @@ def test_a_job_script_that_may_not_be_requeued_submits_itself_again(lab, runs, r
     def resubmitted(attempt: int, job: str) -> str:
         stopped = runs.path(name) / "attempts" / str(attempt) / "stopped.json"
         runs.wait_end(lab, name, job, empty=False)  # the next job may have begun
-        said = json.loads(stopped.read_text())
-        assert "presently disabled" in said["why_not"] and said["next"] == f"resubmitted as job {said['resubmitted']}"
-        again = lab.job(said["resubmitted"])
+        output = json.loads(stopped.read_text())
+        assert (
+            "presently disabled" in output["why_not"]
+            and output["next"] == f"resubmitted as job {output['resubmitted']}"
+        )
+        again = lab.job(output["resubmitted"])
         assert (again["Partition"], again["Requeue"]) == ("low", "0") and again["NumNodes"] in ("2", "2-2")
-        return said["resubmitted"]
+        return output["resubmitted"]
 
     runs.wait_attempt(lab, name, job, 0)
     runs.wait_step(lab, name, job, 3)

@@ -24,8 +24,8 @@ OWN = {"output", "error", "job-name"}
 
 
 def directives(text: str) -> dict[str, str]:
-    found = re.findall(r"^#SBATCH --([a-z-]+)(?:=(\S+))?", text, re.M)
-    return {name: value for name, value in found if name not in OWN}
+    pairs = re.findall(r"^#SBATCH --([a-z-]+)(?:=(\S+))?", text, re.M)
+    return {name: value for name, value in pairs if name not in OWN}
 
 
 def lines(text: str) -> list[str]:
@@ -95,9 +95,9 @@ def test_a_hand_written_script_gives_the_run_that_submit_gives(start_lab, runs):
     assert text.count(recipe) == 1
     file = runs.folder / "train.sbatch"
     file.write_text(text.replace(recipe, "--recipe tiny-fp8 "))
-    asked = ["sbatch", "--parsable", "--gpus-per-node=0", "--mem=8G", "--time=30", f"--chdir={ROOT}"]
+    command = ["sbatch", "--parsable", "--gpus-per-node=0", "--mem=8G", "--time=30", f"--chdir={ROOT}"]
     less = ["--ntasks-per-node=2", "--cpus-per-task=1", f"--output={runs.folder}/hand-%j.log"]
-    by_hand = lab.ask(*asked, *less, str(file), *runs.flags("hand", *more)[2:]).strip()
+    by_hand = lab.ask(*command, *less, str(file), *runs.flags("hand", *more)[2:]).strip()
     by_submit = runs.submit(lab, "submitted", *more)
     runs.wait_end(lab, "submitted", by_submit)
     runs.wait_end(lab, "hand", by_hand)
@@ -107,7 +107,7 @@ def test_a_hand_written_script_gives_the_run_that_submit_gives(start_lab, runs):
     assert owner["job"] == by_hand
 
     less = ["--cpus-per-task=2", f"--output={runs.folder}/eval-%j.log"]
-    job = lab.ask(*asked, *less, str(FOLDER / "eval_fp8.sbatch"), f"--run={runs.path('hand')}", "--dry-run").strip()
+    job = lab.ask(*command, *less, str(FOLDER / "eval_fp8.sbatch"), f"--run={runs.path('hand')}", "--dry-run").strip()
     runs.wait_end(lab, "hand", job)
     log = (runs.folder / f"eval-{job}.log").read_text()
     assert "step_000002" in log and "held_out" in log, log

@@ -175,8 +175,8 @@ def test_dry_runs_of_what_only_a_job_calls_are_refused(command, capsys):
     from fp8slurm.cli import main
 
     assert main([*command, "--recipe", "tiny-fp8", "--dry-run"]) == 2
-    said = capsys.readouterr().err
-    assert "--dry-run: " in said and "fp8slurm submit --dry-run" in said
+    output = capsys.readouterr().err
+    assert "--dry-run: " in output and "fp8slurm submit --dry-run" in output
 
 
 def test_of_several_partitions_one_must_fit(slurm):

@@ -1,5 +1,6 @@
 """What a task does before it is a rank or a rollout worker."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -119,6 +120,98 @@ def test_a_failed_task_of_a_replaced_attempt_tells_srun_nothing(
     done = run(FAIL.format(path=str(tmp_path), in_slurm=in_slurm), PATH="/nonexistent")
     assert (done.returncode, "ZeroDivisionError" in done.stderr) == (status, True), done.stderr
     assert "ZeroDivisionError" in (tmp_path / "attempts" / "0" / "errors" / "task_0.json").read_text()
+
+
+ENDS = """
+from pathlib import Path
+import errno, json, numpy
+from fp8slurm.core.errors import BadCheckpoint, InputError
+from fp8slurm.run.directory import FencedError, RunDirectory
+c = RunConfig()
+p = place(c)
+class Permanent(RuntimeError):
+    permanent = True
+def fails(error):
+    def rank_main(*_):
+        if isinstance(error, Exception):
+            raise error
+        error()
+    return rank_main
+errors = {{
+    "json": lambda: json.loads(""),
+    "text": lambda: b"\\xff".decode(),
+    "lists": lambda: list(zip([1], [], strict=True)),
+    "numpy": lambda: numpy.zeros(3).reshape(2, 2),
+    "pydantic": lambda: RunConfig(run={{"steps": -1}}),
+    "stale": OSError(errno.ESTALE, "Stale file handle", "/data/train.jsonl"),
+    "torn": BadCheckpoint("model.safetensors: truncated"),
+    "input": InputError("--data.train nowhere: there is no such path"),
+    "fenced": FencedError("attempt 1 has begun"),
+    "says": Permanent("stopped"),
+}}
+for name, error in errors.items():
+    folder = Path({path!r}) / name
+    for part in ("tasks", "errors"):
+        (folder / "attempts" / "0" / part).mkdir(parents=True)
+    task.rank_main = fails(error)
+    if (child := os.fork()) == 0:
+        task.be_task(c, RunDirectory(folder, 0), p, p.tasks[0], None)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1, name
+"""
+
+
+def test_what_is_permanent_and_what_is_shown(tmp_path: Path) -> None:
+    """Errors of other libraries cost a requeue, though they are ValueErrors, and say where they come from."""
+    done = run(ENDS.format(path=str(tmp_path)))
+    assert done.returncode == 0, done.stderr
+    errors = {p.parts[-5]: json.loads(p.read_text()) for p in tmp_path.glob("*/attempts/0/errors/task_0.json")}
+    assert {name for name, e in errors.items() if e["permanent"]} == {"input", "fenced", "says"}
+    lines = {name: e["text"] for name, e in errors.items() if "Traceback" not in e["text"]}
+    assert lines == {"torn": "model.safetensors: truncated", "input": "--data.train nowhere: there is no such path"}
+    for name, frame, text in (
+        ("json", "json/decoder.py", "Expecting value: line 1 column 1"),
+        ("text", 'File "<string>"', "UnicodeDecodeError"),
+        ("lists", 'File "<string>"', "zip() argument 2 is shorter"),
+        ("numpy", 'File "<string>"', "cannot reshape array"),
+        ("pydantic", "pydantic/main.py", "run.steps"),
+        ("stale", "slurm/task.py", "/data/train.jsonl"),
+    ):
+        assert frame in errors[name]["text"] and text in errors[name]["text"], errors[name]["text"]
+
+
+BEGINS = """
+from pathlib import Path
+import json
+from fp8slurm.core.errors import InputError
+from fp8slurm.scheduler.job import Job
+from fp8slurm.slurm import attempt, worker
+c, path = RunConfig(slurm={{"executor": "slurm"}}), Path({path!r})
+attempt.settle_configuration = lambda *_: {raises}
+try:
+    worker.work(c.model_dump_json(), str(path))
+except BaseException as error:
+    print(type(error).__name__, error)
+found = attempt.find(path, Job("7", 0, "0"))
+print("begun" if found else "not begun")
+"""
+
+
+@pytest.mark.parametrize(
+    ("raises", "ends", "begun", "permanent"),
+    [
+        ("json.loads('')", "JSONDecodeError Expecting value: line 1 column 1 (char 0)", "begun", False),
+        ("(_ for _ in ()).throw(InputError('another run'))", "SystemExit 2", "not begun", True),
+    ],
+)
+def test_an_attempt_that_fails_while_it_begins(
+    tmp_path: Path, raises: str, ends: str, begun: str, permanent: bool
+) -> None:
+    """One that another attempt may mend is left as begun: only so the job script finds it, and requeues the job."""
+    code = BEGINS.format(path=str(tmp_path), raises=raises)
+    job = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_NODEID": "0"}
+    assert start(code, PATH="/nonexistent", **job).splitlines() == [ends, begun]
+    error = json.loads((tmp_path / "attempts" / "0" / "errors" / "task_0.json").read_text())
+    assert error["permanent"] is permanent and ("json/decoder.py" in error["text"]) is not permanent
 
 
 ENDED = """

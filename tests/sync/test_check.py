@@ -8,11 +8,11 @@ from pathlib import Path
 from queue import Queue
 
 import pytest
+import tiny
 import torch
 
 from fp8slurm.checkpoint import hf_to_fp8
 from fp8slurm.config import RunConfig
-from fp8slurm.models import tiny
 from fp8slurm.models.names import NameTable
 from fp8slurm.models.qwen3 import ModelSpec, QuantizationSpec
 from fp8slurm.rollout.worker import engine_checkpoint

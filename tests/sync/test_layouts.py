@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from sender import LAST
+from tiny import write_model
 from w8a8_reference import reference
 
 from fp8slurm.checkpoint import hf_to_fp8
@@ -23,7 +24,6 @@ from fp8slurm.engine.inside.digest import expected_digests, first_difference
 from fp8slurm.engine.server import Engine, EngineError, EngineSettings
 from fp8slurm.models.names import NameTable
 from fp8slurm.models.qwen3 import ModelSpec, QuantizationSpec
-from fp8slurm.models.tiny import write_model
 from fp8slurm.sync.engine_link import EngineLink
 from fp8slurm.sync.groups import Group, host_store, publish
 from fp8slurm.sync.plan import source_names

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny import model_config
 from two_ranks import laid_together
 
 from fp8slurm.fp8.block import BlockFP8
@@ -12,7 +13,6 @@ from fp8slurm.fp8.policy import decide
 from fp8slurm.fp8.quantize import quantize
 from fp8slurm.models.names import Entry, NameTable
 from fp8slurm.models.qwen3 import ModelSpec, QuantizationSpec
-from fp8slurm.models.tiny import model_config
 from fp8slurm.sync import stream as stream_module
 from fp8slurm.sync.stream import WeightStream
 from fp8slurm.trainer import primary_fp8

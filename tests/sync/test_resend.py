@@ -10,9 +10,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+from tiny import write_model
+from tiny_task import write_data
 
-from fp8slurm.data.tiny_task import write_data
-from fp8slurm.models.tiny import write_model
 from fp8slurm.observe.metrics import read_metrics
 
 pytestmark = pytest.mark.slow

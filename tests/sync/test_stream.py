@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import model_config
 from two_ranks import laid_together
 
 from fp8slurm.fp8.policy import decide
 from fp8slurm.fp8.quantize import quantize
 from fp8slurm.models.names import NameTable
 from fp8slurm.models.qwen3 import ModelSpec, QuantizationSpec
-from fp8slurm.models.tiny import model_config
 from fp8slurm.sync.bucket import WeightBucket, layout, payload_bytes
 from fp8slurm.sync.plan import plan, source_names  # noqa: F401 (for the script below)
 from fp8slurm.sync.stream import Cut, WeightStream, parse_description  # noqa: F401
@@ -216,7 +216,7 @@ CASES = {
 WORKER = """
 import sys, torch, torch.distributed as dist
 from pathlib import Path
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {paths!r}
 from test_stream import *
 from fp8slurm.sync.groups import Group, connect_store, host_store, publish
 
@@ -277,7 +277,9 @@ if rank == 0:
 def test_two_ranks_send_the_converters_bytes(tmp_path):
     """Two ranks and a rollout worker over real gloo, dense and experts; slices quantized where they lie, where the cut permits;
     bytes and messages are those of `traffic`."""
-    script = textwrap.dedent(WORKER).format(tests=str(Path(__file__).parent))
+    tests = Path(__file__).parent
+    paths = [str(tests), str(tests.parents[1] / "tools")]
+    script = textwrap.dedent(WORKER).format(paths=paths)
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", script, str(r), str(tmp_path)],

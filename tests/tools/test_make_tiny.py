@@ -3,11 +3,11 @@ import json
 from pathlib import Path
 
 import pytest
+import tiny
+import tiny_task
 import torch
 
-from fp8slurm.data import tiny_task
 from fp8slurm.data.prompts import load_tokenizer
-from fp8slurm.models import tiny
 
 PATH = Path(__file__).resolve().parents[2] / "tools" / "make_tiny.py"
 spec = importlib.util.spec_from_file_location("make_tiny", PATH)

@@ -15,19 +15,19 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tools" / "gpu")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "tools" / "gpu")]
 
 import torch  # noqa: E402
 
 
 def main() -> None:
     from random_model import KNOWN
+    from tiny import weight_shapes
 
     from fp8slurm.fp8.block import E4M3, BlockFP8, scale_shape
     from fp8slurm.fp8.policy import decide
     from fp8slurm.fp8.quantize import quantize
     from fp8slurm.fp8.triton_quantize import GroupedLaunch, Launch
-    from fp8slurm.models.tiny import weight_shapes
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="Qwen3-4B")

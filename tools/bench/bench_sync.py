@@ -24,13 +24,14 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 SHAPES = {"4b": "Qwen3-4B", "30b-a3b": "Qwen3-30B-A3B"}
 
 
 def config_of(args: argparse.Namespace) -> dict[str, Any]:
     """config.json of the shape, in block FP8."""
-    from fp8slurm.models import tiny
+    import tiny
+
     from fp8slurm.models.qwen3 import QuantizationSpec
 
     if args.shape == "tiny":

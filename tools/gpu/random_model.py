@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import torch
 
-from fp8slurm.models import tiny
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+import tiny  # noqa: E402
 
 KNOWN = Path(__file__).resolve().parents[2] / "fp8slurm" / "models" / "known"
 

@@ -136,7 +136,7 @@ def tests(v: Visit) -> None:
     faults(v)
     v.test("test-experts", min(2, v.gpus), 0.05, "tests/e2e/test_gpus.py", "-k", "experts")
     v.test("test-nccl", 0, 0.05, "tests/e2e/test_gpus.py", "-k", "nccl_from")
-    v.test("test-units", 1, 0.05, "tests/fp8", "tests/trainer/test_gpu.py", "tests/sync/test_memory.py")
+    v.test("test-units", 1, 0.05, "tests/fp8", "tests/trainer/test_gpu.py", "tests/core/test_gpu_memory.py")
     v.test("test-sync", min(2, v.gpus), 0.05, "tests/sync/test_gpu.py")
 
 

@@ -91,9 +91,8 @@ def check_bandwidth(node: int, nodes: int, address: str, where: Path, gpus: int)
             "device": index if gpus else None,
         }
         command = [sys.executable, "-m", "fp8slurm.check.doctor.bandwidth", json.dumps(arguments)]
-        workers.append(
-            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        )
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        workers.append(subprocess.Popen(command, env=environment, text=True, **pipes))
     kind = "NCCL" if gpus else "gloo"
     deadline = time.monotonic() + LIMIT_S
     try:

@@ -37,7 +37,7 @@ def main(argv: list[str]) -> int:
     )
     names = ", ".join(recipe_names())
     parser.add_argument(
-        "--recipe", action="append", default=[], help=f"{names}, or the path of a .toml file; may be repeated"
+        "--recipe", action="append", default=[], help=f"{names}, or a .toml file's path; may be repeated"
     )
     parser.add_argument(
         "--slurm",
@@ -45,15 +45,13 @@ def main(argv: list[str]) -> int:
         help="over the nodes of this allocation, or as a job with the first recipe's [slurm]",
     )
     parser.add_argument(
-        "--quick", action="store_true", help="leave out the all-reduce and the comparison with the memory plan"
+        "--quick", action="store_true", help="leave out the all-reduce and the check of the memory plan"
     )
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
     parser.add_argument("--svg", metavar="FILE", help="also write the output as a picture")
     own, flags = parser.parse_known_args(argv)
     if flags and not own.recipe:
-        raise InputError(
-            f"{flags[0]}: settings change a recipe, and there is no --recipe; --help lists the doctor's own"
-        )
+        raise InputError(f"{flags[0]}: settings change a recipe, and there is no --recipe; --help lists the others")
     configs = [parse(recipe, flags, "fp8slurm doctor") for recipe in own.recipe]
     if own.svg:
         check_file(Path(own.svg), "--svg")
@@ -77,7 +75,7 @@ def _look(configs: list, over_slurm: bool, quick: bool) -> list[Finding]:
 
         if not available():
             raise InputError(
-                "--slurm: there is no Slurm on this machine (sbatch, srun, scontrol, squeue); run this on a login node"
+                "--slurm: there is no Slurm on this machine (sbatch, srun, squeue); run this on a login node"
             )
         controller = list(check_slurm(configs))
         if "SLURM_JOB_ID" not in os.environ and worst(controller) == "error":
@@ -121,9 +119,8 @@ def _show(findings: list[Finding], svg: str | None, command: list[str]) -> None:
         picture = Console(record=True, width=150, highlight=False, file=open(os.devnull, "w"))
         render(findings, picture)
         # without rich's fonts, which a viewer would fetch from somewhere
-        text = re.sub(
-            r"@font-face \{.*?\}\s*|<!--.*?-->\s*", "", picture.export_svg(title=" ".join(command)), flags=re.S
-        )
+        drawn = picture.export_svg(title=" ".join(command))
+        text = re.sub(r"@font-face \{.*?\}\s*|<!--.*?-->\s*", "", drawn, flags=re.S)
         with open(svg, "w") as file:
             file.write(text)
 

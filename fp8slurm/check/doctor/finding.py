@@ -28,7 +28,7 @@ class Finding:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Finding:
-        return cls(**{k: str(values[k]) for k in ("check", "level", "text", "fix", "node")})  # type: ignore[arg-type]
+        return cls(**{k: values[k] for k in ("check", "level", "text", "fix", "node")})
 
 
 @dataclass(frozen=True)

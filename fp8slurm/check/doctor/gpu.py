@@ -21,16 +21,7 @@ FP8_ENGINE, FP8_TRAINER, NOT_TRIED = (8, 9), (9, 0), (10, 0)
 USED_BY_OTHERS = (500, 4000)
 """MiB in use before anything was started: a warning, an error."""
 
-QUERY = (
-    "index",
-    "name",
-    "uuid",
-    "driver_version",
-    "compute_cap",
-    "memory.total",
-    "memory.used",
-    "ecc.errors.uncorrected.volatile.total",
-)
+QUERY = "index,name,uuid,driver_version,compute_cap,memory.total,memory.used,ecc.errors.uncorrected.volatile.total"
 
 
 @dataclass(frozen=True)
@@ -65,24 +56,14 @@ def parse(text: str) -> list[Gpu]:
     for line in text.strip().splitlines():
         index, name, uuid, driver, capability, total, used, ecc = (v.strip() for v in line.split(","))
         major, _, minor = capability.partition(".")
-        gpus.append(
-            Gpu(
-                index,
-                name,
-                uuid,
-                driver,
-                (int(major), int(minor)),
-                int(total),
-                int(used),
-                int(ecc) if ecc.isdigit() else None,
-            )
-        )
+        errors = int(ecc) if ecc.isdigit() else None
+        gpus.append(Gpu(index, name, uuid, driver, (int(major), int(minor)), int(total), int(used), errors))
     return gpus
 
 
 def visible() -> list[Gpu]:
     """The GPUs of this node that this process may use (Slurm's, or CUDA_VISIBLE_DEVICES')."""
-    text = nvidia_smi(f"--query-gpu={','.join(QUERY)}", "--format=csv,noheader,nounits")
+    text = nvidia_smi(f"--query-gpu={QUERY}", "--format=csv,noheader,nounits")
     gpus = parse(text) if text else []
     given = slurm.gpu_list()
     return [g for g in gpus if g.index in given or g.uuid in given] if given else gpus
@@ -166,13 +147,11 @@ def _used(gpus: list[Gpu], allowed: bool) -> Iterator[Finding]:
         yield GPU.ok(f"GPU memory is free ({max(g.used for g in gpus)} MiB in use)")
         return
     shown = ", ".join(f"GPU {g.index}: {g.used} of {g.total} MiB" for g in busy)
-    level = "error" if any(g.used > USED_BY_OTHERS[1] for g in busy) and not allowed else "warning"
-    yield Finding(
-        "gpu",
-        level,
+    finding = GPU.error if any(g.used > USED_BY_OTHERS[1] for g in busy) and not allowed else GPU.warning
+    yield finding(
         f"memory in use by others: {shown}",
-        "nvidia-smi shows by whom; end what is left of your own jobs, ask for whole nodes (--slurm.sbatch exclusive true), "
-        "or start beside them (--slurm.share-gpus)",
+        "nvidia-smi shows by whom; end what is left of your own jobs, ask for whole nodes (--slurm.sbatch exclusive "
+        "true), or start beside them (--slurm.share-gpus)",
     )
 
 
@@ -184,9 +163,7 @@ def _ecc(gpus: list[Gpu]) -> Iterator[Finding]:
             "leave the node out (--slurm.exclude) and tell the site",
         )
     if not bad and all(g.ecc_errors is None for g in gpus):
-        yield GPU.warning(
-            "ECC is off, or the cards have none: a flipped bit goes unnoticed", "ask the site to switch it on"
-        )
+        yield GPU.warning("ECC is off, or the cards have none: flipped bits go unnoticed", "ask the site to turn it on")
     elif not bad:
         yield GPU.ok("no uncorrected memory errors")
 

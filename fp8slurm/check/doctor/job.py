@@ -37,9 +37,7 @@ def over_nodes(configs: list[RunConfig], quick: bool, say: Callable[[str], None]
         InputError: no recipe, or Slurm refuses the job.
     """
     if not configs:
-        raise InputError(
-            "--slurm needs --recipe: its [slurm] says how many nodes, and which, its paths what to look for"
-        )
+        raise InputError("--slurm needs --recipe: its [slurm] says how many nodes, and which; its paths, what for")
     root = configs[0].run.root.resolve()
     root.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=".doctor-", dir=root))
@@ -74,9 +72,7 @@ def collect(folder: Path, nodes: list[str]) -> list[Finding]:
         last = [line for line in log.splitlines() if line.strip()][-3:]
         fix = "the same Python and paths must be there on every node; srun -w NODE python --version"
         merged.append(
-            SLURM.error(
-                f"no word from {', '.join(silent)}: {' | '.join(last) or 'nothing in the log'}", fix, ",".join(silent)
-            )
+            SLURM.error(f"no word from {', '.join(silent)}: {' | '.join(last) or 'empty log'}", fix, ",".join(silent))
         )
     return merged
 

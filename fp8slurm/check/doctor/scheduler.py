@@ -27,9 +27,7 @@ def settings() -> dict[str, str]:
 def check_slurm(configs: list[RunConfig]) -> Iterator[Finding]:
     """Requeueing, signals, preemption and time limits, asked of the controller."""
     if not slurm.available():
-        yield SLURM.warning(
-            "no Slurm on this machine: only --slurm.executor local works", "run the doctor on a login node"
-        )
+        yield SLURM.warning("no Slurm on this machine: only --slurm.executor local works", "run it on a login node")
         return
     try:
         controller = settings()

@@ -90,18 +90,7 @@ SETS = (
     ),
 )
 
-OURS = (
-    "safetensors",
-    "pydantic",
-    "tyro",
-    "rich",
-    "requests",
-    "numpy",
-    "psutil",
-    "pyarrow",
-    "matplotlib",
-    "tensorboard",
-)
+OURS = "safetensors pydantic tyro rich requests numpy psutil pyarrow matplotlib tensorboard".split()
 """Other packages that pyproject.toml names: any version, but there."""
 
 
@@ -164,9 +153,7 @@ def _packages(needs_te: bool) -> Iterator[Finding]:
     elif chosen is None:
         known = ", ".join(f"{s.packages['torch']} ({'CUDA ' + s.cuda if s.cuda else 'CPU'})" for s in SETS)
         kind = f"CUDA {torch_cuda()}" if torch_cuda() else "CPU"
-        yield PACKAGES.warning(
-            f"torch {torch} ({kind}) is in no version set that was looked at: {known}", "docs/install.md"
-        )
+        yield PACKAGES.warning(f"torch {torch} ({kind}) is in no known version set: {known}", "docs/install.md")
     expected = (chosen or SETS[0]).packages if torch else {}
     wrong = 0
     for name, version in expected.items():
@@ -192,9 +179,8 @@ def _packages(needs_te: bool) -> Iterator[Finding]:
             "install it on the GPU nodes (docs/install.md), or --fp8.backend emulated (CPU) or off",
         )
     if chosen and not missing and not wrong:
-        main = ", ".join(
-            f"{n} {installed(n)}" for n in ("torch", "megatron-core", "sglang", "transformer-engine") if installed(n)
-        )
+        names = (n for n in ("torch", "megatron-core", "sglang", "transformer-engine") if installed(n))
+        main = ", ".join(f"{n} {installed(n)}" for n in names)
         yield PACKAGES.ok(f"version set {chosen.name}, {chosen.seen}: {main}")
 
 

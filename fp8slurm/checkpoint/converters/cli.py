@@ -40,26 +40,12 @@ def size(text: str) -> int:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The flags that all converters have."""
     defaults = ConvertOptions()
-    parser.add_argument(
-        "--jobs",
-        type=int,
-        metavar="N",
-        help=f"threads (default: all {defaults.threads} cores, or as many as --max-memory has buffers for)",
-    )
-    parser.add_argument(
-        "--max-memory",
-        type=int,
-        default=defaults.memory_mib,
-        metavar="MIB",
-        help="memory for buffers in MiB, on top of the imports (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--max-shard-size",
-        type=size,
-        default=defaults.max_shard_bytes,
-        metavar="SIZE",
-        help="largest output file, e.g. 5GB (default: 2GiB)",
-    )
+    threads = f"threads (default: all {defaults.threads} cores, or as many as --max-memory has buffers for)"
+    parser.add_argument("--jobs", type=int, metavar="N", help=threads)
+    memory, buffers = defaults.memory_mib, "memory for buffers in MiB, on top of the imports (default: %(default)s)"
+    parser.add_argument("--max-memory", type=int, default=memory, metavar="MIB", help=buffers)
+    largest, shard = defaults.max_shard_bytes, "largest output file, e.g. 5GB (default: 2GiB)"
+    parser.add_argument("--max-shard-size", type=size, default=largest, metavar="SIZE", help=shard)
     parser.add_argument("--no-verify", action="store_true", help="do not read the output back and check it")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
     parser.add_argument("--dry-run", action="store_true", help="print sizes and free space, write nothing")
@@ -68,21 +54,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def add_fp8_options(parser: argparse.ArgumentParser) -> None:
     """The flags of converters that quantize."""
-    parser.add_argument(
-        "--modules-to-not-convert",
-        nargs="+",
-        default=[],
-        metavar="MODULE",
-        help="modules to keep as they are, by full name, an ancestor's, or their last components",
-    )
+    kept = "modules to keep as they are, by full name, an ancestor's, or their last components"
+    parser.add_argument("--modules-to-not-convert", nargs="+", default=[], metavar="MODULE", help=kept)
     parser.add_argument("--power-of-two", action="store_true", help="scales that are powers of two (ue8m0)")
 
 
 def add_origin(parser: argparse.ArgumentParser) -> None:
     """The flag of converters out of torch_dist."""
-    parser.add_argument(
-        "--origin-hf-dir", required=True, metavar="HF", help="Hugging Face folder with the config and the tokenizer"
-    )
+    origin = "Hugging Face folder with the config and the tokenizer"
+    parser.add_argument("--origin-hf-dir", required=True, metavar="HF", help=origin)
 
 
 def convert(name: str, args: argparse.Namespace) -> int:
@@ -147,9 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name.endswith("to-fp8"):
             add_fp8_options(command)
         if name == "hf-to-fp8":
-            command.add_argument(
-                "--list", action="store_true", help="print what would be quantized and why, write nothing"
-            )
+            command.add_argument("--list", action="store_true", help="print what would be quantized and why")
         add_options(command)
     args = parser.parse_args(argv)
     return convert(args.name, args)

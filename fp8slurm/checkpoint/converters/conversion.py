@@ -196,9 +196,8 @@ def plan(
     input_files = list(input_files)
     shards = pack(works, options.max_shard_bytes)
     digest = hashlib.sha256(b"".join(s.layout.header for s in shards))
-    digest.update(
-        repr([(type(w).__name__, getattr(w, "power_of_two", None)) for s in shards for w in s.works]).encode()
-    )
+    kinds = [(type(w).__name__, getattr(w, "power_of_two", None)) for s in shards for w in s.works]
+    digest.update(repr(kinds).encode())
     fingerprint = {
         "format": FORMAT,
         "kind": kind,

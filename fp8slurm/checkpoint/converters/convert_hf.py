@@ -15,9 +15,9 @@ from fp8slurm.checkpoint.formats.hf_folder import HfFolder, open_hf
 from fp8slurm.checkpoint.formats.safetensors_file import TensorInfo
 from fp8slurm.checkpoint.formats.sources import SCALE_SUFFIX, DequantizedSource, HfSource, Source
 from fp8slurm.core.errors import BadCheckpoint, InputError
-from fp8slurm.fp8 import BLOCK
 from fp8slurm.fp8.block import FLOAT_DTYPES
 from fp8slurm.fp8.policy import LINEAR, Decision, decide, engine_matrix, has_effect, kept_name
+from fp8slurm.models.qwen3 import QuantizationSpec
 
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 Decided = tuple[TensorInfo, Decision]
@@ -38,8 +38,8 @@ def decisions(tensors: Iterable[TensorInfo], own: Sequence[str] = (), given: Seq
             example = next(alone, modules[0])
             parent, _, last = example.rpartition(".")
             raise InputError(
-                f"--modules-to-not-convert {entry}: the model has no such module; allowed: a full name, an ancestor's, or "
-                f"last components, such as {example}, {parent} or {last}"
+                f"--modules-to-not-convert {entry}: the model has no such module; allowed: a full name, an ancestor's, "
+                f"or last components, such as {example}, {parent} or {last}"
             )
     made = []
     for info in tensors:
@@ -58,8 +58,8 @@ def _check_whole_matrices(made: Sequence[Decided]) -> None:
         other = quantized.get(engine_matrix(_module(info))) if decision.entry is not None else None
         if other is not None:
             raise InputError(
-                f"modules_to_not_convert: {decision.entry} keeps {_module(info)} but not {other}; SGLang holds both in one "
-                f"matrix, so all of {engine_matrix(other)} or nothing of it can be kept (--modules-to-not-convert)"
+                f"modules_to_not_convert: {decision.entry} keeps {_module(info)} but not {other}; SGLang holds both in "
+                f"one matrix, so all of {engine_matrix(other)} or nothing of it can be kept (--modules-to-not-convert)"
             )
 
 
@@ -82,13 +82,8 @@ def fp8_config(config: dict[str, Any], made: Sequence[Decided], power_of_two: bo
     """
     routers = [_module(info) for info, _ in made if info.name.endswith(".mlp.gate.weight")]
     kept = [kept_name(_module(info)) for info, decision in made if decision.entry is not None]
-    quantization: dict[str, Any] = {
-        "quant_method": "fp8",
-        "fmt": "e4m3",
-        "activation_scheme": "dynamic",
-        "weight_block_size": [BLOCK, BLOCK],
-        "modules_to_not_convert": list(dict.fromkeys(["lm_head", *routers, *kept])),
-    }
+    spec = QuantizationSpec(modules_to_not_convert=tuple(dict.fromkeys(["lm_head", *routers, *kept])))
+    quantization = spec.to_config()
     if power_of_two:
         quantization["scale_fmt"] = "ue8m0"
     return {**config, "quantization_config": quantization}
@@ -114,19 +109,15 @@ def is_fp8(folder: HfFolder) -> bool:
 def fp8_block(folder: HfFolder) -> tuple[int, int]:
     """Block size of an FP8 folder, from its config. BadCheckpoint for another kind of quantization."""
     quantization = folder.config["quantization_config"]
-    block = quantization.get("weight_block_size") if isinstance(quantization, dict) else None
-    method, fmt = (
-        (quantization.get("quant_method"), quantization.get("fmt", "e4m3"))
-        if isinstance(quantization, dict)
-        else (quantization, None)
-    )
-    good = isinstance(block, list) and len(block) == 2 and all(isinstance(b, int) and b > 0 for b in block)
-    if method != "fp8" or fmt != "e4m3" or not good:
+    values = quantization if isinstance(quantization, dict) else {"quant_method": quantization}
+    method, fmt, block = values.get("quant_method"), values.get("fmt", "e4m3"), values.get("weight_block_size")
+    sizes = [b for b in block if isinstance(b, int) and b > 0] if isinstance(block, list) else []
+    if method != "fp8" or fmt != "e4m3" or len(sizes) != 2 or sizes != block:
         raise BadCheckpoint(
             f"{folder.path}: quantization_config with quant_method {method!r}, fmt {fmt!r}, weight_block_size "
             f"{block!r} cannot be read; allowed: fp8, e4m3, [rows, columns]"
         )
-    return block[0], block[1]
+    return sizes[0], sizes[1]
 
 
 def _files(folder: HfFolder) -> list[Path]:

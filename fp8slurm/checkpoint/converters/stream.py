@@ -217,8 +217,9 @@ def verify_shard(shard: Shard, path: Path, digests: Digests, options: ConvertOpt
             raise BadCheckpoint(f"{path}: {item[0]} does not read back as it was written (at byte {item[1]})")
         progress.advance(nbytes)
 
+    items: list[Work | tuple[str, int]] = [*digests, *shard.works]
     try:
-        in_threads(options.threads, [*digests, *shard.works], check)
+        in_threads(options.threads, items, check)
     finally:
         files.close()
 

@@ -14,26 +14,18 @@ import pickle
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
+from torch.distributed.checkpoint import metadata
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    StorageMeta,
-    TensorProperties,
-    TensorStorageMetadata,
-)
 
 from fp8slurm.checkpoint.converters.output import OutputFolder, disk_full, write_durably
 from fp8slurm.checkpoint.converters.progress import Progress
 from fp8slurm.checkpoint.converters.stream import ConvertOptions, in_threads, one_thread_each
 from fp8slurm.checkpoint.formats.megatron_names import Run, megatron_from_hf, other_names, overlap
 from fp8slurm.checkpoint.formats.safetensors_file import TensorInfo
-from fp8slurm.checkpoint.formats.sources import Source, scratch
+from fp8slurm.checkpoint.formats.sources import Source, as_bytes, scratch
 from fp8slurm.core.errors import InputError
 from fp8slurm.models.names import Entry, NameTable
 from fp8slurm.models.qwen3 import ModelSpec
@@ -41,13 +33,8 @@ from fp8slurm.models.qwen3 import ModelSpec
 CHUNK_BYTES = 64 << 20
 # modules whose FP8 state a TransformerEngine model wants to find, empty, in a checkpoint
 _WITH_EXTRA_STATE = (
-    "self_attention.core_attention",
-    "self_attention.linear_qkv",
-    "self_attention.linear_proj",
-    "self_attention.q_layernorm",
-    "self_attention.k_layernorm",
-    "mlp.linear_fc1",
-    "mlp.linear_fc2",
+    *(f"self_attention.{m}" for m in "core_attention linear_qkv linear_proj q_layernorm k_layernorm".split()),
+    *("mlp.linear_fc1", "mlp.linear_fc2"),
 )
 _EXPERT_EXTRA_STATE = ("mlp.experts.experts.linear_fc1", "mlp.experts.experts.linear_fc2")
 
@@ -89,9 +76,7 @@ def _dtype_of(entry: Entry, source: Source, stacked: dict[str, TensorInfo]) -> t
         first = stacked.setdefault(entry.checkpoint_key, info)
         if info.dtype != first.dtype:
             dtypes = (f"{i.name} ({str(i.dtype).removeprefix('torch.')})" for i in (first, info))
-            raise InputError(
-                f"{' and '.join(dtypes)} become one tensor, {entry.checkpoint_key}: they must have one dtype"
-            )
+            raise InputError(f"{' and '.join(dtypes)} become one tensor, {entry.checkpoint_key}: allowed: one dtype")
     return first.dtype
 
 
@@ -162,7 +147,7 @@ class _Counting(io.RawIOBase):
 def _save(value: Any, file: Any) -> int:
     """torch.save; returns the archive's length."""
     counting = _Counting(file)
-    torch.save(value, counting)
+    torch.save(value, cast(IO[bytes], counting))
     return counting.count
 
 
@@ -183,14 +168,8 @@ def _write_file(file: DistFile, output: OutputFolder, source: Source, progress: 
                 runs = runs if chunk.entry.name in runs else {chunk.entry.name: megatron_from_hf(chunk.entry)}
                 data = _read_chunk(source, runs[chunk.entry.name], chunk)
                 # a storage of exactly this size: torch.save writes whole storages
-                lengths.append(
-                    _save(
-                        torch.frombuffer(memoryview(data.view(-1).view(torch.uint8).numpy()), dtype=chunk.dtype).view(
-                            chunk.sizes
-                        ),
-                        out,
-                    )
-                )
+                exact = torch.frombuffer(as_bytes(data), dtype=chunk.dtype)
+                lengths.append(_save(exact.view(chunk.sizes), out))
                 progress.advance(chunk.nbytes)
             out.flush()
             os.fsync(out.fileno())
@@ -236,7 +215,7 @@ def _write_metadata(
     files: Sequence[DistFile], lengths: dict[str, list[int]], folder: Path, spec: ModelSpec
 ) -> set[str]:
     tensors: dict[str, Any] = {}
-    places: dict[MetadataIndex, _StorageInfo] = {}
+    places: dict[metadata.MetadataIndex, _StorageInfo] = {}
     for file in files:
         at = 0
         for chunk, length in zip(file.chunks, lengths[file.name], strict=True):
@@ -246,21 +225,21 @@ def _write_metadata(
             # under each name that some layer spec looks for, but stored once
             for key in (entry.checkpoint_key, *other_names(entry.checkpoint_key)):
                 size = torch.Size([*lead, *entry.shape])
-                record = tensors.setdefault(key, TensorStorageMetadata(TensorProperties(dtype=chunk.dtype), size, []))
-                places[MetadataIndex(key, offsets, len(record.chunks))] = _StorageInfo(file.name, at, length)
-                record.chunks.append(ChunkStorageMetadata(offsets, torch.Size(chunk.sizes)))
+                properties = metadata.TensorProperties(dtype=chunk.dtype)
+                record = tensors.setdefault(key, metadata.TensorStorageMetadata(properties, size, []))
+                places[metadata.MetadataIndex(key, offsets, len(record.chunks))] = _StorageInfo(file.name, at, length)
+                record.chunks.append(metadata.ChunkStorageMetadata(offsets, torch.Size(chunk.sizes)))
             at += length
     objects = io.BytesIO()
     for key, value in [*((key, [None]) for key in _extra_state(spec)), ("common_state/shard_0_1", [{}])]:
-        tensors[key] = BytesStorageMetadata()
+        tensors[key] = metadata.BytesStorageMetadata()
         begin = objects.tell()
-        places[MetadataIndex(key)] = _StorageInfo("__objects.distcp", begin, _save(value, objects))
-    metadata = Metadata(
-        tensors, None, places, StorageMeta(checkpoint_id=None, save_id="fp8slurm", load_id=None, modules=[])
+        places[metadata.MetadataIndex(key)] = _StorageInfo("__objects.distcp", begin, _save(value, objects))
+    contents = metadata.Metadata(
+        tensors, None, places, metadata.StorageMeta(checkpoint_id=None, save_id="fp8slurm", load_id=None, modules=[])
     )
     write_durably(folder / "__objects.distcp", objects.getvalue())
-    write_durably(folder / ".metadata", pickle.dumps(metadata, protocol=4))
-    write_durably(
-        folder / "metadata.json", json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1}).encode()
-    )
+    write_durably(folder / ".metadata", pickle.dumps(contents, protocol=4))
+    form = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+    write_durably(folder / "metadata.json", json.dumps(form).encode())
     return {"__objects.distcp", ".metadata", "metadata.json"}

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar
 
 import torch
 
@@ -23,36 +24,14 @@ ReadBack = Callable[[str, int, int], torch.Tensor]
 """(output name, byte offset, bytes) -> uint8 tensor, read from the finished file."""
 
 
-class Work(Protocol):
-    """One input tensor's way to its outputs."""
-
-    outputs: tuple[TensorInfo, ...]
-    rows: int
-    align: int
-    """Pieces start at multiples of this."""
-    row_bytes: int
-    """Input bytes of a row."""
-
-    def produce(self, start: int, stop: int) -> Iterator[Written]:
-        """The outputs of input rows [start, stop); the tensors last until the next call in the same thread."""
-        ...
-
-    def check(self, read_back: ReadBack) -> None:
-        """Compare a sample of what was written with the input by other means; BadCheckpoint if they differ."""
-        ...
-
-
 @dataclass(frozen=True)
-class Copy:
-    """A tensor that stays as it is."""
+class Work(ABC):
+    """One input tensor and how its outputs are made."""
 
     source: Source
     info: TensorInfo
-    align: int = 1
-
-    @property
-    def outputs(self) -> tuple[TensorInfo, ...]:
-        return (self.info,)
+    align: ClassVar[int] = 1
+    """Pieces start at multiples of so many rows."""
 
     @property
     def rows(self) -> int:
@@ -60,7 +39,28 @@ class Copy:
 
     @property
     def row_bytes(self) -> int:
+        """Input bytes of a row."""
         return self.info.row_bytes
+
+    @property
+    @abstractmethod
+    def outputs(self) -> tuple[TensorInfo, ...]: ...
+
+    @abstractmethod
+    def produce(self, start: int, stop: int) -> Iterator[Written]:
+        """The outputs of input rows [start, stop); the tensors last until the next call in the same thread."""
+
+    @abstractmethod
+    def check(self, read_back: ReadBack) -> None:
+        """Compare a sample of what was written with the input by other means; BadCheckpoint if they differ."""
+
+
+class Copy(Work):
+    """A tensor that stays as it is."""
+
+    @property
+    def outputs(self) -> tuple[TensorInfo, ...]:
+        return (self.info,)
 
     def produce(self, start: int, stop: int) -> Iterator[Written]:
         yield self.info.name, start * self.info.row_bytes, self.source.read(self.info.name, start, stop)
@@ -76,13 +76,11 @@ class Copy:
 
 
 @dataclass(frozen=True)
-class Quantize:
+class Quantize(Work):
     """A matrix that becomes block FP8: X.weight [N, K] -> X.weight e4m3 and X.weight_scale_inv fp32."""
 
-    source: Source
-    info: TensorInfo
     power_of_two: bool = False
-    align: int = BLOCK
+    align: ClassVar[int] = BLOCK
 
     @property
     def outputs(self) -> tuple[TensorInfo, ...]:
@@ -91,20 +89,11 @@ class Quantize:
             TensorInfo(self.info.name + SCALE_SUFFIX, torch.float32, scale_shape(self.info.shape)),
         )
 
-    @property
-    def rows(self) -> int:
-        return self.info.rows
-
-    @property
-    def row_bytes(self) -> int:
-        return self.info.row_bytes
-
     def produce(self, start: int, stop: int) -> Iterator[Written]:
         codes, scale = self.outputs
         rows, k = stop - start, self.info.columns
-        out = BlockFP8(
-            scratch.take("codes", E4M3, rows, k), scratch.take("scale", torch.float32, *scale_shape((rows, k)))
-        )
+        scales = scratch.take("scale", torch.float32, *scale_shape((rows, k)))
+        out = BlockFP8(scratch.take("codes", E4M3, rows, k), scales)
         w = self.source.read(self.info.name, start, stop)
         quantize(w, name=self.info.name, power_of_two=self.power_of_two, out=out, first_row=start)
         yield codes.name, start * codes.row_bytes, out.data

@@ -30,7 +30,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _read_index(folder: Path) -> tuple[dict[str, str], Any]:
-    """weight_map (tensor name -> file name) and total_size of the index; the former checked for form only, the latter as it stands."""
+    """weight_map (tensor name -> file name), checked for form only, and total_size of the index as it stands."""
     path = folder / INDEX
     index = read_json(path)
     weight_map = index.get("weight_map")
@@ -38,9 +38,7 @@ def _read_index(folder: Path) -> tuple[dict[str, str], Any]:
         raise BadCheckpoint(f"{path}: no weight_map")
     for name, file in weight_map.items():
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-            raise BadCheckpoint(
-                f"{path}: {name} is said to lie in {file!r}, which is no safetensors file of this folder"
-            )
+            raise BadCheckpoint(f"{path}: {name} lies in {file!r}, which is no safetensors file of this folder")
     metadata = index.get("metadata", {})
     return weight_map, metadata.get("total_size") if isinstance(metadata, dict) else None
 
@@ -70,7 +68,7 @@ def open_hf(path: str | Path) -> HfFolder:
     """Read config.json, the index and every header of an HF folder.
 
     Raises BadCheckpoint if a shard is missing or damaged, if the index names a tensor that its file does not have,
-    or leaves a tensor or a whole file out; and FileNotFoundError if there is no such folder. Another total size is logged.
+    or leaves a tensor or a whole file out; FileNotFoundError if there is no such folder. Another total size is logged.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -87,9 +85,7 @@ def open_hf(path: str | Path) -> HfFolder:
     located: dict[str, Located] = {}
     strangers = {p.name for p in folder.glob("[!.]*.safetensors")} - set(weight_map.values())
     if strangers:
-        raise BadCheckpoint(
-            f"{folder / min(strangers)} is not mentioned in {INDEX}; move it away if it is no part of the model"
-        )
+        raise BadCheckpoint(f"{folder / min(strangers)} is not mentioned in {INDEX}; move it away if it is no part")
     for file in sorted(set(weight_map.values())):
         if not (folder / file).is_file():
             names = [n for n, f in weight_map.items() if f == file]

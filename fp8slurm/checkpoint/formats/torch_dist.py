@@ -193,9 +193,7 @@ class TorchDistReader:
                 if len(offsets) != len(shape) or any(
                     o + n > s for o, n, s in zip(offsets, lengths, shape, strict=True)
                 ):
-                    raise BadCheckpoint(
-                        f"a chunk of {key} {list(shape)} lies outside: {list(offsets)}, {list(lengths)}"
-                    )
+                    raise BadCheckpoint(f"a chunk of {key} {list(shape)} is outside: {list(offsets)}, {list(lengths)}")
                 info = places.get((key, offsets))
                 if info is None:
                     raise BadCheckpoint(f"a chunk of {key} at {list(offsets)} lies nowhere")
@@ -228,9 +226,7 @@ class TorchDistReader:
         except (BadCheckpoint, OSError):
             raise
         except Exception as error:
-            raise BadCheckpoint(
-                f"{chunk.path}: the archive of {tensor.key} is damaged: {type(error).__name__}"
-            ) from None
+            raise BadCheckpoint(f"{chunk.path}: {tensor.key} is damaged: {type(error).__name__}") from None
         contiguous = torch.empty(chunk.sizes, device="meta").stride()
         itemsize = tensor.dtype.itemsize
         if (
@@ -297,7 +293,7 @@ class TorchDistReader:
             covered += (last - first) * width
         if covered != (stop - start) * columns:
             raise BadCheckpoint(
-                f"{self.path}: {key}{list(index)} is not complete: {covered} of {(stop - start) * columns}"
+                f"{self.path}: {key}{list(index)} is incomplete: {covered} of {(stop - start) * columns}"
             )
 
     def close(self) -> None:

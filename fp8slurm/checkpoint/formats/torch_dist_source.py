@@ -40,7 +40,7 @@ class TorchDistSource:
         self._reader = TorchDistReader(path)
         self._places: dict[str, _Place] = {}
         infos: dict[str, TensorInfo] = {}
-        used = set()
+        used: set[str] = set()
         for entry in NameTable(spec):
             key, index = locate(entry, self._reader.tensors)
             used.update((key, *other_names(key)))

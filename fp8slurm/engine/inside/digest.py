@@ -1,8 +1,8 @@
 """Digests of raw weight bytes: what the engine holds against what it should hold.
 
-The engine answers with one sha256 for every parameter of every tensor-parallel rank (engine/inside/plugin.py); the other side
-builds the same parameters from tensors in Hugging Face form, as SGLang's loaders do, and names the first that differs.
-"""
+The engine answers with one sha256 for every parameter of every tensor-parallel rank (engine/inside/plugin.py); the
+other side builds the same parameters from tensors in Hugging Face form, as SGLang's loaders do, and names the first
+that differs."""
 
 from __future__ import annotations
 
@@ -58,10 +58,8 @@ def expected_digests(
     """Digests that the engine's ranks should report after loading `tensors`, one dict (engine name -> sha256) a rank.
 
     tensors: a whole model in Hugging Face form, in any order (FP8: X.weight and X.weight_scale_inv; experts one by
-    one). dtype: what the engine casts all but codes and scales to (None: nothing is cast). expert_parallel_size: groups of
-    neighbouring ranks that hold different experts.
-    Raises ValueError if a fused parameter misses a part.
-    """
+    one). dtype: what the engine casts all but codes and scales to (None: nothing is cast). expert_parallel_size: groups
+    of neighbouring ranks that hold different experts. Raises ValueError if a fused parameter misses a part."""
     layout = EngineLayout(num_key_value_heads, tensor_parallel_size, expert_parallel_size)
     jobs: list[tuple[int, str, Callable[[], torch.Tensor]]] = []  # (rank, the engine's name, what it holds)
     parts: dict[str, dict[tuple[int, int], torch.Tensor]] = {}  # fused name -> (expert, position) -> tensor

@@ -82,10 +82,11 @@ def _finish_loads() -> None:
 
 
 def _finish_before_release() -> None:
-    """Unmap memory when the GPU is done with it: a scheduler without requests may have queued work that is not finished.
+    """Unmap memory when the GPU is done with it: a scheduler without requests may have queued work that is not
+    finished.
 
-    SGLang (0.5.16 to 0.5.21) waits for the GPU only afterwards; by then its last batch may have died of an illegal access.
-    """
+    SGLang (0.5.16 to 0.5.21) waits for the GPU only afterwards; by then its last batch may have died of an illegal
+    access."""
     import torch
     from sglang.srt.utils.torch_memory_saver_adapter import _TorchMemorySaverAdapterReal as Adapter
 
@@ -98,8 +99,8 @@ def _finish_before_release() -> None:
 def _clear_padding_after_waking() -> None:
     """Zero the table of cache slots when its memory comes back, with whatever is in it then.
 
-    Its row 0 stands for the requests that fill a batch up to the size of a CUDA graph: they read the slot that it names.
-    """
+    Its row 0 stands for the requests that fill a batch up to the size of a CUDA graph: they read the slot that it
+    names."""
     from sglang.srt.managers.scheduler_components.weight_updater import SchedulerWeightUpdaterManager as Manager
 
     @wrap(Manager, "resume_memory_occupation")

@@ -1,8 +1,8 @@
 """Loads of a bucket that an engine has had before: the copies alone, without SGLang's way through the names.
 
-SGLang finds a weight's place by its name, tensor by tensor, and what it comes to in the end is
-`part of a parameter.copy_(part of the weight)`. For a bucket of the same tensors at the same places these copies are the
-same in every update. The first time they are written down while SGLang makes them; after that they are made at once:
+SGLang finds a weight's place by its name, tensor by tensor, and what it comes to in the end is `part of a
+parameter.copy_(part of the weight)`. For a bucket of the same tensors at the same places these copies are the same in
+every update. The first time they are written down while SGLang makes them; after that they are made at once:
 
     first      every name, dtype and shape travels; SGLang loads them, every operation is watched
     later      the bucket's id travels; the parameters are looked up and compared with what they were, then the copies
@@ -61,7 +61,7 @@ class FlatBucket:
 
 @dataclass(frozen=True)
 class Strided:
-    """Bytes of a storage: sizes and strides of at least one dimension, the last of which is dense, and the first byte."""
+    """Bytes of a storage: sizes and strides of one or more dimensions, the last of them dense, and the first byte."""
 
     sizes: tuple[int, ...]
     strides: tuple[int, ...]
@@ -109,7 +109,7 @@ class Held:
 
     @classmethod
     def of(cls, p: torch.Tensor) -> Held:
-        return cls(p.dtype, tuple(p.shape), p.stride(), p.storage_offset(), p.untyped_storage().nbytes())
+        return cls(p.dtype, tuple(p.shape), p.stride(), int(p.storage_offset()), p.untyped_storage().nbytes())
 
 
 @dataclass
@@ -224,15 +224,18 @@ class _Recorder(TorchDispatchMode):
             self.refused = self.refused or f"it makes {parameter[0]} from {source.dtype} {list(source.shape)}"
         if self.refused:
             return
+        assert parameter is not None
         name, held = parameter
         self.held.setdefault(name, Held.of(held))
-        dtypes = None
+        dtypes: tuple[torch.dtype, torch.dtype] | None = None
         if source.dtype == to.dtype:
             target, part = in_bytes(to, source)
         else:
             dtypes = to.dtype, source.dtype
-            target, part = (Strided((t.nbytes,), (1,), t.storage_offset() * t.element_size()) for t in (to, source))
-        begin = self._flat.storage_offset()  # of `flat` itself, which may be a view
+            target, part = (
+                Strided((t.nbytes,), (1,), int(t.storage_offset()) * t.element_size()) for t in (to, source)
+            )
+        begin = int(self._flat.storage_offset())  # of `flat` itself, which may be a view
         part = Strided(part.sizes, part.strides, part.offset - begin)
         self.copies.append(Copy(name, target, part, dtypes))
 
@@ -244,8 +247,8 @@ def _tensors(argument: Any) -> list[torch.Tensor]:
 
 
 def overlapping(copies: list[Copy]) -> bool:
-    """Whether two copies write to the same place: then their order counts, and it is not kept. Places in rows with gaps are
-    compared as a whole, those that lie in one piece byte by byte."""
+    """Whether two copies write to the same place: then their order counts, and it is not kept. Places in rows with gaps
+    are compared as a whole, those that lie in one piece byte by byte."""
     if len({(c.parameter, c.to) for c in copies}) < len(copies):
         return True
     pieces = sorted((c.parameter, c.to.offset, c.to.offset + c.to.sizes[0]) for c in copies if c.to.dense)
@@ -253,7 +256,7 @@ def overlapping(copies: list[Copy]) -> bool:
 
 
 def in_bytes(to: torch.Tensor, source: torch.Tensor) -> tuple[Strided, Strided]:
-    """Two tensors of the same dtype and shape as bytes of their storages, dimensions joined where both are dense there."""
+    """Two tensors of one dtype and shape as bytes of their storages, dimensions joined where both are dense."""
     size = to.element_size()
     sizes, a, b = [size], [1], [1]
     for n, i, j in zip(reversed(to.shape), reversed(to.stride()), reversed(source.stride())):
@@ -264,7 +267,7 @@ def in_bytes(to: torch.Tensor, source: torch.Tensor) -> tuple[Strided, Strided]:
             sizes[0] *= n
         else:
             sizes, a, b = [n, *sizes], [i, *a], [j, *b]
-    offsets = (t.storage_offset() * size for t in (to, source))
+    offsets = (int(t.storage_offset()) * size for t in (to, source))
     first, second = (Strided(tuple(sizes), tuple(strides), at) for strides, at in zip((a, b), offsets))
     return first, second
 

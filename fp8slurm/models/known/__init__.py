@@ -32,7 +32,8 @@ def find_spec(checkpoint: Path | None) -> tuple[ModelSpec, str]:
     flag = "--model.hf-checkpoint"
     if checkpoint is None:
         raise InputError(
-            f"{flag} is not set: give a Hugging Face folder, or a known model ({', '.join(known_models())}), or a --recipe that names one"
+            f"{flag} is not set: give a Hugging Face folder, or a known model ({', '.join(known_models())}), "
+            f"or a --recipe that names one"
         )
     if (checkpoint / "config.json").is_file():
         return ModelSpec.from_hf_dir(checkpoint), f"{checkpoint}/config.json"

@@ -59,8 +59,8 @@ def test_the_sets_are_those_of_the_requirements():
             if package == "torch" and name == "h200":
                 continue  # the machine's own
             if version.startswith(">="):
-                found = pinned.get(package) or bounded.get(package)
-                assert found and versions.parse(found) >= versions.parse(version[2:]), (name, package, found)
+                pin = pinned.get(package) or bounded.get(package)
+                assert pin and versions.parse(pin) >= versions.parse(version[2:]), (name, package, pin)
             else:
                 assert pinned.get(package) == version, (name, package)
 
@@ -93,10 +93,10 @@ def test_a_missing_package_and_a_wrong_version_are_named(tmp_path):
         env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"PYTHONPATH": str(ROOT)},
     )
     assert done.returncode == 1, done.stdout + done.stderr
-    found = {f["text"]: f["fix"] for f in json.loads(done.stdout)["findings"] if f["level"] == "error"}
-    assert "math-verify==0.9.0" in found["math-verify is not installed"]
-    assert "megatron-core==0.19.2" in found["megatron-core 0.18.0 is installed; the set cpu has 0.19.2"]
-    assert len(found) == 2, found
+    findings = {f["text"]: f["fix"] for f in json.loads(done.stdout)["findings"] if f["level"] == "error"}
+    assert "math-verify==0.9.0" in findings["math-verify is not installed"]
+    assert "megatron-core==0.19.2" in findings["megatron-core 0.18.0 is installed; the set cpu has 0.19.2"]
+    assert len(findings) == 2, findings
 
 
 def distribution(folder: Path, name: str, version: str) -> None:
@@ -114,9 +114,9 @@ def test_cudnn_that_is_too_old_for_transformer_engine(tmp_path, monkeypatch, eng
     distribution(tmp_path, "nvidia-cudnn-cu13", version)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(versions, "system_cudnn", list)
-    found = list(versions.check_cudnn())
-    assert bool(texts(found, "error")) == fails and (
-        not fails or "RESHAPE_MODE" in found[0].text and "9.22" in found[0].fix
+    findings = list(versions.check_cudnn())
+    assert bool(texts(findings, "error")) == fails and (
+        not fails or "RESHAPE_MODE" in findings[0].text and "9.22" in findings[0].fix
     )
 
 
@@ -129,8 +129,13 @@ def test_a_second_cudnn_before_the_first(tmp_path, monkeypatch):
     (old / "libcudnn_graph.so.9.14.0").touch()
     (old / "libcudnn_graph.so.9").symlink_to("libcudnn_graph.so.9.14.0")
     monkeypatch.setenv("LD_LIBRARY_PATH", str(old))
-    found = texts(versions.check_cudnn(), "error")
-    assert len(found) == 1 and "9.14.0" in found[0] and str(old) in found[0] and "SUBLIBRARY_LOADING_FAILED" in found[0]
+    findings = texts(versions.check_cudnn(), "error")
+    assert (
+        len(findings) == 1
+        and "9.14.0" in findings[0]
+        and str(old) in findings[0]
+        and "SUBLIBRARY_LOADING_FAILED" in findings[0]
+    )
 
 
 def test_versions_compare_as_numbers():
@@ -159,17 +164,17 @@ def smi(tmp_path, monkeypatch):
 
 def test_no_gpu_is_an_error_only_for_who_needs_one(config, four_b):
     assert [f.level for f in check_gpus([config])] == ["warning"]
-    found = list(check_gpus([config, four_b]))
-    assert [f.level for f in found] == ["error"] and "--slurm.gpus-per-node 8" in found[0].text
+    findings = list(check_gpus([config, four_b]))
+    assert [f.level for f in findings] == ["error"] and "--slurm.gpus-per-node 8" in findings[0].text
     assert [f.level for f in check_gpus([four_b], tasks_here=False)] == ["warning"]
 
 
 def test_eight_good_gpus(smi, four_b):
     smi(*[H200] * 8)
-    found = list(check_gpus([four_b]))
-    assert not texts(found, "error"), found
-    assert any("8 x NVIDIA H200" in t for t in texts(found, "ok")) and any(
-        "9.0: FP8 in trainer" in t for t in texts(found, "ok")
+    findings = list(check_gpus([four_b]))
+    assert not texts(findings, "error"), findings
+    assert any("8 x NVIDIA H200" in t for t in texts(findings, "ok")) and any(
+        "9.0: FP8 in trainer" in t for t in texts(findings, "ok")
     )
 
 
@@ -184,8 +189,8 @@ def test_eight_good_gpus(smi, four_b):
 )
 def test_bad_gpus(smi, four_b, line, text, fix):
     smi(line, *[H200] * 7)
-    found = [f for f in check_gpus([four_b]) if f.level == "error"]
-    assert len(found) == 1 and text in found[0].text and fix in found[0].fix
+    findings = [f for f in check_gpus([four_b]) if f.level == "error"]
+    assert len(findings) == 1 and text in findings[0].text and fix in findings[0].fix
 
 
 def test_an_old_driver(smi, four_b, monkeypatch):
@@ -221,11 +226,11 @@ def test_host_memory_is_compared_with_the_plan(four_b, monkeypatch):
     import psutil
 
     monkeypatch.setattr(psutil, "virtual_memory", lambda: type("M", (), {"available": 64e9, "total": 64e9})())
-    found = [f for f in check_machine([four_b], plans=True) if f.check == "memory"]
+    findings = [f for f in check_machine([four_b], plans=True) if f.check == "memory"]
     assert (
-        [f.level for f in found] == ["error"]
-        and "GB of host memory" in found[0].text
-        and "--slurm.memory 0" in found[0].fix
+        [f.level for f in findings] == ["error"]
+        and "GB of host memory" in findings[0].text
+        and "--slurm.memory 0" in findings[0].fix
     )
 
 

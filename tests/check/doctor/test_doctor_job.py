@@ -50,8 +50,8 @@ def test_nothing_is_queued_where_slurm_would_refuse_it(monkeypatch):
     monkeypatch.setattr("fp8slurm.scheduler.job.available", lambda: True)
     monkeypatch.setattr("fp8slurm.check.doctor.job.over_nodes", lambda *_: [])
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
-    found = cli._look([RunConfig()], True, True)
-    assert found[0] == refusal and found[1].level == "error" and "not looked at" in found[1].text
+    findings = cli._look([RunConfig()], True, True)
+    assert findings[0] == refusal and findings[1].level == "error" and "not looked at" in findings[1].text
     monkeypatch.setenv("SLURM_JOB_ID", "7")  # in an allocation there is nothing to queue
     assert cli._look([RunConfig()], True, True) == [refusal]
 

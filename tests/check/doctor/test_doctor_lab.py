@@ -9,9 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-
-from fp8slurm.data.tiny_task import write_data
-from fp8slurm.models.tiny import write_model
+from tiny import write_model
+from tiny_task import write_data
 
 pytestmark = [pytest.mark.slow, pytest.mark.slurm]
 
@@ -55,9 +54,9 @@ def doctor(lab, folder: Path, *more: str, **environment: str) -> tuple[int, list
         command(folder, *more), env=lab.environment | environment, capture_output=True, text=True, timeout=TIMEOUT_S
     )
     assert done.stdout.startswith("{"), done.stdout + done.stderr
-    said = json.loads(done.stdout)
+    answer = json.loads(done.stdout)
     assert not [p.name for p in (folder / "runs").iterdir() if "doctor" in p.name], "the doctor left something"
-    return done.returncode, said["findings"]
+    return done.returncode, answer["findings"]
 
 
 def errors(findings: list[dict]) -> dict[tuple[str, str], str]:
@@ -73,9 +72,9 @@ def inside(lab, *command: str) -> str:
 
 
 def test_all_is_well(lab, folder):
-    status, found = doctor(lab, folder)
-    assert status == 0 and not errors(found), errors(found)
-    text = "\n".join(f["text"] for f in found if f["level"] == "ok")
+    status, findings = doctor(lab, folder)
+    assert status == 0 and not errors(findings), errors(findings)
+    text = "\n".join(f["text"] for f in findings if f["level"] == "ok")
     for what in (
         "version set cpu",
         "exclusive create",
@@ -137,9 +136,11 @@ def broken_node(lab, folder, tmp_path):
 
 
 def test_the_faults_of_a_node_are_found_and_named(lab, folder, broken_node):
-    status, found = doctor(lab, folder, "--quick", PYTHONPATH=str(broken_node))
+    status, findings = doctor(lab, folder, "--quick", PYTHONPATH=str(broken_node))
     assert status == 1
-    said = [(f["check"], f["text"]) for f in found if f["level"] == "error" and f["node"] == "node2" and f["fix"]]
+    errors_of_node2 = [
+        (f["check"], f["text"]) for f in findings if f["level"] == "error" and f["node"] == "node2" and f["fix"]
+    ]
     for check, text in (
         ("shm", "/dev/shm: 0 of 1 MiB free"),
         ("network", "could not be had: Address already in use (ports 40000 to 40299)"),
@@ -147,8 +148,8 @@ def test_the_faults_of_a_node_are_found_and_named(lab, folder, broken_node):
         ("files", "clock is 90 s ahead of the file system's"),
         ("packages", "megatron-core 0.18.0 is installed; the set cpu has 0.19.2"),
     ):
-        assert any(c == check and text in t for c, t in said), f"{text!r} is not among {said}"
-    assert {f["node"] for f in found if f["level"] == "error"} == {"node2"}
+        assert any(c == check and text in t for c, t in errors_of_node2), f"{text!r} is not among {errors_of_node2}"
+    assert {f["node"] for f in findings if f["level"] == "error"} == {"node2"}
 
 
 def test_a_read_only_run_folder_and_a_job_without_requeue(lab, folder):
@@ -174,7 +175,7 @@ def test_a_read_only_run_folder_and_a_job_without_requeue(lab, folder):
     finally:
         inside(lab, "umount", str(runs))
     assert Path(f"{out}.status").read_text().strip() == "1"
-    found = errors(json.loads(out.read_text())["findings"])
-    assert f"--run.root {runs}: cannot create a folder: Read-only file system" in found["files", "node2"], found
-    assert "may not be requeued (Requeue=0)" in found["slurm", "node1"], found
-    assert len(found) == 2, found
+    findings = errors(json.loads(out.read_text())["findings"])
+    assert f"--run.root {runs}: cannot create a folder: Read-only file system" in findings["files", "node2"], findings
+    assert "may not be requeued (Requeue=0)" in findings["slurm", "node1"], findings
+    assert len(findings) == 2, findings

@@ -1,0 +1,60 @@
+"""Which path the weights take from ranks to engines: the one place that chooses by sync.transport.
+
+host     sources -> rollout workers -> their engines, over gloo; a rollout worker can keep the last update
+mapped   engines map the memory of the ranks whose GPUs they share (sync/mapped.py)
+direct   sources -> engines (sync/direct.py)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from fp8slurm.config import RunConfig
+from fp8slurm.config.derived import transport_of
+from fp8slurm.sync.direct import DirectReceiver, DirectSender, DirectTransport
+from fp8slurm.sync.mapped import MappedReceiver, MappedSender
+from fp8slurm.sync.receiver import Receiver, Source
+from fp8slurm.sync.stream import Sender, WeightStream, parse_description
+from fp8slurm.sync.transport import BroadcastTransport, MappedTransport, Transport
+
+PATHS = {"gloo": "host", "cuda-ipc": "mapped", "shared-memory": "mapped", "nccl": "direct", "gloo-direct": "direct"}
+
+
+def sender(config: RunConfig, store: Any, stream: WeightStream, address: str, folder: Path) -> Sender:
+    """A rank's end, once all plans are in the job's store. address: where gloo listens. folder: for files."""
+    path, e = PATHS[transport_of(config)], config.engine
+    if path == "direct":
+        ranks = config.slurm.nodes * e.per_node * e.tensor_parallel_size
+        return DirectSender(store, list(stream.sources), ranks, address)
+    if path == "mapped":
+        names = store.get("sync/sources").decode().split()
+        roots = [int(store.get(f"sync/root/{n}")) for n in names]
+        plans = [parse_description(store.get(f"sync/plan/{n}").decode()) for n in names]
+        return MappedSender(store, list(zip(names, roots, plans)), folder)
+    return Sender()
+
+
+def receiver(
+    config: RunConfig, node: int, store: dist.Store, sources: Sequence[Source]
+) -> Receiver | MappedReceiver | DirectReceiver:
+    """The end of the rollout worker of `node`."""
+    path, ranks = PATHS[transport_of(config)], config.slurm.ranks_per_node
+    if path == "direct":
+        return DirectReceiver(store, sources)
+    if path == "mapped":
+        return MappedReceiver(store, range(node * ranks, (node + 1) * ranks), sources)
+    return Receiver(store, sources, config.sync.keep_last_update is not False)
+
+
+def transport(config: RunConfig, gpus: Sequence[int]) -> Transport:
+    """How an engine on these GPUs of its node (none: on the CPU) is told."""
+    path = PATHS[transport_of(config)]
+    if path == "direct":
+        return DirectTransport()
+    if path == "mapped":  # without GPUs all map the first rank's
+        return MappedTransport(gpus or (0,) * config.engine.tensor_parallel_size)
+    return BroadcastTransport()
