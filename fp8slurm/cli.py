@@ -46,7 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0 if argv else 2
     command = parser.parse_args(argv[:1]).command
     try:
-        return COMMANDS[command][0](argv[1:])
+        status = COMMANDS[command][0](argv[1:])
+        sys.stdout.flush()  # here, not when the interpreter ends: the reader of a pipe may be gone
+        return status
     except InputError as error:
         print(f"fp8slurm {command}: {error}", file=sys.stderr)
         return 2

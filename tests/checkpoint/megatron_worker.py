@@ -18,6 +18,9 @@ def main() -> None:
     from fp8slurm.trainer.start import start, stop
     from fp8slurm.trainer.trainer import Trainer
 
+    sys.path.append(str(Path(__file__).parents[1] / "trainer"))
+    from trainer_scenarios import save
+
     torch.set_num_threads(1)
     rank, port, jobs = int(sys.argv[1]), int(sys.argv[2]), json.loads(Path(sys.argv[3]).read_text())
     store = dist.TCPStore("127.0.0.1", port, 2, rank == 0, timeout=timedelta(seconds=120))
@@ -27,7 +30,7 @@ def main() -> None:
         trainer = Trainer(config, ModelSpec.from_hf_dir(job["hf"]))
         trainer.load_hf(job["hf"])
         if job["do"] == "save":
-            trainer.save(Path(job["ckpt"]))
+            save(trainer, Path(job["ckpt"]))
         else:
             load_and_compare(trainer, job["ckpt"])
         stop()

@@ -176,5 +176,5 @@ def test_a_setting_that_cannot_be_is_not_tried_again(lab, runs):
         reasons
     )
     said = (runs.path(name) / "slurm" / f"{job}_0_log.err").read_text()
-    assert "contradicts the FP32 block scales" in said and "Traceback" not in said
+    assert "contradicts the FP32 scales" in said and "Traceback" not in said
     assert said.strip().endswith("another attempt would only meet this again: the run ends"), said

@@ -118,7 +118,7 @@ def replaced(ranks: Ranks) -> list[list[str]]:
     from patch_list import missing, rows
 
     with ranks.trainer() as trainer:
-        trainer.save(ranks.make("patches"))
+        save(trainer, ranks.make("patches"))
     names = [name for names, _ in rows("Private names that are used, not replaced") for name in names]
     return [applied(), missing([n for n in names if n.startswith(("megatron.", "torch."))])]
 

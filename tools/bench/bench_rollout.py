@@ -51,7 +51,9 @@ def main() -> None:
         section = EngineSection(
             mem_fraction=0.7,
             max_running_requests=max(args.batch),
-            extra_args=[*GPU_ENGINE, "--cuda-graph-bs", *map(str, args.batch)] if torch.cuda.is_available() else [],
+            extra_args=[*GPU_ENGINE, "--cuda-graph-bs-decode", *map(str, args.batch)]
+            if torch.cuda.is_available()
+            else [],
         )
         engine = Engine(folder, args.work / "logs", EngineSettings(section), precision)
         began = time.perf_counter()

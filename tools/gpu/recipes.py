@@ -33,7 +33,9 @@ def write_recipe(path: Path, base: str, graphs: list[int], **sections: dict[str,
     """`base` on one GPU with one rank, not deterministic, as a file. graphs: batch sizes of the engine's CUDA graphs."""
     # graphs of the prefill are left out: SGLang takes 50 s to capture them
     capture = (
-        ["--cuda-graph-bs", *map(str, graphs), "--disable-prefill-cuda-graph"] if graphs else ["--disable-cuda-graph"]
+        ["--cuda-graph-bs-decode", *map(str, graphs), "--disable-prefill-cuda-graph"]
+        if graphs
+        else ["--disable-cuda-graph"]
     )
     own: dict[str, dict[str, Any]] = {
         "run": {"deterministic": False},

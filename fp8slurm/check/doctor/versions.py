@@ -55,7 +55,7 @@ SETS = (
     VersionSet(
         "h200",
         "run in part",
-        "requirements/gpu.txt: one H200, Triton attention in SGLang; what ran stands in docs/gpu.md",
+        "requirements/h200.txt: one H200, Triton attention in SGLang; what ran stands in docs/gpu.md",
         "13.0",
         580,
         {

@@ -50,7 +50,7 @@ def test_this_environment_is_the_set_that_was_run(config):
 
 
 def test_the_sets_are_those_of_the_requirements():
-    for name, files in {"cpu": ("torch.txt", "cpu.txt"), "h200": ("gpu.txt",), "cluster": ("cluster.txt",)}.items():
+    for name, files in {"cpu": ("torch.txt", "cpu.txt"), "h200": ("h200.txt",), "cluster": ("cluster.txt",)}.items():
         chosen = next(s for s in versions.SETS if s.name == name)
         lines = "\n".join((ROOT / "requirements" / f).read_text() for f in files).splitlines()
         pinned = dict(line.split("==") for line in lines if "==" in line and not line.startswith("#"))
