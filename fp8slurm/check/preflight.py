@@ -71,8 +71,7 @@ def preflight(config: RunConfig, dry_run: bool = False) -> list[str]:
     for path, flag, what in _data_files(config):
         check(_folder, path, flag, what)
     if len(refusals) == paths and (config.model.hf_checkpoint or Path()).is_dir():
-        check(_data, config)
-        check(_end_tokens, config, warnings)
+        check(_data, config, warnings)
     if dry_run:  # a start looks itself, under the run's lock
         check(check_configuration, config, RunDirectory(config.run.root / config.run.name))
     return refusals + warnings + _warnings(config) + _room(config, spec)
@@ -346,14 +345,15 @@ def _data_files(config: RunConfig) -> list[tuple[Path | None, str, str]]:
     return files
 
 
-def _data(config: RunConfig) -> None:
-    """The rows of the data files, which are there."""
+def _data(config: RunConfig, warnings: list[str]) -> None:
+    """The rows of the data files, which are there, and the tokens that end responses."""
     from fp8slurm.data.prompts import load_prompts, load_sft, load_tokenizer
     from fp8slurm.rewards.graders import label_error
     from fp8slurm.rewards.pool import RewardPool
 
     assert config.model.hf_checkpoint is not None
     tokenizer = load_tokenizer(config.model.hf_checkpoint)
+    _end_tokens(config.model.hf_checkpoint, tokenizer, warnings)
     unanswerable = partial(label_error, config.reward.kind)
     if config.run.steps:
         assert config.data.train is not None
@@ -370,12 +370,9 @@ def _data(config: RunConfig) -> None:
         raise InputError("--run.steps 0 without --sft.data: there is nothing to do")
 
 
-def _end_tokens(config: RunConfig, warnings: list[str]) -> None:
-    from fp8slurm.data.prompts import end_token_ids, load_tokenizer, unlisted_ends
+def _end_tokens(folder: Path, tokenizer: Any, warnings: list[str]) -> None:
+    from fp8slurm.data.prompts import end_token_ids, unlisted_ends
 
-    folder = config.model.hf_checkpoint
-    assert folder is not None
-    tokenizer = load_tokenizer(folder)
     end_token_ids(folder, tokenizer)
     for token, why in unlisted_ends(folder, tokenizer).items():
         warnings.append(

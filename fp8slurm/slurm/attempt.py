@@ -46,10 +46,11 @@ def settle_configuration(config: RunConfig, run: RunDirectory) -> list[str]:
     Raises:
         InputError: as check_configuration.
     """
-    changes = check_configuration(config, run)
+    changes = _changed_settings(config, run)
+    changed_data, sums = _changed_data(config, run)
     write_atomic(run.path / "config.json", json.dumps(_without_waiting(config.model_dump(mode="json")), indent=1))
-    write_atomic(run.path / DATA, json.dumps(_data_files(config), indent=1))
-    return changes
+    write_atomic(run.path / DATA, json.dumps(sums, indent=1))
+    return changes + changed_data
 
 
 def _without_waiting(settings: dict[str, Any]) -> dict[str, Any]:
@@ -64,6 +65,10 @@ def check_configuration(config: RunConfig, run: RunDirectory) -> list[str]:
     Raises:
         InputError: the directory belongs to a run of another model, precision or layout of data.
     """
+    return _changed_settings(config, run) + _changed_data(config, run)[0]
+
+
+def _changed_settings(config: RunConfig, run: RunDirectory) -> list[str]:
     saved = run.path / "config.json"
     changes: list[str] = []
     if saved.is_file():
@@ -75,15 +80,18 @@ def check_configuration(config: RunConfig, run: RunDirectory) -> list[str]:
         foreign = [c for c in changes if c.split(":")[0] in guarded]
         if foreign and run.newest_checkpoint():
             raise InputError(f"{run.path} belongs to another run ({'; '.join(foreign)}): choose another --run.name")
-    return changes + _changed_data(config, run)
+    return changes
 
 
-def _changed_data(config: RunConfig, run: RunDirectory) -> list[str]:
-    """The data files whose content is not that of the run's last start, where there is a checkpoint to go on from."""
+def _changed_data(config: RunConfig, run: RunDirectory) -> tuple[list[str], dict[str, Any]]:
+    """(the data files whose content is not that of the run's last start, what data.json has to say from now on).
+
+    InputError: there is a checkpoint to go on from, and data.on_changed_file is "error".
+    """
     try:
         before = read_json(run.path / DATA)
     except FileNotFoundError:  # a first start, or a run of a version that kept no sums
-        return []
+        before = {}
     present = _data_files(config)
     changed = [f"{key}: other content ({present[key]['bytes']} bytes, {before[key]['bytes']} at the last start)"
                for key in present if key in before and before[key] != present[key]]  # fmt: skip
@@ -92,7 +100,7 @@ def _changed_data(config: RunConfig, run: RunDirectory) -> list[str]:
             f"{run.path}: {'; '.join(changed)}: its checkpoints count rows of the file that was there; put it back, "
             f"choose another name with --run.name, or go on with --data.on-changed-file warn"
         )
-    return changed
+    return changed, before | present  # a file that is away for a moment keeps its sum
 
 
 def _data_files(config: RunConfig) -> dict[str, dict[str, Any]]:

@@ -122,6 +122,7 @@ def test_a_data_file_with_other_content_is_another_runs(config, tmp_path):
     ]  # fmt: skip
     data.unlink()
     assert settled("warn") == [], "a file that is away is somebody else's to miss"
+    assert "data.train" in json.loads((run.path / "data.json").read_text()), "and keeps its sum until it is back"
     (run.path / "data.json").unlink()
     data.write_text("of a run that kept no sums\n")
     assert settled("warn") == []
