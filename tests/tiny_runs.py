@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 from tiny import write_model
 from tiny_task import write_data
 
@@ -126,3 +128,23 @@ def last_step(run: Path) -> int:
         return max((r["step"] for r in read_metrics(run) if r["phase"] == "rl"), default=-1)
     except ValueError:
         return -1
+
+
+def task_pids(run: Path, attempt: int) -> dict[int, int]:
+    """Processes of an attempt's tasks."""
+    tasks = {
+        int(p.stem): json.loads(p.read_text()) for p in (run / "attempts" / str(attempt) / "tasks").glob("[0-9]*.json")
+    }
+    return {index: t["pid"] for index, t in tasks.items()}
+
+
+def weights(run: Path, out: Path) -> dict[str, torch.Tensor]:
+    """The tensors of its newest checkpoint, exported into `out`."""
+    from safetensors.torch import load_file
+
+    from fp8slurm.checkpoint import torch_dist_to_hf
+
+    newest = max((run / "checkpoints").glob("step_*"), key=lambda p: p.name)
+    config = json.loads((run / "config.json").read_text())
+    torch_dist_to_hf(newest, out, origin_hf_dir=config["model"]["hf_checkpoint"])
+    return {k: v for f in sorted(out.glob("*.safetensors")) for k, v in load_file(f).items()}

@@ -14,8 +14,10 @@ from fp8slurm.config import RunConfig
 from fp8slurm.config.derived import transport_of
 from fp8slurm.config.placement import place
 from fp8slurm.core.errors import InputError
+from fp8slurm.core.types import Prompt
 from fp8slurm.fp8.environment import set_fp32_scales
 from fp8slurm.models.engine_layout import check_engine_layout
+from fp8slurm.models.exact import check_exact
 from fp8slurm.models.known import find_spec
 from fp8slurm.models.qwen3 import ModelSpec, check_layout
 from fp8slurm.run.directory import RunDirectory
@@ -64,6 +66,7 @@ def preflight(config: RunConfig, dry_run: bool = False) -> list[str]:
     _stop_tokens(config, spec)
     _algorithm(config)
     check(_experts, config, spec)
+    check(check_exact, config, spec)
     check(_gpus, config)
     if not refusals:
         check(_trainer_weights, config.model.hf_checkpoint, spec)
@@ -313,6 +316,7 @@ def _algorithm(config: RunConfig) -> None:
     from fp8slurm.rl.loss import make_policy_loss
 
     make_policy_loss(config.algorithm)  # refuses what it cannot do
+    _one_ahead(config)
     if config.run.steps and config.rollout.n_samples < 2:
         raise InputError("--rollout.n-samples 1: advantages are relative to the group; allowed: 2 or more")
     if config.run.steps and config.rollout.temperature == 0:
@@ -331,6 +335,20 @@ def _algorithm(config: RunConfig) -> None:
         raise InputError(
             "--sft.data without --sft.max-steps: the supervised phase would have no steps; set both, or none"
         )
+
+
+def _one_ahead(config: RunConfig) -> None:
+    """Refuse rollout.max_staleness where engines cannot work while the trainer does."""
+    if not config.rollout.max_staleness:
+        return
+    flag = f"--rollout.max-staleness {config.rollout.max_staleness}"
+    if config.slurm.gpus_per_node and config.engine.placement == "shared":
+        raise InputError(
+            f"{flag} with --engine.placement shared: engines and trainer take turns on the same GPUs; allowed: 0, or "
+            f"--engine.placement split with --engine.gpus"
+        )
+    if config.control.freeze_engine:
+        raise InputError(f"{flag} with --control.freeze-engine: engines get no weights; allowed: one of the two")
 
 
 def _data_files(config: RunConfig) -> list[tuple[Path | None, str, str]]:
@@ -355,12 +373,14 @@ def _data(config: RunConfig, warnings: list[str]) -> None:
     tokenizer = load_tokenizer(config.model.hf_checkpoint)
     _end_tokens(config.model.hf_checkpoint, tokenizer, warnings)
     unanswerable = partial(label_error, config.reward.kind)
+    prompts: dict[str, list[Prompt]] = {}
     if config.run.steps:
         assert config.data.train is not None
-        load_prompts(config.data, tokenizer, config.data.train, ROWS_CHECKED, unanswerable)
+        prompts["--data.train"] = load_prompts(config.data, tokenizer, config.data.train, ROWS_CHECKED, unanswerable)
         RewardPool(config.reward, workers=1).close()
     if config.data.eval is not None:
-        load_prompts(config.data, tokenizer, config.data.eval, ROWS_CHECKED, unanswerable)
+        prompts["--data.eval"] = load_prompts(config.data, tokenizer, config.data.eval, ROWS_CHECKED, unanswerable)
+    warnings += _plain_prompts(prompts, tokenizer)
     _eval_tasks(config, tokenizer)
     if config.sft.data is not None:
         load_sft(config.data, config.sft, tokenizer, config.sft.data, limit=ROWS_CHECKED)
@@ -368,6 +388,18 @@ def _data(config: RunConfig, warnings: list[str]) -> None:
             raise InputError(f"--sft.eval-every {config.sft.eval_every} needs --data.eval to evaluate on")
     if not config.run.steps and config.sft.data is None:
         raise InputError("--run.steps 0 without --sft.data: there is nothing to do")
+
+
+def _plain_prompts(prompts: dict[str, list[Prompt]], tokenizer: Any) -> list[str]:
+    """One warning for all text prompts: a model tuned to chat is asked as no user would ask it."""
+    plain = {flag: sum(isinstance(p.content, str) for p in found) for flag, found in prompts.items()}
+    if not tokenizer.chat_template or not any(plain.values()):
+        return []
+    shares = ", ".join(f"{n} of {len(prompts[flag])} of {flag}" for flag, n in plain.items() if n)
+    return [
+        f"prompts that are text ({shares}) are tokenized as they stand, without the tokenizer's chat template; "
+        f"messages, a list of objects with role and content, go through it"
+    ]
 
 
 def _end_tokens(folder: Path, tokenizer: Any, warnings: list[str]) -> None:

@@ -105,6 +105,9 @@ class ModelSection(Section):
     """Folder that the engine loads, in the precision of its config.json; left out: made from hf_checkpoint."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Dtype of the trainer's parameters outside FP8 GEMMs."""
+    exact: bool = False
+    """Trainer and engine compute the same bits: the gap is 0 on every token, and a token with any other log-probability
+    stops the run before it is trained on. Dense models in FP8 on both sides (docs/exact.md)."""
 
 
 class Fp8Section(Section):
@@ -247,14 +250,9 @@ class RolloutSection(Section):
             raise InputError("0 tokens to choose from; allowed: 1 or more, or -1 (off)")
         return top_k
 
-    @model_validator(mode="before")
-    @classmethod
-    def _without_max_staleness(cls, values: Any) -> Any:
-        """Recipes and run directories of before 2026-11-30 may have it, with the one value that it could have."""
-        if isinstance(values, dict) and values.get("max_staleness") == 0:
-            return {key: value for key, value in values.items() if key != "max_staleness"}
-        return values
-
+    max_staleness: int = Field(0, ge=0, le=1)
+    """Steps that the weights behind a sample may be older than those that train on it. 1: engines generate the next
+    step's samples while the trainer works on this one's; needs engines on GPUs of their own."""
     truncated: Literal["mask", "penalize", "keep"] = "mask"
     """A sample that hits max_tokens: left out of the loss, given reward 0, or treated like any other."""
     drop_no_signal: bool = True

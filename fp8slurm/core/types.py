@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -19,6 +20,10 @@ class Prompt:
     """Reference answer, handed to the reward function."""
     thinking: bool = False
     """Whether the prompt ends inside <think>, as some chat templates' do."""
+    content: str | list[dict[str, Any]] = field(default="", compare=False)
+    """The prompt as the data has it: messages, or text that no chat template was applied to."""
+    row: dict[str, Any] = field(default_factory=dict, compare=False)
+    """Its row of the data file, with all columns. It stays with the rollout worker, as `content` does."""
 
 
 @dataclass

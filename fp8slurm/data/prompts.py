@@ -129,8 +129,10 @@ def load_prompts(
             raise BadRow(f"{error} (data.label_key)")
         return label
 
-    rows = _rows(path, data, tokenizer, checked_label, limit)
-    return [Prompt(i, tuple(ids), label, _opens_thinking(tokenizer, ids)) for i, ids, label in rows]
+    return [
+        Prompt(r.index, tuple(r.token_ids), r.value, _opens_thinking(tokenizer, r.token_ids), r.content, r.row)
+        for r in _rows(path, data, tokenizer, checked_label, limit)
+    ]
 
 
 def _opens_thinking(tokenizer: Any, ids: Sequence[int]) -> bool:
@@ -142,24 +144,43 @@ def load_sft(
     data: DataSection, sft: SftSection, tokenizer: Any, path: Path | None = None, limit: int | None = None
 ) -> list[SftExample]:
     """The supervised examples of sft.data (or `path`): prompts as in load_prompts, with the same template, filter and
-    errors; the response's tokens followed by the tokenizer's end token."""
+    errors; the response's tokens followed by the tokenizer's end token.
+
+    InputError besides: the chat template ends an answer to messages with another token than that.
+    """
     path = path if path is not None else sft.data
     if path is None:
         raise InputError("sft.data is not set: no supervised examples to load")
     if tokenizer.eos_token_id is None:
         raise InputError("the tokenizer has no eos_token, with which a response must end (tokenizer_config.json)")
     rows = _rows(path, data, tokenizer, lambda row: _label(row, sft.response_key, "sft.response_key"), limit)
-    responses = encode(tokenizer, [response for _, _, response in rows])
+    _check_end(path, rows, tokenizer)
+    responses = encode(tokenizer, [r.value for r in rows])
     end = (tokenizer.eos_token_id,)
     positions = _spec(tokenizer).max_position_embeddings
-    for (index, ids, _), response in zip(rows, responses):
-        check_tokens(f"{path}:{index + 1}", response, tokenizer)
-        if len(ids) + len(response) + 1 > positions:
+    for row, response in zip(rows, responses):
+        check_tokens(f"{path}:{row.index + 1}", response, tokenizer)
+        tokens = len(row.token_ids) + len(response) + 1
+        if tokens > positions:
             raise InputError(
-                f"{path}:{index + 1}: prompt and response have {len(ids) + len(response) + 1} tokens with the end "
-                f"token; the model has {positions} positions (max_position_embeddings)"
+                f"{path}:{row.index + 1}: prompt and response have {tokens} tokens with the end token; the model has "
+                f"{positions} positions (max_position_embeddings)"
             )
-    return [SftExample(tuple(ids), tuple(response) + end) for (_, ids, _), response in zip(rows, responses)]
+    return [SftExample(tuple(r.token_ids), tuple(response) + end) for r, response in zip(rows, responses)]
+
+
+def _check_end(path: Path, rows: list[_Row], tokenizer: Any) -> None:
+    """What is trained as the end of an answer to messages must be what the chat template writes there: both stop a
+    response, but every later turn, and every other engine, would see the template's."""
+    end, of_turn = tokenizer.eos_token_id, _end_of_turn(tokenizer)
+    row = next((r for r in rows if not isinstance(r.content, str)), None)
+    if row is not None and of_turn is not None and of_turn != end:
+        raise InputError(
+            f"{path}:{row.index + 1}: supervised examples end with the tokenizer's eos_token, {end} "
+            f"({tokenizer.convert_ids_to_tokens(end)}), but the chat template ends an answer with {of_turn} "
+            f"({tokenizer.convert_ids_to_tokens(of_turn)}); allowed: that one as eos_token of "
+            f"{tokenizer.name_or_path}/tokenizer_config.json, or prompts as text (data.prompt_key)"
+        )
 
 
 @dataclass(frozen=True)
@@ -191,18 +212,31 @@ class PromptOrder:
         return np.random.Generator(np.random.PCG64([self.seed, epoch])).permutation(self.n).tolist()
 
 
+@dataclass(frozen=True)
+class _Row:
+    """A usable row of a data file, from 0; `value` is its label or response."""
+
+    index: int
+    token_ids: list[int]
+    value: str
+    content: str | list[dict[str, Any]]
+    row: dict[str, Any]
+
+
 def _rows(
-    path: Path, data: DataSection, tokenizer: Any, value: Callable[[dict], str], limit: int | None = None
-) -> list[tuple[int, list[int], str]]:
-    """(row index, prompt tokens, value(row)) of every usable row that is short enough."""
+    path: Path, data: DataSection, tokenizer: Any, value_of: Callable[[dict], str], limit: int | None = None
+) -> list[_Row]:
+    """Every usable row whose prompt is short enough."""
     path = Path(path)
     check_template_arguments(data.chat_template_kwargs)
-    indices, texts, values, bad = [], [], [], 0
+    used: list[tuple[int, str, str | list[dict[str, Any]], dict[str, Any]]] = []
+    texts, bad = [], 0
     for index, read in islice(read_rows(path), limit):
         try:
             row = read()
-            text = prompt_text(row, data, tokenizer)
-            values.append(value(row))
+            content = prompt_content(row, data.prompt_key)
+            text = render(content, data, tokenizer)
+            used.append((index, value_of(row), content, row))
         except BadRow as error:
             where = f"{path}:{index + 1}"
             if data.on_bad_line == "error":
@@ -210,12 +244,15 @@ def _rows(
             log.warning("%s left out: %s", where, error)
             bad += 1
             continue
-        indices.append(index)
         texts.append(text)
     ids = encode(tokenizer, texts)
-    kept = [row for row in zip(indices, ids, values) if 0 < len(row[1]) <= data.max_prompt_tokens]
-    for index, tokens, _ in kept:
-        check_tokens(f"{path}:{index + 1}", tokens, tokenizer)
+    kept = [
+        _Row(index, tokens, value, content, row)
+        for (index, value, content, row), tokens in zip(used, ids)
+        if 0 < len(tokens) <= data.max_prompt_tokens
+    ]
+    for r in kept:
+        check_tokens(f"{path}:{r.index + 1}", r.token_ids, tokenizer)
     long = len(ids) - len(kept)
     if bad:
         log.warning("%s: %d bad lines left out", path, bad)
@@ -309,24 +346,31 @@ def _messages(prompt: Any) -> Any:
     return value if fits else prompt
 
 
-def prompt_text(row: dict, data: DataSection, tokenizer: Any) -> str:
-    prompt = _messages(_field(row, data.prompt_key, "data.prompt_key"))
+def prompt_content(row: dict, key: str) -> str | list[dict[str, Any]]:
+    """The prompt of a row: text, or messages. BadRow: neither."""
+    prompt = _messages(_field(row, key, "data.prompt_key"))
     if isinstance(prompt, str):
         return prompt
     if not isinstance(prompt, list) or not prompt:
-        raise BadRow(f"{data.prompt_key!r} is text or a list of messages, not {prompt!r:.80} (data.prompt_key)")
+        raise BadRow(f"{key!r} is text or a list of messages, not {prompt!r:.80} (data.prompt_key)")
     for message in prompt:
         if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
             raise BadRow(f"a message is an object with the texts role and content, not {message!r:.80}")
+    return [{k: v for k, v in message.items() if v is not None} for message in prompt]
+
+
+def render(content: str | list[dict[str, Any]], data: DataSection, tokenizer: Any) -> str:
+    """What is tokenized: text as it stands, messages through the chat template. BadRow: the template refuses them."""
+    if isinstance(content, str):
+        return content
     if not tokenizer.chat_template:
         raise InputError(
             f"{data.prompt_key!r} holds messages, but the tokenizer of {tokenizer.name_or_path} has no chat template: "
             "use a tokenizer with one, or give the prompts as text"
         )
-    messages = [{k: v for k, v in message.items() if v is not None} for message in prompt]
     try:
         return tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, **data.chat_template_kwargs
+            content, tokenize=False, add_generation_prompt=True, **data.chat_template_kwargs
         )
     except Exception as error:  # templates raise what they like
         raise BadRow(f"the chat template refuses it: {error}") from None

@@ -1,13 +1,15 @@
 """Main of the engine's server process: `python -m fp8slurm.engine.child`, started by engine/server.py only.
 
 One JSON line on stdin hands over what must not show in the process list: {"arguments": SGLang's command line,
-"api_key", "listen_fd": a bound and listening socket, "ready_fd": a pipe that gets one byte when the server is up}.
+"api_key", "exact": whether it computes the trainer's bits, "listen_fd": a bound and listening socket, "ready_fd": a
+pipe that gets one byte when the server is up}.
 Stdin stays open after it; its end means that the rollout worker is gone, and takes this whole process group along.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
 import json
 import logging
 import multiprocessing
@@ -63,13 +65,15 @@ def _serve(handover: dict[str, Any], on_cpu: bool) -> None:
     arguments = prepare_server_args([*handover["arguments"], f"--api-key={handover['api_key']}"])
     launch_server(
         arguments,
-        run_scheduler_process_func=run_scheduler,
+        run_scheduler_process_func=functools.partial(run_scheduler, exact=handover["exact"]),
         launch_callback=lambda: os.write(handover["ready_fd"], b"1"),
     )
 
 
-def run_scheduler(server_args: Any, *args: Any, **kwargs: Any) -> None:
-    """Entry of a scheduler process (one a tensor-parallel rank): our plugin first, then SGLang's own main."""
+def run_scheduler(server_args: Any, *args: Any, exact: bool = False, **kwargs: Any) -> None:
+    """Entry of a scheduler process (one a tensor-parallel rank): our plugin first, then SGLang's own main.
+
+    exact: with what makes the engine compute the trainer's bits (model.exact)."""
     signal.signal(signal.SIGQUIT, signal.SIG_DFL)  # a forked process has the server's handler, which ends the family
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     _hide_in_logs(server_args.api_key)

@@ -47,6 +47,8 @@ class EngineSettings:
     """OMP_NUM_THREADS of each rank on the CPU (0: the engine's cores / ranks)."""
     share: tuple[int, int] = (0, 1)
     """Number of the engine on its machine, and how many share the machine's cores (on the CPU)."""
+    exact: bool = False
+    """Compute the trainer's bits (model.exact)."""
     return_routing: bool = False
     """Keep the experts of every token, for requests that ask for them."""
     sleeps: bool = False
@@ -229,6 +231,7 @@ class Engine:
         handover = {
             "arguments": server_arguments(self.model_dir, self.settings, self.port),
             "api_key": self.api_key,
+            "exact": self.settings.exact,
             "listen_fd": listener.fileno(),
             "ready_fd": ready_write,
         }

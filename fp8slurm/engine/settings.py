@@ -17,6 +17,7 @@ def engine_settings(config: RunConfig) -> EngineSettings:
         deterministic=config.run.deterministic,
         seed=config.run.seed,
         cpu_threads=config.slurm.engine_threads,
+        exact=config.model.exact,
         return_routing=config.rollout.routing_replay,
         sleeps=engines_sleep(config),
         gloo_interface=os.environ.get("GLOO_SOCKET_IFNAME", "lo") if transport_of(config) == "gloo-direct" else "lo",

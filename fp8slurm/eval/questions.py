@@ -18,8 +18,9 @@ from fp8slurm.data.prompts import (
     check_tokens,
     encode,
     label_text,
-    prompt_text,
+    prompt_content,
     read_rows,
+    render,
 )
 from fp8slurm.eval.tasks import EvalTask
 from fp8slurm.rewards.graders import label_error
@@ -108,7 +109,8 @@ def _question(task: EvalTask, row: dict, index: int, data: DataSection, tokenize
     error = label_error(task.grader, label)
     if error is not None:
         raise BadRow(error)
-    text = prompt_text({"prompt": prompt}, data.model_copy(update={"prompt_key": "prompt"}), tokenizer)
+    content = prompt_content({"prompt": prompt}, "prompt")
+    text = render(content, data.model_copy(update={"prompt_key": "prompt"}), tokenizer)
     return str(index if id is None else id), text, label
 
 

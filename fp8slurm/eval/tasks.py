@@ -180,16 +180,20 @@ def in_training(task: EvalTask, config: RunConfig) -> EvalTask:
 
 def run_tasks(config: RunConfig) -> list[EvalTask]:
     """What a run evaluates while it trains: data.eval and eval.tasks. InputError: a name that is there twice."""
+    first, tasks = held_out(config), further_tasks(config)
+    return unique([first, *tasks] if first is not None else tasks, OF_A_RUN)
+
+
+def further_tasks(config: RunConfig) -> list[EvalTask]:
+    """eval.tasks, as a run asks them. InputError says what is wrong with one."""
     kind = config.reward.kind
     own = "exact" if kind == "digits" else kind
-    tasks = [
+    return [
         in_training(
             parse_task(text, None, own if Path(text).suffix in SUFFIXES and "=" not in text else None, OF_A_RUN), config
         )
         for text in config.eval.tasks
     ]
-    first = held_out(config)
-    return unique([first, *tasks] if first is not None else tasks, OF_A_RUN)
 
 
 def unique(tasks: list[EvalTask], flag: str = TASKS) -> list[EvalTask]:

@@ -2,6 +2,8 @@
 
     load -> rollout -> advantages -> pack -> log-probabilities -> train -> sync -> record -> save
 
+With rollout.max_staleness = 1 sync comes right behind rollout, and engines begin the next step's (ahead.py).
+
 The order of things is here, and each part is a file: saving.py (load, save), advantages.py, packing.py, recompute.py
 (log-probabilities), loss.py (train), weights.py (rollout, sync), recorder.py; boundary.py (stops), supervised.py.
 """
@@ -14,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from fp8slurm.config import RunConfig
@@ -24,6 +27,7 @@ from fp8slurm.data.prompts import SftExample
 from fp8slurm.models.precision import gap_bound
 from fp8slurm.rl import controls
 from fp8slurm.rl.advantages import advantages
+from fp8slurm.rl.ahead import RolloutAhead, as_lag, gap_of_scored, scored_sequences, staleness
 from fp8slurm.rl.boundary import StepBoundary
 from fp8slurm.rl.loss import make_policy_loss
 from fp8slurm.rl.packing import pack, pack_sft, packing_of
@@ -37,7 +41,7 @@ from fp8slurm.rl.weights import EngineWeights
 from fp8slurm.rollout import evaluation
 from fp8slurm.rollout.channel import RankChannel
 from fp8slurm.rollout.files import is_saved, trainer_file
-from fp8slurm.rollout.groups import merge
+from fp8slurm.rollout.groups import merge, merge_scores
 from fp8slurm.run.directory import RunDirectory, RunState
 from fp8slurm.run.events import NO_UPDATE, record_event
 from fp8slurm.run.step_times import StepTimes
@@ -61,9 +65,13 @@ def run(
     on_disk = load_newest(config, run_dir, trainer, store)
     weights = EngineWeights(config, trainer, channel, store, address, run_dir.attempt_dir, watch)
     recorder = Recorder(config, run_dir, watch, first, on_disk)
-    saver = Saver(config, run_dir, trainer, store, dist.get_world_size(), watch, times, on_disk)
+    ahead = RolloutAhead(weights)
+    saver = Saver(config, run_dir, trainer, store, dist.get_world_size(), watch, times, on_disk, ahead.write)
     boundary = StepBoundary(store, first, stop_policy, saver, times)
-    loop = Loop(config, run_dir, trainer, weights, recorder, saver, boundary, watch, first_state(config, on_disk))
+    state = first_state(config, on_disk)
+    loop = Loop(config, run_dir, trainer, weights, recorder, saver, boundary, watch, state, ahead)
+    if config.rollout.max_staleness and state.phase == "rl" and 0 < state.step < config.run.steps:
+        ahead.read(run_dir.checkpoints / state.name)
     weights.connect()
     if engines_start_after_trainer(config):
         _take_memory(config, trainer, weights.sleeps)
@@ -76,8 +84,11 @@ def run(
         loop.reinforce()
         saver.check_saved(loop.state)
     except StopRequested as reason:
+        if config.run.deterministic and not isinstance(reason, StepAbandoned):
+            reason = loop.finish_rollout() or reason
         boundary.stop(loop.state, reason)
-        workers_are_free = not isinstance(reason, StepAbandoned)  # else they are ended with the job
+        # Workers that are busy are ended with the job.
+        workers_are_free = not isinstance(reason, StepAbandoned) and not ahead.under_way
     if workers_are_free:
         channel.call("stop")
     recorder.close()
@@ -89,11 +100,12 @@ class Loop:
 
     def __init__(
         self, config: RunConfig, run_dir: RunDirectory, trainer: Any, weights: EngineWeights, recorder: Recorder,
-        saver: Saver, boundary: StepBoundary, watch: Stopwatch, state: RunState,
+        saver: Saver, boundary: StepBoundary, watch: Stopwatch, state: RunState, ahead: RolloutAhead | None = None,
     ) -> None:  # fmt: skip
         self.config, self.run_dir, self.trainer, self.weights = config, run_dir, trainer, weights
         self.recorder, self.saver, self.boundary, self.watch = recorder, saver, boundary, watch
-        self.state = state
+        self.state, self.ahead = state, ahead or RolloutAhead(weights)
+        self.one_ahead = config.rollout.max_staleness > 0
         self.policy_loss = make_policy_loss(config.algorithm)
         self.gap_bound = math.inf if config.control.freeze_engine else gap_bound(config)
 
@@ -149,10 +161,14 @@ class Loop:
 
     def step(self, step: int) -> dict[str, float]:
         """One RL step; returns its metrics."""
-        c = self.config
+        c, version = self.config, self.state.version
         with self.watch.timed("rollout"):
             groups, record = self.rollout(step)
         self.state = replace(self.state, step=step, cursor=int(record.pop("cursor")))
+        behind = staleness(groups, version) if self.one_ahead else 0.0
+        scored = self.score(groups, version) if behind else {}
+        if self.one_ahead and step < c.run.steps:
+            self.ahead.begin(version, **self._request(step + 1), keep_all=False)
         if c.control.shuffle_rewards:
             controls.shuffle_rewards(groups, f"{c.run.seed}/{step}")
         values = advantages(groups, c.algorithm)
@@ -168,12 +184,14 @@ class Loop:
         with self.watch.timed("logprobs"):
             batches = [batch for update in updates for batch in update]
             record |= recompute(self.trainer, batches, with_reference=bool(c.algorithm.kl_coef))
+            if behind:
+                record = as_lag(record, behind) | gap_of_scored(self.trainer, scored, batches)
             check_gap(record, self.gap_bound, step)
             if is_saved(step, c.rollout.save_every):
                 save_logprobs(self.trainer, trainer_file(self.run_dir.path, step), groups, batches)
         with self.watch.timed("train"):
             record |= self.train(updates * c.train.epochs_per_step, step)
-        if not c.control.freeze_engine:
+        if not c.control.freeze_engine and not self.ahead.under_way:
             self.weights.sync(self.state.version)
         return record
 
@@ -183,9 +201,42 @@ class Loop:
         """The groups of all rollout workers, in their order, and metrics; keep_all: groups without signal too."""
         # Only before a step has changed anything: the weights are then those of the boundary before it.
         abandon = self.boundary.too_late if step > self.state.step and self.state.phase == "rl" else None
-        request = {"step": step, "cursor": self.state.cursor, "prompts": self.config.rollout.prompts_per_step}
-        answers = self.weights.ask("rollout", self.state.version, abandon, **request, keep_all=keep_all)
+        begun = self.ahead.take(self.state.version, abandon) if step else None
+        if begun is not None:
+            return merge(begun.answers, begun.version)
+        if self.one_ahead:
+            self.weights.sync(self.state.version)
+        answers = self.weights.ask("rollout", self.state.version, abandon, **self._request(step), keep_all=keep_all)
         return merge(answers, self.weights.sent_version)
+
+    def _request(self, step: int) -> dict[str, int]:
+        return {"step": step, "cursor": self.state.cursor, "prompts": self.config.rollout.prompts_per_step}
+
+    def finish_rollout(self) -> StepAbandoned | None:
+        """Wait for the next step's rollout, and keep it; why it was given up, where that would take too long."""
+        try:
+            with self.watch.timed("rollout"):
+                self.ahead.finish(self.state.version, self.boundary.too_late)
+        except StepAbandoned as reason:
+            log.warning("the next step's rollout is given up: %s", reason)
+            return reason
+        return None
+
+    def score(self, groups: list[SampleGroup], version: int) -> dict[int, torch.Tensor]:
+        """The engines' log-probabilities, under `version`, of some of the samples that older weights generated: number
+        of the sample -> float32 [tokens of its response]. None where the engine's scores are of another policy: it
+        scores at temperature 1, and chooses experts anew."""
+        r = self.config.rollout
+        if r.temperature != 1 or r.routing_replay:
+            return {}
+        sequences = scored_sequences(groups)
+        if not sequences:
+            return {}
+        self.weights.sync(version)
+        with self.watch.timed("score"):
+            answers = self.weights.ask("score", version, sequences=list(sequences.values()))
+        scores = merge_scores([payload for _, payload in answers], [len(r) for _, r in sequences.values()])
+        return dict(zip(sequences, scores, strict=True))
 
     def pack(self, groups: list[SampleGroup], values: list[list[float]], updates: int) -> list[list[PackedBatch]]:
         """This data-parallel rank's [update][micro-batch], for the policy that the engines sampled from."""
@@ -237,6 +288,11 @@ class Loop:
             return {}
         # The last step's figures would never be made up for, and a supervised phase ends by them.
         abandon = self.boundary.too_late if state.phase == "rl" and state.step < c.run.steps else None
+        if self.ahead.under_way:
+            with self.watch.timed("rollout"):
+                self.ahead.finish(state.version, abandon)
+        if self.one_ahead:
+            self.weights.sync(state.version)
         with self.watch.timed("eval"):
             answers = [a for a, _ in self.weights.ask("evaluate", state.version, abandon, checkpoint=checkpoint)]
             return evaluation.merge(c, self.run_dir, answers, checkpoint, state.step, writes=self.trainer.rank == 0)
@@ -255,7 +311,10 @@ class Loop:
                 f"the last good weights are in {self.run_dir.checkpoints / self.state.name}"
             )
         if save:
+            late = self.finish_rollout()
             self.saver.save(self.state)
+            if late is not None:
+                raise late
 
 
 def _take_memory(config: RunConfig, trainer: Any, engines_sleep: bool) -> None:

@@ -52,9 +52,14 @@ def recompute(trainer: Any, batches: list[PackedBatch], with_reference: bool) ->
 
 def save_logprobs(trainer: Any, path: Path, groups: list[SampleGroup], batches: list[PackedBatch]) -> None:
     """Write the trainer's log-probabilities of a saved rollout (rollout/files.py); rank 0 writes, all ranks send."""
-    rows = gather_rows(_once(trainer, logprob_rows(batches)))
+    rows = all_logprob_rows(trainer, batches)
     if trainer.rank == 0:
         write_trainer_logprobs(path, groups, rows)
+
+
+def all_logprob_rows(trainer: Any, batches: list[PackedBatch]) -> torch.Tensor:
+    """logprob_rows (rollout/files.py) of all ranks' micro-batches, on all ranks."""
+    return gather_rows(_once(trainer, logprob_rows(batches)))
 
 
 def _once(trainer: Any, rows: torch.Tensor) -> torch.Tensor:

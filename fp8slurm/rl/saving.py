@@ -6,6 +6,7 @@ import json
 import logging
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -81,12 +82,14 @@ class Saver:
 
     def __init__(
         self, config: RunConfig, run_dir: RunDirectory, trainer: Any, store: dist.Store, ranks: int, watch: Stopwatch,
-        times: StepTimes, on_disk: RunState | None,
+        times: StepTimes, on_disk: RunState | None, beside: Callable[[Path], None] = lambda folder: None,
     ) -> None:  # fmt: skip
+        """beside(folder): called on rank 0 for every checkpoint; puts into it what belongs to it but is no state of the
+        trainer. OSError."""
         self.run_dir, self.trainer, self.store, self.watch, self.times = run_dir, trainer, store, watch, times
         self.asynchronous = config.checkpoint.asynchronous
         self.writer = CheckpointWriter(run_dir, store, trainer.rank, ranks, config.checkpoint)
-        self.on_disk = on_disk
+        self.on_disk, self.beside = on_disk, beside
         """State of the newest checkpoint."""
         self._saves = self._failed = 0
         self._error = ""
@@ -101,7 +104,9 @@ class Saver:
             begun = time.monotonic()
             if self.trainer.rank == 0:
                 try:
-                    answer = {"folder": str(self.run_dir.begin_checkpoint(state))}
+                    folder = self.run_dir.begin_checkpoint(state)
+                    self.beside(folder)
+                    answer = {"folder": str(folder)}
                 except OSError as error:
                     answer = {"error": str(error)}
                 self.store.set(tag, json.dumps(answer))

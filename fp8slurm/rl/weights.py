@@ -96,8 +96,16 @@ class EngineWeights:
         """
         if self._asleep:
             self.sync(version)
+        self.post(kind, **arguments)
+        return self.collect(kind, version, abandon, **arguments)
+
+    def post(self, kind: str, **arguments: Any) -> None:
+        """Have the rollout workers begin a command; `collect` comes before any other."""
+        self.channel.post(kind, **arguments)
+
+    def collect(self, kind: str, version: int, abandon: Callable[[], str] | None = None, **arguments: Any) -> Answers:
+        """The answers to the command that was posted, as `ask` gives them."""
         while True:
-            self.channel.post(kind, **arguments)
             answers = self.channel.collect(abandon or (lambda: ""))
             if not any(a.get("weights_lost") for a, _ in answers):
                 return answers
@@ -107,6 +115,7 @@ class EngineWeights:
                 )
             self.sent_version = None
             self.sync(version)
+            self.post(kind, **arguments)
 
     def close(self) -> None:
         """Give groups and files up."""

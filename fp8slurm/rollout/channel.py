@@ -106,11 +106,16 @@ class WorkerChannel:
         return self.get(f"command/{self.count}")
 
     def get(self, key: str) -> Any:
-        """The JSON under a key of the store, waiting for it with heartbeats: who sets it has a watchdog of its own."""
+        """The JSON under a key of the store, waiting for it."""
+        self.wait(key)
+        return json.loads(self.store.get(key))
+
+    def wait(self, key: str) -> None:
+        """Wait for a key of the store with heartbeats: who sets it has a watchdog of its own."""
         while True:
             try:
                 self.store.wait([key], IDLE_HEARTBEAT)
-                return json.loads(self.store.get(key))
+                return
             except dist.DistStoreError as error:
                 if "timeout" not in str(error):
                     raise
@@ -142,6 +147,7 @@ class WorkerChannel:
         """Answer the command taken last; payload is uint8 [n]."""
         size = 0 if payload is None else payload.numel()
         self.store.set(f"answer/{self.count}/{self.number}", json.dumps({**values, "bytes": size}))
+        self.wait(f"taken/{self.count}/0")  # the ranks may be training still (rollout.max_staleness)
         for worker in range(self.group.size - self.ranks):
             if worker == self.number:
                 sent = payload

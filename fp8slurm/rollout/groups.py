@@ -30,6 +30,15 @@ def apply_truncation_policy(groups: list[SampleGroup], truncated: Literal["mask"
                 sample.reward = 0.0
 
 
+def merge_scores(payloads: list[torch.Tensor], lengths: list[int]) -> list[torch.Tensor]:
+    """float32 [length] of every response, from the rollout workers' answers to "score"; lengths of all responses."""
+    parts: list[torch.Tensor] = [torch.empty(0)] * len(lengths)
+    for worker, payload in enumerate(payloads):
+        own = lengths[worker :: len(payloads)]
+        parts[worker :: len(payloads)] = payload.view(torch.float32).split(own) if own else []
+    return parts
+
+
 def merge(
     answers: list[tuple[dict[str, Any], torch.Tensor]], sent_version: int | None
 ) -> tuple[list[SampleGroup], dict[str, float]]:
@@ -39,22 +48,23 @@ def merge(
     """
     groups = [g for _, payload in answers for g in decode_groups(payload)]
     values = [a for a, _ in answers]
-    samples = [s for g in groups for s in g.samples]
-    stale = {v for s in samples for v in s.weight_versions} - {sent_version}
+    stale = {v for g in groups for s in g.samples for v in s.weight_versions} - {sent_version}
     if stale:
         raise RuntimeError(
             f"tokens were generated under weight versions {sorted(stale)}; the engines were sent {sent_version}"
         )
     total, count = (sum(a["rewards"][i] for a in values) for i in (0, 1))
-    generated = sum(len(s.response_ids) for s in samples)
+    generated = sum(a["generated"] for a in values)
+    trained = sum(len(g.prompt.token_ids) + len(s.response_ids) for g in groups for s in g.samples)
     return groups, {
         "cursor": values[0]["cursor"],
         "reward/mean": total / max(1, count),
         "reward/failures": sum(a["reward_failures"] for a in values),
         "rollout/groups": len(groups),
         "rollout/dropped": sum(a["dropped"] for a in values),
-        "rollout/tokens": sum(a["generated"] for a in values),
-        "rollout/response_length": generated / max(1, len(samples)),
-        "rollout/truncated": sum(s.finish_reason == "length" for s in samples) / max(1, len(samples)),
-        "tokens": generated + sum(len(g.prompt.token_ids) * len(g.samples) for g in groups),
+        "rollout/tokens": generated,
+        "rollout/response_length": generated / max(1, count),
+        "rollout/truncated": sum(a["truncated"] for a in values) / max(1, count),
+        "tokens": trained,
+        "time/generate": max(a["seconds"] for a in values),
     }

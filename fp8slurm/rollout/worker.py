@@ -97,7 +97,7 @@ class RolloutWorker:
         self.sources = names
         self._bring_up()
         commands: dict[str, Callable[..., tuple[dict, torch.Tensor | None]]] = {
-            "rollout": self.do_rollout, "evaluate": self.do_evaluate, "update": self.do_update,
+            "rollout": self.do_rollout, "score": self.do_score, "evaluate": self.do_evaluate, "update": self.do_update,
             "linked": self.do_linked, "link": self.do_link, "sleep": self.do_sleep, "stop": lambda: ({}, None),
         }  # fmt: skip
         while True:
@@ -160,10 +160,10 @@ class RolloutWorker:
         Groups without signal are replaced from the prompts that follow, rollout.max_replacements times at most.
         """
         assert self.order is not None
-        r = self.config.rollout
+        r, begun = self.config.rollout, time.monotonic()
         self._begin("rollout", step, cursor, prompts, keep_all)
         kept: list[SampleGroup] = []
-        dropped = generated = 0
+        dropped = generated = truncated = 0
         missing, rounds = prompts, r.max_replacements + 1
         rewards: list[float] = []
         for round_ in range(rounds):
@@ -177,6 +177,7 @@ class RolloutWorker:
                     self.store.set(f"kept/{self.channel.count}/{left}/{self.number}", "0")
                 raise
             generated += sum(len(s.response_ids) for g in groups for s in g.samples)
+            truncated += sum(s.finish_reason == "length" for g in groups for s in g.samples)
             rewards += scores
             apply_truncation_policy(groups, r.truncated)
             good = groups if keep_all or not r.drop_no_signal else [g for g in groups if has_signal(g)]
@@ -188,9 +189,21 @@ class RolloutWorker:
                 break
         if is_saved(step, r.save_every):
             self._save(step, kept)
-        answer: dict[str, Any] = {"cursor": cursor, "dropped": dropped, "generated": generated}
+        answer: dict[str, Any] = {"cursor": cursor, "dropped": dropped, "generated": generated, "truncated": truncated}
+        answer["seconds"] = time.monotonic() - begun
         answer |= {"rewards": [float(sum(rewards)), len(rewards)], "reward_failures": self.rewarder.failures}
         return answer, encode_groups(kept)
+
+    def do_score(self, sequences: list[list[list[int]]]) -> tuple[dict, torch.Tensor]:
+        """This node's share of the log-probabilities of responses under the present weights, at temperature 1.
+
+        sequences: [prompt, response] token ids. Answers them as float32 [tokens of all its responses], seen as bytes.
+        """
+        share = sequences[self.number :: self.workers]
+        with self.channel.at_work():
+            scores = self.engines.score([prompt + response for prompt, response in share])
+        parts = [scores[i][len(prompt) - 1 :] for i, (prompt, _) in enumerate(share)]
+        return {}, torch.tensor([x for part in parts for x in part], dtype=torch.float32).view(torch.uint8)
 
     def do_evaluate(self, checkpoint: str | None = None) -> tuple[dict, None]:
         """This node's share of the held-out prompts and, with the weights' name, of eval.tasks (evaluation.py)."""

@@ -13,6 +13,7 @@ from fp8slurm.config import RunConfig
 from fp8slurm.core.errors import InputError
 from fp8slurm.core.files import read_json, sha256, write_atomic
 from fp8slurm.core.processes import process_of
+from fp8slurm.eval.tasks import further_tasks
 from fp8slurm.models.precision import engine_in_fp8, serves_fp8
 from fp8slurm.run.directory import RunDirectory, RunState, rl_step
 from fp8slurm.run.task_errors import VERDICT, describe, first_error, is_permanent, record_error
@@ -106,6 +107,7 @@ def _changed_data(config: RunConfig, run: RunDirectory) -> tuple[list[str], dict
 def _data_files(config: RunConfig) -> dict[str, dict[str, Any]]:
     """Size and SHA-256 of the data files that are there, by their settings."""
     files = {"data.train": config.data.train, "data.eval": config.data.eval, "sft.data": config.sft.data}
+    files |= {f"eval.tasks {task.name}": task.data for task in further_tasks(config)}
     return {
         key: {"bytes": path.stat().st_size, "sha256": sha256(path)}
         for key, path in files.items()

@@ -1,7 +1,9 @@
-"""Mixture of experts on top of Megatron's routers: replayed routing, and the scale of the load-balancing loss."""
+"""Mixture of experts on top of Megatron's: replayed routing, the scale of the load-balancing loss, grouped products."""
 
 from __future__ import annotations
 
+import logging
+import os
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +13,36 @@ from fp8slurm.core.types import PackedBatch
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
+
+log = logging.getLogger(__name__)
+
+CUTLASS = "NVTE_USE_CUTLASS_GROUPED_GEMM"
+"""TransformerEngine's switch, read at every product (2.16 to 2.20.2). Off by default: then it calls cuBLAS once for
+every expert, and at 128 experts the GPU waits for launches."""
+
+
+def choose_grouped_products(capability: tuple[int, int], transformer_config: Any) -> None:
+    """Have TransformerEngine multiply a BF16 mixture's experts in one CUTLASS launch, where its kernels can.
+
+    They are for Hopper, 16-bit numbers and inner dimensions of whole multiples of 128; weight gradients, whose inner
+    dimension is an expert's number of tokens, stay with cuBLAS. A value that is set already is kept. To be called
+    before the first product, on every rank; `capability`: of this rank's GPU.
+    """
+    c = transformer_config
+    if not c.num_moe_experts or c.fp8 or not c.bf16:
+        return
+    if CUTLASS in os.environ:
+        log.info("grouped products of the experts: %s=%s was set already", CUTLASS, os.environ[CUTLASS])
+        return
+    inner = c.hidden_size, c.moe_ffn_hidden_size // c.expert_tensor_parallel_size
+    if capability != (9, 0) or any(size % 128 for size in inner):
+        log.info(
+            "grouped products of the experts: cuBLAS, one launch an expert (CUTLASS's kernels want compute capability "
+            "9.0 and multiples of 128; here %d.%d, %d and %d)", *capability, *inner
+        )  # fmt: skip
+        return
+    os.environ[CUTLASS] = "1"
+    log.info("grouped products of the experts: CUTLASS (%s=1; 0 in the environment keeps cuBLAS)", CUTLASS)
 
 
 class RoutingReplay:

@@ -20,7 +20,7 @@ from fp8slurm.fp8.block import BlockFP8
 from fp8slurm.models.names import NameTable
 from fp8slurm.models.qwen3 import ModelSpec, check_layout
 from fp8slurm.trainer import build, checkpoint, primary_fp8
-from fp8slurm.trainer.experts import RoutingReplay, scale_aux_loss, take_aux_loss
+from fp8slurm.trainer.experts import RoutingReplay, choose_grouped_products, scale_aux_loss, take_aux_loss
 from fp8slurm.trainer.forward import Outputs, run_schedule
 from fp8slurm.trainer.optimizer_sleep import OptimizerSleep
 from fp8slurm.trainer.weights import HfReader, ParameterShards
@@ -63,6 +63,8 @@ class Trainer:
         self._set_ranks(parallel_state)
         self.table = NameTable(spec)
         self.transformer_config = build.transformer_config(config, spec)
+        if torch.cuda.is_available():
+            choose_grouped_products(torch.cuda.get_device_capability(), self.transformer_config)
         self.module = build.build_module(config, spec, self.transformer_config)
         self.ddp = build.build_ddp(config, self.module, self.transformer_config)
         self.optimizer = build.build_optimizer(config, self.ddp)

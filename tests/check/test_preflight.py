@@ -74,6 +74,15 @@ def test_the_end_of_a_turn_that_no_config_lists_is_said(tiny, tmp_path):
     assert warning.startswith("token 258 (<|im_end|>) ends responses too")
 
 
+def test_text_where_a_chat_template_is_gets_one_warning(tiny, tmp_path):
+    plain, mixed = tmp_path / "plain.jsonl", tmp_path / "mixed.jsonl"
+    plain.write_text(json.dumps({"prompt": "1|1=", "label": "1"}) + "\n")
+    mixed.write_text(plain.read_text() + (tiny / "data" / "eval.jsonl").read_text().splitlines()[0] + "\n")
+    more = ["--data.train", str(plain), "--data.eval", str(mixed)]
+    (warning,) = preflight(parse("tiny-fp8", flags(tiny, *more)))
+    assert warning.startswith("prompts that are text (1 of 1 of --data.train, 1 of 2 of --data.eval) are tokenized as")
+
+
 def test_the_recipe_passes(tiny):
     assert preflight(parse("tiny-fp8", flags(tiny))) == []
 
@@ -125,6 +134,11 @@ def test_the_recipe_passes(tiny):
             ["--engine.placement", "split", "--engine.gpus", "2", "--slurm.gpus-per-node", "3"],
             ["--engine.placement split", "--slurm.gpus-per-node 3"],
         ),
+        (
+            ["--rollout.max-staleness", "1", "--slurm.gpus-per-node", "2", "--fp8.backend", "off"],
+            ["--rollout.max-staleness 1", "--engine.placement shared", "allowed: 0", "--engine.placement split"],
+        ),
+        (["--rollout.max-staleness", "1", "--control.freeze-engine"], ["--control.freeze-engine"]),
         (["--sync.transport", "nccl"], ["--sync.transport nccl", "shared", "--engine.placement split"]),
         (["--slurm.nodes", "2"], ["--slurm.nodes 2"]),
         (["--slurm.gpu-type", "h100"], ["--slurm.gpu-type h100", "--slurm.gpus-per-node"]),

@@ -42,17 +42,6 @@ def test_unknown_key_in_recipe_is_named_with_the_known_ones(tmp_path):
     assert "optim.lr = -1" in text and "greater than 0" in text
 
 
-def test_a_setting_that_is_gone_loads_with_the_value_that_it_had(tmp_path):
-    path = tmp_path / "r.toml"
-    path.write_text("[rollout]\nmax_staleness = 0\nn_samples = 3\n")
-    assert read_recipe(path).rollout == RunConfig.model_validate({"rollout": {"n_samples": 3}}).rollout
-    recorded = '{"rollout": {"max_staleness": 0, "n_samples": 3}}'
-    assert RunConfig.model_validate_json(recorded) == read_recipe(path)
-    path.write_text("[rollout]\nmax_staleness = 1\n")
-    with pytest.raises(ValueError, match="unknown key rollout.max_staleness"):
-        read_recipe(path)
-
-
 @pytest.mark.parametrize("text, says", [("[run\n", "not a TOML file"), ("[nonsense]\na = 1\n", "unknown key nonsense")])
 def test_broken_recipe(tmp_path, text, says):
     path = tmp_path / "r.toml"

@@ -49,6 +49,8 @@ def test_messages_get_the_template_and_text_does_not(tmp_path, tokenizer):
     assert len(templated.token_ids) == 14
     assert tokenizer.decode(plain.token_ids) == "12+34="
     assert [(p.index, p.label) for p in (templated, plain)] == [(0, "64"), (1, "64")]
+    assert templated.content == user("12+34=") and plain.content == "12+34="
+    assert plain.row == {"prompt": "12+34=", "label": 64}
 
 
 def test_chat_template_kwargs_reach_the_template(tmp_path, tokenizer):
@@ -250,6 +252,18 @@ def test_the_end_of_a_turn_ends_a_response_whatever_the_configs_list(folder):
     assert end_token_ids(folder, load_tokenizer(folder)) == [256]
     change(folder / "tokenizer_config.json", eos_token="<|im_end|>")
     assert unlisted_ends(folder, load_tokenizer(folder)) == {258: "the tokenizer's eos_token"}
+
+
+def test_an_end_that_is_trained_and_another_that_the_template_writes_are_refused(folder, tmp_path):
+    """Text prompts have no turns: there the tokenizer's end token is the right one."""
+    change(folder / "tokenizer_config.json", eos_token="<|endoftext|>")
+    tokenizer = load_tokenizer(folder)
+    path = write(tmp_path / "s.jsonl", {"prompt": "1+1=", "response": "2"}, {"prompt": user("1"), "response": "2"})
+    says = r"s.jsonl:2: .* eos_token, 256 \(<\|endoftext\|>\), but the chat template ends an answer with 258 "
+    with pytest.raises(ValueError, match=says):
+        load_sft(DataSection(), SftSection(data=path), tokenizer)
+    (example,) = load_sft(DataSection(), SftSection(data=path), tokenizer, limit=1)
+    assert tokenizer.decode(example.response_ids) == "2<|endoftext|>"
 
 
 def test_a_model_that_nothing_ends(folder):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import TIMEOUT_S
+from tiny_runs import TIMEOUT_S, task_pids, weights
 
 from fp8slurm.core.processes import process_start
 from fp8slurm.models.qwen3 import ModelSpec
@@ -39,24 +39,6 @@ def reference(runs):
 
 def shared_memory() -> set[str]:
     return {name for name in os.listdir("/dev/shm") if name.startswith(("sgl", "torch", "gloo", "psm", "sem"))}
-
-
-def task_pids(run: Path, attempt: int) -> dict[int, int]:
-    tasks = {
-        int(p.stem): json.loads(p.read_text()) for p in (run / "attempts" / str(attempt) / "tasks").glob("[0-9]*.json")
-    }
-    return {index: t["pid"] for index, t in tasks.items()}
-
-
-def weights(run: Path, out: Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
-    from fp8slurm.checkpoint import torch_dist_to_hf
-
-    newest = max((run / "checkpoints").glob("step_*"), key=lambda p: p.name)
-    config = json.loads((run / "config.json").read_text())
-    torch_dist_to_hf(newest, out, origin_hf_dir=config["model"]["hf_checkpoint"])
-    return {k: v for f in sorted(out.glob("*.safetensors")) for k, v in load_file(f).items()}
 
 
 def test_a_run_leaves_what_it_should(reference):

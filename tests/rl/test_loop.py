@@ -303,7 +303,15 @@ def test_advantages_follow_the_settings_and_the_controls(monkeypatch: pytest.Mon
 
 def answer_of(groups: list[SampleGroup], **values) -> tuple[dict, torch.Tensor]:
     """A rollout worker's answer."""
-    plain = {"cursor": 9, "dropped": 0, "generated": 0, "rewards": [0.0, 0], "reward_failures": 0}
+    plain = {
+        "cursor": 9,
+        "dropped": 0,
+        "generated": 0,
+        "truncated": 0,
+        "rewards": [0.0, 0],
+        "reward_failures": 0,
+        "seconds": 0.5,
+    }
     return plain | values, encode_groups(groups)
 
 
@@ -315,16 +323,21 @@ def test_a_rollouts_figures_are_those_of_all_workers() -> None:
     stopped = Sample([5, 6], [-0.1] * 2, [4] * 2, "stop", reward=1.0)
     cut, aborted = Sample([5] * 4, [-0.1] * 4, [4] * 4, "length"), Sample([], [], [], "abort")
     answers = [
-        answer_of([group_of(3, stopped, cut)], dropped=1, generated=20, rewards=[4.0, 4], reward_failures=1),
-        answer_of([group_of(8, aborted, stopped)], dropped=2, generated=5, rewards=[0.0, 2], reward_failures=2),
+        answer_of(
+            [group_of(3, stopped, cut)], dropped=1, generated=20, truncated=3, rewards=[4.0, 4], reward_failures=1
+        ),
+        answer_of(
+            [group_of(8, aborted, stopped)], dropped=2, generated=5, rewards=[0.0, 2], reward_failures=2, seconds=2.5
+        ),
     ]
     loop = loop_with(RunConfig(), weights=engines_that_answer(*answers, sent_version=4))
     groups, record = loop.rollout(1)
     assert [g.prompt.index for g in groups] == [3, 8]
     assert record == {
         "cursor": 9, "reward/mean": 4 / 6, "reward/failures": 3, "rollout/groups": 2, "rollout/dropped": 3,
-        "rollout/tokens": 25, "rollout/response_length": 8 / 4, "rollout/truncated": 1 / 4, "tokens": 4 * 3 + 8,
-    }  # fmt: skip  # the mean counts groups that were dropped; an aborted sample was not cut off at max_tokens
+        "rollout/tokens": 25, "rollout/response_length": 25 / 6, "rollout/truncated": 3 / 6, "tokens": 4 * 3 + 8,
+        "time/generate": 2.5,
+    }  # fmt: skip  # means count groups that were dropped; `tokens` are those of the groups that are here
     assert loop_with(RunConfig(), weights=engines_that_answer(answer_of([]))).rollout(1)[1]["reward/mean"] == 0
 
 

@@ -101,6 +101,7 @@ def test_the_reward_that_is_shown_is_what_the_function_said(store, truncated):
     worker.sampler.sample = cut
     answer, payload = worker.do_rollout(1, 3, 2)  # rewards 0 and 1, the second cut off
     assert answer["rewards"] == [2.0, 4] and indices(payload) == [] and answer["dropped"] == 2
+    assert answer["truncated"] == 2, "an aborted sample or one that stopped was not cut off; a dropped group counts"
     worker = worker_with(store, truncated=truncated, drop_no_signal=False)
     worker.sampler.sample = cut
     (group, _) = decode_groups(worker.do_rollout(1, 3, 2)[1])

@@ -128,6 +128,19 @@ def test_a_data_file_with_other_content_is_another_runs(config, tmp_path):
     assert settled("warn") == []
 
 
+def test_the_questions_of_a_further_task_are_bound_too(config, tmp_path):
+    """Their accuracy is one curve: other questions in the middle of it would be a jump that no weight made."""
+    run, questions = RunDirectory(tmp_path / "r"), tmp_path / "more.jsonl"
+    run.path.mkdir()
+    questions.write_text("one row\n")
+    asked = config.model_copy(update={"eval": config.eval.model_copy(update={"tasks": [str(questions)]})})
+    attempt.settle_configuration(asked, run)
+    checkpoint(run, 1)
+    questions.write_text("another\n")
+    with pytest.raises(ValueError, match="eval.tasks more: other content"):
+        attempt.settle_configuration(asked, run)
+
+
 def test_a_rollout_checkpoint_of_another_precision_is_another_run(config, tmp_path):
     run = RunDirectory(tmp_path / "r")
     run.path.mkdir()

@@ -63,3 +63,29 @@ def test_the_emulation_is_transformer_engine_but_for_the_order_of_sums(
     apart, effect = float((theirs - ours).norm() / size), float((theirs - exact).norm() / size)
     assert effect > 1e-2, "FP8 was ignored"
     assert apart < 4e-3 and apart < effect / 5, (apart, effect)
+
+
+def test_cutlass_groups_the_products_of_a_bf16_mixture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The products that trainer/experts.py chooses are cuBLAS's but for the order of sums, and one launch instead of one an expert."""
+    import transformer_engine.pytorch as te
+    from torch.profiler import ProfilerActivity, profile
+
+    from fp8slurm.trainer.experts import CUTLASS
+
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("CUTLASS's grouped kernels are for Hopper")
+    torch.manual_seed(0)
+    experts, tokens = 16, [0, 1, 130, 64] * 4
+    layer = te.GroupedLinear(experts, 256, 384, bias=False, params_dtype=torch.bfloat16, device="cuda")
+    x = torch.randn(sum(tokens), 256, device="cuda", dtype=torch.bfloat16)
+    products, launches = {}, {}
+    for way in "01":
+        monkeypatch.setenv(CUTLASS, way)
+        layer(x, tokens)
+        with profile(activities=[ProfilerActivity.CUDA]) as seen:
+            products[way] = layer(x, tokens).detach()
+            torch.cuda.synchronize()
+        names = [e.name for e in seen.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+        launches[way] = sum("gemm" in name.lower() or "nvjet" in name or "cutlass" in name for name in names)
+    torch.testing.assert_close(products["0"], products["1"], rtol=2**-7, atol=2**-7)
+    assert launches["1"] == 1 < launches["0"], launches

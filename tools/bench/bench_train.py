@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""Training step of one GPU, BF16 against FP8: tokens/s, TFLOP/s, memory. Each measurement is a process of its own.
+"""Training step of one GPU, BF16 against FP8: tokens/s, TFLOP/s, memory. Each precision is a process of its own.
 
-usage: bench_train.py [--model Qwen3-4B] [--tokens 8192 16384] [--layers N] [--json FILE] [--profile FILE]
+usage: bench_train.py [--model Qwen3-4B] [--tokens 8192 16384] [--layers N] [--backend off] [--json FILE] [--profile FILE]
 With --profile one more step is made under torch's profiler: where the GPU's time goes, by kind of kernel and by kernel.
+A mixture of experts in BF16 is measured with TransformerEngine's CUTLASS grouped products and with cuBLAS's ("grouped").
 """
 
 from __future__ import annotations
@@ -14,25 +15,29 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools" / "gpu")]
 SEQUENCE = 2048
+ROW = "row: "
+"""Begins a result among what libraries print."""
 
 
-def measure(model: Path, backend: str, tokens: int, recompute: str, rounds: int, profiled: bool = False) -> dict:
-    """Medians of `rounds` optimizer steps on one packed micro-batch of sequences of SEQUENCE tokens."""
+def measure(
+    model: Path, backend: str, sizes: list[int], recompute: str, rounds: int, profiled: bool = False
+) -> Iterator[dict]:
+    """For each number of tokens, and each way of grouped products: medians of `rounds` optimizer steps on one packed
+    micro-batch of sequences of SEQUENCE tokens."""
     import torch
     import torch.distributed as dist
 
     from fp8slurm.config import parse
-    from fp8slurm.data.prompts import SftExample
     from fp8slurm.models.qwen3 import ModelSpec
-    from fp8slurm.rl.loss import sft_loss
-    from fp8slurm.rl.packing import pack_sft
     from fp8slurm.trainer.start import start
 
     cuda = torch.cuda.is_available()
@@ -47,6 +52,24 @@ def measure(model: Path, backend: str, tokens: int, recompute: str, rounds: int,
         for p in t.module.parameters():
             p.fill_(1.0) if p.dim() == 1 else p.normal_(0, 0.02)
     t.optimizer.reload_model_params()
+    grouped = ["cublas", "cutlass"] if cuda and spec.num_experts and backend == "off" else [None]
+    for tokens in sizes:
+        for way in grouped:
+            if way:  # TransformerEngine reads it at every product
+                os.environ["NVTE_USE_CUTLASS_GROUPED_GEMM"] = str(int(way == "cutlass"))
+            row = measure_size(t, spec, tokens, rounds, profiled and cuda)
+            yield {"backend": backend, "recompute": recompute} | ({"grouped": way} if way else {}) | row
+
+
+def measure_size(t: Any, spec: Any, tokens: int, rounds: int, profiled: bool) -> dict:
+    """One row of `measure`, with the trainer as it is."""
+    import torch
+
+    from fp8slurm.data.prompts import SftExample
+    from fp8slurm.rl.loss import sft_loss
+    from fp8slurm.rl.packing import pack_sft
+
+    cuda = torch.cuda.is_available()
     generator = torch.Generator().manual_seed(0)
     draw = lambda n: tuple(torch.randint(0, spec.vocab_size, (n,), generator=generator).tolist())  # noqa: E731
     length = min(SEQUENCE, tokens)
@@ -65,15 +88,20 @@ def measure(model: Path, backend: str, tokens: int, recompute: str, rounds: int,
         parts["forward_backward"].append(time.perf_counter() - began)
         return out
 
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
     t._run = timed_run
-    for _ in range(rounds + 2):
-        sync()
-        began = time.perf_counter()
-        result = t.train_step(batches, sft_loss, 1e-6)
-        sync()
-        parts["step"].append(time.perf_counter() - began)
+    try:
+        for _ in range(rounds + 2):
+            sync()
+            began = time.perf_counter()
+            result = t.train_step(batches, sft_loss, 1e-6)
+            sync()
+            parts["step"].append(time.perf_counter() - began)
+    finally:
+        t._run = run
     assert result.ok, "the step was skipped"
-    profile = profile_step(lambda: t.train_step(batches, sft_loss, 1e-6)) if profiled and cuda else None
+    profile = profile_step(lambda: t.train_step(batches, sft_loss, 1e-6)) if profiled else None
     seconds = {k: statistics.median(v[2:]) for k, v in parts.items()}
     linear = sum(p.numel() for n, p in t.module.named_parameters() if p.dim() == 2 and "embedding" not in n)
     if spec.tie_word_embeddings:
@@ -83,7 +111,7 @@ def measure(model: Path, backend: str, tokens: int, recompute: str, rounds: int,
     flop = 6 * linear * tokens + attention
     memory = torch.cuda.max_memory_allocated() / 1e9 if cuda else float("nan")
     return {
-        "backend": backend, "tokens": tokens, "recompute": recompute, "seconds": seconds["step"],
+        "tokens": tokens, "seconds": seconds["step"], "all": parts["step"],
         "forward_backward_s": seconds["forward_backward"], "tokens_per_s": tokens / seconds["step"],
         "tflops": flop / seconds["forward_backward"] / 1e12, "memory_gb": memory, "loss": result.loss,
     } | ({"profile": profile} if profile else {})  # fmt: skip
@@ -146,7 +174,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--profile", type=Path, help="where the profiles go, JSON")
-    parser.add_argument("--one", nargs=2, metavar=("BACKEND", "TOKENS"), help=argparse.SUPPRESS)
+    parser.add_argument("--backend", choices=["off", "fp8"], help="only this one (default: both)")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     import torch
 
@@ -160,33 +189,42 @@ def main() -> None:
         model = Path(tempfile.mkdtemp())
         (model / "config.json").write_text(json.dumps(config))
     if args.one:
-        print(
-            json.dumps(
-                measure(model, args.one[0], int(args.one[1]), args.recompute, args.rounds, args.profile is not None)
-            )
-        )
+        for row in measure(model, args.one, args.tokens, args.recompute, args.rounds, args.profile is not None):
+            print(ROW + json.dumps(row), flush=True)
         return
     backends = ["off", "transformer_engine" if torch.cuda.is_available() else "emulated"]
-    rows, profiles = [], []
-    for tokens in args.tokens:
-        for backend in backends:
-            again = [sys.executable, __file__, "--model", str(model), "--recompute", args.recompute]
-            again += ["--rounds", str(args.rounds), "--one", backend, str(tokens)]
-            again += ["--profile", str(args.profile)] if args.profile else []
-            done = subprocess.run(again, capture_output=True, text=True, timeout=240, env=os.environ)
-            if done.returncode:
-                tail = [line for line in done.stderr.splitlines() if line.strip()][-3:]
-                print(f"{backend} {tokens} tokens: failed: {' | '.join(tail)}", flush=True)
+    if args.backend:
+        backends = backends[:1] if args.backend == "off" else backends[1:]
+    rows, profiles, failed = [], [], False
+    for backend in backends:
+        again = [sys.executable, __file__, "--model", str(model), "--recompute", args.recompute]
+        again += ["--rounds", str(args.rounds), "--tokens", *map(str, args.tokens), "--one", backend]
+        again += ["--profile", str(args.profile)] if args.profile else []
+        child = subprocess.Popen(again, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        errors: list[str] = []
+        reader = threading.Thread(target=lambda pipe=child.stderr, to=errors: to.extend(pipe))
+        reader.start()
+        assert child.stdout is not None
+        for line in child.stdout:
+            if not line.startswith(ROW):
                 continue
-            rows.append(json.loads(done.stdout.splitlines()[-1]))
+            rows.append(json.loads(line.removeprefix(ROW)))
             if "profile" in rows[-1]:
-                profiles.append({"backend": backend, "tokens": tokens, **rows[-1].pop("profile")})
+                named = {k: rows[-1][k] for k in ("backend", "tokens", "grouped") if k in rows[-1]}
+                profiles.append(named | rows[-1].pop("profile"))
                 print(json.dumps({k: v for k, v in profiles[-1].items() if k != "kernels"}), flush=True)
             print(json.dumps(rows[-1]), flush=True)
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=1))
+            if args.json:  # as it goes: what is measured is there whatever comes next
+                args.json.write_text(json.dumps(rows, indent=1))
+        status = child.wait()
+        reader.join()
+        if status:
+            failed = True
+            tail = [line.strip() for line in errors if line.strip()][-3:]
+            print(f"{backend}: failed with status {status}: {' | '.join(tail)}", flush=True)
     if args.profile:
         args.profile.write_text(json.dumps(profiles, indent=1))
+    sys.exit(failed)
 
 
 if __name__ == "__main__":

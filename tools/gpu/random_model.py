@@ -34,4 +34,6 @@ def write_random_model(name: str, folder: Path, layers: int | None = None, seed:
     for key, shape in tiny.weight_shapes(config).items():
         w = torch.ones(shape) if len(shape) == 1 else torch.randn(shape, generator=generator, device=device) * 0.02
         weights[key] = w.to(torch.bfloat16).cpu()
+    if device == "cuda":
+        torch.cuda.empty_cache()  # what others want to have
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})

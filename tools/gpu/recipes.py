@@ -13,6 +13,18 @@ from fp8slurm.config.load import read_recipe, to_toml
 ENGINE = ["--attention-backend", "fa3", "--grammar-backend", "none", "--sampling-backend", "pytorch",
           "--enforce-disable-flashinfer-allreduce-fusion"]  # fmt: skip
 """FlashAttention 3, which SGLang takes on Hopper by itself, and no kernels that it compiles for four minutes."""
+
+
+def engine_arguments(graphs: list[int], attention: str = "fa3") -> list[str]:
+    """ENGINE with another attention, and CUDA graphs for decode batches of these sizes (none: without graphs).
+
+    Graphs of the prefill are left out: SGLang takes 50 s to capture them."""
+    own = [attention if text == "fa3" else text for text in ENGINE]
+    if not graphs:
+        return [*own, "--disable-cuda-graph"]
+    return [*own, "--cuda-graph-bs-decode", *map(str, graphs), "--disable-prefill-cuda-graph"]
+
+
 PRECISIONS: dict[str, dict[str, str]] = {
     "fp8-fp8": {"backend": "transformer_engine"},
     "bf16-fp8": {"backend": "off", "engine": "fp8"},
@@ -31,16 +43,10 @@ def with_settings(config: RunConfig, sections: dict[str, dict[str, Any]]) -> Run
 
 def write_recipe(path: Path, base: str, graphs: list[int], **sections: dict[str, Any]) -> Path:
     """`base` on one GPU with one rank, not deterministic, as a file. graphs: batch sizes of the engine's CUDA graphs."""
-    # graphs of the prefill are left out: SGLang takes 50 s to capture them
-    capture = (
-        ["--cuda-graph-bs-decode", *map(str, graphs), "--disable-prefill-cuda-graph"]
-        if graphs
-        else ["--disable-cuda-graph"]
-    )
     own: dict[str, dict[str, Any]] = {
         "run": {"deterministic": False},
         "fp8": PRECISIONS["fp8-fp8"],
-        "engine": {"extra_args": ENGINE + capture, "ready_timeout_s": 400.0},
+        "engine": {"extra_args": engine_arguments(graphs), "ready_timeout_s": 400.0},
         "slurm": {"executor": "local", "nodes": 1, "gpus_per_node": 1, "ranks_per_node": 1, "cpus_per_task": None, "memory": None,
                   "share_gpus": True},
         "watchdog": {"timeout_s": 180.0},

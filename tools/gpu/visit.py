@@ -10,7 +10,7 @@ usage: visit.py WORK OUT [--seconds 550] PART...
     memory       what a rank keeps when it makes room, and where its gaps are
     measures     quantizer and weight updates, over CUDA IPC and NCCL
     tiny         the tiny recipe, three precisions x three seeds
-    small        the same with Qwen3-0.6B's shape
+    small        the same with Qwen3-0.6B's shape; small-0, small-1, small-2: one seed of it
     small-probe  its learning rates
     variants     the tiny recipe with FP8 primary weights, BF16 moments, a sleeping optimizer
     experts      tiny-moe-fp8 in BF16 with several settings and seeds
@@ -19,6 +19,14 @@ usage: visit.py WORK OUT [--seconds 550] PART...
     4b-split     the same with half of the GPUs serving, weights by NCCL
     4b-whole     the same to its end, its checkpoint and what an engine loads made of it
     0.6b         RL steps of Qwen3-0.6B's shape on one GPU in FP8, on the next in BF16: is the plan right for another model?
+    4b-one, 4b-one-bf16   RL steps of the 4B on one GPU, samples of 256 tokens, three records
+    model-4b     the 4B's folders, made beside other jobs
+    rollout      tokens/s of the 4B at batch 1, 32, 256: FP8 and BF16 with FlashAttention 3, FP8 with Triton's attention, in turns
+    update       weight updates of the 4B over CUDA IPC, ours and the way of others, in turns
+    moe-train    training steps of five layers of 30B-A3B in BF16, with cuBLAS's and CUTLASS's grouped products, and in FP8
+    seeds        whether requests with a sampling_seed draw the same tokens again, and if not, why
+    grouped      the test of a BF16 mixture's grouped products
+    doctor       fp8slurm doctor
     30b          RL steps of some of Qwen3-30B-A3B's layers on all GPUs together
 
 Models and recipes are made in WORK. OUT gets every run's records, errors and the ends of its logs, what each job said, and
@@ -45,6 +53,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools" / "gpu")]
 
 from recipes import PRECISIONS, write_model, write_recipe  # noqa: E402
+from turns import arrive  # noqa: E402
 
 MEMORY_EVERY_S = 0.5
 END_S = 25
@@ -64,6 +73,8 @@ class Job:
     """RL step at which it has shown what it is for, and is ended."""
     limit_s: float = 420.0
     """It hangs, and is ended: those behind it want the GPUs."""
+    turn: Path | None = None
+    """Of jobs with the same: they start together and measure one after the other (turns.py)."""
     on: tuple[int, ...] = ()
     process: subprocess.Popen | None = None
     began: float = 0.0
@@ -122,8 +133,10 @@ class Visit:
         command = [sys.executable, "-m", "pytest", "-m", "gpu", "-o", "addopts=--import-mode=importlib", *arguments]
         self.jobs.append(Job(name, command, gpus or self.gpus, share))
 
-    def script(self, name: str, gpus: int, share: float, *command: str) -> None:
-        self.jobs.append(Job(name, [sys.executable, *command], gpus or self.gpus, share, limit_s=120))
+    def script(
+        self, name: str, gpus: int, share: float, *command: str, limit_s: float = 120, turn: Path | None = None
+    ) -> None:
+        self.jobs.append(Job(name, [sys.executable, *command], gpus or self.gpus, share, limit_s=limit_s, turn=turn))
 
 
 def faults(v: Visit) -> None:
@@ -212,13 +225,28 @@ def small_settings(v: Visit, seed: int, precision: str, **more: dict[str, Any]) 
     return {key: settings.get(key, {}) | more.get(key, {}) for key in (*settings, *more)}
 
 
-def small(v: Visit) -> None:
+SMALL_BYTES = 18e9
+"""GPU memory of a run of the 0.6B's shape, with room: four ran at once on 80 GB."""
+
+
+def small(v: Visit, seeds: tuple[int, ...] = (0, 1, 2)) -> None:
+    import torch
+
     model = write_model(v.work / "Qwen3-0.6B", "Qwen3-0.6B", v.tiny())
-    for seed in range(3):
+    memory = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 80e9
+    for seed in seeds:
         for name in PRECISIONS:
             # a checkpoint of its optimizer has 8 GB: none at the end
             settings = small_settings(v, seed, name, run={"steps": 41})
-            v.train(f"small-{name}-{seed}", "tiny-fp8", [64, 256, 512], model, share=0.22, until=40, **settings)
+            v.train(
+                f"small-{name}-{seed}",
+                "tiny-fp8",
+                [64, 256, 512],
+                model,
+                share=min(1.0, SMALL_BYTES / memory),
+                until=40,
+                **settings,
+            )
 
 
 def small_probe(v: Visit) -> None:
@@ -271,10 +299,10 @@ def experts(v: Visit) -> None:
 
 
 def four_b(v: Visit, precision: str = "fp8-fp8", split: bool = False, name: str = "4b", share: float = 1.0, shape: str = "Qwen3-4B",
-           gpus: int = 0, **more: dict[str, Any]) -> None:  # fmt: skip
+           gpus: int = 0, until: int = 3, **more: dict[str, Any]) -> None:  # fmt: skip
     """Random weights, a coin for a reward, every sample as long as it may be: for time, memory and bytes, not for learning.
 
-    gpus: how many it takes, 0 for all of them."""
+    gpus: how many it takes, 0 for all of them; until: its last record."""
     model = write_model(v.work / shape, shape, v.tiny())
     total = gpus or v.gpus
     n = total // 2 if split else total
@@ -303,12 +331,56 @@ def four_b(v: Visit, precision: str = "fp8-fp8", split: bool = False, name: str 
             settings["optim"]["moments"] = "bfloat16"
     settings = {key: settings.get(key, {}) | more.get(key, {}) for key in (*settings, *more)}
     graphs = [128 if split else 64]  # all samples are equally long: no other batch is seen
-    v.train(name, "qwen3-4b-fp8", graphs, model, gpus, share=share, until=None if name == "4b-whole" else 3, **settings)
+    v.train(
+        name, "qwen3-4b-fp8", graphs, model, gpus, share=share, until=None if name == "4b-whole" else until, **settings
+    )
     if name == "4b-whole":  # its checkpoint, of 56 GB, to what an engine loads; beside the next run
         checkpoint = v.work / "runs" / name / "checkpoints" / "step_000004"
         convert = f"{sys.executable} -m fp8slurm.cli convert torch-dist-to-fp8 --origin-hf-dir {model} {checkpoint} {v.work}/exported"
         wait = f"while [ ! -e {checkpoint}/COMPLETE ]; do sleep 1; done; time {convert}"
         v.jobs.append(Job("4b-export", ["bash", "-c", wait], 1, 0.0))
+
+
+def four_b_one(v: Visit, precision: str, name: str) -> None:
+    four_b(v, precision, name=name, gpus=1, until=2, rollout={"max_tokens": 256}, run={"steps": 3})
+
+
+def model_4b(v: Visit) -> None:
+    lines = ["import sys; sys.path.insert(0, 'tools/gpu')", "from pathlib import Path", "from visit import Visit, write_model",
+             f"v = Visit(Path({str(v.work)!r}), Path({str(v.out)!r}), {v.gpus})", "v.fp8(write_model(v.work / 'Qwen3-4B', 'Qwen3-4B', v.tiny()))"]  # fmt: skip
+    v.jobs.append(Job("model-4b", [sys.executable, "-c", "\n".join(lines)], 1, 0.0))
+
+
+def rollout(v: Visit) -> None:
+    model = write_model(v.work / "Qwen3-4B", "Qwen3-4B", v.tiny())
+    v.fp8(model)
+    v.script("rollout", 1, 0.6, "tools/bench/bench_rollout.py", str(v.out), "--hf", str(model), "--rounds", "2", "--engines", "fp8-fa3",
+             "fp8-triton", "bf16-fa3", "--json", str(v.out / "rollout.json"), limit_s=330, turn=v.out / "turns")  # fmt: skip
+
+
+def update(v: Visit) -> None:
+    model = write_model(v.work / "Qwen3-4B", "Qwen3-4B", v.tiny())
+    v.script("update", 1, 0.4, "tools/gpu/update_peer.py", str(model), str(v.fp8(model)), "--json", str(v.out / "update.json"),
+             limit_s=330, turn=v.out / "turns")  # fmt: skip
+
+
+def moe_train(v: Visit) -> None:
+    for backend in ("off", "fp8"):
+        v.script(f"moe-train-{backend}", 1, 1.0, "tools/bench/bench_train.py", "--model", "Qwen3-30B-A3B", "--layers", "5", "--backend", backend,
+                 "--json", str(v.out / f"moe-train-{backend}.json"), limit_s=150)  # fmt: skip
+
+
+def seeds(v: Visit) -> None:
+    v.script("seeds", 1, 0.1, "tools/gpu/seed_probe.py", str(v.fp8(v.tiny())), "--json", str(v.out / "seeds.json"), "--trace", str(v.out / "seeds"),
+             limit_s=240)  # fmt: skip
+
+
+def grouped(v: Visit) -> None:
+    v.test("test-grouped", 1, 0.02, "tests/trainer/test_gpu.py", "-k", "cutlass")
+
+
+def doctor(v: Visit) -> None:
+    v.script("doctor", 0, 0.0, "-m", "fp8slurm.cli", "doctor", limit_s=90)
 
 
 def plan_check(v: Visit) -> None:
@@ -337,6 +409,9 @@ PARTS: dict[str, Callable[[Visit], None]] = {
     "4b-sleep": lambda v: four_b(v, name="4b-sleep", optim={"sleep": True}),
     "4b-split": lambda v: four_b(v, split=True, name="4b-split", train={"tokens_per_micro_batch": 8192}), "4b-whole": lambda v: four_b(v, name="4b-whole"), "30b": thirty_b,
     "0.6b": plan_check,
+    "small-0": lambda v: small(v, (0,)), "small-1": lambda v: small(v, (1,)), "small-2": lambda v: small(v, (2,)),
+    "4b-one": lambda v: four_b_one(v, "fp8-fp8", "4b-one"), "4b-one-bf16": lambda v: four_b_one(v, "bf16-bf16", "4b-one-bf16"),
+    "model-4b": model_4b, "rollout": rollout, "update": update, "moe-train": moe_train, "seeds": seeds, "grouped": grouped, "doctor": doctor,
 }  # fmt: skip
 
 
@@ -359,6 +434,8 @@ def run_all(v: Visit, deadline: float) -> None:
                 free[i] -= job.share
             log = open(v.out / f"{job.name}.log", "w")
             own = environment | {"CUDA_VISIBLE_DEVICES": ",".join(map(str, job.on))}
+            if job.turn is not None:
+                own["TURNS"] = f"{job.turn}:{sum(other.turn == job.turn for other in v.jobs)}"
             job.process = subprocess.Popen(
                 job.command, cwd=ROOT, env=own, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
@@ -399,6 +476,8 @@ def finish(v: Visit, job: Job, free: list[float]) -> None:
     job.status, job.seconds = job.process.returncode, time.time() - job.began
     for i in job.on:
         free[i] += job.share
+    if job.turn is not None:  # nobody waits for it any more
+        arrive(job.turn, job.name)
     print(f"{job.name}: status {job.status} after {job.seconds:.0f} s on GPUs {job.on}{said(job)}", flush=True)
 
 

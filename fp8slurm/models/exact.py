@@ -1,0 +1,86 @@
+"""What model.exact supports: the layouts in which trainer and engine can say the same bits (docs/exact.md).
+
+No torch: a command asks before anything is started."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from fp8slurm.core.errors import InputError
+from fp8slurm.fp8.policy import LINEAR, excluded_by
+from fp8slurm.models.precision import engine_in_fp8, engine_quantization
+from fp8slurm.models.qwen3 import ModelSpec
+
+if TYPE_CHECKING:
+    from fp8slurm.config import RunConfig
+
+BUILT: frozenset[str] = frozenset()
+"""The devices on which both sides can compute exactly."""
+ATTENTION = {"cpu": "torch_native", "cuda": "fa3"}
+"""The one attention backend of the engine, by device."""
+CHANGES_BITS = ("--kv-cache-dtype", "--quantization", "--speculative-", "--fp8-gemm", "--prefill-attention-backend",
+                "--decode-attention-backend", "--torchao", "--lora")  # fmt: skip
+"""Arguments of SGLang's server with which it computes something else than the trainer; the beginnings of names."""
+
+
+def check_exact(config: RunConfig, spec: ModelSpec) -> None:
+    """Refuse model.exact where trainer and engine cannot compute the same bits; does nothing without it.
+
+    InputError names the setting, the reason and what is allowed.
+    """
+    if not config.model.exact:
+        return
+    for flag, reason in _obstacles(config, spec):
+        raise InputError(f"--model.exact with {flag}: {reason}; or --model.no-exact (docs/exact.md)")
+
+
+def _obstacles(config: RunConfig, spec: ModelSpec) -> Iterator[tuple[str, str]]:
+    """(setting and value, why it cannot be exact and what is allowed)."""
+    c, device = config, "cuda" if config.slurm.gpus_per_node else "cpu"
+    if device not in BUILT:
+        where, allowed = "GPUs" if device == "cuda" else "CPUs", ", ".join(BUILT) or "nothing"
+        yield f"--slurm.gpus-per-node {c.slurm.gpus_per_node}", f"it is not there yet on {where}; allowed: {allowed}"
+    if spec.is_moe:
+        yield spec.architecture, "a mixture's experts sum their outputs in another order; allowed: dense models"
+    if c.fp8.backend == "off":
+        yield "--fp8.backend off", "both sides multiply in FP8; allowed: transformer_engine (GPU), emulated (CPU)"
+    if not engine_in_fp8(c):
+        yield "an engine in BF16", "the trainer multiplies in FP8; allowed: --fp8.engine fp8 or auto"
+    if c.model.dtype != c.engine.dtype:
+        yield (
+            f"--model.dtype {c.model.dtype} and --engine.dtype {c.engine.dtype}",
+            "one side would round where the other does not; allowed: the same on both",
+        )
+    for flag, size in (
+        ("--parallel.tensor-parallel-size", c.parallel.tensor_parallel_size),
+        ("--engine.tensor-parallel-size", c.engine.tensor_parallel_size),
+    ):
+        if size > 1:
+            yield f"{flag} {size}", "sums over ranks are rounded before they are added; allowed: 1"
+    if (quantization := engine_quantization(c)) is not None:
+        for module in _linears(spec):
+            if (entry := excluded_by(module, quantization.modules_to_not_convert)) is not None:
+                yield (
+                    f"--model.rollout-checkpoint {c.model.rollout_checkpoint}",
+                    f"it keeps {module} out of FP8 (modules_to_not_convert: {entry}) and the trainer does not; "
+                    f"allowed: a checkpoint with all Linears of its layers in FP8",
+                )
+    yield from _engine_arguments(c, ATTENTION[device])
+
+
+def _engine_arguments(config: RunConfig, attention: str) -> Iterator[tuple[str, str]]:
+    words = [part for text in config.engine.extra_args for part in text.split("=", 1)]
+    for name, value in zip(words, [*words[1:], ""]):
+        if name == "--attention-backend" and value != attention:
+            yield f"--engine.extra-args {name} {value}", f"its decode is not its prefill; allowed here: {attention}"
+        if name.startswith(CHANGES_BITS):
+            yield f"--engine.extra-args {name}", "the trainer computes otherwise; allowed: leave it out"
+
+
+def _linears(spec: ModelSpec) -> list[str]:
+    """The Linear modules of all layers of a dense model, in Hugging Face's names."""
+    parts = [f"self_attn.{p}_proj" for p in "qkvo"] + [f"mlp.{p}_proj" for p in ("gate", "up", "down")]
+    names = [f"model.layers.{layer}.{part}" for layer in range(spec.num_layers) for part in parts]
+    assert all(LINEAR.fullmatch(f"{name}.weight") for name in names)
+    return names

@@ -1,0 +1,80 @@
+"""What model.exact cannot do is refused by name, with the reason and what is allowed."""
+
+from dataclasses import replace
+
+import pytest
+from tiny import write_model
+
+from fp8slurm.checkpoint import hf_to_fp8
+from fp8slurm.config import parse
+from fp8slurm.models import exact
+from fp8slurm.models.exact import check_exact
+from fp8slurm.models.qwen3 import ModelSpec
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model") / "hf"
+    folder.mkdir()
+    write_model(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def built(monkeypatch):
+    monkeypatch.setattr(exact, "BUILT", frozenset({"cpu", "cuda"}))
+
+
+def checked(folder, *flags: str, exact: bool = True, moe: bool = False) -> None:
+    spec = ModelSpec.from_hf_dir(folder)
+    if moe:
+        spec = replace(spec, num_experts=8)
+    switch = ["--model.exact"] if exact else []
+    check_exact(parse("tiny-fp8", ["--model.hf-checkpoint", str(folder), *switch, *flags]), spec)
+
+
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        ("--fp8.backend off", "both sides multiply in FP8; allowed: transformer_engine"),
+        ("--fp8.engine bf16", "an engine in BF16"),
+        ("--engine.dtype float32", "--model.dtype bfloat16 and --engine.dtype float32"),
+        ("--parallel.tensor-parallel-size 2", "--parallel.tensor-parallel-size 2: sums over ranks"),
+        ("--engine.tensor-parallel-size 2", "--engine.tensor-parallel-size 2: sums over ranks"),
+        ("--slurm.gpus-per-node 1 --engine.extra-args=--attention-backend triton", "allowed here: fa3"),
+        ("--slurm.gpus-per-node 1 --engine.extra-args=--attention-backend=triton", "allowed here: fa3"),
+        ("--engine.extra-args=--kv-cache-dtype fp8_e4m3", "--engine.extra-args --kv-cache-dtype"),
+        ("--engine.extra-args=--speculative-algorithm EAGLE", "--engine.extra-args --speculative-algorithm"),
+    ],
+)
+def test_refused(folder, flags, says):
+    with pytest.raises(ValueError, match=says) as error:
+        checked(folder, *flags.split())
+    assert str(error.value).startswith("--model.exact with ") and "--model.no-exact" in str(error.value)
+    checked(folder, *flags.split(), exact=False)
+
+
+def test_mixtures_are_refused(folder):
+    with pytest.raises(ValueError, match="Qwen3ForCausalLM: a mixture's experts"):
+        checked(folder, moe=True)
+    checked(folder, moe=True, exact=False)
+
+
+def test_an_engine_checkpoint_that_keeps_a_linear_is_refused(folder, tmp_path):
+    kept = ["model.layers.1.mlp.down_proj"]
+    hf_to_fp8(folder, tmp_path / "fp8", modules_to_not_convert=kept)
+    with pytest.raises(ValueError, match=rf"{tmp_path}/fp8: it keeps {kept[0]} out of FP8"):
+        checked(folder, "--model.rollout-checkpoint", str(tmp_path / "fp8"))
+
+
+def test_layouts_that_can_be_exact_pass(folder):
+    for flags in ("", "--parallel.pipeline-parallel-size 2", "--slurm.ranks-per-node 4", "--train.recompute full",
+                  "--engine.per-node 2", "--rollout.temperature 0.7", "--slurm.gpus-per-node 1 --fp8.backend "
+                  "transformer_engine --engine.extra-args=--attention-backend fa3"):  # fmt: skip
+        checked(folder, *flags.split())
+
+
+def test_where_it_is_not_built_it_is_refused(folder, monkeypatch):
+    monkeypatch.setattr(exact, "BUILT", frozenset({"cpu"}))
+    with pytest.raises(ValueError, match="--slurm.gpus-per-node 1: it is not there yet on GPUs; allowed: cpu"):
+        checked(folder, "--slurm.gpus-per-node", "1")
