@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Literal
 
 from fp8slurm.config.schema import RunConfig
@@ -33,6 +34,19 @@ def engines_sleep(config: RunConfig) -> bool:
     """engine.sleep: where trainer and engines share GPUs."""
     sleep = config.engine.sleep
     return config.slurm.gpus_per_node > 0 and config.engine.placement == "shared" if sleep is None else sleep
+
+
+def spare_cores(tasks: int) -> int:
+    """Processes for rewards, where `tasks` others compute on the cores that this process may run on: 2 to 32."""
+    return min(32, max(2, len(os.sched_getaffinity(0)) - tasks))
+
+
+def reward_workers(config: RunConfig) -> int:
+    """reward.workers: as many as the cores that the node's ranks and engines leave. In a Slurm job that gives each task
+    cores of its own (slurm.cpus_per_task) the rollout worker shares its with the engines only."""
+    s = config.slurm
+    own = s.executor == "slurm" and s.cpus_per_task is not None
+    return config.reward.workers or spare_cores(config.engine.per_node + (0 if own else s.ranks_per_node))
 
 
 def under_slurm(config: RunConfig) -> RunConfig:

@@ -274,9 +274,14 @@ class RewardSection(Section):
     """Rewards."""
 
     kind: str = "exact"
-    """exact, digits, numeric, choice, math, or a function of your own, module:function(response, label) -> float."""
+    """exact, digits, numeric, choice, math, or a function of your own, module:function (docs/customize.md)."""
     digits_weight: float = Field(0.5, ge=0, le=1)
     """For digits: the share of the per-digit part; the rest is the exact match."""
+    workers: int | None = Field(None, ge=1)
+    """Processes on each node that call math or a function of your own; left out: as many as the cores that the node's
+    tasks leave, 2 to 32. An async function has one."""
+    concurrency: int = Field(64, ge=1)
+    """Calls of an async function at a time, on each node."""
     timeout_s: float = Field(5.0, gt=0)
     """Time limit of one call; each runs in a process of its own kind, not in the rollout worker."""
     on_error: Literal["error", "zero"] = "error"
@@ -290,8 +295,14 @@ class RewardSection(Section):
 class AlgorithmSection(Section):
     """The policy-gradient objective (GRPO and its relatives)."""
 
+    loss: str = "ppo_clip"
+    """ppo_clip (a clipped ratio for every token), gspo (one for every sequence), cispo (clipped importance weights), or
+    a function of your own, module:function(LossInput) -> (values, metrics) (docs/customize.md)."""
+    advantage: str = "grpo"
+    """grpo (relative to the group), rloo (to the group's others), reinforce_pp (to all samples of the step), or a
+    function of your own, module:function(groups) -> a number for every sample."""
     divide_by_std: bool = True
-    """Divide group-centred rewards by the group's standard deviation."""
+    """grpo: divide group-centred rewards by the group's standard deviation; reinforce_pp: by that of all samples."""
     clip_low: float = Field(0.2, ge=0)
     """The ratio is clipped below 1 - clip_low."""
     clip_high: float = Field(0.28, ge=0)
@@ -306,8 +317,13 @@ class AlgorithmSection(Section):
     """Weight of the entropy bonus."""
     tis_cap: float = Field(2.0, ge=0)
     """Truncated importance sampling: cap on exp(trainer - rollout log-probability) (0: off)."""
-    loss_mean: Literal["token", "sequence"] = "token"
-    """Mean over all tokens of an update, or over sequences of their token means."""
+    tis_level: Literal["token", "sequence"] = "token"
+    """Importance weights of tokens, or of sequences: the product over their tokens."""
+    tis_excess: Literal["truncate", "mask"] = "truncate"
+    """What becomes of weights above tis_cap: the cap, or 0, which leaves the token or sequence out."""
+    loss_mean: Literal["token", "sequence", "constant"] = "token"
+    """Mean over all tokens of an update, over sequences of their token means, or the sum over tokens divided by the
+    update's sequences times rollout.max_tokens, which no response's length changes (Dr. GRPO)."""
 
 
 class SftSection(Section):

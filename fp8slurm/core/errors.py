@@ -8,14 +8,22 @@ requeue, and is recorded with its traceback.
 
 from __future__ import annotations
 
+LONGEST_LINE = 1000
+"""Characters of one line of a message."""
+MOST_LINES = 40
+
 
 class InputError(ValueError):
     """What the user has to change; the message names the value, what is allowed and the flag.
 
-    Shown without a traceback; no other attempt is made, for it would only meet the same.
+    Shown without a traceback; no other attempt is made, for it would only meet the same. What a message quotes of a
+    damaged or hostile file may be of any length: the middle of a long line is left out.
     """
 
     permanent = True
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(bounded(message))
 
 
 class TransientInputError(InputError):
@@ -27,3 +35,19 @@ class TransientInputError(InputError):
 
 class BadCheckpoint(TransientInputError):
     """A checkpoint on disk is damaged or contradicts itself; the message names the file and what is wrong with it."""
+
+
+def bounded(text: str) -> str:
+    """A message of at most MOST_LINES lines of LONGEST_LINE characters; its lines begin and end as they did."""
+    lines = text.split("\n", MOST_LINES)
+    if len(lines) > MOST_LINES:
+        lines[-1] = f"... ({lines[-1].count(chr(10)) + 1} more lines)"
+    return "\n".join(map(_shortened, lines))
+
+
+def _shortened(line: str) -> str:
+    if len(line) <= LONGEST_LINE:
+        return line
+    left_out = f" ... ({len(line)} characters) ... "
+    kept = LONGEST_LINE - len(left_out)
+    return line[: kept - kept // 3] + left_out + line[-(kept // 3) :]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,22 @@ def write_atomic(path: Path, text: str, mode: int = 0o666) -> None:
     fsync_folder(path.parent)
 
 
+MOST_JSON_BYTES = 100_000_000
+
+
 def read_json(path: Path, error: type[TransientInputError] = TransientInputError) -> dict[str, Any]:
     """A JSON object from a file.
 
     Raises:
         OSError: it cannot be read; whatever stands behind it (not there, stale, an I/O error) stays in its errno.
-        TransientInputError: it is no JSON object, or torn; the message names the file. `error` is raised in its place.
+        TransientInputError: it is no JSON object, torn, longer than MOST_JSON_BYTES, or no regular file (a device has
+            no end); the message names the file. `error` is raised in its place.
     """
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise error(f"{path}: not a regular file")
+    if found.st_size > MOST_JSON_BYTES:
+        raise error(f"{path}: {found.st_size} bytes of JSON; at most {MOST_JSON_BYTES} are allowed")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as reason:

@@ -24,6 +24,8 @@ class Prompt:
     """The prompt as the data has it: messages, or text that no chat template was applied to."""
     row: dict[str, Any] = field(default_factory=dict, compare=False)
     """Its row of the data file, with all columns. It stays with the rollout worker, as `content` does."""
+    source: str = ""
+    """Name of the data source that it is from (data.sources), where there are several."""
 
 
 @dataclass
@@ -47,6 +49,8 @@ class Sample:
     an input. None unless rollout.routing_replay is on."""
     train: bool = True
     """False where the sample stays out of the loss (a truncated one, by setting)."""
+    parts: dict[str, float] = field(default_factory=dict)
+    """Named parts that the reward function returned beside the reward; they only become metrics."""
 
 
 @dataclass
@@ -70,7 +74,7 @@ class PackedBatch:
     labels: torch.Tensor  # int64 [T]
     position_ids: torch.Tensor  # int64 [T], restart at 0 in every segment
     cu_seqlens: torch.Tensor  # int32 [S+1], 0 ... T
-    loss_weights: torch.Tensor  # float32 [T], sum to 1 over all micro-batches of all data-parallel ranks of one update
+    loss_weights: torch.Tensor  # float32 [T], sum to weight_sum over all micro-batches and ranks of one update
     rollout_logprobs: torch.Tensor  # float32 [T], the engine's; 0 where loss_mask is False
     advantages: torch.Tensor  # float32 [T]
     loss_mask: torch.Tensor  # bool [T], True where a generated token that counts is predicted
@@ -79,5 +83,7 @@ class PackedBatch:
     routing: torch.Tensor | None = None  # uint8 or int16 [T, layers, k], experts to replay; None: the model's own
     samples: tuple[int, ...] = ()
     """Which sample every segment is, counted over all samples of the packed groups; a padding tail has no number."""
+    weight_sum: float = 1.0
+    """Sum of an update's loss_weights, 1 for a mean over tokens or sequences. Metrics are means: divided by it."""
     temperature: float = 1.0
     """The policy is softmax(logits / temperature): what the engine sampled from and took log-probabilities of."""

@@ -84,6 +84,10 @@ def run_scheduler(server_args: Any, *args: Any, exact: bool = False, **kwargs: A
         from fp8slurm.cpu import sglang_plugin
 
         sglang_plugin.apply()
+    elif exact:
+        from fp8slurm.engine.inside.exact import apply as apply_exact
+
+        apply_exact()
     print(PATCHED + " ".join(applied()), flush=True)
     from sglang.srt.managers.scheduler import run_scheduler_process
 

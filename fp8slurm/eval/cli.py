@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fp8slurm.config.derived import spare_cores
 from fp8slurm.config.schema import DataSection, EngineSection, RewardSection
 from fp8slurm.config.template import from_words
 from fp8slurm.core.errors import InputError
@@ -164,6 +165,7 @@ class _Plan:
             dict(data.chat_template_kwargs),
         )
         limits = config.reward if config is not None else RewardSection()
+        limits = limits.model_copy(update={"workers": limits.workers or spare_cores(max(1, engines))})
         if args.grader_timeout is not None:
             limits = limits.model_copy(update={"timeout_s": args.grader_timeout})
         return cls(args, checkpoint, spec, Serving(settings, engines, size, limits))

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fp8slurm.config.schema import RewardSection
 from fp8slurm.core.types import Prompt, Sample, SampleGroup
+from fp8slurm.eval.questions import Question
 from fp8slurm.eval.records import Key, key_of
 from fp8slurm.eval.tasks import EvalTask, grader_section
 from fp8slurm.rewards.pool import RewardPool
 
 Rows = Sequence[dict[str, Any]]
+NOTHING = Question("", "", (), "")
+"""Of a row whose question is not known: an older evaluation's."""
 
 
 class Graders:
@@ -22,12 +25,15 @@ class Graders:
     InputError: a user's function cannot be loaded.
     """
 
-    def __init__(self, tasks: Sequence[EvalTask], limits: RewardSection) -> None:
-        """limits: timeout_s and memory_mib of each grader."""
+    def __init__(
+        self, tasks: Sequence[EvalTask], limits: RewardSection, questions: Mapping[str, Sequence[Question]]
+    ) -> None:
+        """limits: timeout_s, memory_mib and number of processes of each grader; questions: those that rows answer."""
         self.scores: dict[Key, float] = {}
         """Of every row that was graded."""
         self._pools: dict[str, RewardPool] = {}
         self._kinds = {t.name: t.grader for t in tasks}
+        self._questions = {(task, q.id): q for task, of_task in questions.items() for q in of_task}
         self.failures = {t.name: 0 for t in tasks}
         """Answers that a task's grader could not digest, counted as wrong."""
         self._rows: queue.SimpleQueue[Rows | None] = queue.SimpleQueue()
@@ -70,18 +76,19 @@ class Graders:
         """Grade these now; `heartbeat`: as in RewardPool.score."""
         for name in dict.fromkeys(row["task"] for row in rows):
             mine = [row for row in rows if row["task"] == name]
-            groups = [
-                SampleGroup(
-                    Prompt(i, (), row["label"], thinking=row.get("prompt", "").rstrip().endswith("<think>")),
-                    [Sample([], [], [], row.get("finish_reason", "stop"), text=row["response"])],
-                )
-                for i, row in enumerate(mine)
-            ]
+            groups = [self._group(i, row) for i, row in enumerate(mine)]
             pool = self._pools[self._kinds[name]]
             before = pool.failures
             pool.score(groups, heartbeat)
             self.failures[name] += pool.failures - before
             self.scores |= {key_of(row): g.samples[0].reward for row, g in zip(mine, groups)}
+
+    def _group(self, i: int, row: dict[str, Any]) -> SampleGroup:
+        asked = self._questions.get((row["task"], row["id"]), NOTHING)
+        thinking = row.get("prompt", "").rstrip().endswith("<think>")
+        prompt = Prompt(i, asked.token_ids, row["label"], thinking, asked.content, asked.row)
+        ids = row.get("response_ids", [])
+        return SampleGroup(prompt, [Sample(ids, [], [], row.get("finish_reason", "stop"), text=row["response"])])
 
     def _work(self) -> None:
         try:

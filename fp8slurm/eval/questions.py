@@ -7,7 +7,7 @@ import logging
 import random
 import re
 import string
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fp8slurm.config.schema import DataSection
@@ -37,6 +37,9 @@ class Question:
     """What the tokenizer got, the chat template applied."""
     token_ids: tuple[int, ...]
     label: str
+    content: str | list[dict[str, Any]] = field(default="", compare=False)
+    row: dict[str, Any] = field(default_factory=dict, compare=False)
+    """As in core/types.py, Prompt: for graders that ask for them."""
 
 
 def load_questions(
@@ -50,7 +53,7 @@ def load_questions(
     """
     assert task.data is not None
     check_template_arguments(data.chat_template_kwargs)
-    kept: list[tuple[str, str, str]] = []
+    kept: list[Question] = []
     seen: dict[str, int] = {}
     bad = read = 0
     for index, parse in read_rows(task.data):
@@ -59,9 +62,9 @@ def load_questions(
         read += 1
         try:
             row = parse()
-            id, text, label = _question(task, row, index, data, tokenizer)
-            if id in seen:
-                raise BadRow(f"id {id!r} is there twice, first in line {seen[id] + 1}")
+            question = _question(task, row, index, data, tokenizer)
+            if question.id in seen:
+                raise BadRow(f"id {question.id!r} is there twice, first in line {seen[question.id] + 1}")
         except BadRow as error:
             where = f"{task.data}:{index + 1}"
             if data.on_bad_line == "error":
@@ -69,12 +72,12 @@ def load_questions(
             log.warning("%s left out: %s", where, error)
             bad += 1
             continue
-        seen[id] = index
-        kept.append((id, text, label))
-    ids = encode(tokenizer, [text for _, text, _ in kept])
+        seen[question.id] = index
+        kept.append(question)
+    ids = encode(tokenizer, [question.text for question in kept])
     questions = [
-        Question(id, text, tuple(tokens), label)
-        for (id, text, label), tokens in zip(kept, ids, strict=True)
+        replace(question, token_ids=tuple(tokens))
+        for question, tokens in zip(kept, ids, strict=True)
         if 0 < len(tokens) <= data.max_prompt_tokens
     ]
     for question in questions:
@@ -90,8 +93,8 @@ def load_questions(
     return questions[:limit], bad + long
 
 
-def _question(task: EvalTask, row: dict, index: int, data: DataSection, tokenizer: Any) -> tuple[str, str, str]:
-    """(id, text with the template applied, label)."""
+def _question(task: EvalTask, row: dict, index: int, data: DataSection, tokenizer: Any) -> Question:
+    """The question of a row, not tokenized yet."""
     id = _first(row, task.id_keys)
     prompt = _first(row, task.prompt_keys)
     if prompt is None:
@@ -111,7 +114,7 @@ def _question(task: EvalTask, row: dict, index: int, data: DataSection, tokenize
         raise BadRow(error)
     content = prompt_content({"prompt": prompt}, "prompt")
     text = render(content, data.model_copy(update={"prompt_key": "prompt"}), tokenizer)
-    return str(index if id is None else id), text, label
+    return Question(str(index if id is None else id), text, (), label, content, row)
 
 
 def _first(row: dict, keys: list[str]) -> Any:

@@ -131,7 +131,7 @@ def evaluate(
         sequences = compare.fixed_sequences(list(records.rows.values()), spec.questions, score_questions)
     if summary is not None and (score_of is None or compare.is_scored(records.folder, sequences or [])):
         return summary
-    with Graders(spec.tasks, serving.limits) as graders:
+    with Graders(spec.tasks, serving.limits, spec.questions) as graders:
         restarts, engines, nodes = 0, serving.engines, 1
         if summary is None:
             graders.submit(list(records.rows.values()))

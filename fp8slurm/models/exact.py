@@ -15,7 +15,7 @@ from fp8slurm.models.qwen3 import ModelSpec
 if TYPE_CHECKING:
     from fp8slurm.config import RunConfig
 
-BUILT: frozenset[str] = frozenset()
+BUILT: frozenset[str] = frozenset({"cuda"})
 """The devices on which both sides can compute exactly."""
 ATTENTION = {"cpu": "torch_native", "cuda": "fa3"}
 """The one attention backend of the engine, by device."""
@@ -58,6 +58,10 @@ def _obstacles(config: RunConfig, spec: ModelSpec) -> Iterator[tuple[str, str]]:
     ):
         if size > 1:
             yield f"{flag} {size}", "sums over ranks are rounded before they are added; allowed: 1"
+    if device == "cuda" and c.run.deterministic:
+        yield "--run.deterministic", "on GPUs it gives SGLang other norms; allowed: --run.no-deterministic"
+    if c.fp8.param_gather:
+        yield "--fp8.param-gather", "exact layers quantize BF16 weights themselves; allowed: --fp8.no-param-gather"
     if (quantization := engine_quantization(c)) is not None:
         for module in _linears(spec):
             if (entry := excluded_by(module, quantization.modules_to_not_convert)) is not None:

@@ -11,22 +11,29 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from fp8slurm.config.schema import RewardSection
 from fp8slurm.core.errors import InputError, TransientInputError
 from fp8slurm.core.processes import python_path
 from fp8slurm.core.types import Sample, SampleGroup
 from fp8slurm.rewards.graders import answer_part, choice, digits, exact, numeric
+from fp8slurm.rewards.signature import MATH, OF_SAMPLE, Form
+from fp8slurm.rewards.worker import no_answer
 
 log = logging.getLogger(__name__)
 
 START_LIMIT_S = 120.0
 """Time for a child to start and to import the reward function."""
+NO_START = f"no answer within {START_LIMIT_S:g} s (to start)"
 WARNINGS = 5
 """Failed calls that are logged one by one in each score(); all are counted."""
 HEARTBEAT_S = 1.0
 """Least time between two heartbeats of score()."""
+GRACE_S = 1.0
+"""Time for an async function's process to say itself that a call has taken too long."""
 
 
 class RewardError(RuntimeError):
@@ -38,6 +45,8 @@ OWN = {"exact": exact, "numeric": numeric, "choice": choice}
 SEARCHING = ("numeric", "choice", "math")
 """Kinds that look for the answer in a response."""
 MATH_MEMORY_MIB = 2048
+START = -1
+"""Number of a child's first answer, which is to no call."""
 
 
 def check_kind(kind: str, flag: str = "--reward.kind") -> None:
@@ -47,31 +56,41 @@ def check_kind(kind: str, flag: str = "--reward.kind") -> None:
 
 
 class RewardPool:
-    """Scores groups by `reward.kind`, with at most `workers` calls at a time; a context manager.
+    """Scores groups by `reward.kind`; a context manager.
 
-    `exact`, `digits`, `numeric` and `choice` need no process. For the others each call has reward.timeout_s seconds,
+    `exact`, `digits`, `numeric` and `choice` need no process. The others have `workers` of them, one call at a time in
+    each; an async function has one, with reward.concurrency calls at a time. Each call has reward.timeout_s seconds,
     after which its child is killed and replaced, and each child has reward.memory_mib of address space. InputError:
-    the kind is unknown or its function cannot be imported.
+    the kind is unknown, or its function cannot be imported or asks for what there is not (signature.py).
     """
 
-    def __init__(self, reward: RewardSection, workers: int = 2) -> None:
+    def __init__(self, reward: RewardSection, workers: int | None = None) -> None:
+        """workers: reward.workers where it is left out, or 2."""
         check_kind(reward.kind)
         self.reward = reward
         self.failures = 0
         """Calls that failed since the start and counted as 0."""
         self._workers: list[_Worker] = []
+        self._form = MATH
         if reward.kind not in (*OWN, "digits"):
             try:
-                memory_mib = reward.memory_mib
-                if memory_mib is None:
-                    memory_mib = MATH_MEMORY_MIB if reward.kind == "math" else 0
-                for _ in range(workers):
-                    self._workers.append(_Worker(reward.kind, memory_mib))
-                for worker in self._workers:
-                    worker.wait_ready()
+                self._start(workers if workers is not None else reward.workers or 2)
             except BaseException:
                 self.close()
                 raise
+
+    def _start(self, workers: int) -> None:
+        memory_mib = self.reward.memory_mib
+        if memory_mib is None:
+            memory_mib = MATH_MEMORY_MIB if self.reward.kind == "math" else 0
+        for _ in range(workers):
+            self._workers.append(_Worker(self.reward.kind, memory_mib))
+        for worker in self._workers:
+            self._form = worker.wait_ready()
+        if self._form.asynchronous:
+            for spare in self._workers[1:]:
+                spare.kill()
+            del self._workers[1:]
 
     def score(self, groups: list[SampleGroup], heartbeat: Callable[[], None] = lambda: None) -> None:
         """Fill in `reward` of every sample. `heartbeat` is called now and then as answers come in: there is
@@ -81,14 +100,16 @@ class RewardPool:
         reward.on_error "zero", and always for math, where the response is to blame, the sample gets 0, is counted in
         `failures`, and the first few are logged.
         """
-        calls = [(g, i, s) for g in groups for i, s in enumerate(g.samples)]
+        calls = [_Call(g, range(i, i + 1)) for g in groups for i in range(len(g.samples))]
         if self.reward.kind in OWN:
-            for group, _, sample in calls:
+            for group, sample in ((c.group, s) for c in calls for s in c.samples):
                 sample.reward = OWN[self.reward.kind](self._text(group, sample), group.prompt.label)
         elif self.reward.kind == "digits":
-            for group, _, sample in calls:
+            for group, sample in ((c.group, s) for c in calls for s in c.samples):
                 sample.reward = digits(sample.text, group.prompt.label, self.reward.digits_weight)
         else:
+            if self._form.group:
+                calls = [_Call(g, range(len(g.samples))) for g in groups if g.samples]
             self._score_in_workers(calls, heartbeat)
 
     def _text(self, group: SampleGroup, sample: Sample) -> str:
@@ -97,32 +118,50 @@ class RewardPool:
             return sample.text
         return answer_part(sample.text, group.prompt.thinking, sample.finish_reason == "length")
 
-    def _score_in_workers(self, calls: list[tuple[SampleGroup, int, Sample]], heartbeat: Callable[[], None]) -> None:
-        waiting, failed, last_heartbeat = deque(calls), 0, time.monotonic()
-        busy: dict[_Worker, tuple[SampleGroup, int, Sample]] = {}
+    def _score_in_workers(self, calls: list[_Call], heartbeat: Callable[[], None]) -> None:
+        waiting, failed, last_heartbeat = deque(range(len(calls))), 0, time.monotonic()
+        at_once = self.reward.concurrency if self._form.asynchronous else 1
         try:
-            while waiting or busy:
-                for worker in [w for w in self._workers if w not in busy]:
-                    if waiting:
+            while waiting or any(w.pending for w in self._workers):
+                for worker in self._workers:
+                    while waiting and len(worker.pending) < at_once:
                         worker.revive()
-                        busy[worker] = waiting.popleft()
-                        group, _, sample = busy[worker]
-                        worker.send(self._text(group, sample), group.prompt.label, self.reward.timeout_s)
-                answers = _answers(list(busy))
+                        number = waiting.popleft()
+                        worker.send(number, self._request(calls[number]), self._form, self.reward.timeout_s)
+                answers = _answers([w for w in self._workers if w.pending])
                 if time.monotonic() - last_heartbeat > HEARTBEAT_S:
                     last_heartbeat = time.monotonic()
                     heartbeat()
-                for worker, answer in answers:
-                    group, i, sample = busy.pop(worker)
-                    sample.reward = answer.get("reward", 0.0)
+                for number, answer in answers:
+                    if answer.get("lost"):
+                        waiting.append(number)
+                        continue
+                    call = calls[number]
+                    for sample, scored in zip(call.samples, answer.get("samples", [answer] * len(call.numbers))):
+                        sample.reward, sample.parts = scored.get("reward", 0.0), scored.get("parts", {})
                     if "error" in answer:
                         failed += 1
-                        self._fail(group, i, answer["error"], failed)
+                        self._fail(call.group, call.numbers[0], answer["error"], failed)
         finally:
-            for worker in busy:  # only after an error: their answers are not wanted any more
-                worker.kill()
+            for worker in self._workers:
+                if worker.pending:  # only after an error: their answers are not wanted any more
+                    worker.end()
         if failed > WARNINGS:
             log.warning("reward function %s failed %d times, counted as 0", self.reward.kind, failed)
+
+    def _request(self, call: _Call) -> dict[str, Any]:
+        """What the function asks for of these samples (signature.py)."""
+        prompt, names = call.group.prompt, self._form.names
+        given: dict[str, Any] = {
+            "label": prompt.label, "prompt": prompt.content, "row": prompt.row, "prompt_ids": prompt.token_ids,
+            "source": prompt.source,
+        }  # fmt: skip
+        for name, plural in OF_SAMPLE.items():
+            if name in names or plural in names:
+                texts = {"response": lambda s: self._text(call.group, s)}
+                values = [texts.get(name, lambda s: getattr(s, name))(s) for s in call.samples]
+                given |= {name: values[0], plural: values}
+        return {"arguments": {name: given[name] for name in names}, "samples": len(call.numbers)}
 
     def _fail(self, group: SampleGroup, i: int, reason: str, failed: int) -> None:
         what = f"reward function {self.reward.kind} on prompt {group.prompt.index}, sample {i}: {reason}"
@@ -145,19 +184,34 @@ class RewardPool:
         self.close()
 
 
+@dataclass(frozen=True)
+class _Call:
+    """One call of the function: for one sample, or for all of a prompt."""
+
+    group: SampleGroup
+    numbers: Sequence[int]
+    """Which samples of the group."""
+
+    @property
+    def samples(self) -> list[Sample]:
+        return [self.group.samples[i] for i in self.numbers]
+
+
 class _Worker:
-    """One child, at most one call at a time."""
+    """One child, and the calls that it was sent."""
 
     def __init__(self, kind: str, memory_mib: int) -> None:
         self.kind, self.memory_mib = kind, memory_mib
         self.loaded = False
         """It could be imported once: if it cannot the next time, that is no fault of the user's."""
+        self.pending: dict[int, float] = {}
+        """Deadlines of the calls that have no answer yet, by number."""
         self._start()
 
     def _start(self) -> None:
         self.killed = False
         self._buffer = b""
-        self._set_limit(START_LIMIT_S, "to start")
+        self.pending, self._limit = {START: time.monotonic() + START_LIMIT_S}, NO_START
         process = subprocess.Popen(
             [sys.executable, "-P", "-m", "fp8slurm.rewards.worker", self.kind, str(self.memory_mib)],
             stdin=subprocess.PIPE,
@@ -168,30 +222,32 @@ class _Worker:
         assert process.stdin is not None and process.stdout is not None
         self.process, self._stdin, self._stdout = process, process.stdin, process.stdout
 
-    def _set_limit(self, seconds: float, what: str) -> None:
-        self.deadline = time.monotonic() + seconds
-        self._limit = f"{seconds:g} s ({what})"
-
     def revive(self) -> None:
         """Start anew after a kill."""
         if self.killed:
             self._start()
             self.wait_ready()
 
-    def wait_ready(self) -> None:
-        """InputError: the function cannot be imported; TransientInputError: not now."""
+    def wait_ready(self) -> Form:
+        """How the function is called. InputError: it cannot be loaded; TransientInputError: not now."""
         ((_, answer),) = _answers([self])
         if "ready" not in answer:
             for_good = answer.get("refused") and not self.loaded
             error = InputError if for_good else TransientInputError
             raise error(f"reward.kind {self.kind!r} cannot be loaded: {answer['error']}")
         self.loaded = True
+        form = answer["form"]
+        return Form(tuple(form["names"]), form["positional"], form["asynchronous"])
 
-    def send(self, response: str, label: str, limit_s: float) -> None:
-        request = json.dumps({"response": response, "label": label}) + "\n"
-        self._set_limit(limit_s, "reward.timeout_s")
+    def send(self, number: int, request: dict[str, Any], form: Form, limit_s: float) -> None:
+        """Values of a row that JSON has no form for, such as dates, go as text."""
+        line = json.dumps({"number": number, "limit_s": limit_s, **request}, default=str) + "\n"
+        self.pending[number], self._limit = time.monotonic() + limit_s, no_answer(limit_s)
+        if form.asynchronous:  # the child has a clock of its own, which can tell its calls apart
+            self.pending[number] += GRACE_S
+            self._limit = f"no answer within {limit_s:g} s: an async function must not block"
         try:
-            self._stdin.write(request.encode())
+            self._stdin.write(line.encode())
             self._stdin.flush()
         except BrokenPipeError:
             pass  # it died; reading finds out
@@ -199,24 +255,35 @@ class _Worker:
     def fileno(self) -> int:
         return self._stdout.fileno()
 
-    def receive(self) -> dict | None:
-        """The answer, None while it is incomplete; a child that died is an error answer."""
+    def receive(self) -> list[tuple[int, dict[str, Any]]]:
+        """The answers that are complete; a child that died is an error answer to every call that it had."""
         data = os.read(self.fileno(), 1 << 16)
-        self._buffer += data
+        *lines, self._buffer = (self._buffer + data).split(b"\n")
+        answers = [(answer.get("number", START), answer) for answer in map(json.loads, lines)]
+        for number, _ in answers:
+            del self.pending[number]
         if not data:
             self.kill()
-            return {"error": f"its process ended with status {self.process.returncode}"}
-        if not self._buffer.endswith(b"\n"):
-            return None
-        line, self._buffer = self._buffer, b""
-        answer = json.loads(line)
-        if answer.get("spent"):
-            self.kill()
-        return answer
+            died = {"error": f"its process ended with status {self.process.returncode}"}
+            answers += [(number, died) for number in self.pending]
+            self.pending = {}
+        elif any(answer.get("spent") for _, answer in answers):
+            answers += self.end()
+        return answers
 
-    def expire(self) -> dict:
+    def expire(self, now: float) -> list[tuple[int, dict[str, Any]]]:
+        """Past a deadline: the process is ended."""
+        late = [number for number, deadline in self.pending.items() if deadline <= now]
+        for number in late:
+            del self.pending[number]
+        return [(number, {"error": self._limit}) for number in late] + self.end()
+
+    def end(self) -> list[tuple[int, dict[str, Any]]]:
+        """Kill it for one call's sake: the others are lost, and made again."""
         self.kill()
-        return {"error": f"no answer within {self._limit}"}
+        lost = [(number, {"lost": True}) for number in self.pending]
+        self.pending = {}
+        return lost
 
     def kill(self) -> None:
         """End the child and whatever it started, its process group; before the child is reaped, its id is its own."""
@@ -231,17 +298,19 @@ class _Worker:
                     pass
 
 
-def _answers(workers: list[_Worker]) -> list[tuple[_Worker, dict]]:
-    """Wait for the first answers or deadlines among workers that all have a call running."""
+def _answers(workers: list[_Worker]) -> list[tuple[int, dict[str, Any]]]:
+    """Wait for the first answers or deadlines among workers that all have a call running; numbers with answers."""
     with selectors.DefaultSelector() as selector:
         for worker in workers:
             selector.register(worker, selectors.EVENT_READ, worker)
         while True:
+            first = min(min(w.pending.values()) for w in workers)
+            done: list[tuple[int, dict[str, Any]]] = []
+            for key, _ in selector.select(max(0.0, first - time.monotonic())):
+                done += key.data.receive()
             now = time.monotonic()
-            ready = selector.select(max(0.0, min(w.deadline for w in workers) - now))
-            done = [(key.data, answer) for key, _ in ready if (answer := key.data.receive()) is not None]
-            answered = {worker for worker, _ in done}
-            now = time.monotonic()
-            done += [(w, w.expire()) for w in workers if w not in answered and w.deadline <= now]
+            for worker in workers:
+                if worker.pending and min(worker.pending.values()) <= now:
+                    done += worker.expire(now)
             if done:
                 return done

@@ -1,11 +1,20 @@
-"""Group-relative advantages, and which samples and groups are worth training on."""
+"""Advantages: one number for every sample of a step, from the rewards of its groups. A user's function is another."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 from fp8slurm.config.schema import AlgorithmSection
-from fp8slurm.core.types import SampleGroup
+from fp8slurm.core.errors import InputError
+from fp8slurm.core.types import Prompt, Sample, SampleGroup
+from fp8slurm.core.user_code import is_user_function, load_user_function
 
 STD_EPSILON = 1e-6
+FLAG = "--algorithm.advantage"
+Advantages = Callable[[list[SampleGroup]], list[list[float]]]
+"""All groups of a step, of all nodes, in order -> an advantage for every sample of every group. Samples with `train`
+False are not trained on: what they get is not used."""
 
 
 def group_relative(rewards: list[float], divide_by_std: bool) -> list[float]:
@@ -24,10 +33,70 @@ def group_relative(rewards: list[float], divide_by_std: bool) -> list[float]:
     return [c / (std + STD_EPSILON) for c in centred]
 
 
-def advantages(groups: list[SampleGroup], algorithm: AlgorithmSection) -> list[list[float]]:
-    """One advantage for every sample of every group; 0 for samples that are not trained on, which no mean counts."""
+def grpo(groups: list[list[float]], divide_by_std: bool) -> list[list[float]]:
+    """group_relative in every group."""
+    return [group_relative(rewards, divide_by_std) for rewards in groups]
+
+
+def rloo(groups: list[list[float]], divide_by_std: bool) -> list[list[float]]:
+    """A_i = r_i - mean of the other rewards of the group: leave-one-out, RLOO (arXiv 2402.14740); a sample that is
+    alone in its group gets 0."""
+    return [[(len(r) * x - sum(r)) / max(1, len(r) - 1) for x in r] for r in groups]
+
+
+def reinforce_pp(groups: list[list[float]], divide_by_std: bool) -> list[list[float]]:
+    """group_relative over all samples of the step as one group: a global baseline and a global scale, REINFORCE++
+    (arXiv 2501.03262). Groups whose rewards are all equal have a signal here."""
+    values = iter(group_relative([r for rewards in groups for r in rewards], divide_by_std))
+    return [[next(values) for _ in rewards] for rewards in groups]
+
+
+ADVANTAGES = {"grpo": grpo, "rloo": rloo, "reinforce_pp": reinforce_pp}
+"""algorithm.advantage by name: rewards of the samples that are trained on, [group][sample]."""
+
+
+def advantages_of(algorithm: AlgorithmSection) -> Advantages:
+    """The function that algorithm.advantage names. InputError: there is none, or it does not return what it should."""
+    name = algorithm.advantage
+    if name in ADVANTAGES:
+        return lambda groups: _of_trained(groups, algorithm)
+    if not is_user_function(name):
+        raise InputError(f"{FLAG} {name!r} is not one of {', '.join(ADVANTAGES)}, module:function")
+    function = load_user_function(name, FLAG, "groups")
+
+    def checked(groups: list[SampleGroup]) -> list[list[float]]:
+        answer = [[float(a) for a in values] for values in function(groups)]
+        if [len(values) for values in answer] != [len(g.samples) for g in groups]:
+            raise InputError(f"{FLAG} {name}: needed is one advantage for every sample of every group, in their order")
+        if not all(math.isfinite(a) for values in answer for a in values):
+            raise InputError(f"{FLAG} {name} returned NaN or infinity")
+        return answer
+
+    return checked
+
+
+def try_advantages(algorithm: AlgorithmSection) -> None:
+    """Call the user's function, if there is one, on two made-up groups. InputError: it fails."""
+    if algorithm.advantage in ADVANTAGES:
+        return
+    function = advantages_of(algorithm)
+    samples = [Sample([3, 4], [-1.0, -0.5], [0, 0], "stop", "x", reward) for reward in (0.0, 1.0, 0.5)]
+    try:
+        function([SampleGroup(Prompt(0, (1, 2), "x"), samples[:2]), SampleGroup(Prompt(1, (1,), "y"), samples[2:])])
+    except (InputError, OSError):
+        raise
+    except Exception as error:  # whatever the user's function raises
+        raise InputError(
+            f"{FLAG} {algorithm.advantage} fails on two made-up groups of 2 and 1 samples: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def _of_trained(groups: list[SampleGroup], algorithm: AlgorithmSection) -> list[list[float]]:
+    """0 for samples that are not trained on, which no mean counts."""
+    rewards = [[s.reward for s in group.samples if s.train] for group in groups]
     result = []
-    for group in groups:
-        trained = iter(group_relative([s.reward for s in group.samples if s.train], algorithm.divide_by_std))
+    for group, values in zip(groups, ADVANTAGES[algorithm.advantage](rewards, algorithm.divide_by_std)):
+        trained = iter(values)
         result.append([next(trained) if s.train else 0.0 for s in group.samples])
     return result

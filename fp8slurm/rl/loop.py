@@ -26,7 +26,7 @@ from fp8slurm.core.types import PackedBatch, SampleGroup
 from fp8slurm.data.prompts import SftExample
 from fp8slurm.models.precision import gap_bound
 from fp8slurm.rl import controls
-from fp8slurm.rl.advantages import advantages
+from fp8slurm.rl.advantages import advantages_of
 from fp8slurm.rl.ahead import RolloutAhead, as_lag, gap_of_scored, scored_sequences, staleness
 from fp8slurm.rl.boundary import StepBoundary
 from fp8slurm.rl.loss import make_policy_loss
@@ -107,6 +107,7 @@ class Loop:
         self.state, self.ahead = state, ahead or RolloutAhead(weights)
         self.one_ahead = config.rollout.max_staleness > 0
         self.policy_loss = make_policy_loss(config.algorithm)
+        self.advantages = advantages_of(config.algorithm)
         self.gap_bound = math.inf if config.control.freeze_engine else gap_bound(config)
 
     # -- phases --------------------------------------------------------------------------------------------------
@@ -171,7 +172,7 @@ class Loop:
             self.ahead.begin(version, **self._request(step + 1), keep_all=False)
         if c.control.shuffle_rewards:
             controls.shuffle_rewards(groups, f"{c.run.seed}/{step}")
-        values = advantages(groups, c.algorithm)
+        values = self.advantages(groups)
         if c.control.negate_advantage:
             values = controls.negate(values)
         updates = self.pack(groups, values, c.train.updates_per_step)
@@ -241,7 +242,8 @@ class Loop:
     def pack(self, groups: list[SampleGroup], values: list[list[float]], updates: int) -> list[list[PackedBatch]]:
         """This data-parallel rank's [update][micro-batch], for the policy that the engines sampled from."""
         c, t = self.config, self.trainer
-        packed = pack(groups, values, updates=updates, loss_mean=c.algorithm.loss_mean, **packing_of(c, t))
+        how: dict[str, Any] = {"loss_mean": c.algorithm.loss_mean, "constant": c.rollout.max_tokens}
+        packed = pack(groups, values, updates=updates, **how, **packing_of(c, t))
         own = [ranks[t.data_parallel_rank] for ranks in packed]
         for batch in (batch for batches in own for batch in batches):
             batch.temperature = c.rollout.temperature

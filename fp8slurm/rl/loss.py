@@ -1,4 +1,7 @@
-"""The objective: each formula in one function. Tensors are float32 [T] unless said otherwise, logarithms natural."""
+"""The whole objective: a policy-gradient loss (rl/objectives.py), engine importance weights, KL and entropy.
+
+Tensors are float32 [T] unless said otherwise, logarithms natural.
+"""
 
 from __future__ import annotations
 
@@ -10,25 +13,29 @@ from torch import Tensor
 from fp8slurm.config.schema import AlgorithmSection
 from fp8slurm.core.errors import InputError
 from fp8slurm.core.types import PackedBatch
+from fp8slurm.core.user_code import is_user_function, load_user_function
+from fp8slurm.rl.objectives import LOSSES, Loss, LossInput, Metrics
 
-Metrics = dict[str, Tensor]
 LossFn = Callable[[Tensor, Tensor | None, PackedBatch], tuple[Tensor, Metrics]]
+FLAG = "--algorithm.loss"
 
 
-def clipped_surrogate(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float) -> Tensor:
-    """-min(r A, clip(r, 1 - low, 1 + high) A): PPO (arXiv 1707.06347) eq. 7, DAPO's two bounds (2503.14476 eq. 8)."""
-    return -torch.minimum(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
+def importance_weights(x: LossInput) -> tuple[Tensor, Tensor]:
+    """exp(trainer - engine), without gradient, bounded by settings.tis_cap: corrects for the engine sampling from other
+    numerics than the trainer's. Returns (weights, which of them the bound has changed or reached).
 
-
-def dual_clipped(surrogate: Tensor, advantages: Tensor, bound: float) -> Tensor:
-    """Where A < 0 the loss is at most bound * |A|: dual-clip PPO (arXiv 1912.09729) eq. 5, bound above 1."""
-    return torch.where(advantages < 0, torch.minimum(surrogate, -bound * advantages), surrogate)
-
-
-def truncated_importance_weight(trainer_logprobs: Tensor, rollout_logprobs: Tensor, cap: float) -> Tensor:
-    """min(exp(trainer - rollout), cap), without gradient: corrects for the engine sampling from other numerics than
-    the trainer's (Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training")."""
-    return (trainer_logprobs - rollout_logprobs).exp().clamp(max=cap).detach()
+    By token, truncated to the cap: Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL
+    training". By sequence (the product over its tokens), and masked, 0 above the cap: Liu et al. 2025, "When speed
+    kills stability: demystifying RL collapse from the training-inference mismatch".
+    """
+    s, log_weights = x.settings, (x.old_logprobs - x.rollout_logprobs).detach()
+    if s.tis_level == "sequence":
+        log_weights = x.sequence_sum(log_weights)
+    weights = log_weights.exp()
+    if s.tis_excess == "mask":
+        above = weights > s.tis_cap
+        return torch.where(above, torch.zeros_like(weights), weights), above
+    return weights.clamp(max=s.tis_cap), weights >= s.tis_cap
 
 
 def kl_estimate(logprobs: Tensor, reference: Tensor, kind: str) -> Tensor:
@@ -45,39 +52,76 @@ def kl_estimate(logprobs: Tensor, reference: Tensor, kind: str) -> Tensor:
     raise ValueError(f"algorithm.kl_kind {kind!r} is not one of k1, k2, k3")
 
 
+def loss_of(algorithm: AlgorithmSection) -> Loss:
+    """The function that algorithm.loss names. InputError: there is none, or it cannot be used as a loss."""
+    name = algorithm.loss
+    if name in LOSSES:
+        return LOSSES[name]
+    if not is_user_function(name):
+        raise InputError(f"{FLAG} {name!r} is not one of {', '.join(LOSSES)}, module:function")
+    function = load_user_function(name, FLAG, "loss_input")
+
+    def checked(x: LossInput) -> tuple[Tensor, Metrics]:
+        answer = function(x)
+        if not (isinstance(answer, tuple) and len(answer) == 2 and isinstance(answer[1], dict)):
+            raise InputError(f"{FLAG} {name} returned {type(answer).__name__}; needed: (values [T], metrics as a dict)")
+        values, metrics = answer
+        named = {f"custom/{key}": value for key, value in metrics.items()}
+        for what, value in {"the loss": values, **named}.items():
+            if not isinstance(value, Tensor) or value.shape != x.logprobs.shape:
+                is_, tokens = list(value.shape) if isinstance(value, Tensor) else type(value).__name__, len(x.logprobs)
+                raise InputError(f"{FLAG} {name}: {what} is {is_}; needed: a tensor [{tokens}], a value for each token")
+        return values, named
+
+    return checked
+
+
+def try_loss(algorithm: AlgorithmSection) -> None:
+    """Call the user's loss, if there is one, on two made-up sequences, forward and backward. InputError: it fails."""
+    if algorithm.loss in LOSSES:
+        return
+    numbers, ids = torch.linspace(-2, -0.1, 8), torch.arange(8)
+    mask = ids % 4 != 3
+    batch = PackedBatch(
+        ids, ids, ids % 4, torch.tensor([0, 4, 8], dtype=torch.int32), mask / 6, numbers - 0.1, numbers + 1, mask,
+        numbers + 0.1,
+    )  # fmt: skip
+    logprobs = numbers.clone().requires_grad_()
+    loss = loss_of(algorithm)
+    try:
+        values, _ = loss(LossInput.of(logprobs, batch, algorithm))
+        values.sum().backward()
+    except (InputError, OSError):
+        raise
+    except Exception as error:  # whatever the user's function raises
+        raise InputError(
+            f"{FLAG} {algorithm.loss} fails on a made-up micro-batch of 2 sequences and 8 tokens: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    if logprobs.grad is None or not torch.isfinite(logprobs.grad).all():
+        raise InputError(f"{FLAG} {algorithm.loss}: on a made-up micro-batch its gradient to logprobs is not finite")
+
+
 def make_policy_loss(algorithm: AlgorithmSection) -> LossFn:
     """The trainer's loss function for an RL update.
 
-    Loss: sum over the micro-batch of loss_weights * (tis * surrogate + kl_coef * KL - entropy_coef * entropy), with the
-    ratio taken to batch.trainer_logprobs (where there are none, to the logprobs themselves, detached).
-    Metrics: sums over tokens of loss_weights * value, so that they add up to the update's mean over all micro-batches
-    and ranks. InputError: dual_clip between 0 and 1. ValueError: kl_coef without reference_logprobs;
-    entropy_coef without entropy.
+    Loss: sum over the micro-batch of loss_weights * (tis * policy loss + kl_coef * KL - entropy_coef * entropy), with
+    ratios taken to batch.trainer_logprobs (where there are none, to the logprobs themselves, detached).
+    Metrics: sums over tokens of loss_weights / weight_sum * value, so that they add up to the update's mean over all
+    micro-batches and ranks. InputError: as loss_of. ValueError: kl_coef without reference_logprobs; entropy_coef
+    without entropy.
     """
-    if 0 < algorithm.dual_clip <= 1:
-        raise InputError(f"algorithm.dual_clip {algorithm.dual_clip} must be above 1, or 0 to switch it off")
+    loss = loss_of(algorithm)
 
     def policy_loss(logprobs: Tensor, entropy: Tensor | None, batch: PackedBatch) -> tuple[Tensor, Metrics]:
-        mask, weights, advantages = batch.loss_mask, batch.loss_weights, batch.advantages
-        old = logprobs.detach() if batch.trainer_logprobs is None else batch.trainer_logprobs
-        zero = torch.zeros_like(logprobs)
-        # Outside the mask the numbers mean nothing and may overflow: they must not reach exp.
-        log_ratio = torch.where(mask, logprobs - old, zero)
-        ratio = log_ratio.exp()
-        values = clipped_surrogate(ratio, advantages, algorithm.clip_low, algorithm.clip_high)
-        metrics = {
-            "ratio/mean": ratio,
-            "ratio/kl": kl_estimate(zero, log_ratio, "k3"),
-            "ratio/clipped_low": (ratio < 1 - algorithm.clip_low) & (advantages < 0),
-            "ratio/clipped_high": (ratio > 1 + algorithm.clip_high) & (advantages > 0),
-        }
-        if algorithm.dual_clip:
-            metrics["ratio/dual_clipped"] = (advantages < 0) & (ratio > algorithm.dual_clip)
-            values = dual_clipped(values, advantages, algorithm.dual_clip)
+        mask, weights = batch.loss_mask, batch.loss_weights
+        x = LossInput.of(logprobs, batch, algorithm)
+        values, metrics = loss(x)
+        log_ratio = x.logprobs - x.old_logprobs
+        metrics |= {"ratio/mean": log_ratio.exp(), "ratio/kl": kl_estimate(torch.zeros_like(values), log_ratio, "k3")}
         if algorithm.tis_cap:
-            rollout = torch.where(mask, batch.rollout_logprobs, old)
-            tis = truncated_importance_weight(old, rollout, algorithm.tis_cap)
-            metrics |= {"tis/mean": tis, "tis/capped": tis >= algorithm.tis_cap}
+            tis, capped = importance_weights(x)
+            metrics |= {"tis/mean": tis, "tis/capped": capped}
             values = tis * values
         metrics["loss/policy"] = values
         if algorithm.kl_coef:
@@ -93,7 +137,8 @@ def make_policy_loss(algorithm: AlgorithmSection) -> LossFn:
             metrics["entropy"] = entropy
             if algorithm.entropy_coef:
                 values = values - algorithm.entropy_coef * entropy
-        return weighted_sum(values, weights), {k: weighted_sum(v.detach(), weights) for k, v in metrics.items()}
+        shares = weights / batch.weight_sum
+        return weighted_sum(values, weights), {k: weighted_sum(v.detach(), shares) for k, v in metrics.items()}
 
     return policy_loss
 

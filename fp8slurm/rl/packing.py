@@ -14,7 +14,7 @@ from fp8slurm.config import RunConfig
 from fp8slurm.core.types import PackedBatch, SampleGroup
 from fp8slurm.data.prompts import SftExample
 
-LossMean = Literal["token", "sequence"]
+LossMean = Literal["token", "sequence", "constant"]
 RankBatches = list[list[PackedBatch]]
 """For one update: [data-parallel rank][micro-batch], as many micro-batches on every rank."""
 
@@ -54,9 +54,11 @@ def packing_of(config: RunConfig, trainer: Any) -> Packing:
 
 def pack(
     groups: list[SampleGroup], advantages: list[list[float]], *, updates: int, loss_mean: LossMean = "token",
-    **packing: Unpack[Packing],
+    constant: int = 0, **packing: Unpack[Packing],
 ) -> list[RankBatches]:  # fmt: skip
     """The micro-batches of every update of a step: [update][data-parallel rank][micro-batch].
+
+    constant: the tokens that each sequence counts as, for loss_mean "constant".
 
     Updates are cut at group boundaries, in order, with as equal numbers of groups as possible; there are fewer than
     `updates` where there are fewer groups. Samples with `train` False and samples without tokens are left out, and
@@ -75,18 +77,19 @@ def pack(
     updates = min(updates, len(rows))
     boundaries = [len(rows) * u // updates for u in range(updates + 1)] if updates else [0]
     cuts = [chain.from_iterable(rows[start:end]) for start, end in zip(boundaries, boundaries[1:])]
-    return [_pack_update(list(cut), loss_mean, **packing) for cut in cuts]
+    return [_pack_update(list(cut), loss_mean, constant, **packing) for cut in cuts]
 
 
-def pack_sft(examples: list[SftExample], *, loss_mean: LossMean = "token", **packing: Unpack[Packing]) -> RankBatches:
+def pack_sft(examples: list[SftExample], **packing: Unpack[Packing]) -> RankBatches:
     """The micro-batches of one supervised update: [data-parallel rank][micro-batch], without advantages."""
     rows = [_Row(i, e.prompt_ids, e.response_ids, [0.0] * len(e.response_ids), 0.0) for i, e in enumerate(examples)]
-    return _pack_update(rows, loss_mean, **packing)
+    return _pack_update(rows, "token", 0, **packing)
 
 
 def _pack_update(
-    rows: list[_Row], loss_mean: LossMean, data_parallel_size: int, tokens_per_micro_batch: int, pad_multiple: int = 1
-) -> RankBatches:
+    rows: list[_Row], loss_mean: LossMean, constant: int, data_parallel_size: int, tokens_per_micro_batch: int,
+    pad_multiple: int = 1,
+) -> RankBatches:  # fmt: skip
     ranks = data_parallel_size
     routing = next((row.routing for row in rows if row.routing is not None), None)
     bins = balanced_bins([row.length for row in rows], tokens_per_micro_batch, ranks)
@@ -96,16 +99,24 @@ def _pack_update(
     for position, b in enumerate(loads):
         turn, rank = divmod(position, ranks)
         dealt[rank if turn % 2 == 0 else ranks - 1 - rank].append(b)
-    weights = _token_weights(rows, loss_mean)
+    weights = _token_weights(rows, loss_mean, constant)
+    weight_sum = 1.0
+    if loss_mean == "constant" and rows:
+        weight_sum = weights[0] * sum(len(row.response_ids) for row in rows)
 
     def batch(numbers: list[int]) -> PackedBatch:
-        return _batch([rows[i] for i in numbers], [weights[i] for i in numbers], pad_multiple, routing)
+        made = _batch([rows[i] for i in numbers], [weights[i] for i in numbers], pad_multiple, routing)
+        made.weight_sum = weight_sum
+        return made
 
     return [[batch(sorted(bins[b])) for b in own] for own in dealt]
 
 
-def _token_weights(rows: list[_Row], loss_mean: LossMean) -> list[float]:
-    """The weight of each token of each row's response; times its length they sum to 1."""
+def _token_weights(rows: list[_Row], loss_mean: LossMean, constant: int) -> list[float]:
+    """The weight of each token of each row's response; times its length they sum to 1, but for "constant": Dr. GRPO
+    (arXiv 2503.20783) divides the sum over a sequence's tokens by a constant, whatever its length."""
+    if loss_mean == "constant":
+        return [1 / (len(rows) * constant)] * len(rows)
     if loss_mean == "token":
         total = sum(len(row.response_ids) for row in rows)
         return [1 / total] * len(rows) if total else []

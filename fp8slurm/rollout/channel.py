@@ -38,7 +38,8 @@ class RankChannel:
         self, store: dist.Store, group: Group, ranks: int, workers: int, heartbeat: Callable[[], None] = lambda: None
     ) -> None:
         self.store, self.group, self.ranks, self.workers, self.heartbeat = store, group, ranks, workers, heartbeat
-        self.count = self.progress = 0
+        self.count = 0
+        self._progress = [0] * workers
 
     def post(self, kind: str, **arguments: Any) -> None:
         """Start a command in every rollout worker; `collect` waits for it."""
@@ -78,13 +79,19 @@ class RankChannel:
             except dist.DistStoreError as error:
                 if "timeout" not in str(error):
                     raise
-            progress = self.store.add("progress", 0)
-            if progress != self.progress:
-                self.progress = progress
+            if self._workers_moved():
                 self.heartbeat()
             reason = abandon()
             if reason:
                 return reason
+
+    def _workers_moved(self) -> bool:
+        """Whether a rollout worker has counted further. A count that is written again keeps no hung job alive."""
+        moved = False
+        for worker, before in enumerate(self._progress):
+            if self.store.check([key := f"progress/{worker}"]) and (now := int(self.store.get(key))) > before:
+                self._progress[worker], moved = now, True
+        return moved
 
     def call(self, kind: str, **arguments: Any) -> list[tuple[dict[str, Any], torch.Tensor]]:
         """post and collect."""
@@ -99,7 +106,8 @@ class WorkerChannel:
         self, store: dist.Store, group: Group, ranks: int, number: int, heartbeat: Callable[[], None] = lambda: None
     ) -> None:
         self.store, self.group, self.ranks, self.number, self.heartbeat = store, group, ranks, number, heartbeat
-        self.count = 0
+        self.count = self._progress = 0
+        self._lock = threading.Lock()
 
     def next(self) -> dict[str, Any]:
         """The next command, waiting for it. To have nothing to do is no hang: meanwhile it gives heartbeats."""
@@ -123,7 +131,9 @@ class WorkerChannel:
 
     def progress(self) -> None:
         """Something has moved: a heartbeat of this rollout worker and of the ranks that wait for it."""
-        self.store.add("progress", 1)
+        with self._lock:  # threads that are at work tell it, too
+            self._progress += 1
+            self.store.set(f"progress/{self.number}", str(self._progress))
         self.heartbeat()
 
     @contextmanager

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from fp8slurm.config import RunConfig
+from fp8slurm.config.derived import reward_workers
+from fp8slurm.config.schema import RewardSection
 from fp8slurm.core.files import write_atomic
 from fp8slurm.engine.client import GenerateRequest, Generation
 from fp8slurm.eval.asking import batches, rows_of
@@ -54,6 +56,9 @@ class TrainingEval:
         if self.graders is not None:
             self.graders.close()
 
+    def _limits(self) -> RewardSection:
+        return self.config.reward.model_copy(update={"workers": reward_workers(self.config)})
+
     def evaluate(
         self, generate: Callable[[list[list[GenerateRequest]]], list[list[Generation]]], checkpoint: str | None,
         heartbeat: Callable[[], None] = lambda: None,
@@ -68,7 +73,7 @@ class TrainingEval:
         answered = generate([[w.request(c.run.seed, self.sampler.stop_ids) for w in batch] for batch in share])
         for batch, answers in zip(share, answered, strict=True):
             rows += rows_of(batch, answers, self.sampler.tokenizer, self.sampler.stop_ids)
-        self.graders = self.graders or Graders(self.tasks, c.reward)
+        self.graders = self.graders or Graders(self.tasks, self._limits(), self.questions)
         before = dict(self.graders.failures)
         self.graders.grade(rows, heartbeat)
         for row in rows:

@@ -41,6 +41,7 @@ def write_rollout(path: Path, groups: list[SampleGroup], prompts: list[str]) -> 
         for s in group.samples:
             row = {"index": group.prompt.index, "prompt": prompt, "label": group.prompt.label, "response": s.text}
             row |= {"reward": s.reward, "finish_reason": s.finish_reason}
+            row |= {key: value for key, value in (("parts", s.parts), ("source", group.prompt.source)) if value}
             row |= {"tokens": s.response_ids, "logprobs": s.logprobs}
             lines.append(json.dumps(row) + "\n")
     write_atomic(path, "".join(lines))

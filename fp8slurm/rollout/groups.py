@@ -8,6 +8,7 @@ import torch
 
 from fp8slurm.core.types import SampleGroup
 from fp8slurm.rollout.serialization import decode_groups
+from fp8slurm.rollout.tally import LENGTH, REWARD, TRUNCATED, means
 
 
 def has_signal(group: SampleGroup) -> bool:
@@ -53,18 +54,18 @@ def merge(
         raise RuntimeError(
             f"tokens were generated under weight versions {sorted(stale)}; the engines were sent {sent_version}"
         )
-    total, count = (sum(a["rewards"][i] for a in values) for i in (0, 1))
-    generated = sum(a["generated"] for a in values)
+    figures = means(a["figures"] for a in values)
     trained = sum(len(g.prompt.token_ids) + len(s.response_ids) for g in groups for s in g.samples)
     return groups, {
         "cursor": values[0]["cursor"],
-        "reward/mean": total / max(1, count),
+        REWARD: figures.pop(REWARD),
         "reward/failures": sum(a["reward_failures"] for a in values),
         "rollout/groups": len(groups),
         "rollout/dropped": sum(a["dropped"] for a in values),
-        "rollout/tokens": generated,
-        "rollout/response_length": generated / max(1, count),
-        "rollout/truncated": sum(a["truncated"] for a in values) / max(1, count),
+        "rollout/tokens": figures.pop("rollout/tokens"),
+        LENGTH: figures.pop(LENGTH),
+        TRUNCATED: figures.pop(TRUNCATED),
         "tokens": trained,
         "time/generate": max(a["seconds"] for a in values),
+        **figures,
     }

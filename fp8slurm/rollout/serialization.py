@@ -59,10 +59,14 @@ def decode_groups(data: torch.Tensor) -> list[SampleGroup]:
         for n, (s, ids, logprobs, versions) in enumerate(zip(of_samples, *lists)):
             scored = str(s["finish_reason"]), str(s["text"]), float(s["reward"])
             routing = tensors.get(f"routing/{n}")
-            samples.append(Sample(ids, logprobs, versions, *scored, routing, bool(s["train"])))
+            parts = {str(name): float(value) for name, value in s.get("parts", {}).items()}
+            samples.append(Sample(ids, logprobs, versions, *scored, routing, bool(s["train"]), parts))
         rest = iter(samples)
         return [
-            SampleGroup(Prompt(int(g["index"]), tuple(ids), str(g["label"])), [next(rest) for _ in g["samples"]])
+            SampleGroup(
+                Prompt(int(g["index"]), tuple(ids), str(g["label"]), source=str(g.get("source", ""))),
+                [next(rest) for _ in g["samples"]],
+            )
             for g, ids in zip(header, prompts)
         ]
     except Exception as error:  # whatever is wrong with the bytes
@@ -79,10 +83,13 @@ def _split(values: torch.Tensor, headers: list[dict[str, Any]]) -> list[list[Any
 
 
 def _header(group: SampleGroup) -> dict[str, Any]:
-    """All of a group but its arrays."""
+    """All of a group but its arrays, and what only rewards ask for."""
     samples = [
-        {"tokens": len(s.response_ids)} | {key: getattr(s, key) for key in ("finish_reason", "text", "reward", "train")}
+        {"tokens": len(s.response_ids)}
+        | {key: getattr(s, key) for key in ("finish_reason", "text", "reward", "train")}
+        | ({"parts": s.parts} if s.parts else {})
         for s in group.samples
     ]
     prompt = group.prompt
-    return {"index": prompt.index, "label": prompt.label, "tokens": len(prompt.token_ids), "samples": samples}
+    header = {"index": prompt.index, "label": prompt.label, "tokens": len(prompt.token_ids), "samples": samples}
+    return header | ({"source": prompt.source} if prompt.source else {})

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from fp8slurm.config import RunConfig
-from fp8slurm.config.derived import engines_start_after_trainer
+from fp8slurm.config.derived import engines_start_after_trainer, reward_workers
 from fp8slurm.core.types import Prompt, SampleGroup
 from fp8slurm.data.prompts import PromptOrder
 from fp8slurm.engine.pool import WeightsLost
@@ -32,6 +32,7 @@ from fp8slurm.rollout.files import is_saved, rollout_file, trainer_file, write_r
 from fp8slurm.rollout.groups import apply_truncation_policy, has_signal
 from fp8slurm.rollout.sampler import Sampler
 from fp8slurm.rollout.serialization import encode_groups
+from fp8slurm.rollout.tally import Figure, Tally, figures_of
 from fp8slurm.run.directory import RunDirectory
 from fp8slurm.sync import paths
 from fp8slurm.sync.check import check_engine_checkpoint
@@ -77,7 +78,7 @@ class RolloutWorker:
         self.evaluation = TrainingEval(c, self.run, self.sampler, self.number, self.workers)
         self._started.append(self.evaluation.close)
         self.order = PromptOrder(len(self.train_prompts), c.run.seed, c.data.shuffle) if self.train_prompts else None
-        self.rewarder = RewardPool(c.reward)
+        self.rewarder = RewardPool(c.reward, reward_workers(c))
         self._started.append(self.rewarder.close)
 
     def stop(self) -> None:
@@ -163,22 +164,19 @@ class RolloutWorker:
         r, begun = self.config.rollout, time.monotonic()
         self._begin("rollout", step, cursor, prompts, keep_all)
         kept: list[SampleGroup] = []
-        dropped = generated = truncated = 0
+        dropped, tally = 0, Tally()
         missing, rounds = prompts, r.max_replacements + 1
-        rewards: list[float] = []
         for round_ in range(rounds):
             positions = range(cursor, cursor + missing)
             indices, cursor = self.order.take(cursor, missing)
             share = [(p, self.train_prompts[i]) for p, i in list(zip(positions, indices))[self.number :: self.workers]]
             try:
-                groups, scores = self._once(tuple(p for p, _ in share), lambda: self._sample_and_score(share))
+                groups, figures = self._once(tuple(p for p, _ in share), lambda: self._sample_and_score(share))
             except WeightsLost:
                 for left in range(round_, rounds):  # the other rollout workers wait for these
                     self.store.set(f"kept/{self.channel.count}/{left}/{self.number}", "0")
                 raise
-            generated += sum(len(s.response_ids) for g in groups for s in g.samples)
-            truncated += sum(s.finish_reason == "length" for g in groups for s in g.samples)
-            rewards += scores
+            tally.add(figures)
             apply_truncation_policy(groups, r.truncated)
             good = groups if keep_all or not r.drop_no_signal else [g for g in groups if has_signal(g)]
             dropped += len(groups) - len(good)
@@ -189,9 +187,13 @@ class RolloutWorker:
                 break
         if is_saved(step, r.save_every):
             self._save(step, kept)
-        answer: dict[str, Any] = {"cursor": cursor, "dropped": dropped, "generated": generated, "truncated": truncated}
+        answer = {
+            "cursor": cursor,
+            "dropped": dropped,
+            "figures": tally.sums,
+            "reward_failures": self.rewarder.failures,
+        }
         answer["seconds"] = time.monotonic() - begun
-        answer |= {"rewards": [float(sum(rewards)), len(rewards)], "reward_failures": self.rewarder.failures}
         return answer, encode_groups(kept)
 
     def do_score(self, sequences: list[list[list[int]]]) -> tuple[dict, torch.Tensor]:
@@ -225,14 +227,14 @@ class RolloutWorker:
             self.computed[part] = compute()
         return self.computed[part]
 
-    def _sample_and_score(self, share: list[tuple[int, Prompt]]) -> tuple[list[SampleGroup], list[float]]:
-        """The groups of (position, prompt), and the rewards of all their samples as they were scored."""
+    def _sample_and_score(self, share: list[tuple[int, Prompt]]) -> tuple[list[SampleGroup], list[Figure]]:
+        """The groups of (position, prompt), and the figures of all their samples as they were scored."""
         r = self.config.rollout
         groups = self.sampler.sample(
             self.engines.generate, share, r.n_samples, r.max_tokens, r.temperature, routing=r.routing_replay
         )
         self.rewarder.score(groups, self.channel.progress)
-        return groups, [s.reward for g in groups for s in g.samples]
+        return groups, figures_of(groups)
 
     def _save(self, step: int, groups: list[SampleGroup]) -> None:
         trainer_file(self.run.path, step).unlink(missing_ok=True)  # an earlier attempt's belongs to other samples

@@ -4,6 +4,10 @@ TCPStore knows no users: whoever reaches its port can list, read and write its k
 What our tasks say to each other over it (commands to the rollout workers, folders to save into, addresses of gloo's
 peers) is therefore signed with a key that stands in the attempt's folder, which nobody else can read. Reading is not
 prevented: nothing secret goes over the store. Megatron's own rendezvous runs over the plain store, once, at the start.
+
+That a name is there counts only with its signature, so `wait` and `check` read what they find. A value that is written
+again and again can be replaced by an earlier one of its own: who reads such a value takes only one that goes on, as a
+worker's count of its progress.
 """
 
 from __future__ import annotations
@@ -36,7 +40,11 @@ def read_key(path: Path) -> str:
 
 
 class SignedStore(dist.Store):
-    """HMAC-SHA256 of name and value before every value; anything else raises ForgedError when it is read."""
+    """HMAC-SHA256 of name and value before every value; anything else raises ForgedError when it is read, waited for
+    or looked for.
+
+    There are no counters (`add`): the server adds without knowing the key, so anybody could count.
+    """
 
     def __init__(self, plain: dist.Store, key: str) -> None:
         super().__init__()
@@ -60,15 +68,17 @@ class SignedStore(dist.Store):
         return value
 
     def wait(self, names: list[str], timeout: timedelta | None = None) -> None:
-        """Until all names are there, whoever made them."""
+        """Until all names are there. Raises ForgedError: one is, but from somebody else."""
         self.plain.wait(names) if timeout is None else self.plain.wait(names, timeout)
+        for name in names:
+            self.get(name)
 
     def check(self, names: list[str]) -> bool:
-        return self.plain.check(names)
-
-    def add(self, name: str, amount: int) -> int:
-        """A counter: not signed, so nothing may depend on it but the signs of life that it is used for."""
-        return self.plain.add(name, amount)
+        """Whether all names are there. Raises ForgedError: one is, but from somebody else."""
+        there = [name for name in names if self.plain.check([name])]
+        for name in there:
+            self.get(name)
+        return there == names
 
     def delete_key(self, name: str) -> bool:
         return self.plain.delete_key(name)

@@ -58,7 +58,7 @@ def transformer_config(config: RunConfig, spec: ModelSpec) -> Any:
             arguments |= balance
     if config.train.recompute == "full":
         arguments |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    if config.fp8.backend == "transformer_engine":
+    if config.fp8.backend == "transformer_engine" and not config.model.exact:  # exact layers multiply by themselves
         arguments |= {"fp8": config.fp8.format, "fp8_recipe": config.fp8.recipe, "fp8_param": config.fp8.param_gather}
     return TransformerConfig(**arguments)
 

@@ -4,17 +4,22 @@
     write()      all ranks, in any thread: the optimizer's state goes to the ranks that write it, over groups of its
                  own; then every rank writes its own file
     finish()     rank 0: the index of all files
+    load()       all ranks together; pickles in the folder are read as data, nothing of them is run
 
 The caller makes the folder appear atomically.
 """
 
 from __future__ import annotations
 
+import functools
+import io
 import json
 import queue
 import random
 import weakref
 import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +27,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from fp8slurm.core.errors import InputError
-from fp8slurm.core.patches import patch
+from fp8slurm.checkpoint.formats.torch_dist import read_metadata
+from fp8slurm.core.errors import BadCheckpoint, InputError
+from fp8slurm.core.patches import patch, wrap
 from fp8slurm.trainer import build, primary_fp8
 from fp8slurm.trainer.optimizer_state import OptimizerShards, distributed_parts, planning, save_groups
 
@@ -145,7 +151,68 @@ def load(trainer: Trainer, path: Path) -> bool:
     came with it.
 
     InputError where that cannot be: another kind of optimizer, another dtype, another layout without optim.distributed.
+    BadCheckpoint: its metadata or a pickle in it is damaged, or would run something.
     """
+    from torch.distributed.checkpoint import CheckpointException
+
+    with _read_as_data(Path(path)):
+        try:
+            return _load(trainer, path)
+        except CheckpointException as error:  # of several ranks, each with its own
+            for failure, *_ in error.failures.values():
+                if isinstance(failure, BadCheckpoint):
+                    raise failure from None
+            raise
+
+
+@contextmanager
+def _read_as_data(path: Path) -> Iterator[None]:
+    """Megatron and torch read this folder through the converters' restricted reader meanwhile.
+
+    By themselves they unpickle .metadata and the objects in it (random state, the optimizer's settings), which may call
+    anything. BadCheckpoint.
+    """
+    _restrict_torch()
+    _metadata[str(path)] = read_metadata(path)[0]
+    try:
+        yield
+    finally:
+        _metadata.clear()
+
+
+_metadata: dict[str, Any] = {}
+"""Of the folder that is being loaded: torch asks for it several times."""
+
+
+@functools.cache
+def _restrict_torch() -> None:
+    from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.metadata import StorageMeta
+
+    def accepted_metadata(reader: Any) -> Any:
+        metadata = _metadata[str(reader.path)]
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        metadata.storage_meta.load_id = reader.load_id
+        return metadata
+
+    patch(FileSystemReader, "read_metadata", accepted_metadata)
+
+    @wrap(DefaultLoadPlanner, "load_bytes")
+    def load_bytes(load: Callable[..., None], planner: Any, item: Any, value: Any) -> None:
+        _check_object(item.storage_index.fqn, value)
+        load(planner, item, value)
+
+
+def _check_object(name: str, saved: io.BytesIO) -> None:
+    try:
+        torch.load(saved, weights_only=True)
+    except Exception as error:  # a damaged pickle raises anything
+        raise BadCheckpoint(f"{name} is no data that can be read: {error}") from None
+    saved.seek(0)
+
+
+def _load(trainer: Trainer, path: Path) -> bool:
     from megatron.core import dist_checkpointing
 
     saved = {"moments": "float32"} | dist_checkpointing.load_common_state_dict(str(path))["layout"]

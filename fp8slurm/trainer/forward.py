@@ -19,12 +19,12 @@ Outputs = tuple[torch.Tensor, "torch.Tensor | None"]
 
 def run_schedule(
     model: Any, micro_batches: list[PackedBatch], loss: Callable[[Outputs, PackedBatch], tuple[torch.Tensor, Any]], *,
-    with_entropy: bool, forward_only: bool, replay: RoutingReplay | None = None,
+    with_entropy: bool, forward_only: bool, replay: RoutingReplay | None = None, exact: bool = False,
 ) -> list[Any]:  # fmt: skip
     """Forward, and backward of the sum of all losses, over the micro-batches.
 
     `loss` gives (scalar, anything to keep). Returns what was kept of every micro-batch on the last pipeline stage,
-    and nothing on the others. `replay`: of this model's routers.
+    and nothing on the others. `replay`: of this model's routers; `exact`: with the engine's bits (model.exact).
     """
     from megatron.core import parallel_state
     from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -40,7 +40,7 @@ def run_schedule(
         batch = _on_device(next(batches))
         if replay is not None:
             replay.set(batch)
-        context = batch.labels, batch.temperature, group, with_entropy
+        context = batch.labels, batch.temperature, group, with_entropy, exact
         instead_of_logits = {"output_processor": _logprobs_of, "output_processor_context": context}
         tokens, positions = batch.tokens[None], batch.position_ids[None]
         outputs = model(tokens, positions, None, packed_seq_params=_packed(batch), **instead_of_logits)
@@ -64,10 +64,10 @@ def _logprobs_of(
     *, hidden_states: torch.Tensor, output_layer: Any, output_weight: torch.Tensor | None, context: Any, **_: Any
 ) -> Outputs:
     """GPTModel's last step, in place of its logits: the log-probabilities of the labels in `context`."""
-    labels, temperature, group, with_entropy = context
+    labels, temperature, group, with_entropy, exact = context
     logits, _bias = output_layer(hidden_states, weight=output_weight)
     logits = logits.squeeze(1)
-    return vocab_parallel_logprobs(logits, labels, group, with_entropy, temperature)
+    return vocab_parallel_logprobs(logits, labels, group, with_entropy, temperature, exact)
 
 
 def _packed(batch: PackedBatch) -> Any:

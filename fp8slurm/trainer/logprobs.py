@@ -74,6 +74,45 @@ class _VocabParallelLogprobs(torch.autograd.Function):
         return out, None, None, None, None, None
 
 
+class _ExactLogprobs(torch.autograd.Function):
+    """The same of a whole vocabulary, with the bits of SGLang's sampler for runs with model.exact on a GPU.
+
+    SGLang divides fp32 logits by a temperature on the device (by a host's, torch would multiply by its reciprocal) and
+    takes torch's log_softmax.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: torch.Tensor, labels: torch.Tensor, with_entropy: bool, temperature: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.temperature = temperature
+        divisor = torch.full((), temperature, device=logits.device)
+        logprobs, log_sum, entropy = torch.empty(3, len(labels), device=logits.device)
+        for rows in _chunks(logits):
+            label = labels[rows, None]
+            z = logits[rows].to(torch.float32, copy=True).div_(divisor)
+            every = torch.log_softmax(z, dim=-1)
+            torch.gather(every, 1, label, out=logprobs[rows, None])
+            log_sum[rows] = (z.gather(1, label) - logprobs[rows, None]).squeeze(1)
+            if with_entropy:
+                entropy[rows] = -torch.exp(every, out=z).mul_(every).nan_to_num_(0.0).sum(-1)  # 0 * -inf is 0 here
+            del z, every
+        ctx.save_for_backward(logits, labels, log_sum, entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad: torch.Tensor | None, grad_entropy: torch.Tensor | None
+    ) -> tuple[torch.Tensor, None, None, None]:
+        from fp8slurm.trainer.logprob_backward import logprob_backward
+
+        logits, labels, log_sum, entropy = ctx.saved_tensors
+        grad = torch.zeros_like(log_sum) if grad is None else grad
+        more = {} if grad_entropy is None else {"entropy": entropy, "grad_entropy": grad_entropy.contiguous()}
+        return logprob_backward(logits, labels, log_sum, ctx.temperature, grad.contiguous(), **more), None, None, None
+
+
 def _scaled(logits: torch.Tensor, temperature: float, peak: torch.Tensor) -> torch.Tensor:
     """A new fp32 tensor: logits / temperature - peak."""
     return logits.to(torch.float32, copy=True).div_(temperature).sub_(peak)
@@ -86,14 +125,19 @@ def _chunks(logits: torch.Tensor) -> Iterator[slice]:
 
 def vocab_parallel_logprobs(
     logits: torch.Tensor, labels: torch.Tensor, group: ProcessGroup | None = None, with_entropy: bool = False,
-    temperature: float = 1.0,
+    temperature: float = 1.0, exact: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
     """Log-probability of `labels` (int64 [T]) under `logits` / temperature ([T, V / size], this rank's vocabulary).
 
     Returns fp32 [T] and, with_entropy, the entropy of every distribution in nats, fp32 [T]; both the same on all ranks
-    of `group` (None: the whole vocabulary is here). The gradient on every rank is that of its own part.
+    of `group` (None: the whole vocabulary is here). The gradient on every rank is that of its own part. `exact`: with
+    SGLang's bits, on a GPU that has the whole vocabulary.
     """
     if group is not None and group.size() == 1:
         group = None
+    if exact:
+        assert group is None, "model.exact is refused with tensor parallelism"
+        logprobs, entropy = _ExactLogprobs.apply(logits, labels, with_entropy, temperature)
+        return logprobs, entropy if with_entropy else None
     logprobs, entropy = _VocabParallelLogprobs.apply(logits, labels, group, with_entropy, temperature)
     return logprobs, entropy if with_entropy else None

@@ -220,6 +220,11 @@ def layer_spec(config: RunConfig, transformer_config: Any) -> Any:
         from fp8slurm.cpu.layer_spec import layer_spec as cpu_layer_spec
 
         return cpu_layer_spec(transformer_config, fp8=config.fp8.backend == "emulated")
+    if config.model.exact:
+        from fp8slurm.trainer import exact_cuda, exact_layer
+
+        exact_cuda.share_compiled_kernels()
+        return exact_layer.layer_spec(transformer_config, exact_cuda)
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
     moe = transformer_config.num_moe_experts

@@ -169,6 +169,7 @@ class Trainer:
             self.ddp.offload_grad_buffers(empty_cache=False)
             for module in self.module.modules():
                 getattr(module, "_fp8_workspaces", {}).clear()
+            self.weights_changed()
             if self.config.optim.sleep:
                 self.sleeping.to_host()
             self._collect_gathered()
@@ -280,7 +281,7 @@ class Trainer:
         for size in (len(b.tokens) for b in micro_batches):
             if size % self.pad_multiple:
                 raise ValueError(f"a micro-batch of {size} tokens; allowed here: multiples of {self.pad_multiple}")
-        return run_schedule(model, micro_batches, loss, **how)
+        return run_schedule(model, micro_batches, loss, exact=self.config.model.exact, **how)
 
     def _update(self, lr: float, loss_is_finite: bool) -> tuple[float, bool]:
         """Clip and step; (gradient norm, whether the step was made). Every rank comes to the same verdict."""

@@ -156,7 +156,7 @@ def test_the_recipe_passes(tiny):
         (["--rollout.temperature", "0"], ["--rollout.temperature 0"]),
         (["--rollout.n-samples", "1"], ["--rollout.n-samples 1", "2 or more"]),
         (["--sft.max-steps", "0"], ["--sft.max-steps"]),
-        (["--algorithm.dual-clip", "0.5"], ["dual_clip 0.5", "above 1"]),
+        (["--algorithm.dual-clip", "0.5"], ["--algorithm.dual-clip 0.5", "above 1"]),
         (["--optim.schedule", "cosine", "--optim.min-lr", "1"], ["--optim.min-lr 1", "would rise"]),
         (
             ["--train.updates-per-step", "65"],

@@ -108,7 +108,7 @@ FOUR_AT_2 = b'{"dtype":"U8","shape":[4],"data_offsets":[2,6]}'
         (b'{"a":{"dtype":"U8","shape":[4],"data_offsets":[0,4]},"b":%s}' % FOUR_AT_2, "ends at 4"),
         (b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}', "starts at 4"),
         (b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,4]}}', "takes 8 bytes"),
-        (b'{"a":{"dtype":"F32","shape":[true],"data_offsets":[0,4]}}', "no list of sizes"),
+        (b'{"a":{"dtype":"F32","shape":[true],"data_offsets":[0,4]}}', "no list of at most 16 sizes"),
         (b'{"__metadata__":{"a":1}}', "text to text"),
         (b"[1]", "no JSON object"),
     ],

@@ -12,6 +12,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from fp8slurm.check.objective import check_objective
 from fp8slurm.cli import COMMANDS
 from fp8slurm.config import parse, recipe_names
 from fp8slurm.config.schema import RewardSection
@@ -52,6 +53,7 @@ def checkout(tmp_path_factory) -> Path:
         "container",
         "sbatch",
         "docs",
+        "examples",
         ".venv",
         "pyproject.toml",
         "Makefile",
@@ -161,6 +163,18 @@ def test_the_reward_in_the_readme_works(tmp_path, monkeypatch):
     with RewardPool(RewardSection(kind=flag, timeout_s=60), workers=1) as pool:
         pool.score([group])
     assert [round(sample.reward, 3) for sample in group.samples] == [1.0, 0.667, 0.75, 0.333, 0.0]
+
+
+def test_what_can_be_copied_is_what_is_shown(monkeypatch):
+    """Each block of docs/customize.md that names a file of examples/ is in it; tests/e2e/test_customize.py runs them."""
+    monkeypatch.chdir(ROOT)
+    found = [block.split("\n", 1) for block in blocks("docs/customize.md", "python", "toml")]
+    named = {first.removeprefix("# "): text.strip() for first, text in found if first.startswith("# examples/")}
+    assert named and all(text in (ROOT / path).read_text() for path, text in named.items())
+    for kind in re.findall(r"--reward\.kind ([\w.:]+)", (ROOT / "docs/customize.md").read_text()):
+        RewardPool(RewardSection(kind=kind, timeout_s=60), workers=1).close()
+    for flags in re.findall(r'ARGS="([^"]*--algorithm[^"]*)"', (ROOT / "docs/customize.md").read_text()):
+        check_objective(parse("tiny-fp8", flags.split()))
 
 
 def test_example_lines_are_accepted(tmp_path):

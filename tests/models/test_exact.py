@@ -11,6 +11,8 @@ from fp8slurm.models import exact
 from fp8slurm.models.exact import check_exact
 from fp8slurm.models.qwen3 import ModelSpec
 
+GPU = "--slurm.gpus-per-node 1 --run.no-deterministic"
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -41,8 +43,10 @@ def checked(folder, *flags: str, exact: bool = True, moe: bool = False) -> None:
         ("--engine.dtype float32", "--model.dtype bfloat16 and --engine.dtype float32"),
         ("--parallel.tensor-parallel-size 2", "--parallel.tensor-parallel-size 2: sums over ranks"),
         ("--engine.tensor-parallel-size 2", "--engine.tensor-parallel-size 2: sums over ranks"),
-        ("--slurm.gpus-per-node 1 --engine.extra-args=--attention-backend triton", "allowed here: fa3"),
-        ("--slurm.gpus-per-node 1 --engine.extra-args=--attention-backend=triton", "allowed here: fa3"),
+        (f"{GPU} --engine.extra-args=--attention-backend triton", "allowed here: fa3"),
+        (f"{GPU} --engine.extra-args=--attention-backend=triton", "allowed here: fa3"),
+        ("--slurm.gpus-per-node 1", "--run.deterministic: on GPUs"),
+        (f"{GPU} --fp8.param-gather", "--fp8.param-gather"),
         ("--engine.extra-args=--kv-cache-dtype fp8_e4m3", "--engine.extra-args --kv-cache-dtype"),
         ("--engine.extra-args=--speculative-algorithm EAGLE", "--engine.extra-args --speculative-algorithm"),
     ],
@@ -69,7 +73,7 @@ def test_an_engine_checkpoint_that_keeps_a_linear_is_refused(folder, tmp_path):
 
 def test_layouts_that_can_be_exact_pass(folder):
     for flags in ("", "--parallel.pipeline-parallel-size 2", "--slurm.ranks-per-node 4", "--train.recompute full",
-                  "--engine.per-node 2", "--rollout.temperature 0.7", "--slurm.gpus-per-node 1 --fp8.backend "
+                  "--engine.per-node 2", "--rollout.temperature 0.7", f"{GPU} --fp8.backend "
                   "transformer_engine --engine.extra-args=--attention-backend fa3"):  # fmt: skip
         checked(folder, *flags.split())
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from fp8slurm.config.schema import RewardSection
 from fp8slurm.core.types import Prompt, Sample, SampleGroup
 from fp8slurm.eval.grading import Graders
+from fp8slurm.eval.questions import Question
 from fp8slurm.eval.tasks import EvalTask
 from fp8slurm.rewards.graders import boxed_answers, chosen_letter, last_boxed, last_number, numeric
 from fp8slurm.rewards.pool import RewardPool
@@ -224,10 +225,20 @@ def test_thinking_without_an_end_and_what_was_cut_off_hold_no_answer(kind):
         | {"prompt": "Q<think>\n" if opened else "Q"}
         for i, (t, opened, reason, _) in enumerate(table)
     ]
-    with Graders([EvalTask(name="a", grader=kind)], RewardSection(timeout_s=60)) as graders:
+    with Graders([EvalTask(name="a", grader=kind)], RewardSection(timeout_s=60), {}) as graders:
         graders.submit(rows)
         scores = graders.finish()
     assert [scores["a", i, 0] for i in range(len(table))] == [want for *_, want in table]
+
+
+def test_a_grader_of_ones_own_asks_for_the_questions_row(tmp_path, monkeypatch):
+    (tmp_path / "of_row.py").write_text("def f(response, row, prompt): return float(response == row['b'] + prompt)")
+    monkeypatch.chdir(tmp_path)
+    questions = {"a": [Question(str(i), "", (), "x", content="!", row={"b": str(i)}) for i in range(2)]}
+    rows = [{"task": "a", "id": str(i), "sample": 0, "response": "1!", "label": "x"} for i in range(2)]
+    with Graders([EvalTask(name="a", grader="of_row:f")], RewardSection(timeout_s=60), questions) as graders:
+        graders.submit(rows)
+        assert graders.finish() == {("a", "0", 0): 0, ("a", "1", 0): 1}
 
 
 def test_other_kinds_get_the_whole_response():
@@ -242,7 +253,7 @@ def test_every_task_is_graded_by_its_own_grader():
         for i, (response, label) in enumerate([("42", "42"), ("It is 42.0", "42"), ("The answer is B.", "B")])
         for name in ("d", "c", "b", "a")
     ]
-    with Graders(tasks, RewardSection()) as graders:
+    with Graders(tasks, RewardSection(), {}) as graders:
         graders.submit(rows[:5])
         graders.submit(rows[5:])
         scores = graders.finish()

@@ -3,6 +3,7 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 
@@ -39,6 +40,56 @@ def hang_with_child(response, label):
     time.sleep(600)
 
 number = 3
+
+def all_of_it(response, label, prompt, row, prompt_ids, response_ids, finish_reason, source):
+    asked = [m["content"] for m in prompt]
+    assert (asked, row["extra"], prompt_ids, source) == (["1+1="], {"level": 3}, [1], "sums")
+    return len(response_ids), {"cut": finish_reason == "length", "level": row["extra"]["level"]}
+
+def own_names(text, answer, row):
+    return float(text == answer) + row["extra"]["level"]
+
+def ranked(responses, label, finish_reasons):
+    return [sorted(responses).index(r) / 10 + (f == "length") for r, f in zip(responses, finish_reasons)]
+
+def one_short(responses):
+    return [0.0] * (len(responses) - 1)
+
+def bad_in_the_middle(responses):
+    return [float("nan") if r == "nan" else 1 for r in responses]
+
+running = most = 0
+
+async def together(response):
+    import asyncio
+    global running, most
+    running += 1
+    most = max(most, running)
+    if response == "hang": await asyncio.sleep(600)
+    if response == "block": time.sleep(600)
+    if response == "raise": raise ValueError("no")
+    if response == "timeout": raise TimeoutError("the judge's")
+    await asyncio.sleep(0.05)
+    running -= 1
+    return os.getpid(), {"most": most}
+
+async def together_in_groups(responses, label):
+    return [len(r) for r in responses]
+
+class Judge:
+    async def __call__(self, response): return 2
+judge = Judge()
+
+def parts(response):
+    return 1, {"nan": {"a": math.nan}, "name": {"a b": 1}, "text": {"a": "x"}, "list": [1], "fine": {}}[response]
+
+def wrong_third(response, label, tokens): return 0
+def shifted(text, row): return 0
+def mixed(response, responses): return 0
+def first_and_all(text, answer, responses): return 0
+def optional(response, label, *, scale=2.0, row=None, **more): return scale * len(row["extra"])
+def constant(): return 0.25
+def anything(*args): return len(args)
 """
 
 
@@ -198,6 +249,96 @@ pool.score([SampleGroup(Prompt(0, (1,), ""), [Sample([], [], [], "stop", text="h
     parent.wait()
     parent.stdout.close()
     assert wait_gone(worker)
+
+
+def scored(function, groups, **settings):
+    with RewardPool(RewardSection(kind=f"my_rewards:{function}", timeout_s=60, **settings), workers=2) as pool:
+        pool.score(groups)
+    return rewards(groups)
+
+
+def full_group(*responses):
+    samples = [Sample([7] * len(r), [], [], "length" if "!" in r else "stop", text=r) for r in responses]
+    prompt = Prompt(4, (1,), "2", content=[{"role": "user", "content": "1+1="}], row={"extra": {"level": 3}})
+    return SampleGroup(replace(prompt, source="sums"), samples)
+
+
+def test_a_function_is_handed_what_it_asks_for_by_name():
+    group = full_group("2", "no!")
+    assert scored("all_of_it", [group]) == [[1, 3]]
+    assert [s.parts for s in group.samples] == [{"cut": 0.0, "level": 3.0}, {"cut": 1.0, "level": 3.0}]
+    assert scored("own_names", [full_group("2", "3")]) == [[4, 3]]
+    assert scored("optional", [full_group("2")]) == [[2]]
+    assert scored("constant", [full_group("2")]) == [[0.25]]
+    assert scored("anything", [full_group("2")]) == [[2]]
+
+
+def test_one_call_for_all_samples_of_a_prompt():
+    assert scored("ranked", [full_group("c", "a", "b!"), full_group("z")]) == [[0.2, 0, 1.1], [0]]
+    with pytest.raises(RewardError, match="on prompt 4, sample 0: returned 2 rewards for 3 samples"):
+        scored("one_short", [full_group("c", "a", "b")])
+    with pytest.raises(RewardError, match="sample 1: returned nan"):
+        scored("bad_in_the_middle", [full_group("c", "nan")])
+    assert scored("bad_in_the_middle", [full_group("c", "nan"), full_group("c")], on_error="zero") == [[0, 0], [1]]
+
+
+def test_async_calls_share_one_process():
+    groups = [full_group(*"abcdefghij") for _ in range(3)]
+    (pids,) = {tuple(of_group) for of_group in scored("together", groups, concurrency=8)}
+    assert len(set(pids)) == 1
+    assert max(s.parts["most"] for g in groups for s in g.samples) == 8
+    assert scored("together_in_groups", [full_group("a", "bb")]) == [[1, 2]]
+    assert scored("judge", [full_group("a")]) == [[2]]
+
+
+def test_an_async_call_that_fails_costs_no_other():
+    said = {"raise": "ValueError: no", "timeout": "TimeoutError: the judge's", "hang": "no answer within 1 s (reward."}
+    for text, reason in said.items():
+        group, more = full_group("a", text, "b", "c"), full_group("d")
+        with RewardPool(RewardSection(kind="my_rewards:together", timeout_s=1, on_error="zero")) as pool:
+            pool.score([group, more])
+            assert [s.reward > 0 for s in group.samples] == [True, False, True, True] and more.samples[0].reward > 0
+            assert pool.failures == 1
+        with RewardPool(RewardSection(kind="my_rewards:together", timeout_s=1)) as pool:
+            with pytest.raises(RewardError) as error:
+                pool.score([full_group("a", text, "b")])
+            assert f"on prompt 4, sample 1: {reason}" in str(error.value)
+
+
+def test_an_async_function_that_blocks_is_named():
+    """Nobody can say which of the calls at that time it was."""
+    with RewardPool(RewardSection(kind="my_rewards:together", timeout_s=1, concurrency=3, on_error="zero")) as pool:
+        groups = [full_group("a", "block", "b"), full_group("c")]
+        pool.score(groups)
+        assert [s.reward > 0 for g in groups for s in g.samples] == [False] * 3 + [True] and pool.failures == 3
+        pool.reward = pool.reward.model_copy(update={"on_error": "error"})
+        with pytest.raises(RewardError, match="no answer within 1 s: an async function must not block"):
+            pool.score(groups)
+
+
+@pytest.mark.parametrize(
+    "text, says",
+    [("nan", "nan as its part 'a'"), ("name", "a part named 'a b'"), ("text", "'x' as"), ("list", "parts [1], which")],
+)
+def test_parts_are_names_and_finite_numbers(text, says):
+    with pytest.raises(RewardError) as error:
+        scored("parts", [full_group("fine", text)])
+    assert says in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "function, says",
+    [
+        ("wrong_third", "there is nothing for its parameter 'tokens'; allowed: response, response_ids, finish_reason,"),
+        ("shifted", "there is nothing for its parameter 'text'"),
+        ("mixed", "it asks for 'response' of one sample and for 'responses' of all samples"),
+        ("first_and_all", "there is nothing for its parameter 'responses'"),
+    ],
+)  # fmt: skip
+def test_a_signature_that_cannot_be_served_is_refused_before_anything_is_scored(function, says):
+    with pytest.raises(ValueError) as error:
+        RewardPool(RewardSection(kind=f"my_rewards:{function}"), workers=1)
+    assert says in str(error.value)
 
 
 @pytest.mark.parametrize("kind", ["exacts", "module:", ":f", ""])

@@ -4,7 +4,7 @@ import pytest
 
 from fp8slurm.config.schema import AlgorithmSection
 from fp8slurm.core.types import Prompt, Sample, SampleGroup
-from fp8slurm.rl.advantages import advantages, group_relative
+from fp8slurm.rl.advantages import advantages_of, group_relative
 from fp8slurm.rl.controls import negate, shuffle_rewards
 from fp8slurm.rollout.groups import apply_truncation_policy, has_signal
 
@@ -52,7 +52,7 @@ def test_truncated_samples(truncated, rewards, trained):
 def test_masked_samples_have_no_part_in_the_mean():
     groups = [group(1, (9, "length"), 0), group((1, "length"))]
     apply_truncation_policy(groups, "mask")
-    assert advantages(groups, AlgorithmSection(divide_by_std=False)) == [[0.5, 0.0, -0.5], [0.0]]
+    assert advantages_of(AlgorithmSection(divide_by_std=False))(groups) == [[0.5, 0.0, -0.5], [0.0]]
 
 
 def test_controls():

@@ -30,6 +30,7 @@ from fp8slurm.rl.recorder import Recorder
 from fp8slurm.rl.saving import Saver, first_state, load_newest
 from fp8slurm.rl.stopwatch import Stopwatch
 from fp8slurm.rollout.serialization import encode_groups
+from fp8slurm.rollout.tally import Tally
 from fp8slurm.run.checkpoint_writer import Saved
 from fp8slurm.run.directory import RunDirectory, RunState
 from fp8slurm.run.step_times import StepTimes
@@ -303,16 +304,14 @@ def test_advantages_follow_the_settings_and_the_controls(monkeypatch: pytest.Mon
 
 def answer_of(groups: list[SampleGroup], **values) -> tuple[dict, torch.Tensor]:
     """A rollout worker's answer."""
-    plain = {
-        "cursor": 9,
-        "dropped": 0,
-        "generated": 0,
-        "truncated": 0,
-        "rewards": [0.0, 0],
-        "reward_failures": 0,
-        "seconds": 0.5,
-    }
+    plain = {"cursor": 9, "dropped": 0, "figures": Tally().sums, "reward_failures": 0, "seconds": 0.5}
     return plain | values, encode_groups(groups)
+
+
+def figures(rewards: float, samples: int, tokens: int, truncated: int) -> dict[str, list[float]]:
+    """A rollout worker's sums."""
+    values = {"reward/mean": rewards, "rollout/response_length": tokens, "rollout/truncated": truncated}
+    return {key: [value, samples] for key, value in values.items()}
 
 
 def group_of(index: int, *samples: Sample) -> SampleGroup:
@@ -323,11 +322,13 @@ def test_a_rollouts_figures_are_those_of_all_workers() -> None:
     stopped = Sample([5, 6], [-0.1] * 2, [4] * 2, "stop", reward=1.0)
     cut, aborted = Sample([5] * 4, [-0.1] * 4, [4] * 4, "length"), Sample([], [], [], "abort")
     answers = [
+        answer_of([group_of(3, stopped, cut)], dropped=1, figures=figures(4.0, 4, 20, 3), reward_failures=1),
         answer_of(
-            [group_of(3, stopped, cut)], dropped=1, generated=20, truncated=3, rewards=[4.0, 4], reward_failures=1
-        ),
-        answer_of(
-            [group_of(8, aborted, stopped)], dropped=2, generated=5, rewards=[0.0, 2], reward_failures=2, seconds=2.5
+            [group_of(8, aborted, stopped)],
+            dropped=2,
+            figures=figures(0.0, 2, 5, 0) | {"reward/parts/tidy": [1.5, 2]},
+            seconds=2.5,
+            reward_failures=2,
         ),
     ]
     loop = loop_with(RunConfig(), weights=engines_that_answer(*answers, sent_version=4))
@@ -337,6 +338,7 @@ def test_a_rollouts_figures_are_those_of_all_workers() -> None:
         "cursor": 9, "reward/mean": 4 / 6, "reward/failures": 3, "rollout/groups": 2, "rollout/dropped": 3,
         "rollout/tokens": 25, "rollout/response_length": 25 / 6, "rollout/truncated": 3 / 6, "tokens": 4 * 3 + 8,
         "time/generate": 2.5,
+        "reward/parts/tidy": 0.75,
     }  # fmt: skip  # means count groups that were dropped; `tokens` are those of the groups that are here
     assert loop_with(RunConfig(), weights=engines_that_answer(answer_of([]))).rollout(1)[1]["reward/mean"] == 0
 

@@ -68,7 +68,7 @@ def test_groups_without_signal_are_replaced_from_the_prompts_that_follow(store):
     assert indices(payload) == [3, 4, 6, 7]  # 0-3, then 4-6 (5 is dull), then 7
     assert answer["cursor"] == 8 and answer["dropped"] == 4
     assert worker.sampler.positions == list(range(8)), "every position once: seeds never repeat"
-    assert answer["rewards"] == [8.0, 16] and answer["generated"] == 32
+    assert answer["figures"]["reward/mean"] == [8.0, 16] and answer["figures"]["rollout/response_length"] == [32, 16]
 
 
 def test_at_most_k_rounds_then_the_step_goes_on_with_what_it_has(store):
@@ -100,8 +100,10 @@ def test_the_reward_that_is_shown_is_what_the_function_said(store, truncated):
 
     worker.sampler.sample = cut
     answer, payload = worker.do_rollout(1, 3, 2)  # rewards 0 and 1, the second cut off
-    assert answer["rewards"] == [2.0, 4] and indices(payload) == [] and answer["dropped"] == 2
-    assert answer["truncated"] == 2, "an aborted sample or one that stopped was not cut off; a dropped group counts"
+    assert answer["figures"]["reward/mean"] == [2.0, 4] and indices(payload) == [] and answer["dropped"] == 2
+    assert answer["figures"]["rollout/truncated"] == [2, 4], (
+        "an aborted sample or one that stopped was not cut off; a dropped group counts"
+    )
     worker = worker_with(store, truncated=truncated, drop_no_signal=False)
     worker.sampler.sample = cut
     (group, _) = decode_groups(worker.do_rollout(1, 3, 2)[1])
@@ -172,7 +174,7 @@ def test_a_node_that_lost_its_weights_does_not_cost_the_others_their_rollout(sto
         again = list(pool.map(rollout, workers))
     assert sorted(i for _, payload in again for i in indices(payload)) == sorted(indices(whole[1]))
     assert {a["cursor"] for a, _ in again} == {whole[0]["cursor"]}
-    assert sum(a["rewards"][0] for a, _ in again) == whole[0]["rewards"][0]
+    assert sum(a["figures"]["reward/mean"][0] for a, _ in again) == whole[0]["figures"]["reward/mean"][0]
     assert [set(a.sampler.positions) >= d for a, d in zip(workers, done)] == [True, True]
     first_round = [[0, 2], [1, 3]]
     for worker, positions in zip(workers, first_round):

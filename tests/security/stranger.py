@@ -2,7 +2,8 @@
 
     stranger.py RUN_DIR STORE_PORT ENGINE_PORT PIDS [forge]
 
-The ports are handed over; a scan finds them. forge: also write commands for the rollout workers into the job's store.
+The ports are handed over; a scan finds them. forge: also write into the job's store that a notice of its end has come,
+and commands for the rollout workers.
 """
 
 from __future__ import annotations
@@ -122,6 +123,7 @@ def main() -> None:
     if forge:
         numbers = [int(k.rsplit("/", 1)[1]) for k in keys if "command/" in k and k.rsplit("/", 1)[1].isdigit()]
         prefix = next(k for k in keys if "command/" in k).partition("command/")[0]
+        store.set(f"{prefix}noticed", "")
         for number in range(max(numbers) + 1, max(numbers) + 40):
             store.set(f"{prefix}command/{number}", json.dumps({"kind": "stop"}))
         said["forged"] = max(numbers) + 1

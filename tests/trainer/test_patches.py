@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 
 
 def test_a_rank_replaces_what_the_page_lists(launch: Callable[..., Any], tmp_path: Path) -> None:
-    """From its start to its first checkpoint; all private names are there."""
+    """From its start to a resume from its first checkpoint; all private names are there."""
     replaced, missing = launch("patches", 1, ["replaced"], dense=write_model(tmp_path / "dense")).result("replaced")
     check_replaced("A training rank", replaced)
     assert missing == []

@@ -17,7 +17,7 @@ ONE_RANK = [
     "one_rank", "one_rank_plain_optimizer", "one_rank_untied", "one_rank_recompute", "one_rank_fp8", "one_rank_bf16",
     "one_rank_bf16_fp8", "entropy", "reference_model", "bad_loss", "new_optimizer", "emulated_linear",
     "main_grad", "fp8_layers", "packed_modules", "tied_head", "refused", "resume_one_rank", "save_before_any_step",
-    "save_one_rank", "full_disk", "snapshot_bytes",
+    "save_one_rank", "full_disk", "snapshot_bytes", "hostile_checkpoint",
     "optimizer_sleep", "plain_optimizer_sleep", "warm_up", "optimizer_settings",
 ]  # fmt: skip
 TWO_RANKS = [
@@ -268,6 +268,13 @@ def test_resume_to_the_bit_on_one_rank(one: Any) -> None:
 @pytest.mark.parametrize("rank", [0, 1])
 def test_resume_to_the_bit_on_two_ranks(two: Any, rank: int) -> None:
     assert_same(**two.result("dp2_resume", rank))
+
+
+def test_a_resume_runs_nothing_that_is_in_a_checkpoint(one: Any) -> None:
+    said = one.result("hostile_checkpoint")
+    assert said["metadata"].startswith("BadCheckpoint") and ".metadata: refers to" in said["metadata"]
+    assert said["object"].startswith("BadCheckpoint") and "random_state" in said["object"]
+    assert said["good"] == "" and said["ran"] is False
 
 
 def test_save_before_any_step(one: Any) -> None:

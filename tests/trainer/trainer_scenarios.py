@@ -113,12 +113,14 @@ def train(ranks: Ranks, **sections: Any) -> dict[str, Any]:
 
 
 def replaced(ranks: Ranks) -> list[list[str]]:
-    """What is replaced once a rank has started and saved, and the private names that are not there."""
+    """What is replaced once a rank has started, saved and resumed, and the private names that are not there."""
     sys.path.append(str(Path(__file__).parents[1]))
     from patch_list import missing, rows
 
     with ranks.trainer() as trainer:
-        save(trainer, ranks.make("patches"))
+        path = ranks.make("patches")
+        save(trainer, path)
+        trainer.load(path)
     names = [name for names, _ in rows("Private names that are used, not replaced") for name in names]
     return [applied(), missing([n for n in names if n.startswith(("megatron.", "torch."))])]
 
@@ -466,6 +468,38 @@ def continue_here(ranks: Ranks, name: str, **sections: Any) -> dict[str, Any]:
     with ranks.trainer(load=False, **sections) as trainer:
         trainer.load(ranks.paths[name])
         return next_two(trainer)
+
+
+def hostile_checkpoint(ranks: Ranks) -> dict[str, Any]:
+    """What a resume says to a checkpoint whose metadata or random state would run something, and whether it ran."""
+    import pickle
+
+    from fp8slurm.checkpoint.formats.torch_dist import read_metadata
+
+    ran = ranks.folder / "ran"
+
+    class Evil:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (Path.touch, (ran,))
+
+    said = {}
+    with ranks.trainer() as trainer:
+        path = ranks.make("hostile")
+        save(trainer, path)
+        good = (path / ".metadata").read_bytes()
+        metadata, _ = read_metadata(path)
+        index = next(i for i in metadata.storage_data if i.fqn.startswith("random_state"))
+        torch.save([Evil()], path / "__9_0.distcp")
+        place = metadata.storage_data[index]
+        place.relative_path, place.offset, place.length = "__9_0.distcp", 0, (path / "__9_0.distcp").stat().st_size
+        for name, content in (("metadata", pickle.dumps(Evil())), ("object", pickle.dumps(metadata)), ("good", good)):
+            (path / ".metadata").write_bytes(content)
+            try:
+                trainer.load(path)
+                said[name] = ""
+            except ValueError as error:
+                said[name] = f"{type(error).__name__}: {error}"
+    return said | {"ran": ran.exists()}
 
 
 def full_disk(ranks: Ranks, **sections: Any) -> dict[str, Any]:

@@ -17,7 +17,7 @@ def damage(folder: Path, only: Iterable[str] | None = None) -> str | None:
         return "COMPLETE is missing"
     try:
         files = {n: (want["bytes"], want["sha256"]) for n, want in json.loads(complete.read_text())["files"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         files = {}
     if not files:
         return "COMPLETE cannot be read"

@@ -34,6 +34,7 @@ DTYPES = {
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 MAX_HEADER_BYTES = 100_000_000
+MAX_DIMENSIONS = 16
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,8 @@ def _parse_entry(name: str, entry: Any) -> tuple[TensorInfo, int, int]:
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise BadCheckpoint(f"{name}: dtype {dtype!r}; known: {', '.join(DTYPES)}")
-    if not isinstance(shape, list) or not all(map(_whole_number, shape)):
-        raise BadCheckpoint(f"{name}: shape {shape!r} is no list of sizes")
+    if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS or not all(map(_whole_number, shape)):
+        raise BadCheckpoint(f"{name}: shape {shape!r} is no list of at most {MAX_DIMENSIONS} sizes")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_whole_number, offsets)):
         raise BadCheckpoint(f"{name}: data_offsets {offsets!r} are not [begin, end]")
     info = TensorInfo(name, DTYPES[dtype], tuple(shape))

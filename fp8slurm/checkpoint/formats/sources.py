@@ -20,6 +20,8 @@ from fp8slurm.fp8.policy import FUSED_EXPERTS
 from fp8slurm.fp8.quantize import dequantize
 
 SCALE_SUFFIX = "_scale_inv"
+MOST_EXPERTS = 65_536
+"""In one fused tensor."""
 
 
 class Scratch(threading.local):
@@ -91,6 +93,8 @@ def _one_by_one(fused: Located) -> list[Located]:
     name, dtype, shape = fused.info.name, fused.info.dtype, fused.info.shape
     if len(shape) != 3:
         raise BadCheckpoint(f"{fused.path}: {name} has shape {list(shape)}; fused experts have three dimensions")
+    if 0 in shape or shape[0] > MOST_EXPERTS:
+        raise BadCheckpoint(f"{fused.path}: {name} {list(shape)}: allowed: 1 to {MOST_EXPERTS} experts, with values")
     stem, kind = name.rsplit(".", 1)
     parts = ["gate_proj", "up_proj"] if kind == "gate_up_proj" else ["down_proj"]
     if shape[1] % len(parts):

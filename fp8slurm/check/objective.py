@@ -1,0 +1,50 @@
+"""Settings of the objective that contradict each other, and functions of the user's that cannot be called."""
+
+from __future__ import annotations
+
+from fp8slurm.config import RunConfig
+from fp8slurm.core.errors import InputError
+from fp8slurm.rl.advantages import advantages_of, try_advantages
+from fp8slurm.rl.loss import loss_of, try_loss
+
+
+def check_objective(config: RunConfig) -> None:
+    """InputError: names the flags, what contradicts what, and what is allowed."""
+    a, r = config.algorithm, config.rollout
+    loss_of(a)
+    advantages_of(a)
+    if 0 < a.dual_clip <= 1:
+        raise InputError(f"--algorithm.dual-clip {a.dual_clip:g}: allowed: above 1, or 0 to switch it off")
+    if a.dual_clip and a.loss in ("gspo", "cispo"):
+        raise InputError(
+            f"--algorithm.dual-clip {a.dual_clip:g} with --algorithm.loss {a.loss}, which has no such bound; allowed: "
+            f"0, or --algorithm.loss ppo_clip"
+        )
+    if a.loss == "gspo" and a.loss_mean != "sequence":
+        raise InputError(
+            f"--algorithm.loss gspo with --algorithm.loss-mean {a.loss_mean}: its objective is a mean over sequences; "
+            f"allowed: --algorithm.loss-mean sequence"
+        )
+    if a.advantage == "rloo" and a.divide_by_std:
+        raise InputError(
+            "--algorithm.advantage rloo with --algorithm.divide-by-std: a leave-one-out advantage has no such scale; "
+            "allowed: --algorithm.no-divide-by-std, or --algorithm.advantage grpo"
+        )
+    if a.advantage == "reinforce_pp" and r.drop_no_signal and config.run.steps:
+        raise InputError(
+            "--algorithm.advantage reinforce_pp with --rollout.drop-no-signal: against a global baseline groups of "
+            "equal rewards have a signal; allowed: --rollout.no-drop-no-signal"
+        )
+    if a.advantage in ("grpo", "rloo") and config.run.steps and r.n_samples < 2:
+        raise InputError(
+            f"--rollout.n-samples 1 with --algorithm.advantage {a.advantage}: advantages are relative to the group; "
+            f"allowed: 2 or more"
+        )
+    for flag, value, default in (("level", a.tis_level, "token"), ("excess", a.tis_excess, "truncate")):
+        if value != default and not a.tis_cap:
+            raise InputError(
+                f"--algorithm.tis-{flag} {value} with --algorithm.tis-cap 0, which switches importance weights off; "
+                f"allowed: a cap above 0, or leave --algorithm.tis-{flag} out"
+            )
+    try_loss(a)
+    try_advantages(a)

@@ -1,0 +1,106 @@
+"""What a reward function of the user's asks for by the names of its parameters, and what it may return.
+
+def f(response, label)                          the plain form; these two may have any names
+def f(response, row, finish_reason)             any of SINGLE, by name
+def f(responses, label)                         one call for all samples of a prompt: any of GROUP, by name
+async def f(...)                                any of these, many calls at a time in one process
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import numbers
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+OF_PROMPT = ("label", "prompt", "row", "prompt_ids", "source")
+OF_SAMPLE = {"response": "responses", "response_ids": "responses_ids", "finish_reason": "finish_reasons"}
+"""What there is of each sample, and of all samples of a prompt."""
+SINGLE = (*OF_SAMPLE, *OF_PROMPT)
+GROUP = (*OF_SAMPLE.values(), *OF_PROMPT)
+PLAIN = ("response", "label")
+PART_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a function is called."""
+
+    names: tuple[str, ...] = PLAIN
+    """What it is handed."""
+    positional: int = len(PLAIN)
+    """How many of them by position; the others by name."""
+    asynchronous: bool = False
+
+    @property
+    def group(self) -> bool:
+        """One call for all samples of a prompt."""
+        return any(name in OF_SAMPLE.values() for name in self.names)
+
+
+MATH = Form()
+
+
+def form_of(function: Callable[..., Any]) -> Form:
+    """How to call it. TypeError: it has a parameter that there is nothing for, or mixes one sample with all of them."""
+    asynchronous = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except ValueError:  # written in C
+        return Form(asynchronous=asynchronous)
+    parameters = [p for p in parameters if p.kind is not p.VAR_KEYWORD]
+    known = tuple(p.name for p in parameters if p.name in (*SINGLE, *GROUP) and p.kind is not p.POSITIONAL_ONLY)
+    strange = [p.name for p in parameters if p.default is p.empty and p.name not in known]
+    if not strange:
+        one, every = ([name for name in known if name in names] for names in (OF_SAMPLE, OF_SAMPLE.values()))
+        if one and every:
+            raise TypeError(f"it asks for {one[0]!r} of one sample and for {every[0]!r} of all samples of a prompt")
+        return Form(known, 0, asynchronous)
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters[:2]):
+        return Form(asynchronous=asynchronous)
+    first = [p.name for p in parameters[:2] if p.kind is not p.KEYWORD_ONLY]
+    fits = len(first) == 2 and all(name in strange or name == own for name, own in zip(first, PLAIN))
+    rest = tuple(name for name in known if name not in first)
+    wrong = [name for name in strange if not (fits and name in first)] + [name for name in rest if name not in SINGLE]
+    if wrong:
+        raise TypeError(
+            f"there is nothing for its parameter {wrong[0]!r}; allowed: {', '.join(SINGLE)}; for all samples of a "
+            f"prompt in one call: {', '.join(GROUP)}; or any two names for response and label, first"
+        )
+    return Form((*PLAIN, *rest), 2, asynchronous)
+
+
+def assess(value: object) -> dict[str, Any]:
+    """{"reward": a float, "parts": {name: float} where there are any}, or {"error": what is wrong with the value}.
+
+    value: a number, or (number, {name of a part: number}).
+    """
+    parts: object = {}
+    if isinstance(value, tuple) and len(value) == 2:
+        value, parts = value
+    if not isinstance(value, numbers.Real):
+        return {"error": f"returned {value!r:.80} ({type(value).__name__}), not a number"}
+    if not math.isfinite(value):
+        return {"error": f"returned {float(value)}"}
+    if not isinstance(parts, dict):
+        return {"error": f"returned parts {parts!r:.80}, which are no dict of names and numbers"}
+    for name, part in parts.items():
+        if not isinstance(name, str) or not PART_NAME.fullmatch(name):
+            return {"error": f"returned a part named {name!r:.80}; allowed: letters, digits, '_', '.' and '-'"}
+        if not isinstance(part, numbers.Real) or not math.isfinite(part):
+            return {"error": f"returned {part!r:.80} as its part {name!r}, not a finite number"}
+    return {"reward": float(value)} | ({"parts": {n: float(p) for n, p in parts.items()}} if parts else {})
+
+
+def assess_group(values: object, samples: int) -> dict[str, Any]:
+    """{"samples": what `assess` says of each}, or {"error"}: the first that is wrong, or another number of them."""
+    if isinstance(values, (str, dict)) or not hasattr(values, "__len__") or not hasattr(values, "__getitem__"):
+        return {"error": f"returned {values!r:.80} ({type(values).__name__}), not a list of {samples} rewards"}
+    if len(values) != samples:
+        return {"error": f"returned {len(values)} rewards for {samples} samples"}
+    each = [assess(values[i]) for i in range(samples)]
+    wrong = next((f"sample {i}: {a['error']}" for i, a in enumerate(each) if "error" in a), None)
+    return {"samples": each} if wrong is None else {"error": wrong}

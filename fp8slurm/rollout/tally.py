@@ -1,0 +1,48 @@
+"""Figures of all samples of a step: rollout workers sum, and the ranks have the means (docs/metrics.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from fp8slurm.core.types import SampleGroup
+
+Figure = tuple[str, float]
+"""(key of a metric, its value for one sample)."""
+REWARD, LENGTH, TRUNCATED = "reward/mean", "rollout/response_length", "rollout/truncated"
+
+
+def figures_of(groups: list[SampleGroup]) -> list[Figure]:
+    """What counts of each sample: before its group is dropped and before rollout.truncated takes its reward."""
+    out: list[Figure] = []
+    for group in groups:
+        for s in group.samples:
+            of_sample = {REWARD: s.reward, LENGTH: len(s.response_ids), TRUNCATED: int(s.finish_reason == "length")}
+            out += of_sample.items()
+            out += ((f"reward/parts/{name}", part) for name, part in s.parts.items())
+    return out
+
+
+class Tally:
+    """Sums and counts by key, in the order in which samples come: a deterministic run adds the same floats."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, list[float]] = {key: [0, 0] for key in (REWARD, LENGTH, TRUNCATED)}
+        """[sum, samples] of each key."""
+
+    def add(self, figures: Iterable[Figure]) -> None:
+        for key, value in figures:
+            entry = self.sums.setdefault(key, [0, 0])
+            entry[0] += value
+            entry[1] += 1
+
+
+def means(answers: Iterable[dict[str, Any]]) -> dict[str, float]:
+    """The mean of each key over the tallies of all rollout workers, and rollout/tokens, the sum of all lengths."""
+    total: dict[str, list[float]] = {}
+    for sums in answers:
+        for key, (value, count) in sums.items():
+            entry = total.setdefault(key, [0, 0])
+            entry[0] += value
+            entry[1] += count
+    return {key: value / max(1, count) for key, (value, count) in total.items()} | {"rollout/tokens": total[LENGTH][0]}
