@@ -22,6 +22,7 @@ from fp8slurm.config import RunConfig
 from fp8slurm.core.errors import InputError
 from fp8slurm.core.files import read_json
 from fp8slurm.core.processes import PACKAGE_ROOT
+from fp8slurm.models.qwen3 import listed_modules
 from fp8slurm.run.directory import RunDirectory
 from fp8slurm.slurm.attempt import WAITING, last_checkpoint
 from fp8slurm.slurm.script import SAFE_PATH, gpus_per_node, task_python
@@ -194,8 +195,8 @@ def _exclusions(rollout: Path | None) -> tuple[str, ...]:
     """Modules that the given rollout checkpoint keeps in high precision: the exported one keeps the same."""
     if rollout is None:
         return ()
-    quantization = read_json(rollout / "config.json").get("quantization_config") or {}
-    return tuple(quantization.get("modules_to_not_convert") or ())
+    quantization = read_json(rollout / "config.json").get("quantization_config")
+    return listed_modules(quantization, str(rollout / "config.json")) if isinstance(quantization, dict) else ()
 
 
 def dependency(job_ids: Sequence[str]) -> list[str]:

@@ -381,7 +381,7 @@ class EngineSection(Section):
     max_restarts: int = Field(3, ge=0)
     """Restarts of one engine in a row after which the job ends."""
     extra_args: list[str] = Field(default_factory=list)
-    """Further arguments of SGLang's server; the first after a =: --engine.extra-args=--attention-backend triton."""
+    """Further arguments of SGLang's server; the first after a =: --engine.extra-args=--page-size 64."""
 
 
 class SyncSection(Section):

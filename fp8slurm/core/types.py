@@ -30,7 +30,7 @@ class Prompt:
 
 @dataclass
 class Sample:
-    """One generated response. The per-token lists are all as long as `response_ids`."""
+    """One generated response. The per-token lists, loss_mask where it is one, are all as long as `response_ids`."""
 
     response_ids: list[int]
     """Generated tokens, the end token included where there is one."""
@@ -51,6 +51,15 @@ class Sample:
     """False where the sample stays out of the loss (a truncated one, by setting)."""
     parts: dict[str, float] = field(default_factory=dict)
     """Named parts that the reward function returned beside the reward; they only become metrics."""
+    loss_mask: list[bool] | None = None
+    """Which response tokens are trained on; None: all."""
+
+    @property
+    def trained_tokens(self) -> int:
+        """Tokens that the loss counts."""
+        if not self.train:
+            return 0
+        return len(self.response_ids) if self.loss_mask is None else sum(self.loss_mask)
 
 
 @dataclass

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import math
+import reprlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -26,6 +27,11 @@ log = logging.getLogger(__name__)
 TEXTS_PER_CALL = 1024
 """Prompts that are tokenized in one call."""
 SUFFIXES = (".jsonl", ".parquet")
+MOST_LINE_BYTES = 256 << 20
+MOST_NESTED = 100
+"""Lists and objects in each other in one row."""
+WARNINGS = 5
+"""Bad lines that are logged one by one; all are counted."""
 OWN_TEMPLATE_ARGUMENTS = ("add_generation_prompt", "tokenize", "return_dict", "return_tensors")
 
 
@@ -50,11 +56,15 @@ def load_tokenizer(folder: Path) -> Any:
         raise TransientInputError(f"model folder {folder} does not exist (model.hf_checkpoint)")
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError) as error:
+    except BaseException as error:  # damaged files raise anything, the library's own parser a BaseException
+        # An OSError without a number is how transformers says that a file is missing.
         if isinstance(error, OSError) and error.errno is not None:
-            raise  # the file system's; an OSError without a number is how transformers says that a file is missing
+            raise
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise TransientInputError(
-            f"{folder}: no tokenizer that can be read (tokenizer.json, tokenizer_config.json): {error}"
+            f"{folder}: no tokenizer that can be read (tokenizer.json, tokenizer_config.json): "
+            f"{type(error).__name__}: {error}"
         ) from None
 
 
@@ -91,7 +101,10 @@ def _listed_ends(folder: Path) -> set[int]:
         path = Path(folder) / name
         if path.is_file():
             value = read_json(path).get("eos_token_id")
-            ends.update([value] if isinstance(value, int) else value or [])
+            listed = value if isinstance(value, list) else [] if value is None else [value]
+            if not all(type(token) is int and token >= 0 for token in listed):
+                raise InputError(f"{path}: eos_token_id = {value!r}; allowed: a token, a list of tokens, or null")
+            ends.update(listed)
     return ends
 
 
@@ -155,16 +168,16 @@ def load_sft(
         raise InputError("the tokenizer has no eos_token, with which a response must end (tokenizer_config.json)")
     rows = _rows(path, data, tokenizer, lambda row: _label(row, sft.response_key, "sft.response_key"), limit)
     _check_end(path, rows, tokenizer)
-    responses = encode(tokenizer, [r.value for r in rows])
-    end = (tokenizer.eos_token_id,)
     positions = _spec(tokenizer).max_position_embeddings
+    responses = encode(tokenizer, [r.value for r in rows], positions)
+    end = (tokenizer.eos_token_id,)
     for row, response in zip(rows, responses):
         check_tokens(f"{path}:{row.index + 1}", response, tokenizer)
         tokens = len(row.token_ids) + len(response) + 1
         if tokens > positions:
             raise InputError(
-                f"{path}:{row.index + 1}: prompt and response have {tokens} tokens with the end token; the model has "
-                f"{positions} positions (max_position_embeddings)"
+                f"{path}:{row.index + 1}: prompt and response have at least {tokens} tokens with the end token; the "
+                f"model has {positions} positions (max_position_embeddings)"
             )
     return [SftExample(tuple(r.token_ids), tuple(response) + end) for r, response in zip(rows, responses)]
 
@@ -241,11 +254,12 @@ def _rows(
             where = f"{path}:{index + 1}"
             if data.on_bad_line == "error":
                 raise InputError(f'{where}: {error}. data.on_bad_line = "skip" leaves such lines out') from None
-            log.warning("%s left out: %s", where, error)
             bad += 1
+            if bad <= WARNINGS:
+                log.warning("%s left out: %s", where, error)
             continue
         texts.append(text)
-    ids = encode(tokenizer, texts)
+    ids = encode(tokenizer, texts, data.max_prompt_tokens)
     kept = [
         _Row(index, tokens, value, content, row)
         for (index, value, content, row), tokens in zip(used, ids)
@@ -278,9 +292,18 @@ def read_rows(path: Path) -> Iterator[tuple[int, Callable[[], dict]]]:
         yield from _read_parquet(path)
         return
     with open(path, "rb") as f:
-        for index, line in enumerate(f):
-            if line.strip():
-                yield index, partial(_parse, line)
+        index = 0
+        while line := f.readline(MOST_LINE_BYTES + 1):
+            too_long = len(line) > MOST_LINE_BYTES
+            while too_long and not line.endswith(b"\n") and (line := f.readline(MOST_LINE_BYTES)):
+                pass
+            if too_long or line.strip():
+                yield index, _refuse_long if too_long else partial(_parse, line)
+            index += 1
+
+
+def _refuse_long() -> dict:
+    raise BadRow(f"a line of more than {MOST_LINE_BYTES} bytes")
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[int, Callable[[], dict]]]:
@@ -290,22 +313,46 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, Callable[[], dict]]]:
     index = 0
     try:
         with parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if twice := sorted({name for name in names if names.count(name) > 1}):
+                raise InputError(f"{path} has several columns called {twice[0]!r}; allowed: one")
             for batch in file.iter_batches(batch_size=TEXTS_PER_CALL):
                 for row in batch.to_pylist():
                     yield index, partial(dict, row)
                     index += 1
-    except pyarrow.ArrowInvalid as error:
-        raise TransientInputError(f"{path} is not a readable parquet file: {error}") from None
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:  # altered pages, dates beyond 9999
+        if isinstance(error, InputError) or (isinstance(error, OSError) and error.errno is not None):
+            raise  # the file system's has a number
+        raise TransientInputError(f"{path} is not a readable parquet file (row {index} or later): {error}") from None
 
 
 def _parse(line: bytes) -> dict:
     try:
-        row = json.loads(line.decode("utf-8-sig"))
-    except ValueError as error:
+        row = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_no_repeats)
+    except BadRow:
+        raise
+    except (ValueError, RecursionError) as error:
         raise BadRow(f"not JSON in UTF-8 ({error})") from None
     if not isinstance(row, dict):
         raise BadRow(f"a JSON object is expected, not {type(row).__name__}")
+    if line.count(b"[") + line.count(b"{") > MOST_NESTED and _nested(row):
+        raise BadRow(f"more than {MOST_NESTED} lists and objects in each other")
     return row
+
+
+def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    unique = dict(pairs)
+    if len(unique) != len(pairs):
+        raise BadRow("a key stands twice in an object")
+    return unique
+
+
+def _nested(row: dict) -> bool:
+    level: list[Any] = [row]
+    for _ in range(MOST_NESTED):
+        level = [v for held in level for v in (held.values() if isinstance(held, dict) else held)]
+        level = [v for v in level if isinstance(v, (dict, list))]
+    return bool(level)
 
 
 def _field(row: dict, key: str, flag: str) -> Any:
@@ -329,7 +376,16 @@ def label_text(value: Any, what: str, where: str = "") -> str:
             raise BadRow(f"{what} is {value}, which no answer equals{where}")
         if value.is_integer() and abs(value) < 2**53:
             return str(int(value))
-    return str(value)
+    return whole_text(str(value), what)
+
+
+def whole_text(text: str, what: str) -> str:
+    """BadRow: JSON can write half of a character (\\ud83d), which no tokenizer takes and no file can hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise BadRow(f"{what} has half of a surrogate pair at character {error.start}") from None
+    return text
 
 
 def _messages(prompt: Any) -> Any:
@@ -338,7 +394,7 @@ def _messages(prompt: Any) -> Any:
         return prompt
     try:
         value = json.loads(prompt)
-    except ValueError:
+    except (ValueError, RecursionError):
         return prompt
     fits = (
         isinstance(value, list) and value and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in value)
@@ -352,28 +408,30 @@ def prompt_content(row: dict, key: str) -> str | list[dict[str, Any]]:
     if isinstance(prompt, str):
         return prompt
     if not isinstance(prompt, list) or not prompt:
-        raise BadRow(f"{key!r} is text or a list of messages, not {prompt!r:.80} (data.prompt_key)")
+        raise BadRow(f"{key!r} is text or a list of messages, not {reprlib.repr(prompt)} (data.prompt_key)")
     for message in prompt:
         if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
-            raise BadRow(f"a message is an object with the texts role and content, not {message!r:.80}")
+            raise BadRow(f"a message is an object with the texts role and content, not {reprlib.repr(message)}")
     return [{k: v for k, v in message.items() if v is not None} for message in prompt]
 
 
 def render(content: str | list[dict[str, Any]], data: DataSection, tokenizer: Any) -> str:
-    """What is tokenized: text as it stands, messages through the chat template. BadRow: the template refuses them."""
+    """What is tokenized: text as it stands, messages through the chat template. BadRow: the template refuses them, or
+    it is no whole text."""
     if isinstance(content, str):
-        return content
+        return whole_text(content, "the prompt")
     if not tokenizer.chat_template:
         raise InputError(
             f"{data.prompt_key!r} holds messages, but the tokenizer of {tokenizer.name_or_path} has no chat template: "
             "use a tokenizer with one, or give the prompts as text"
         )
     try:
-        return tokenizer.apply_chat_template(
+        text = tokenizer.apply_chat_template(
             content, tokenize=False, add_generation_prompt=True, **data.chat_template_kwargs
         )
     except Exception as error:  # templates raise what they like
         raise BadRow(f"the chat template refuses it: {error}") from None
+    return whole_text(text, "the prompt")
 
 
 def check_template_arguments(arguments: dict[str, Any]) -> None:
@@ -382,11 +440,19 @@ def check_template_arguments(arguments: dict[str, Any]) -> None:
         raise InputError(f"data.chat_template_kwargs must not set {', '.join(taken)}: the loader sets it")
 
 
-def encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+def encode(tokenizer: Any, texts: list[str], at_most: int | None = None) -> list[list[int]]:
+    """The tokens of each text. at_most: a text that has more for certain, by its length alone, is not tokenized (which
+    takes minutes for one of 100 MB): as many zeros stand for it as are one too many."""
     ids: list[list[int]] = []
+    too_long = set()
+    if at_most is not None and any(len(text) > at_most for text in texts):
+        # Four characters can be one before they are tokenized (NFC).
+        longest = 4 * max(map(len, tokenizer.get_vocab()))
+        too_long = {i for i, text in enumerate(texts) if len(text) > longest * at_most}
+        texts = ["" if i in too_long else text for i, text in enumerate(texts)]
     for start in range(0, len(texts), TEXTS_PER_CALL):
         ids += tokenizer(texts[start : start + TEXTS_PER_CALL], add_special_tokens=False)["input_ids"]
-    return ids
+    return [[0] * ((at_most or 0) + 1) if i in too_long else tokens for i, tokens in enumerate(ids)]
 
 
 def check_tokens(where: str, tokens: Sequence[int], tokenizer: Any) -> None:

@@ -42,7 +42,9 @@ class GenerateRequest:
     stop_token_ids: Sequence[int] = ()
     """Tokens that end the response, besides the model's own end tokens."""
     seed: int | None = None
-    """Same seed, weights and batch: same tokens. None draws anew."""
+    """Same seed, weights and prompt: same tokens, where the engine is deterministic (EngineSettings), and on the CPU.
+    Other engines on GPUs ignore it: SGLang draws by seeds under --enable-deterministic-inference alone, and before
+    0.5.21 (seen with 0.5.16) only a response's first token came again. None draws anew."""
     routing: bool = False
     """Return the experts of every token; the server has to run with them (EngineSettings.return_routing)."""
 
@@ -91,7 +93,8 @@ class EngineClient:
         """Responses in the order of the requests.
 
         one_batch sends all of them in one request. They are then computed in the same composition every time, and
-        seeded requests give the same bits; otherwise neighbours with the same prompt go together, all at once.
+        requests whose seeds count give the same bits; otherwise neighbours with the same prompt go together, all at
+        once.
         """
         if not batch:
             return []

@@ -6,6 +6,7 @@ import hashlib
 import logging
 import random
 import re
+import reprlib
 import string
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from fp8slurm.config.schema import DataSection
 from fp8slurm.core.errors import InputError
 from fp8slurm.data.prompts import (
+    WARNINGS,
     BadRow,
     check_template_arguments,
     check_tokens,
@@ -21,6 +23,7 @@ from fp8slurm.data.prompts import (
     prompt_content,
     read_rows,
     render,
+    whole_text,
 )
 from fp8slurm.eval.tasks import EvalTask
 from fp8slurm.rewards.graders import label_error
@@ -69,12 +72,13 @@ def load_questions(
             where = f"{task.data}:{index + 1}"
             if data.on_bad_line == "error":
                 raise InputError(f"{where}: {error}. --on-bad-line skip (--data.on-bad-line) leaves such out") from None
-            log.warning("%s left out: %s", where, error)
             bad += 1
+            if bad <= WARNINGS:
+                log.warning("%s left out: %s", where, error)
             continue
         seen[question.id] = index
         kept.append(question)
-    ids = encode(tokenizer, [question.text for question in kept])
+    ids = encode(tokenizer, [question.text for question in kept], data.max_prompt_tokens)
     questions = [
         replace(question, token_ids=tuple(tokens))
         for question, tokens in zip(kept, ids, strict=True)
@@ -114,7 +118,7 @@ def _question(task: EvalTask, row: dict, index: int, data: DataSection, tokenize
         raise BadRow(error)
     content = prompt_content({"prompt": prompt}, "prompt")
     text = render(content, data.model_copy(update={"prompt_key": "prompt"}), tokenizer)
-    return Question(str(index if id is None else id), text, (), label, content, row)
+    return Question(whole_text(str(index if id is None else id), "the id"), text, (), label, content, row)
 
 
 def _first(row: dict, keys: list[str]) -> Any:
@@ -132,9 +136,10 @@ def _label(task: EvalTask, row: dict, choices: Any) -> str:
     if choices is None:
         return label
     if not isinstance(choices, list) or not 2 <= len(choices) <= 26:
-        raise BadRow(f"the choices are a list of 2 to 26 texts, not {choices!r:.80}")
+        raise BadRow(f"the choices are a list of 2 to 26 texts, not {reprlib.repr(choices)}")
     letters = string.ascii_uppercase[: len(choices)]
-    letter = letters[int(label)] if label.isascii() and label.isdigit() and int(label) < len(letters) else label.strip()
+    number = int(label) if re.fullmatch("[0-9]{1,9}", label) else len(letters)
+    letter = letters[number] if number < len(letters) else label.strip()
     if letter.upper() not in letters or len(letter) != 1:
         raise BadRow(f"the label {label!r} is none of {', '.join(letters)} and no number from 0 to {len(letters) - 1}")
     return letter.upper()

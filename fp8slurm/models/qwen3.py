@@ -15,6 +15,11 @@ from fp8slurm.fp8 import BLOCK
 
 MODEL_TYPES = {"Qwen3ForCausalLM": "qwen3", "Qwen3MoeForCausalLM": "qwen3_moe"}
 """transformers chooses its config class by the type, SGLang its model by the architecture."""
+LARGEST_SIZE = 2**31 - 1
+MOST_MATRICES = 200_000
+"""Layers times experts; 30B-A3B has 6,144. A larger number is an error in the file, and names for all would not end."""
+MOST_SHARES = 1024
+"""Up to here sizes that are allowed are looked for, to be named."""
 
 
 def _only(where: str, key: str, value: Any, allowed: tuple[Any, ...]) -> None:
@@ -26,10 +31,10 @@ def _only(where: str, key: str, value: Any, allowed: tuple[Any, ...]) -> None:
 def _field(where: str, config: Mapping[str, Any], key: str, default: Any) -> Any:
     """A key's value, of the default's very type where it is there: what transformers' strict config classes demand."""
     value = config.get(key, default)
-    if type(value) is not type(default) or (isinstance(value, float) and not math.isfinite(value)):
+    if type(value) is not type(default) or (isinstance(value, float) and not 0 <= value < math.inf):
         kind = {
             bool: "true or false",
-            float: "a number with a point or an exponent, such as 1e-06",
+            float: "a number from 0 with a point or an exponent, such as 1e-06",
             int: "a whole number",
         }
         raise InputError(f"{where}: {key} = {value!r} is not supported; allowed: {kind[type(default)]}")
@@ -39,9 +44,9 @@ def _field(where: str, config: Mapping[str, Any], key: str, default: Any) -> Any
 def _size(where: str, config: Mapping[str, Any], key: str, default: int | None = None) -> int:
     """A size that every model has. default: what transformers takes where the key is missing; None: refused then."""
     value = config.get(key, default)
-    if type(value) is not int or value < 1:
+    if type(value) is not int or not 1 <= value <= LARGEST_SIZE:
         what = f"{key} = {value!r}" if key in config else f"{key} is missing"
-        raise InputError(f"{where}: {what}; a number of at least 1 is needed")
+        raise InputError(f"{where}: {what}; a number of at least 1 is needed, and of at most {LARGEST_SIZE}")
     return value
 
 
@@ -66,9 +71,18 @@ def _rope_theta(where: str, config: Mapping[str, Any]) -> float:
         raise InputError(f"{where}: {key} has {more[0]!r}, which plain RoPE has not; allowed: rope_type, rope_theta")
     _only(where, "partial_rotary_factor", config.get("partial_rotary_factor"), (None, 1.0))
     theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
-    if type(theta) not in (int, float) or not math.isfinite(theta) or theta <= 0:
+    if type(theta) not in (int, float) or not 0 < theta < 1e300:
         raise InputError(f"{where}: rope_theta = {theta!r} is not supported; allowed: a number above 0")
     return float(theta)
+
+
+def listed_modules(config: Mapping[str, Any], where: str) -> tuple[str, ...]:
+    """modules_to_not_convert of a config.json or of its quantization_config. InputError: no list of texts."""
+    key = "modules_to_not_convert" if config.get("modules_to_not_convert") else "ignored_layers"
+    modules = config.get(key) or []
+    if not isinstance(modules, list) or not all(isinstance(module, str) for module in modules):
+        raise InputError(f"{where}: {key} = {modules!r} is not supported; allowed: a list of modules' names, or null")
+    return tuple(modules)
 
 
 @dataclass(frozen=True)
@@ -89,9 +103,8 @@ class QuantizationSpec:
         _only(q, "activation_scheme", config.get("activation_scheme", "dynamic"), ("dynamic",))
         _only(q, "scale_fmt", config.get("scale_fmt"), (None, "float", "float32"))
         block = config.get("weight_block_size")
-        _only(q, "weight_block_size", list(block) if block is not None else None, ([BLOCK, BLOCK],))
-        skipped = config.get("modules_to_not_convert") or config.get("ignored_layers") or ()
-        return cls(block=(BLOCK, BLOCK), modules_to_not_convert=tuple(skipped))
+        _only(q, "weight_block_size", list(block) if isinstance(block, tuple) else block, ([BLOCK, BLOCK],))
+        return cls(block=(BLOCK, BLOCK), modules_to_not_convert=listed_modules(config, q))
 
     def to_config(self) -> dict[str, Any]:
         """The value of `quantization_config` for a config.json."""
@@ -158,7 +171,13 @@ class ModelSpec:
         _only(where, "hidden_act", config.get("hidden_act", "silu"), ("silu",))
         _only(where, "attention_bias", config.get("attention_bias", False), (False,))
         _only(where, "use_sliding_window", config.get("use_sliding_window", False), (False,))
-        _only(where, "layer_types", config.get("layer_types"), (None, ["full_attention"] * layers))
+        types = config.get("layer_types")
+        if types is not None and not (
+            isinstance(types, list) and types.count("full_attention") == len(types) == layers
+        ):
+            raise InputError(
+                f"{where}: layer_types = {types!r} is not supported; allowed: {layers} full_attention, or null"
+            )
         moe: dict[str, Any] = {}
         if is_moe:
             _only(where, "decoder_sparse_step", config.get("decoder_sparse_step", 1), (1,))
@@ -171,6 +190,10 @@ class ModelSpec:
                 "moe_ffn_hidden_size": _size(where, config, "moe_intermediate_size"),
                 "norm_topk_prob": _field(where, config, "norm_topk_prob", False),
             }
+        if layers * moe.get("num_experts", 1) > MOST_MATRICES:
+            raise InputError(
+                f"{where}: {layers} layers of {moe.get('num_experts', 1)} experts; at most {MOST_MATRICES}"
+            )
         quantization = _object(where, "quantization_config", config.get("quantization_config"))
         # Where a key is missing: the defaults of transformers' Qwen3Config and Qwen3MoeConfig, which differ.
         no_kv_heads = not is_moe and "num_key_value_heads" in config and config["num_key_value_heads"] is None
@@ -229,14 +252,14 @@ class ModelSpec:
 
 def _divides(what: str, value: int, size: int, flag: str) -> None:
     if value % size:
-        allowed = [d for d in range(1, value + 1) if value % d == 0]
-        shown = ", ".join(map(str, allowed[:12])) + (", ..." if len(allowed) > 12 else "")
+        allowed = [d for d in range(1, min(value, MOST_SHARES) + 1) if value % d == 0]
+        shown = ", ".join(map(str, allowed[:12])) + (", ..." if len(allowed) > 12 or value > MOST_SHARES else "")
         raise InputError(f"{flag} {size} does not divide the model's {what} ({value}); allowed: {shown}")
 
 
 def _whole_blocks(what: str, value: int, size: int, flag: str) -> None:
     if value % (BLOCK * size):
-        allowed = [d for d in range(1, value // BLOCK + 1) if value % (BLOCK * d) == 0]
+        allowed = [d for d in range(1, min(value // BLOCK, MOST_SHARES) + 1) if value % (BLOCK * d) == 0]
         fix = f"allowed with FP8: {', '.join(map(str, allowed))}" if allowed else "no size is"
         raise InputError(
             f"{flag} {size} cuts the model's {what} ({value}) inside a {BLOCK}-wide FP8 block; {fix}"

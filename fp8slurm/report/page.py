@@ -176,5 +176,7 @@ def _sample(s: ShownSample) -> dict[str, Any]:
         "step": s.step, "index": s.index, "prompt": s.prompt, "label": s.label,
         "response": "" if s.pieces else s.response,
         "reward": s.reward, "finish": s.finish, "mean": short(s.mean_gap), "max": short(s.max_gap), "cut": s.cut,
-        "tokens": [[p.text, short(p.trainer), short(p.engine), short(p.gap)] for p in s.pieces],
+        "tokens": [
+            [p.text, short(p.trainer), short(p.engine), short(p.gap), *([1] if p.masked else [])] for p in s.pieces
+        ],
     }  # fmt: skip

@@ -35,6 +35,8 @@ class Piece:
     """Log-probabilities; the sum over the tokens of the piece."""
     gap: float | None
     """trainer - engine of the token of the piece where it is largest in size."""
+    masked: bool = False
+    """None of its tokens was trained on, though the sample was (loss_mask)."""
 
 
 @dataclass
@@ -190,6 +192,7 @@ def _choose(rows: list[dict[str, Any]], gaps: list[list[float | None] | None] | 
 def _sample(step: int, row: dict[str, Any], trainer: list[float | None] | None, decode: Decoder) -> ShownSample:
     tokens, engine = row.get("tokens"), _numbers(row.get("logprobs"))
     gaps = _gaps(row, trainer)
+    mask = row["loss_mask"] if isinstance(row.get("loss_mask"), list) else []
     pieces: list[Piece] = []
     cut = 0
     if isinstance(tokens, list) and engine is not None and len(tokens) == len(engine):
@@ -202,9 +205,9 @@ def _sample(step: int, row: dict[str, Any], trainer: list[float | None] | None, 
                 cut = len(tokens) - a
                 break
             ds = [d for d in gaps[a:b] if d is not None]
-            pieces.append(
-                Piece(text, _sum(known[a:b]) if known else None, _sum(engine[a:b]), max(ds, key=abs) if ds else None)
-            )
+            own, worst = (_sum(known[a:b]) if known else None), (max(ds, key=abs) if ds else None)
+            masked = bool(mask) and not any(mask[a:b])
+            pieces.append(Piece(text, own, _sum(engine[a:b]), worst, masked))
     sizes = [abs(d) for d in gaps if d is not None]
     index = number(row.get("index"))
     return ShownSample(

@@ -137,8 +137,7 @@ class RewardPool:
                         waiting.append(number)
                         continue
                     call = calls[number]
-                    for sample, scored in zip(call.samples, answer.get("samples", [answer] * len(call.numbers))):
-                        sample.reward, sample.parts = scored.get("reward", 0.0), scored.get("parts", {})
+                    answer = _take(call.samples, answer)
                     if "error" in answer:
                         failed += 1
                         self._fail(call.group, call.numbers[0], answer["error"], failed)
@@ -195,6 +194,19 @@ class _Call:
     @property
     def samples(self) -> list[Sample]:
         return [self.group.samples[i] for i in self.numbers]
+
+
+def _take(samples: list[Sample], answer: dict[str, Any]) -> dict[str, Any]:
+    """Give the samples what the answer to their call says; the answer, or an error where that does not fit them."""
+    each = answer.get("samples", [answer] * len(samples))
+    for sample, scored in zip(samples, each):
+        mask, tokens = scored.get("loss_mask"), len(sample.response_ids)
+        if mask is not None and len(mask) != tokens:
+            return _take(samples, {"error": f"returned a loss mask of {len(mask)} for {tokens} response_ids"})
+    for sample, scored in zip(samples, each):
+        sample.reward, sample.parts = scored.get("reward", 0.0), scored.get("parts", {})
+        sample.loss_mask = scored.get("loss_mask")
+    return answer
 
 
 class _Worker:

@@ -74,13 +74,15 @@ def form_of(function: Callable[..., Any]) -> Form:
 
 
 def assess(value: object) -> dict[str, Any]:
-    """{"reward": a float, "parts": {name: float} where there are any}, or {"error": what is wrong with the value}.
+    """{"reward": a float, "parts": {name: float} and "loss_mask": [bool] where there are any}, or {"error": what is
+    wrong with the value}.
 
-    value: a number, or (number, {name of a part: number}).
+    value: a number, (number, {name of a part: number}), or (number, parts, which response tokens are trained on).
     """
     parts: object = {}
-    if isinstance(value, tuple) and len(value) == 2:
-        value, parts = value
+    mask: object = None
+    if isinstance(value, tuple) and len(value) in (2, 3):
+        value, parts, mask = (*value, None)[:3]
     if not isinstance(value, numbers.Real):
         return {"error": f"returned {value!r:.80} ({type(value).__name__}), not a number"}
     if not math.isfinite(value):
@@ -92,7 +94,14 @@ def assess(value: object) -> dict[str, Any]:
             return {"error": f"returned a part named {name!r:.80}; allowed: letters, digits, '_', '.' and '-'"}
         if not isinstance(part, numbers.Real) or not math.isfinite(part):
             return {"error": f"returned {part!r:.80} as its part {name!r}, not a finite number"}
-    return {"reward": float(value)} | ({"parts": {n: float(p) for n, p in parts.items()}} if parts else {})
+    if mask is not None and not (isinstance(mask, (list, tuple)) and all(m in (0, 1) for m in mask)):
+        return {"error": f"returned the loss mask {mask!r:.80}; allowed: a list of True and False, one a token"}
+    scored: dict[str, Any] = {"reward": float(value)}
+    if parts:
+        scored["parts"] = {n: float(p) for n, p in parts.items()}
+    if mask is not None:
+        scored["loss_mask"] = [bool(m) for m in mask]
+    return scored
 
 
 def assess_group(values: object, samples: int) -> dict[str, Any]:

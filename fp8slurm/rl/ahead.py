@@ -105,9 +105,10 @@ class RolloutAhead:
 
 
 def scored_sequences(groups: list[SampleGroup]) -> dict[int, list[list[int]]]:
-    """Up to SCORED of the samples that are trained on, evenly from all of them: number -> [prompt, response] ids."""
+    """Up to SCORED of the samples of which every token is trained on, evenly from all of them: number -> [prompt,
+    response] ids."""
     samples = [(g.prompt.token_ids, s) for g in groups for s in g.samples]
-    trained = [n for n, (_, s) in enumerate(samples) if s.train]
+    trained = [n for n, (_, s) in enumerate(samples) if s.train and s.loss_mask is None]
     count = min(SCORED, len(trained))
     chosen = [trained[i * len(trained) // count] for i in range(count)]
     return {n: [list(samples[n][0]), list(samples[n][1].response_ids)] for n in chosen}

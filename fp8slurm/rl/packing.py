@@ -28,8 +28,15 @@ class _Row:
     response_ids: Sequence[int]
     rollout_logprobs: Sequence[float]
     advantage: float
+    mask: Sequence[bool]
+    """Which response tokens are trained on; some are."""
     routing: torch.Tensor | None = None
     """uint8 or int16 [length - 1, layers, k]"""
+
+    @property
+    def trained(self) -> int:
+        """Tokens that are trained on."""
+        return sum(self.mask)
 
     @property
     def length(self) -> int:
@@ -61,15 +68,23 @@ def pack(
     constant: the tokens that each sequence counts as, for loss_mean "constant".
 
     Updates are cut at group boundaries, in order, with as equal numbers of groups as possible; there are fewer than
-    `updates` where there are fewer groups. Samples with `train` False and samples without tokens are left out, and
+    `updates` where there are fewer groups. Samples without a token to train on (`train`, `loss_mask`) are left out, and
     groups without any other. The result is a function of the arguments alone.
     """
     rows, first = [], 0
     for group, values in zip(groups, advantages, strict=True):
         group_rows = [
-            _Row(number, group.prompt.token_ids, sample.response_ids, sample.logprobs, advantage, sample.routing)
+            _Row(
+                number,
+                group.prompt.token_ids,
+                sample.response_ids,
+                sample.logprobs,
+                advantage,
+                [True] * len(sample.response_ids) if sample.loss_mask is None else sample.loss_mask,
+                sample.routing,
+            )
             for number, (sample, advantage) in enumerate(zip(group.samples, values, strict=True), first)
-            if sample.train and sample.response_ids
+            if sample.trained_tokens
         ]
         first += len(group.samples)
         if group_rows:
@@ -82,7 +97,10 @@ def pack(
 
 def pack_sft(examples: list[SftExample], **packing: Unpack[Packing]) -> RankBatches:
     """The micro-batches of one supervised update: [data-parallel rank][micro-batch], without advantages."""
-    rows = [_Row(i, e.prompt_ids, e.response_ids, [0.0] * len(e.response_ids), 0.0) for i, e in enumerate(examples)]
+    rows = [
+        _Row(i, e.prompt_ids, e.response_ids, [0.0] * len(e.response_ids), 0.0, [True] * len(e.response_ids))
+        for i, e in enumerate(examples)
+    ]
     return _pack_update(rows, "token", 0, **packing)
 
 
@@ -102,7 +120,7 @@ def _pack_update(
     weights = _token_weights(rows, loss_mean, constant)
     weight_sum = 1.0
     if loss_mean == "constant" and rows:
-        weight_sum = weights[0] * sum(len(row.response_ids) for row in rows)
+        weight_sum = weights[0] * sum(row.trained for row in rows)
 
     def batch(numbers: list[int]) -> PackedBatch:
         made = _batch([rows[i] for i in numbers], [weights[i] for i in numbers], pad_multiple, routing)
@@ -113,14 +131,14 @@ def _pack_update(
 
 
 def _token_weights(rows: list[_Row], loss_mean: LossMean, constant: int) -> list[float]:
-    """The weight of each token of each row's response; times its length they sum to 1, but for "constant": Dr. GRPO
+    """The weight of each trained token of each row; times their number they sum to 1, but for "constant": Dr. GRPO
     (arXiv 2503.20783) divides the sum over a sequence's tokens by a constant, whatever its length."""
     if loss_mean == "constant":
         return [1 / (len(rows) * constant)] * len(rows)
     if loss_mean == "token":
-        total = sum(len(row.response_ids) for row in rows)
+        total = sum(row.trained for row in rows)
         return [1 / total] * len(rows) if total else []
-    return [1 / (len(rows) * len(row.response_ids)) for row in rows]
+    return [1 / (len(rows) * row.trained) for row in rows]
 
 
 def balanced_bins(lengths: list[int], budget: int, multiple: int) -> list[list[int]]:
@@ -180,10 +198,11 @@ def _batch(rows: list[_Row], weights: list[float], pad_multiple: int, like: torc
         labels += [*ids[1:], 0]
         positions += range(len(ids))
         boundaries.append(len(tokens))
-        loss_weights += [0.0] * before + [weight] * n + [0.0]
-        rollout += [0.0] * before + [*row.rollout_logprobs] + [0.0]
-        advantages += [0.0] * before + [row.advantage] * n + [0.0]
-        mask += [False] * before + [True] * n + [False]
+        assert len(row.mask) == n, (n, len(row.mask))
+        loss_weights += [0.0] * before + [weight if m else 0.0 for m in row.mask] + [0.0]
+        rollout += [0.0] * before + [p if m else 0.0 for p, m in zip(row.rollout_logprobs, row.mask)] + [0.0]
+        advantages += [0.0] * before + [row.advantage if m else 0.0 for m in row.mask] + [0.0]
+        mask += [False] * before + [*row.mask] + [False]
     pad = -len(tokens) % pad_multiple if tokens else pad_multiple
     if pad:
         boundaries.append(len(tokens) + pad)

@@ -43,6 +43,8 @@ def write_rollout(path: Path, groups: list[SampleGroup], prompts: list[str]) -> 
             row |= {"reward": s.reward, "finish_reason": s.finish_reason}
             row |= {key: value for key, value in (("parts", s.parts), ("source", group.prompt.source)) if value}
             row |= {"tokens": s.response_ids, "logprobs": s.logprobs}
+            if s.loss_mask is not None:
+                row["loss_mask"] = [int(m) for m in s.loss_mask]
             lines.append(json.dumps(row) + "\n")
     write_atomic(path, "".join(lines))
 
@@ -61,14 +63,19 @@ def logprob_rows(batches: list[PackedBatch]) -> torch.Tensor:
 
 
 def write_trainer_logprobs(path: Path, groups: list[SampleGroup], rows: torch.Tensor) -> None:
-    """`rows` (logprob_rows of all ranks, in any order of samples) as a line a sample; null: it was not trained on."""
+    """`rows` (logprob_rows of all ranks, in any order of samples) as a line a sample; null: a sample, or a token of it,
+    that was not trained on."""
     by_sample: dict[int, list[float]] = {}
     for number, logprob in rows.tolist():
         by_sample.setdefault(int(number), []).append(logprob)
     lines = []
     for number, (index, sample) in enumerate((g.prompt.index, s) for g in groups for s in g.samples):
-        logprobs = by_sample.get(number)
-        assert logprobs is None or len(logprobs) == len(sample.response_ids), (number, len(sample.response_ids))
+        found = by_sample.get(number)
+        assert found is None or len(found) == sample.trained_tokens, (number, len(found), sample.trained_tokens)
+        logprobs: list[float | None] | None = None
+        if found is not None:
+            each = iter(found)
+            logprobs = [next(each) if m else None for m in sample.loss_mask or [True] * len(sample.response_ids)]
         lines.append(json.dumps({"index": index, "trainer_logprobs": logprobs}) + "\n")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, "".join(lines))

@@ -3,6 +3,7 @@
     prompt, response, version   int32: tokens and weight versions of all groups or samples, end to end
     logprob                     float32, as response
     routing/N                   uint8 or int16 [tokens - 1, layers, k]: of sample N, if it has one
+    mask/N                      uint8 [response tokens], 1 where a token is trained on: of sample N, if it has one
     metadata                    "groups": JSON of what else groups and samples have, and how many tokens
 
 All ranks decode the same bytes.
@@ -29,6 +30,7 @@ def encode_groups(groups: list[SampleGroup]) -> torch.Tensor:
     samples = [s for g in groups for s in g.samples]
     for s in samples:
         assert len(s.response_ids) == len(s.weight_versions) == len(s.logprobs), "per-token lists differ in length"
+        assert s.loss_mask is None or len(s.loss_mask) == len(s.response_ids), "per-token lists differ in length"
     tensors = {
         "prompt": _flat((g.prompt.token_ids for g in groups), "int32"),
         "response": _flat((s.response_ids for s in samples), "int32"),
@@ -36,6 +38,11 @@ def encode_groups(groups: list[SampleGroup]) -> torch.Tensor:
         "logprob": _flat((s.logprobs for s in samples), "float32"),
     }
     tensors |= {f"routing/{n}": s.routing.contiguous() for n, s in enumerate(samples) if s.routing is not None}
+    tensors |= {
+        f"mask/{n}": torch.tensor(s.loss_mask, dtype=torch.uint8)
+        for n, s in enumerate(samples)
+        if s.loss_mask is not None
+    }
     data = save(tensors, {"groups": json.dumps([_header(g) for g in groups])})
     return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
@@ -60,7 +67,11 @@ def decode_groups(data: torch.Tensor) -> list[SampleGroup]:
             scored = str(s["finish_reason"]), str(s["text"]), float(s["reward"])
             routing = tensors.get(f"routing/{n}")
             parts = {str(name): float(value) for name, value in s.get("parts", {}).items()}
-            samples.append(Sample(ids, logprobs, versions, *scored, routing, bool(s["train"]), parts))
+            mask = tensors.get(f"mask/{n}")
+            if mask is not None and mask.shape != (len(ids),):
+                raise ValueError(f"mask/{n} is {tuple(mask.shape)} for {len(ids)} tokens")
+            loss_mask = None if mask is None else mask.bool().tolist()
+            samples.append(Sample(ids, logprobs, versions, *scored, routing, bool(s["train"]), parts, loss_mask))
         rest = iter(samples)
         return [
             SampleGroup(

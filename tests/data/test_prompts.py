@@ -102,6 +102,67 @@ def test_only_the_first_rows_are_read_where_so_many_are_asked_for(tmp_path, toke
     assert len(load_sft(DataSection(), SftSection(data=tmp_path / "other"), tokenizer, path, limit=3)) == 3
 
 
+def test_a_prompt_of_any_length_is_left_out_without_being_tokenized(tmp_path, tokenizer, caplog, monkeypatch):
+    """100 MB took minutes; what is certainly too long by its characters never reaches the tokenizer."""
+    row = {"prompt": "12+34=" * 2_000_000, "label": "1"}
+    path = write(tmp_path / "a.jsonl", row, {"prompt": "1", "label": "1"})
+    seen = []
+    monkeypatch.setattr(type(tokenizer), "__call__", recorded(type(tokenizer).__call__, seen))
+    (prompt,) = load_prompts(DataSection(), tokenizer, path)
+    assert prompt.index == 1 and max(map(len, seen)) < 10 and "1 of 2 prompts left out" in caplog.text
+    path = write(tmp_path / "b.jsonl", {"prompt": "1", "response": "1" * 10**6})
+    with pytest.raises(ValueError, match="the model has 1024 positions"):
+        load_sft(DataSection(), SftSection(data=path), tokenizer)
+
+
+def recorded(call, texts):
+    def recording(self, text, **arguments):
+        texts.extend(text)
+        return call(self, text, **arguments)
+
+    return recording
+
+
+@pytest.mark.parametrize("most", [1, 3, 8])
+def test_the_bound_of_characters_takes_nothing_that_fits(tokenizer, most):
+    texts = ["1" * n for n in range(1, 12)] + ["<|im_start|>" * n for n in range(1, 12)] + ["e\u0301" * 40]
+    plain, bounded = encode(tokenizer, texts), encode(tokenizer, texts, most)
+    assert [b for b in bounded if len(b) <= most] == [p for p in plain if len(p) <= most]
+    assert [len(b) <= most for b in bounded] == [len(p) <= most for p in plain]
+
+
+def test_a_line_without_an_end_is_not_held(tmp_path, tokenizer, monkeypatch, caplog):
+    monkeypatch.setattr(data_module, "MOST_LINE_BYTES", 40)
+    path = write(tmp_path / "a.jsonl", GOOD, "x" * 1000, GOOD, "y" * 41)
+    with pytest.raises(ValueError, match=r"a.jsonl:2: a line of more than 40 bytes"):
+        load_prompts(DataSection(), tokenizer, path)
+    assert [p.index for p in load_prompts(DataSection(on_bad_line="skip"), tokenizer, path)] == [0, 2]
+    assert "2 bad lines left out" in caplog.text
+
+
+def test_bad_lines_are_shown_up_to_a_limit_and_all_counted(tmp_path, tokenizer, caplog):
+    path = write(tmp_path / "a.jsonl", GOOD, *["torn"] * 100)
+    load_prompts(DataSection(on_bad_line="skip"), tokenizer, path)
+    assert caplog.text.count("left out: not JSON") == 5 and "100 bad lines left out" in caplog.text
+
+
+def test_damaged_parquet_is_one_sentence(tmp_path, tokenizer):
+    import pyarrow
+    import pyarrow.parquet
+
+    path = tmp_path / "a.parquet"
+    twice = pyarrow.table(
+        [pyarrow.array(["1"]), pyarrow.array(["2"]), pyarrow.array(["3"])], ["prompt", "label", "label"]
+    )
+    pyarrow.parquet.write_table(twice, path)
+    with pytest.raises(ValueError, match=r"several columns called 'label'"):
+        load_prompts(DataSection(), tokenizer, path)
+    late = pyarrow.array([2**55], pyarrow.timestamp("ms"))
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": ["1"], "label": ["1"], "when": late}), path, version="2.6")
+    with pytest.raises(ValueError, match="a.parquet is not a readable parquet file"):
+        load_prompts(DataSection(), tokenizer, path)
+
+
 def test_long_prompts_are_left_out_and_counted(tmp_path, tokenizer, caplog):
     path = write(tmp_path / "a.jsonl", {"prompt": "1" * 9, "label": ""}, {"prompt": "1" * 8, "label": "x"})
     with caplog.at_level(logging.WARNING):
@@ -119,6 +180,16 @@ BAD = {
     "prompt is a number": ({"prompt": 3, "label": "1"}, "text or a list of messages"),
     "no messages": ({"prompt": [], "label": "1"}, "text or a list of messages"),
     "message without role": ({"prompt": [{"content": "x"}], "label": "1"}, "role and content"),
+    "a key twice": ('{"prompt": "1", "label": "1", "label": "2"}', "a key stands twice"),
+    "half a character": ('{"prompt": "1\\ud83d", "label": "1"}', "half of a surrogate pair at character 1"),
+    "half a character in a message": (
+        '{"prompt": [{"role": "user", "content": "\\udc00"}], "label": "1"}',
+        "the prompt has half of a surrogate pair",
+    ),
+    "half a character as label": ('{"prompt": "1", "label": "\\ud83d"}', "'label' has half of a surrogate pair"),
+    "nested": ('{"prompt": "1", "label": "1", "more": ' + "[" * 101 + "]" * 101 + "}", "more than 100 lists"),
+    "deeply nested": ("[" * 100_000, "not JSON"),
+    "label is NaN": ('{"prompt": "1", "label": NaN}', "nan, which no answer equals"),
     "torn": ('{"prompt": "1", "lab', "not JSON"),
     "not an object": ("[1]", "object is expected, not list"),
 }
@@ -289,7 +360,9 @@ def test_a_token_beyond_the_embedding_is_named_with_its_row(folder, tmp_path):
 def test_an_example_longer_than_the_model_is_named(folder, tmp_path):
     change(folder / "config.json", max_position_embeddings=8)
     path = write(tmp_path / "a.jsonl", {"prompt": "1234", "response": "123"}, {"prompt": "1234", "response": "1234"})
-    with pytest.raises(ValueError, match="a.jsonl:2: prompt and response have 9 tokens .* the model has 8 positions"):
+    with pytest.raises(
+        ValueError, match="a.jsonl:2: prompt and response have at least 9 tokens .* the model has 8 positions"
+    ):
         load_sft(DataSection(), SftSection(data=path), load_tokenizer(folder))
 
 
@@ -312,3 +385,27 @@ def test_the_order_is_a_function_of_the_cursor():
     assert PromptOrder(n=3, seed=0, shuffle=False).take(2, 5) == ([2, 0, 1, 2, 0], 7)
     with pytest.raises(ValueError, match="empty"):
         PromptOrder(n=0, seed=0)
+
+
+@pytest.mark.parametrize(
+    "value", ["151645", [1, "2"], True, -1, [None], {"a": 1}, 1.5, [[1]], float("nan"), "x" * 10**6]
+)
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_end_tokens_are_whole_numbers(folder, tokenizer, name, value):
+    if not (folder / name).exists():
+        (folder / name).write_text("{}")
+    change(folder / name, eos_token_id=value)
+    with pytest.raises(ValueError, match=f"{name}: eos_token_id = ") as caught:
+        end_token_ids(folder, tokenizer)
+    assert len(str(caught.value)) <= 1000
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", "{}", '{"model": 3}', "[" * 10**5, '{"version": "1.0", "model": {"type": "BPE"}}', "\ud800", "null"],
+)
+def test_a_damaged_tokenizer_is_one_sentence(folder, content):
+    (folder / "tokenizer.json").write_bytes(content.encode(errors="surrogatepass"))
+    with pytest.raises(ValueError, match="no tokenizer that can be read") as caught:
+        load_tokenizer(folder)
+    assert str(folder) in str(caught.value) and len(str(caught.value)) <= 1000

@@ -169,8 +169,8 @@ def test_what_can_be_copied_is_what_is_shown(monkeypatch):
     """Each block of docs/customize.md that names a file of examples/ is in it; tests/e2e/test_customize.py runs them."""
     monkeypatch.chdir(ROOT)
     found = [block.split("\n", 1) for block in blocks("docs/customize.md", "python", "toml")]
-    named = {first.removeprefix("# "): text.strip() for first, text in found if first.startswith("# examples/")}
-    assert named and all(text in (ROOT / path).read_text() for path, text in named.items())
+    named = [(first.removeprefix("# "), text.strip()) for first, text in found if first.startswith("# examples/")]
+    assert named and all(text in (ROOT / path).read_text() for path, text in named)
     for kind in re.findall(r"--reward\.kind ([\w.:]+)", (ROOT / "docs/customize.md").read_text()):
         RewardPool(RewardSection(kind=kind, timeout_s=60), workers=1).close()
     for flags in re.findall(r'ARGS="([^"]*--algorithm[^"]*)"', (ROOT / "docs/customize.md").read_text()):

@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 from transformers import Qwen3Config, Qwen3MoeConfig
 
+from fp8slurm.config import RunConfig
+from fp8slurm.core.errors import InputError
 from fp8slurm.models.known import FOLDER as KNOWN
 from fp8slurm.models.known import known_models
-from fp8slurm.models.qwen3 import ModelSpec
+from fp8slurm.models.qwen3 import ModelSpec, check_layout
 
 CLASSES = {"qwen3": Qwen3Config, "qwen3_moe": Qwen3MoeConfig}
 COMMON = {
@@ -119,6 +121,17 @@ CHANGES: dict[str, list[Any]] = {
         "full_attention",
     ],
     "hidden_act": [MISSING, "silu", "gelu", None],
+    "quantization_config": [
+        None,
+        {},
+        [],
+        "fp8",
+        {"quant_method": "fp8", "weight_block_size": [128, 128]},
+        {"quant_method": "fp8", "weight_block_size": 128},
+        {"quant_method": "fp8", "weight_block_size": "128"},
+        {"quant_method": "fp8", "weight_block_size": [128, 128], "modules_to_not_convert": "lm_head"},
+        {"quant_method": "fp8", "weight_block_size": [128, 128], "modules_to_not_convert": [1]},
+    ],
     "norm_topk_prob": [MISSING, True, False, "true", 0],
     "num_experts": [MISSING, 64, "64", 64.0],
     "num_local_experts": [32, 128],
@@ -223,6 +236,32 @@ def test_random_variations() -> None:
 def test_what_is_refused_is_named(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ModelSpec.from_hf_config(changed(PUBLISHED["Qwen3-30B-A3B"], change))
+
+
+@pytest.mark.parametrize(
+    "key", [k for k in SIZES] + ["vocab_size", "rope_theta", "num_experts", "moe_intermediate_size"]
+)
+@pytest.mark.parametrize("digits", [10, 400])
+def test_sizes_of_hundreds_of_digits_are_refused_at_once(key: str, digits: int) -> None:
+    if key == "rope_theta" and digits == 10:
+        return
+    with pytest.raises(InputError, match=key) as caught:
+        ModelSpec.from_hf_config(changed(PUBLISHED["Qwen3-30B-A3B"], {key: 10**digits}))
+    assert len(str(caught.value)) <= 1000
+
+
+def test_more_matrices_than_any_model_has_are_refused() -> None:
+    with pytest.raises(InputError, match="1000 layers of 1000 experts"):
+        ModelSpec.from_hf_config(changed(PUBLISHED["Qwen3-30B-A3B"], {"num_hidden_layers": 1000, "num_experts": 1000}))
+
+
+def test_the_sizes_that_a_layout_may_have_are_found_in_any_model() -> None:
+    spec = ModelSpec.from_hf_config(changed(PUBLISHED["Qwen3-4B"], {"num_key_value_heads": 2**31 - 1}))
+    parallel = RunConfig.model_validate({"parallel": {"tensor_parallel_size": 2}}).parallel
+    with pytest.raises(
+        InputError, match=r"does not divide the model's key-value heads \(2147483647\); allowed: 1, ..."
+    ):
+        check_layout(spec, parallel, fp8=False)
 
 
 def test_where_both_rope_keys_are_there_the_one_that_transformers_takes_wins() -> None:

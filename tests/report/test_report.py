@@ -252,6 +252,19 @@ def test_sizes_are_bounded(make_run):
     assert f"{len(shown)} of the 400 samples of 20 saved steps" in words and len({s["step"] for s in shown}) == 20
 
 
+def test_tokens_that_are_left_out_of_the_loss_are_marked(make_run):
+    run = make_run(samples=0)
+    shutil.rmtree(run / "rollouts")
+    write_lines(run / "rollouts/step_000004.jsonl", [sample(0) | {"loss_mask": [1, 0, 1]}, sample(1)])
+    write_lines(
+        run / "rollouts/trainer/step_000004.jsonl",
+        [{"index": 0, "trainer_logprobs": [-0.5, None, -0.5]}, {"index": 1, "trainer_logprobs": [-0.5] * 3}],
+    )
+    first, second = data_of(html(run))["samples"]
+    assert [t[4:] for t in first["tokens"]] == [[], [1], []] and first["tokens"][1][1] is None
+    assert first["mean"] == 0.125 and [len(t) for t in second["tokens"]] == [4] * 3
+
+
 def test_the_gap_belongs_to_its_token(make_run):
     run = make_run(name_of_model="models/not-there")
     found = read_samples(read_run(run))

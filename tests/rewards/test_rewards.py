@@ -83,6 +83,10 @@ judge = Judge()
 def parts(response):
     return 1, {"nan": {"a": math.nan}, "name": {"a b": 1}, "text": {"a": "x"}, "list": [1], "fine": {}}[response]
 
+def masks(response, response_ids):
+    mask = {"short": [1], "text": "10", "two": [0, 2]}.get(response, [i % 2 == 0 for i in range(len(response_ids))])
+    return 1, {}, mask
+
 def wrong_third(response, label, tokens): return 0
 def shifted(text, row): return 0
 def mixed(response, responses): return 0
@@ -324,6 +328,18 @@ def test_parts_are_names_and_finite_numbers(text, says):
     with pytest.raises(RewardError) as error:
         scored("parts", [full_group("fine", text)])
     assert says in str(error.value)
+
+
+def test_a_loss_mask_has_a_truth_value_for_each_token():
+    group = full_group("abc", "")
+    assert scored("masks", [group]) == [[1, 1]]
+    assert [s.loss_mask for s in group.samples] == [[True, False, True], []]
+    for text, says in (
+        ("short", "a loss mask of 1 for 5 response_ids"), ("text", "the loss mask '10'"), ("two", "mask [0, 2]"),
+    ):  # fmt: skip
+        with pytest.raises(RewardError) as error:
+            scored("masks", [full_group(text)])
+        assert says in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -122,6 +122,23 @@ def test_token_and_sequence_mean():
     assert sorted(sequence[0].loss_weights.tolist()) == [0, 0, sixth, sixth, sixth, 0.5]
 
 
+@pytest.mark.parametrize(("mean", "weights"), [("token", [0.25, 0.25]), ("sequence", [1 / 6, 1 / 2])])
+def test_tokens_that_a_loss_mask_leaves_out_have_no_weight(mean, weights):
+    """They are in the sequence, since later tokens follow them; the means are over those that are left."""
+    groups, advantages = make_groups([(2, [(4, True), (1, True), (3, True)])])
+    first, second, third = groups[0].samples
+    first.loss_mask, third.loss_mask = [True, False, True, True], [False] * 3
+    ((batches,),) = pack(groups, advantages, updates=1, data_parallel_size=1, tokens_per_micro_batch=8, loss_mean=mean)
+    whole = {b.samples[0]: b for b in batches}
+    assert sorted(whole) == [0, 1], "nothing of the third is left"
+    assert whole[0].loss_mask.tolist() == [False, True, False, True, True, False]
+    assert whole[0].tokens.tolist() == [*groups[0].prompt.token_ids, *first.response_ids]
+    a, w = advantages[0][0], weights[0]
+    assert whole[0].loss_weights.tolist() == pytest.approx([0, w, 0, w, w, 0])
+    assert whole[0].advantages.tolist() == [0, a, 0, a, a, 0] and whole[0].rollout_logprobs[2] == 0
+    assert whole[1].loss_weights.tolist() == pytest.approx([0, weights[1], 0])
+
+
 def test_nothing_to_train_on():
     groups, advantages = make_groups([(3, [(4, False), (0, True)])])
     assert pack(groups, advantages, updates=2, data_parallel_size=2, tokens_per_micro_batch=8) == []

@@ -31,6 +31,7 @@ def make_groups():
 @pytest.mark.parametrize(("updates", "ranks", "budget", "multiple"), [(1, 1, 64, 1), (2, 2, 16, 8), (3, 4, 8, 2)])
 def test_every_token_finds_its_sample_again(tmp_path, updates, ranks, budget, multiple):
     groups = make_groups()
+    groups[2].samples[1].loss_mask = [True, False, False, True, True, False]
     packed = pack(
         groups, [[0.0] * 3] * 3, updates=updates, data_parallel_size=ranks, tokens_per_micro_batch=budget, pad_multiple=multiple
     )  # fmt: skip
@@ -47,17 +48,21 @@ def test_every_token_finds_its_sample_again(tmp_path, updates, ranks, budget, mu
     assert len(lines) == len(samples)
     for line, (index, sample) in zip(lines, samples):
         trained = sample.train and sample.response_ids
-        assert line == {"index": index, "trainer_logprobs": [p + 100 for p in sample.logprobs] if trained else None}
+        mask = sample.loss_mask or [True] * len(sample.logprobs)
+        of_tokens = [p + 100 if m else None for p, m in zip(sample.logprobs, mask)]
+        assert line == {"index": index, "trainer_logprobs": of_tokens if trained else None}
 
 
 def test_rollouts_keep_the_samples_order_and_are_replaced_whole(tmp_path):
     groups = make_groups()
+    groups[0].samples[2].loss_mask, groups[0].samples[2].parts = [False], {"a": 0.5}
     path = rollout_file(tmp_path, 12)
     assert path.name == "step_000012.jsonl" and rollout_file(tmp_path, 12, 1, 2).name == "step_000012.1.jsonl"
     for _ in range(2):
         write_rollout(path, groups, ["p\u202e", "q", "r"])
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert [r["response"] for r in rows] == [s.text for g in groups for s in g.samples]
+    assert [(r["loss_mask"], r["parts"]) for r in rows if len(r) > 8] == [([0], {"a": 0.5})] and len(rows[0]) == 8
     assert [r["prompt"] for r in rows] == ["p\u202e"] * 3 + ["q"] * 3 + ["r"] * 3
     assert sorted(p.name for p in path.parent.iterdir()) == ["step_000012.jsonl"]
 

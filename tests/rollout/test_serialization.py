@@ -21,11 +21,14 @@ samples = st.lists(st.tuples(int32, float32, int32), max_size=6).flatmap(
         text=st.text(max_size=9),
         reward=st.floats(allow_nan=False),
         train=st.booleans(),
+        parts=st.dictionaries(st.text(min_size=1, max_size=3), st.floats(allow_nan=False), max_size=2),
+        loss_mask=st.none() | st.lists(st.booleans(), min_size=len(tokens), max_size=len(tokens)),
     )
 )
 prompts = st.builds(
-    Prompt, index=st.integers(0, 2**60), token_ids=st.lists(int32, max_size=6).map(tuple), label=st.text(max_size=9)
-)
+    Prompt, index=st.integers(0, 2**60), token_ids=st.lists(int32, max_size=6).map(tuple), label=st.text(max_size=9),
+    source=st.text(max_size=3),
+)  # fmt: skip
 some_groups = st.lists(st.builds(SampleGroup, prompts, st.lists(samples, max_size=3)), max_size=3)
 
 
@@ -90,3 +93,15 @@ def test_a_header_longer_than_the_data_and_a_wrong_dtype_are_refused():
 def test_lists_that_differ_in_length_are_a_bug():
     with pytest.raises(AssertionError, match="differ in length"):
         encode_groups([SampleGroup(Prompt(0, (1,), ""), [Sample([1, 2], [0.0], [0, 0], "stop")])])
+    with pytest.raises(AssertionError, match="differ in length"):
+        encode_groups([SampleGroup(Prompt(0, (1,), ""), [Sample([1], [0.0], [0], "stop", loss_mask=[True] * 2)])])
+
+
+def test_a_mask_of_another_length_is_refused():
+    data = encode_groups([SampleGroup(Prompt(0, (1,), ""), [Sample([1], [0.0], [0], "stop", loss_mask=[True])])])
+    raw = data.numpy().tobytes()
+    tensors = load(raw) | {"mask/0": torch.ones(2, dtype=torch.uint8)}
+    header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])["__metadata__"]
+    forged = save(tensors, header)
+    with pytest.raises(ValueError, match="mask/0 is"):
+        decode_groups(torch.frombuffer(bytearray(forged), dtype=torch.uint8))

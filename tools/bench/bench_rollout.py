@@ -4,6 +4,7 @@
 usage: bench_rollout.py WORK [--model Qwen3-4B] [--engines bf16-fa3 fp8-fa3 fp8-triton] [--batch 1 32 256] [--tokens 256] [--json FILE]
 An engine is a precision and an attention backend. All are started at once and measured in turns when all are ready, so that
 clocks and neighbours are the same for each; the others are idle meanwhile. Without a GPU the CPU's attention stands for both.
+At the end each engine scores what it has generated itself: how far its log-probabilities while decoding are from those at prefill.
 """
 
 from __future__ import annotations
@@ -26,6 +27,11 @@ import torch  # noqa: E402
 from random_model import write_random_model  # noqa: E402
 from recipes import engine_arguments  # noqa: E402
 from turns import alone  # noqa: E402
+
+SCORED = 32
+"""Responses that are scored."""
+SAME = 1e-5
+"""Nats. SGLang takes log(softmax) while decoding and log_softmax at prefill: up to 2e-6 between equal logits."""
 
 
 def main() -> None:
@@ -113,6 +119,25 @@ def main() -> None:
                     row = {"engine": name, "batch": batch, "tokens_per_s": statistics.median(rates[name][1:])}
                     rows.append(row | {"seconds": seconds[name]})
                     print(json.dumps(row), flush=True)
+                keep()
+            for name, client in clients.items():
+                generated, wanted = client.generate(requests[:SCORED], one_batch=True), requests[:SCORED]
+                scores = client.score([[*r.token_ids, *g.token_ids] for r, g in zip(wanted, generated)])
+                apart = [
+                    abs(x - y)
+                    for r, g, score in zip(wanted, generated, scores)
+                    for x, y in zip(g.logprobs, score[len(r.token_ids) - 1 :])
+                ]
+                close = sum(d <= SAME for d in apart) / len(apart)
+                row = {
+                    "engine": name,
+                    "tokens": len(apart),
+                    "same": close,
+                    "mean_abs": statistics.fmean(apart),
+                    "max_abs": max(apart),
+                }
+                report.setdefault("decode_against_prefill", []).append(row)
+                print("decode against prefill:", json.dumps(row), flush=True)
                 keep()
     finally:
         for engine in engines.values():

@@ -49,9 +49,14 @@ ORDER = ("torch", "cuda", "train", "serve", "cudnn")
 TE_TORCH = "transformer-engine-torch"
 LEFT_OUT = {
     "cuda-tile": "kernels for Blackwell",
+    "contourpy": "of matplotlib",
     "cryptography": "of downloads",
     "cuda-toolkit": "empty, it only pins others",
+    "cycler": "of matplotlib",
     "flash-attn-4": "for Blackwell; TransformerEngine takes it for FlashAttention 2",
+    "fonttools": "of matplotlib",
+    "kiwisolver": "of matplotlib",
+    "matplotlib": "pictures, which runs of a visit do not draw",
     "mistral-common": "tokenizers of other models",
     "modelscope": "another hub",
     "modelscope-hub": "another hub",
@@ -70,6 +75,7 @@ LEFT_OUT = {
     "pandas": "of data sets",
     "py-spy": "a profiler",
     "pycountry": "of mistral-common",
+    "pyparsing": "of matplotlib",
     "sgl-deep-ep": "experts over several nodes",
     "tilelang": "attention of other models",
     "tokenspeed-mla": "attention of other models",

@@ -6,8 +6,10 @@ such projects: the BF16 parameters of a bucket are quantized one matrix after th
 to one flat tensor (SGLang's FlattenedTensorBucket), pickled as an IPC handle, and given to `update_weights_from_tensor` of a
 plain `sglang.launch_server`, which loads tensor by tensor. Both end with a version and the engine generating again.
 
-usage: update_peer.py HF FP8 [--updates 7] [--bucket-mib 512 1024] [--json FILE]      HF, FP8: folders of one model
-       update_peer.py models/tiny models/tiny-FP8 --cpu --bucket-mib 1     to try the script: our engine on both sides, over gloo
+Servers begin with SGLang's dummy weights, so that no checkpoint has to be written: every parameter is updated anyway.
+
+usage: update_peer.py [--model Qwen3-4B] [--updates 7] [--bucket-mib 512 1024] [--json FILE]
+       update_peer.py --model tiny --cpu --bucket-mib 1        to try the script: our engine on both sides, over gloo
 """
 
 from __future__ import annotations
@@ -27,10 +29,12 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tools" / "gpu")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "tools" / "gpu")]
 os.environ.setdefault("SGLANG_JIT_DEEPGEMM_PRECOMPILE", "0")
 
+import tiny  # noqa: E402
 import torch  # noqa: E402
+from random_model import KNOWN  # noqa: E402
 from recipes import engine_arguments  # noqa: E402
 from sync_probe import parameters  # noqa: E402
 from turns import alone  # noqa: E402
@@ -42,7 +46,7 @@ from fp8slurm.engine.server import Engine, EngineError, EngineSettings, server_a
 from fp8slurm.fp8.policy import decide  # noqa: E402
 from fp8slurm.fp8.quantize import quantize  # noqa: E402
 from fp8slurm.models.names import NameTable  # noqa: E402
-from fp8slurm.models.qwen3 import ModelSpec  # noqa: E402
+from fp8slurm.models.qwen3 import ModelSpec, QuantizationSpec  # noqa: E402
 from fp8slurm.sync.engine_link import EngineLink  # noqa: E402
 from fp8slurm.sync.stream import WeightStream  # noqa: E402
 from fp8slurm.sync.transport import BroadcastTransport, MappedTransport  # noqa: E402
@@ -157,33 +161,39 @@ def chunks(held: dict[str, torch.Tensor], limit: int) -> Iterator[list[str]]:
     yield chunk
 
 
+def write_config(model: str, folder: Path) -> Path:
+    """A folder that says what the model is, in block FP8, and holds no weights."""
+    config = tiny.model_config() if model == "tiny" else json.loads((KNOWN / f"{model}.json").read_text())
+    quantization = QuantizationSpec(modules_to_not_convert=("lm_head",)).to_config()
+    folder.mkdir(parents=True)
+    ends = {"eos_token_id": 258, "bos_token_id": 256}
+    (folder / "config.json").write_text(json.dumps(ends | config | {"quantization_config": quantization}))
+    return folder
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("hf", type=Path)
-    parser.add_argument("fp8", type=Path)
+    parser.add_argument("--model", default="Qwen3-4B", help="tiny, or a shape of fp8slurm/models/known")
     parser.add_argument("--updates", type=int, default=7)
     parser.add_argument("--bucket-mib", type=int, nargs="+", default=[512, 1024])
     parser.add_argument("--cpu", action="store_true")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    if not args.fp8.is_dir():
-        from fp8slurm.checkpoint import hf_to_fp8
-
-        hf_to_fp8(args.hf, args.fp8, verify=False)
     logs = Path(tempfile.mkdtemp(prefix="update_peer_"))
+    folder = write_config(args.model, logs / args.model)
     section = EngineSection(
-        max_running_requests=16, max_total_tokens=8192, context_length=1024, mem_fraction=0.3,
-        extra_args=[] if args.cpu else engine_arguments([]),
+        max_running_requests=16, max_total_tokens=8192, context_length=1024, mem_fraction=0.6,
+        extra_args=["--load-format", "dummy", *([] if args.cpu else engine_arguments([]))],
     )  # fmt: skip
     settings = EngineSettings(section, cpu=args.cpu, cpu_threads=1, gpus=None if args.cpu else (visible_gpus()[0],))
     report: dict[str, Any] = {
         "torch": torch.__version__,
-        "model": args.hf.name,
+        "model": args.model,
         "other_server": "ours" if args.cpu else "plain",
     }
     if not args.cpu:
         report["gpu"] = torch.cuda.get_device_name()
-    ours = Engine(args.fp8, logs, settings, "ours")
+    ours = Engine(folder, logs, settings, "ours")
     other: Any = None
     try:
         ours.start()
@@ -193,14 +203,16 @@ def main() -> None:
             os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
             sglang_stubs.install()
             torch.multiprocessing.set_sharing_strategy("file_system")  # the other one wants a key that the server lacks
-            other = Engine(args.fp8, logs, settings, "other")
+            other = Engine(folder, logs, settings, "other")
             other.start()
         else:
-            other = PlainServer(args.fp8, logs / "other.log", settings)
-        table = NameTable(ModelSpec.from_hf_dir(args.fp8))
+            other = PlainServer(folder, logs / "other.log", settings)
+        spec = ModelSpec.from_hf_dir(folder)
+        table = NameTable(spec)
         held = parameters(table, "cpu" if args.cpu else "cuda")
-        quantization = ModelSpec.from_hf_dir(args.fp8).quantization
-        stream = WeightStream(table, lambda: iter(held.items()), quantization, args.bucket_mib[0] << 20, torch.bfloat16)
+        stream = WeightStream(
+            table, lambda: iter(held.items()), spec.quantization, args.bucket_mib[0] << 20, torch.bfloat16
+        )
         other.wait_ready()
         ours.wait_ready()
         client, theirs = (EngineClient(e.url, e.api_key, 600) for e in (ours, other))

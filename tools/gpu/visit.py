@@ -361,9 +361,16 @@ def rollout(v: Visit) -> None:
 
 
 def update(v: Visit) -> None:
-    model = write_model(v.work / "Qwen3-4B", "Qwen3-4B", v.tiny())
-    v.script("update", 1, 0.4, "tools/gpu/update_peer.py", str(model), str(v.fp8(model)), "--json", str(v.out / "update.json"),
-             limit_s=330, turn=v.out / "turns")  # fmt: skip
+    v.script(
+        "update",
+        1,
+        0.4,
+        "tools/gpu/update_peer.py",
+        "--json",
+        str(v.out / "update.json"),
+        limit_s=330,
+        turn=v.out / "turns",
+    )
 
 
 def moe_train(v: Visit) -> None:

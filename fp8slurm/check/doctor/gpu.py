@@ -7,9 +7,11 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib import util
+from pathlib import Path
 
 from fp8slurm.check.doctor.finding import Check, Finding
-from fp8slurm.check.doctor.versions import chosen_set
+from fp8slurm.check.doctor.versions import SETS, chosen_set, installed
 from fp8slurm.config import RunConfig
 from fp8slurm.scheduler import job as slurm
 
@@ -18,6 +20,8 @@ GPU = Check("gpu")
 FP8_ENGINE, FP8_TRAINER, NOT_TRIED = (8, 9), (9, 0), (10, 0)
 """Compute capabilities: FP8 in SGLang from Ada on; blockwise FP8 GEMMs in TransformerEngine from Hopper on
 (transformer_engine/pytorch/quantization.py); Blackwell computes blockwise with other scales and was not tried."""
+FA3 = "flash_ops.abi3.so"
+TRITON_COST = "0.012 nats apart on average with a trained 0.6B on an H200, docs/gpu.md"
 USED_BY_OTHERS = (500, 4000)
 """MiB in use before anything was started: a warning, an error."""
 
@@ -98,6 +102,7 @@ def check_gpus(configs: list[RunConfig], tasks_here: bool = True) -> Iterator[Fi
         )
     yield from _driver(gpus)
     yield from _capability(gpus, configs)
+    yield from _attention(gpus, configs)
     yield from _used(gpus, any(c.slurm.share_gpus for c in configs))
     yield from _ecc(gpus)
     if len(gpus) > 1:
@@ -139,6 +144,48 @@ def _capability(gpus: list[Gpu], configs: list[RunConfig]) -> Iterator[Finding]:
         )
     else:
         yield GPU.ok(f"{shown}: FP8 in trainer and engine")
+
+
+def attention_backends(config: RunConfig, capability: tuple[int, int]) -> set[str]:
+    """Attention of the recipe's engines, by SGLang's names: what engine.extra_args asks for, else its own choice.
+
+    SGLang 0.5.16 to 0.5.23 (arg_groups/model_override_base.py): fa3 on Hopper, elsewhere flashinfer, or triton without
+    it; fa3 gives way to triton for a cache in fp8_e5m2."""
+    words = [word for text in config.engine.extra_args for word in text.split("=", 1)]
+    asked = {flag: value for flag, value in zip(words, words[1:]) if flag.startswith("--")}
+    default = "fa3" if capability[0] == 9 else "flashinfer"
+    both = asked.get("--attention-backend", default)
+    used = {asked.get(f"--{half}-attention-backend", both) for half in ("prefill", "decode")}
+    if asked.get("--kv-cache-dtype") == "fp8_e5m2":
+        used = {"triton" if name == "fa3" else name for name in used}
+    return used
+
+
+def _attention(gpus: list[Gpu], configs: list[RunConfig]) -> Iterator[Finding]:
+    lowest = min(g.capability for g in gpus)
+    recipes = [c for c in configs if c.slurm.gpus_per_node]
+    used = set().union(*(attention_backends(c, lowest) for c in recipes))
+    if "triton" in used:
+        yield GPU.warning(
+            "attention of the engines will be Triton's: what an engine says of a token while it generates is not"
+            f" what it says at prefill ({TRITON_COST}), and all of that is gap between trainer and engine",
+            "leave --attention-backend out of engine.extra_args: on Hopper SGLang takes FlashAttention 3 (fa3),"
+            " whose log-probabilities are the same bits in both",
+        )
+    if "fa3" in used and installed("sglang-kernel") and not fa3_library():
+        yield GPU.error(
+            f"sglang-kernel {installed('sglang-kernel')} has no FlashAttention 3 (sgl_kernel/{FA3} is missing), which"
+            " SGLang takes on Hopper: engines would not start",
+            f"pip install --no-deps --force-reinstall 'sglang-kernel=={SETS[1].packages['sglang-kernel']}'",
+        )
+    elif recipes and "triton" not in used:
+        yield GPU.ok(f"attention of the engines: {', '.join(sorted(used))}")
+
+
+def fa3_library() -> bool:
+    """Whether the installed sglang-kernel has FlashAttention 3's library; it is not imported."""
+    spec = util.find_spec("sgl_kernel")
+    return bool(spec and spec.origin and (Path(spec.origin).parent / FA3).is_file())
 
 
 def _used(gpus: list[Gpu], allowed: bool) -> Iterator[Finding]:

@@ -26,7 +26,7 @@ class VersionSet:
     """Packages that belong together. A version is exact, or a lower bound written >=X."""
 
     name: str
-    seen: Literal["run", "run in part", "read from metadata"]
+    seen: Literal["run", "run in part"]
     note: str
     cuda: str
     """CUDA of the torch wheel, "" for the CPU build."""
@@ -35,8 +35,17 @@ class VersionSet:
     packages: dict[str, str] = field(default_factory=dict)
 
 
-_COMMON = {"megatron-core": "0.19.2", "transformers": "5.12.1", "tokenizers": "0.22.2", "submitit": "1.5.4"}
-_TE = {"transformer-engine": "2.17.1", "transformer-engine-cu13": "2.17.1", "transformer-engine-torch": "2.17.1"}
+_COMMON = {
+    "torch": "2.13.0",
+    "sglang": "0.5.21",
+    "megatron-core": "0.19.2",
+    "transformers": "5.12.1",
+    "tokenizers": "0.22.2",
+    "submitit": "1.5.4",
+    "xgrammar": "0.2.7",
+    "math-verify": "0.9.0",
+}
+"""The same with and without a GPU."""
 NEW_CUDNN_SINCE_TE = "2.17"
 CUDNN_FOR_TE = "9.22"
 """TransformerEngine 2.17.1's wheel for CUDA 13 is compiled against this cuDNN; with an older one the backward pass of
@@ -45,47 +54,25 @@ trains there with 9.19, a system's 9.14 beside it."""
 
 SETS = (
     VersionSet(
-        "cpu",
-        "run",
-        "requirements/torch.txt and cpu.txt: the whole loop without a GPU, and every test",
-        "",
-        0,
-        {"torch": "2.13.0", "sglang": "0.5.21", "math-verify": "0.9.0", "xgrammar": "0.2.7", **_COMMON},
+        "cpu", "run", "requirements/torch.txt and cpu.txt: the whole loop without a GPU, and every test", "", 0, _COMMON
     ),
     VersionSet(
-        "h200",
+        "gpu",
         "run in part",
-        "requirements/h200.txt: one H200, Triton attention in SGLang; what ran stands in docs/gpu.md",
+        "requirements/gpu.txt: FlashAttention 3 in sglang-kernel; what ran stands in docs/gpu.md",
         "13.0",
         580,
         {
-            "torch": "2.11.0",
-            "sglang": "0.5.16",
-            "sglang-kernel": "0.4.5",
-            "sgl-deep-gemm": "0.1.4.post1",
-            "flashinfer-python": "0.6.14",
-            "nvidia-nccl-cu13": "2.32.3",
-            "nvidia-cudnn-cu13": f">={CUDNN_FOR_TE}",
-            **_TE,
             **_COMMON,
-        },
-    ),
-    VersionSet(
-        "cluster",
-        "read from metadata",
-        "requirements/cluster.txt: SGLang with its FA3 kernels, FlashInfer and DeepGEMM",
-        "13.0",
-        580,
-        {
-            "torch": "2.13.0",
-            "sglang": "0.5.21",
+            "transformer-engine": "2.20.2",
+            "transformer-engine-cu13": "2.20.2",
+            "transformer-engine-torch": "2.20.2",
+            "nvidia-cublas": "13.8.2.12",
+            "nvidia-cudnn-cu13": "9.24.1.1",
+            "nvidia-nccl-cu13": "2.32.3",
             "sglang-kernel": "0.4.7",
             "sgl-deep-gemm": "0.2.0",
             "flashinfer-python": "0.6.18",
-            "nvidia-nccl-cu13": ">=2.29.7",
-            "nvidia-cudnn-cu13": f">={CUDNN_FOR_TE}",
-            **_TE,
-            **_COMMON,
         },
     ),
 )

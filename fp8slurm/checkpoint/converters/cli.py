@@ -18,6 +18,7 @@ from fp8slurm.checkpoint.converters.stream import ConvertOptions
 from fp8slurm.checkpoint.formats.hf_folder import open_hf
 from fp8slurm.checkpoint.formats.sources import HfSource
 from fp8slurm.core.errors import InputError
+from fp8slurm.models.qwen3 import listed_modules
 
 CONVERTERS: dict[str, tuple[Callable[..., Any], str]] = {
     "hf-to-fp8": (plan_hf_to_fp8, "Hugging Face in BF16 -> block FP8, for the engine"),
@@ -103,7 +104,7 @@ def convert(name: str, args: argparse.Namespace) -> int:
 def list_decisions(args: argparse.Namespace) -> int:
     """Print for every tensor whether it is quantized, its dtype, shape and name, and why."""
     folder = open_hf(args.input)
-    own = folder.config.get("modules_to_not_convert") or ()
+    own = listed_modules(folder.config, str(folder.path / "config.json"))
     for info, decision in decisions(HfSource(folder).tensors.values(), own, args.modules_to_not_convert):
         dtype, shape = str(info.dtype).removeprefix("torch."), "x".join(map(str, info.shape))
         print(f"{'fp8 ' if decision.quantize else 'keep'}  {dtype:9} {shape:14} {info.name}  ({decision.reason})")

@@ -17,7 +17,7 @@ from fp8slurm.checkpoint.formats.sources import SCALE_SUFFIX, DequantizedSource,
 from fp8slurm.core.errors import BadCheckpoint, InputError
 from fp8slurm.fp8.block import FLOAT_DTYPES
 from fp8slurm.fp8.policy import LINEAR, Decision, decide, engine_matrix, has_effect, kept_name
-from fp8slurm.models.qwen3 import QuantizationSpec
+from fp8slurm.models.qwen3 import QuantizationSpec, listed_modules
 
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 Decided = tuple[TensorInfo, Decision]
@@ -137,7 +137,7 @@ def plan_hf_to_fp8(
     if is_fp8(folder):
         raise BadCheckpoint(f"{folder.path} is FP8 already; fp8slurm convert fp8-to-hf makes BF16 of it")
     source = HfSource(folder)
-    own = folder.config.get("modules_to_not_convert") or ()
+    own = listed_modules(folder.config, str(folder.path / "config.json"))
     made = decisions(source.tensors.values(), own, modules_to_not_convert)
     config = fp8_config(folder.config, made, power_of_two)
     works = fp8_works(source, made, power_of_two)

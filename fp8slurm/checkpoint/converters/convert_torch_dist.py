@@ -22,7 +22,7 @@ from fp8slurm.checkpoint.formats.sources import DequantizedSource, HfSource, Sou
 from fp8slurm.checkpoint.formats.torch_dist_source import EMBEDDING, HEAD, TorchDistSource
 from fp8slurm.core.errors import BadCheckpoint
 from fp8slurm.models.names import NameTable
-from fp8slurm.models.qwen3 import ModelSpec
+from fp8slurm.models.qwen3 import ModelSpec, listed_modules
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,12 @@ def _open_origin(path: str | Path) -> _Origin:
         raise FileNotFoundError(f"--origin-hf-dir {folder}: no such folder")
     config = read_json(folder / "config.json")
     quantization = config.get("quantization_config")
-    skip = (quantization.get("modules_to_not_convert") or ()) if isinstance(quantization, dict) else ()
+    skip = listed_modules(quantization, str(folder / "config.json")) if isinstance(quantization, dict) else ()
     plain = {k: v for k, v in config.items() if k != "quantization_config"}
     spec = ModelSpec.from_hf_config(plain, str(folder / "config.json"))
     with_weights = (folder / INDEX).exists() or (folder / SINGLE).exists()
     tied_head = spec.tie_word_embeddings and with_weights and HEAD in open_hf(folder).tensors
-    return _Origin(HfFolder(folder, plain, {}), spec, tied_head, tuple(skip))
+    return _Origin(HfFolder(folder, plain, {}), spec, tied_head, skip)
 
 
 def _with_dtype(config: dict[str, Any], source: Source) -> dict[str, Any]:
@@ -71,7 +71,7 @@ def _plan_from_torch_dist(
     if fp8 is None:
         works: list[Any] = [Copy(source, info) for info in source.tensors.values()]
     else:
-        own = [*origin.modules_to_not_convert, *(config.get("modules_to_not_convert") or ())]
+        own = [*origin.modules_to_not_convert, *listed_modules(config, str(origin.folder.path / "config.json"))]
         made = decisions(source.tensors.values(), own, fp8["modules_to_not_convert"])
         works = fp8_works(source, made, fp8["power_of_two"])
         config = fp8_config(config, made, fp8["power_of_two"])
