@@ -9,7 +9,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from fp8slurm.core.errors import InputError
+from fp8slurm.core.errors import InputError, TransientInputError
+from fp8slurm.core.files import MAY_PASS, patiently
 
 if TYPE_CHECKING:
     from fp8slurm.config import RunConfig
@@ -59,10 +60,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:
-        if error.filename is None or error.errno not in PATH_ERRORS:
+        if error.filename is None or error.errno not in (*PATH_ERRORS, *MAY_PASS):
             raise
         print(f"fp8slurm {command}: {os.fsdecode(error.filename)}: {error.strerror}", file=sys.stderr)
-        return 2
+        return 2 if error.errno in PATH_ERRORS else 1
 
 
 def train(argv: list[str]) -> int:
@@ -90,7 +91,7 @@ def _checked(config: RunConfig, command: str, dry_run: bool) -> bool:
     """
     from fp8slurm.check.preflight import preflight
 
-    _warn(command, preflight(config, dry_run=dry_run))
+    _warn(command, patiently(lambda: preflight(config, dry_run=dry_run)))
     if not dry_run:
         from fp8slurm.check.doctor.quick import quick
 
@@ -136,9 +137,9 @@ def _train_here(config: RunConfig) -> int:
     from fp8slurm.slurm.launch import RunFailed, open_run, run_here
 
     run = RunDirectory(config.run.root / config.run.name)
-    run.check_free(holder)
-    check_configuration(config, run)
-    if finished(config, run, verify=True):  # what it was made with stays in its config.json
+    patiently(lambda: run.check_free(holder))
+    patiently(lambda: check_configuration(config, run))
+    if patiently(lambda: finished(config, run, verify=True)):  # what it was made with stays in its config.json
         print(_is_finished(config))
         return 0
     run = open_run(config)
@@ -187,7 +188,10 @@ def _draw(config: RunConfig) -> int:
     if config.observe.plot:
         from fp8slurm.observe.plot import plot
 
-        print(f"plot: {plot(config.run.root / config.run.name)}")
+        try:
+            print(f"plot: {plot(config.run.root / config.run.name)}")
+        except (OSError, TransientInputError) as error:  # the run is whole all the same
+            print(f"fp8slurm train: not drawn ({error}); fp8slurm plot draws it again", file=sys.stderr)
     return 0
 
 

@@ -10,6 +10,8 @@ from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 
+from fp8slurm.cpu import exact
+
 
 @dataclass(frozen=True)
 class _Rectangle:
@@ -113,4 +115,6 @@ def apply_packed_rotary(
     lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).to(torch.int64)
     starts = cu_seqlens[:-1].to(torch.int64).repeat_interleave(lengths)
     positions = torch.arange(t.shape[0], device=t.device) - starts
+    if freqs.dim() == 5:  # the table of model.exact (exact_layers.py), not angles
+        return exact.rotate(t, freqs[positions, 0, 0])
     return _apply_rotary_pos_emb_bshd(t.unsqueeze(1), freqs.index_select(0, positions), **options).squeeze(1)

@@ -6,6 +6,7 @@ replaced."""
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,18 +14,24 @@ import torch.nn.functional as F
 
 from fp8slurm.core.errors import InputError
 from fp8slurm.core.patches import note, patch, wrap
+from fp8slurm.cpu import exact_engine
+from fp8slurm.cpu.exact import linear_fp8, weight_blocks
 from fp8slurm.fp8 import BLOCK
 from fp8slurm.fp8.block import E4M3, E4M3_MAX, BlockFP8
 from fp8slurm.fp8.reference import dequantize_reference
 
 
 @functools.cache
-def apply() -> None:
-    """Patch SGLang in this process, once. RuntimeError where a GPU is in use: there the real kernels have to run."""
+def apply(exact: bool = False) -> None:
+    """Patch SGLang in this process, once. RuntimeError where a GPU is in use: there the real kernels have to run.
+
+    exact: with the trainer's bits (model.exact)."""
     if torch.cuda.is_available():
         raise RuntimeError("the FP8 emulation is for machines without a GPU")
     _allow_float32()
-    _patch_linear()
+    _patch_linear(exact)
+    if exact:
+        exact_engine.apply()
     _patch_experts()
     _patch_updates()
     _patch_routing()
@@ -45,8 +52,8 @@ def fake_quantize_activations(x: torch.Tensor) -> torch.Tensor:
     return codes.to(torch.float32).mul_(scale).flatten(-2)
 
 
-def _values(layer: torch.nn.Module, weight: str, block: list[int]) -> torch.Tensor:
-    """fp32 values of a block-FP8 parameter ([N, K] or [E, N, K]), kept on the layer until its weights change.
+def _kept(layer: torch.nn.Module, weight: str, make: Callable[[torch.Tensor, torch.Tensor], Any]) -> Any:
+    """make(codes, scales) of a block-FP8 parameter, kept on the layer until its weights change.
 
     SGLang's loaders write through `.data`, which tensor versions do not see, so a load ends in `_loaded`, which raises
     `fp8_loads`; the versions cover writes to the parameter itself.
@@ -55,10 +62,19 @@ def _values(layer: torch.nn.Module, weight: str, block: list[int]) -> torch.Tens
     key = (layer.__dict__.get("fp8_loads", 0), codes._version, scales._version)
     cache = layer.__dict__.setdefault("fp8_values", {})
     if cache.get(weight, (None, None))[0] != key:
-        pairs = [(codes, scales)] if codes.dim() == 2 else list(zip(codes, scales))
-        values = [dequantize_reference(BlockFP8(c.data, s.data, (block[0], block[1]))) for c, s in pairs]
-        cache[weight] = (key, values[0] if codes.dim() == 2 else torch.stack(values))
+        cache[weight] = (key, make(codes.data, scales.data))
     return cache[weight][1]
+
+
+def _values(layer: torch.nn.Module, weight: str, block: list[int]) -> torch.Tensor:
+    """fp32 values of a block-FP8 parameter, [N, K] or [E, N, K]."""
+
+    def decoded(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        pairs = [(codes, scales)] if codes.dim() == 2 else list(zip(codes, scales))
+        values = [dequantize_reference(BlockFP8(c, s, (block[0], block[1]))) for c, s in pairs]
+        return values[0] if codes.dim() == 2 else torch.stack(values)
+
+    return _kept(layer, weight, decoded)
 
 
 def _loaded(layer: torch.nn.Module) -> None:
@@ -83,12 +99,16 @@ def _allow_float32() -> None:
     patch(Fp8Config, "get_supported_act_dtypes", classmethod(lambda cls: dtypes))
 
 
-def _patch_linear() -> None:
+def _patch_linear(exact: bool) -> None:
     from sglang.srt.layers.quantization.fp8 import Fp8LinearMethod
 
     def forward(self: Any, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         # answers torch.ops.sgl_kernel.fp8_scaled_mm_cpu (AMX only, and weights only): products summed in fp32
-        weight = _values(layer, "weight", _block_size(self))
+        block = _block_size(self)
+        if exact:
+            assert bias is None and block == [BLOCK, BLOCK]
+            return linear_fp8(x, _kept(layer, "weight", weight_blocks))
+        weight = _values(layer, "weight", block)
         return F.linear(fake_quantize_activations(x), weight, None if bias is None else bias.float()).to(x.dtype)
 
     def process(self: Any, layer: torch.nn.Module) -> None:

@@ -20,13 +20,13 @@ from fp8slurm.config.schema import DataSection, SftSection
 from fp8slurm.core.errors import InputError, TransientInputError
 from fp8slurm.core.files import read_json
 from fp8slurm.core.types import Prompt
+from fp8slurm.data import SUFFIXES
 from fp8slurm.models.qwen3 import ModelSpec
 
 log = logging.getLogger(__name__)
 
 TEXTS_PER_CALL = 1024
 """Prompts that are tokenized in one call."""
-SUFFIXES = (".jsonl", ".parquet")
 MOST_LINE_BYTES = 256 << 20
 MOST_NESTED = 100
 """Lists and objects in each other in one row."""

@@ -83,7 +83,7 @@ def run_scheduler(server_args: Any, *args: Any, exact: bool = False, **kwargs: A
     if os.environ.get("SGLANG_USE_CPU_ENGINE") == "1":
         from fp8slurm.cpu import sglang_plugin
 
-        sglang_plugin.apply()
+        sglang_plugin.apply(exact)
     elif exact:
         from fp8slurm.engine.inside.exact import apply as apply_exact
 

@@ -13,7 +13,7 @@ from pydantic import Field, ValidationError
 from fp8slurm.config import RunConfig
 from fp8slurm.config.schema import RewardSection, Section
 from fp8slurm.core.errors import InputError, TransientInputError
-from fp8slurm.data.prompts import SUFFIXES
+from fp8slurm.data import SUFFIXES
 from fp8slurm.rewards.pool import check_kind
 
 DEFINITIONS = Path(__file__).parent / "definitions"

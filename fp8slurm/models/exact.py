@@ -15,7 +15,7 @@ from fp8slurm.models.qwen3 import ModelSpec
 if TYPE_CHECKING:
     from fp8slurm.config import RunConfig
 
-BUILT: frozenset[str] = frozenset({"cuda"})
+BUILT = frozenset({"cpu", "cuda"})
 """The devices on which both sides can compute exactly."""
 ATTENTION = {"cpu": "torch_native", "cuda": "fa3"}
 """The one attention backend of the engine, by device."""
@@ -58,6 +58,11 @@ def _obstacles(config: RunConfig, spec: ModelSpec) -> Iterator[tuple[str, str]]:
     ):
         if size > 1:
             yield f"{flag} {size}", "sums over ranks are rounded before they are added; allowed: 1"
+    if c.rollout.max_staleness:
+        yield (
+            f"--rollout.max-staleness {c.rollout.max_staleness}",
+            "samples come from older weights than the trainer has; allowed: 0",
+        )
     if device == "cuda" and c.run.deterministic:
         yield "--run.deterministic", "on GPUs it gives SGLang other norms; allowed: --run.no-deterministic"
     if c.fp8.param_gather:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fp8slurm.core.errors import InputError, TransientInputError
+from fp8slurm.core.files import patiently, read_bytes
 
 PHASES = ("sft", "rl")
 Record = dict[str, Any]
@@ -46,21 +48,33 @@ class MetricsWriter:
                 if order(position(record)) > order(resume_at):
                     break
                 self._last, keep = position(record), end
-        self._file = open(self.path, "ab")
-        self._file.truncate(keep)
-        self._sync()
+        self._file = open(self.path, "ab", buffering=0)
+        self._end = keep
+        patiently(lambda: self._append(b""))
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Append one record with `phase` and `step`; numbers may be 0-d tensors, NaN and infinities become null."""
+        """Append one record with `phase` and `step`; numbers may be 0-d tensors, NaN and infinities become null.
+
+        Raises:
+            OSError: the disk stays full, or the file system away, for longer than `patiently` waits.
+        """
         plain = {key: _plain(value) for key, value in record.items()}
         at = position(plain)
         assert self._last is None or order(at) > order(self._last), f"record {at} after {self._last}"
-        self._file.write(json.dumps(plain, allow_nan=False).encode() + b"\n")
-        self._sync()
+        line = json.dumps(plain, allow_nan=False).encode() + b"\n"
+        patiently(lambda: self._append(line))
+        self._end += len(line)
         self._last = at
 
-    def _sync(self) -> None:
-        self._file.flush()
+    def _append(self, line: bytes) -> None:
+        """Behind the last record that is on disk, also where an earlier try left a part of this one: after a failed
+        fsync a second one says nothing about the pages of the first."""
+        self._file.truncate(self._end)
+        while line:
+            written: int | None = self._file.write(line)
+            if written is None:  # Python's files answer so
+                raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN), str(self.path))
+            line = line[written:]
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
@@ -82,20 +96,23 @@ class MetricsTail:
         self._at = 0
 
     def poll(self) -> list[Record]:
-        """The records completed since the last call. A file that was cut back is followed from its new end."""
+        """The records completed since the last call; what is none is left out. A file that was cut back is followed
+        from its new end. OSError: it cannot be read now, and the next call begins where this one did."""
         try:
             with open(self.path, "rb") as f:
-                self._at = min(self._at, os.fstat(f.fileno()).st_size)
-                f.seek(max(0, self._at - 1))
-                if self._at and f.read(1) != b"\n":  # cut back and grown past here since: on from its next line
+                at = min(self._at, os.fstat(f.fileno()).st_size)
+                f.seek(max(0, at - 1))
+                if at and f.read(1) != b"\n":  # cut back and grown past here since: on from its next line
                     f.readline()
-                self._at = f.tell()
-                data = f.read()
+                at = f.tell()
+                data: bytes | None = f.read()
         except FileNotFoundError:
             return []
+        if data is None:  # Python's files answer so
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN), str(self.path))
         data = data[: data.rfind(b"\n") + 1]
-        self._at += len(data)
-        return [json.loads(line) for line in data.splitlines()]
+        self._at = at + len(data)
+        return [record for line in data.splitlines() if (record := _record(line)) is not None]
 
 
 def read_metrics(path: Path) -> list[Record]:
@@ -122,8 +139,8 @@ def without_times(record: Record) -> Record:
 def _complete_lines(path: Path) -> list[tuple[Record, int]]:
     """(record, first byte behind its line); a last line without its line break, or unreadable, was torn by a crash."""
     lines, end = [], 0
-    with open(path, "rb") as f:
-        raw = f.readlines()
+    whole = read_bytes(path).split(b"\n")
+    raw = [line + b"\n" for line in whole[:-1]] + [line for line in whole[-1:] if line]
     for number, line in enumerate(raw, 1):
         end += len(line)
         try:
@@ -137,6 +154,15 @@ def _complete_lines(path: Path) -> list[tuple[Record, int]]:
             raise TransientInputError(f"{path}:{number} is not a metrics record: {error}") from None
         lines.append((record, end))
     return lines
+
+
+def _record(line: bytes) -> Record | None:
+    try:
+        record = json.loads(line)
+        order(position(record))
+    except (KeyError, TypeError, ValueError):
+        return None
+    return record
 
 
 def _plain(value: Any) -> Any:

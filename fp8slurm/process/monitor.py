@@ -19,7 +19,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from fp8slurm.core.files import write_atomic
+from fp8slurm.core.files import patiently, read_json, write_atomic
 from fp8slurm.core.processes import process_start
 from fp8slurm.run.task_errors import record_error
 
@@ -30,6 +30,8 @@ LAUNCHER = "FP8SLURM_LAUNCHER"
 """The process that started tasks on this machine, as `launcher` writes it: they end with it, also if it was killed."""
 FLIGHT_RECORD_S = 5.0
 OTHERS_STACKS_S = FLIGHT_RECORD_S + 3.0
+FAILURES = 3
+"""Looks in a row that may fail otherwise than by the file system: a neighbour's file may be torn for a moment."""
 SILENT_S = 30.0
 """A task that is ended from outside says where it stands if it has made no progress for so long: somebody lost patience
 before the watchdog did."""
@@ -59,9 +61,9 @@ class Monitor:
     def start(self) -> None:
         """Begin to watch (call this from the main thread)."""
         for folder in (self.folder, self.errors, self.stacks):
-            folder.mkdir(exist_ok=True)
+            patiently(lambda: folder.mkdir(exist_ok=True))
         me = {"host": socket.gethostname(), "pid": os.getpid(), "start": process_start(os.getpid())}
-        write_atomic(self.folder / f"{self.index}.json", json.dumps(me))
+        patiently(lambda: write_atomic(self.folder / f"{self.index}.json", json.dumps(me)))
         # A main thread that waits inside C++ (store, gloo) runs no Python signal handler: the wake-up pipe reaches this
         # thread at once.
         os.set_blocking(self._wakeup, False)
@@ -80,14 +82,14 @@ class Monitor:
 
     def done(self) -> None:
         """This task ended well: its end does not alarm the others."""
-        (self.folder / f"{self.index}.done").touch()
+        patiently((self.folder / f"{self.index}.done").touch)
         self._closing.set()
 
     def _dead_neighbour(self) -> str | None:
         for path in self.folder.glob("*.json"):
             if path.stem == str(self.index) or path.name.startswith("."):
                 continue
-            task = json.loads(path.read_text())
+            task = read_json(path)
             if task["host"] != socket.gethostname() or process_start(task["pid"]) == task["start"]:
                 continue
             if not path.with_suffix(".done").exists():
@@ -97,17 +99,19 @@ class Monitor:
     def _watch(self) -> None:
         """Without this thread a task has no watchdog, no notice and no ear for SIGTERM: one failed read of a shared
         file system must not end it."""
-        failed_before = False
+        failed_before, failures = False, 0
         while not self._closing.is_set():
             try:
                 self._look()
-            except OSError:
+                failures = 0
+            except Exception as error:  # noqa: BLE001 - a task that nobody watches ends
+                failures += not isinstance(error, OSError)
+                if failures == FAILURES:
+                    self._end(1, f"watching it failed\n{traceback.format_exc()}")
                 if not failed_before:
                     text = f"task {self.index}: watching goes on after\n{traceback.format_exc()}"
                     print(text, file=sys.stderr, flush=True)
                 failed_before = True
-            except Exception:  # noqa: BLE001 - a task that nobody watches ends
-                self._end(1, f"watching it failed\n{traceback.format_exc()}")
 
     def _look(self) -> None:
         if select.select([self._signals], [], [], 0.5)[0]:

@@ -13,15 +13,17 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fp8slurm.config.schema import RewardSection
 from fp8slurm.core.errors import InputError, TransientInputError
 from fp8slurm.core.processes import python_path
-from fp8slurm.core.types import Sample, SampleGroup
 from fp8slurm.rewards.graders import answer_part, choice, digits, exact, numeric
 from fp8slurm.rewards.signature import MATH, OF_SAMPLE, Form
 from fp8slurm.rewards.worker import no_answer
+
+if TYPE_CHECKING:  # torch, which a task that reads its tasks of evaluation has not imported yet
+    from fp8slurm.core.types import Sample, SampleGroup
 
 log = logging.getLogger(__name__)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 
@@ -23,8 +24,9 @@ class StepBoundary:
         self.store, self.first, self.policy, self.saver, self.times = store, first, policy, saver, times
         self._crossed, self._crossed_at = 0, 0.0
 
-    def cross(self) -> None:
-        """Between two steps, on all ranks. Raises StopRequested on all of them, or on none."""
+    def cross(self) -> bool:
+        """Between two steps, on all ranks; whether a save has failed and is to be made up for here, the same on all of
+        them. Raises StopRequested on all, or on none."""
         self.saver.collect(wait=False)
         now = time.monotonic()
         key, self._crossed = f"boundary/{self._crossed}", self._crossed + 1
@@ -33,14 +35,16 @@ class StepBoundary:
                 self.times.step_took(now - self._crossed_at)
             noticed = self.policy.noticed() or self.store.check(["noticed"])
             busy = max(self.times.step_s, self.saver.left_s())  # the next save waits for this one
-            self.store.set(key, self.policy.at_step_boundary(noticed, busy, self.times.save_s))
+            stop = self.policy.at_step_boundary(noticed, busy, self.times.save_s)
+            self.store.set(key, json.dumps({"stop": stop, "save": self.saver.failed}))
         elif self.policy.noticed():
             self.store.set("noticed", "")
         self._crossed_at = now
         self.store.wait([key])
-        reason = self.store.get(key).decode()
-        if reason:
-            raise StopRequested(reason)
+        said = json.loads(self.store.get(key))
+        if said["stop"]:
+            raise StopRequested(said["stop"])
+        return said["save"]
 
     def too_late(self) -> str:
         """Why what the engines generate is not waited for any longer, or ""."""

@@ -31,7 +31,7 @@ from fp8slurm.rl.ahead import RolloutAhead, as_lag, gap_of_scored, scored_sequen
 from fp8slurm.rl.boundary import StepBoundary
 from fp8slurm.rl.loss import make_policy_loss
 from fp8slurm.rl.packing import pack, pack_sft, packing_of
-from fp8slurm.rl.recompute import check_gap, recompute, save_logprobs
+from fp8slurm.rl.recompute import check_equal, check_gap, recompute, save_logprobs
 from fp8slurm.rl.recorder import Recorder
 from fp8slurm.rl.saving import Saver, first_state, load_newest
 from fp8slurm.rl.schedule import learning_rate
@@ -117,7 +117,8 @@ class Loop:
         phase = SupervisedPhase(self.config, self.trainer)
         over = self.state.step >= self.config.sft.max_steps
         while not over:
-            self.boundary.cross()
+            if self.boundary.cross():
+                self._save(due=False)
             self.recorder.begin()
             self.weights.sleep()
             with self.watch.timed("train"):
@@ -145,7 +146,8 @@ class Loop:
             self.recorder.begin()
             self._record(self.probe_gap() | self.evaluate())
         while self.state.step < steps:
-            self.boundary.cross()
+            if self.boundary.cross():
+                self._save(due=False)
             self.recorder.begin()
             step = self.state.step + 1
             record = self.step(step)
@@ -187,7 +189,7 @@ class Loop:
             record |= recompute(self.trainer, batches, with_reference=bool(c.algorithm.kl_coef))
             if behind:
                 record = as_lag(record, behind) | gap_of_scored(self.trainer, scored, batches)
-            check_gap(record, self.gap_bound, step)
+            self.check(record, batches, groups, step)
             if is_saved(step, c.rollout.save_every):
                 save_logprobs(self.trainer, trainer_file(self.run_dir.path, step), groups, batches)
         with self.watch.timed("train"):
@@ -250,6 +252,12 @@ class Loop:
             assert (batch.routing is not None) == c.rollout.routing_replay
         return own
 
+    def check(self, record: dict[str, float], batches: list[PackedBatch], groups: list[SampleGroup], step: int) -> None:
+        """Refuse to train on what another policy than the trainer's sampled. ImpossibleGap."""
+        if self.config.model.exact:
+            check_equal(self.trainer, batches, groups, step)
+        check_gap(record, self.gap_bound, step)
+
     def train(self, updates: list[list[PackedBatch]], step: int) -> dict[str, float]:
         """One optimizer step for each update; metrics are means of those that were made."""
         run, o = self.config.run, self.config.optim
@@ -274,7 +282,7 @@ class Loop:
         (batches,), with_reference = updates, bool(self.config.algorithm.kl_coef)
         self.weights.sleep()
         record = recompute(self.trainer, batches, with_reference)
-        check_gap(record, self.gap_bound, self.state.step)
+        self.check(record, batches, groups, self.state.step)
         if self.config.rollout.routing_replay:
             for batch in batches:
                 batch.routing = None
@@ -313,10 +321,13 @@ class Loop:
                 f"the last good weights are in {self.run_dir.checkpoints / self.state.name}"
             )
         if save:
-            late = self.finish_rollout()
-            self.saver.save(self.state)
-            if late is not None:
-                raise late
+            self._save()
+
+    def _save(self, due: bool = True) -> None:
+        late = self.finish_rollout()
+        self.saver.save(self.state, due)
+        if late is not None:
+            raise late
 
 
 def _take_memory(config: RunConfig, trainer: Any, engines_sleep: bool) -> None:

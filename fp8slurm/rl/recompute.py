@@ -37,6 +37,37 @@ def check_gap(record: dict[str, float], bound: float, step: int) -> None:
         )
 
 
+def check_equal(trainer: Any, batches: list[PackedBatch], groups: list[SampleGroup], step: int) -> None:
+    """With model.exact: refuse a token whose two log-probabilities are not the same float; all ranks together.
+
+    NaN on both sides is the optimizer's to skip. ImpossibleGap names the first token, by sample and position.
+    """
+    samples = [(group, k) for group in groups for k in range(len(group.samples))]
+    found = []  # each [N, 5]: sample, position in its response, token, trainer's, engine's
+    for b in batches:
+        assert b.trainer_logprobs is not None
+        own, engine = b.trainer_logprobs, b.rollout_logprobs
+        differ = b.loss_mask & (own != engine) & ~(own.isnan() & engine.isnan())
+        for number, start, end in zip(b.samples, b.cu_seqlens.tolist(), b.cu_seqlens.tolist()[1:]):
+            at = differ[start:end].nonzero().flatten()
+            before = len(samples[number][0].prompt.token_ids) - 1
+            columns = (torch.full_like(at, number), at - before, b.labels[start:end][at])
+            found.append(torch.stack([*(c.float() for c in columns), own[start:end][at], engine[start:end][at]], 1))
+    rows = gather_rows(_once(trainer, torch.cat(found)))
+    if not len(rows):
+        return
+    first, position, token, mine, engines = min(rows.tolist())
+    group, sample = samples[int(first)]
+    raise ImpossibleGap(
+        f"step {step}: --model.exact, and tokens have another log-probability in the trainer than in the engine: "
+        f"{len(rows)} of them. The first is token {int(position)} (id {int(token)}) of sample {sample} of prompt "
+        f"{group.prompt.index}: trainer {mine:.9g}, engine {engines:.9g}. Nothing was trained on it. They have other "
+        f"weights, another config.json (rope, norms), temperature or tokens; tools/exact_layers.py shows the "
+        f"first module that differs (docs/exact.md)",
+        permanent=step == 0,
+    )
+
+
 def recompute(trainer: Any, batches: list[PackedBatch], with_reference: bool) -> dict[str, float]:
     """Fill in the trainer's log-probabilities, and the reference's; metrics of the gap over all ranks (core/gap.py)."""
     pairs = []  # each [N, 2]

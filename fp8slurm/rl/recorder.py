@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 from fp8slurm.config import RunConfig
+from fp8slurm.core.files import patiently
 from fp8slurm.observe.metrics import MetricsWriter
 from fp8slurm.rl.stopwatch import Stopwatch
 from fp8slurm.run.directory import RunDirectory, RunState
@@ -29,8 +30,8 @@ class Recorder:
         at = None if resumed is None else (resumed.phase, resumed.step)
         if resumed is not None and at == ("rl", 0):  # of the checkpoint between the phases: step 0 is recorded after it
             at = ("sft", resumed.sft_steps)
-        self.sinks.append(MetricsWriter(run_dir.own_copy("metrics.jsonl"), at))
-        run_dir.publish("metrics.jsonl")
+        self.sinks.append(patiently(lambda: MetricsWriter(run_dir.own_copy("metrics.jsonl"), at)))
+        patiently(lambda: run_dir.publish("metrics.jsonl"))
         if config.observe.tensorboard:
             from fp8slurm.observe.tensorboard import TensorBoard
 
@@ -55,7 +56,7 @@ class Recorder:
             record["throughput/tokens_per_s"] = figures["tokens"] / seconds
         self.watch.clear()
         if self.writes:
-            self.run_dir.publish("metrics.jsonl")
+            patiently(lambda: self.run_dir.publish("metrics.jsonl"))
         for sink in self.sinks:
             sink.write(record)
 

@@ -13,8 +13,10 @@ from typing import Any
 
 import torch.distributed as dist
 
+from fp8slurm.checkpoint.formats.complete import damage as damage_of
 from fp8slurm.config import RunConfig
 from fp8slurm.core.errors import InputError
+from fp8slurm.core.files import patiently
 from fp8slurm.rl.stopwatch import Stopwatch
 from fp8slurm.run.checkpoint_writer import CheckpointWriter
 from fp8slurm.run.directory import RunDirectory, RunState
@@ -23,7 +25,10 @@ from fp8slurm.run.step_times import StepTimes
 
 log = logging.getLogger(__name__)
 MAX_FAILED_SAVES = 3
-"""Checkpoints in a row that may fail to be written. A run that goes on for longer works for nothing."""
+"""Checkpoints in a row that may fail to be written, those of `again` left out. A run that goes on for longer works for
+nothing."""
+LOOK_AGAIN_S = 1.0
+"""Before a checkpoint that seems damaged is set aside: one torn read is no damage."""
 
 
 def load_newest(config: RunConfig, run_dir: RunDirectory, trainer: Any, store: dist.Store) -> RunState | None:
@@ -32,7 +37,7 @@ def load_newest(config: RunConfig, run_dir: RunDirectory, trainer: Any, store: d
     None where there is none: the trainer has the Hugging Face weights then. InputError: no run can go on from it so.
     """
     if trainer.rank == 0:
-        store.set("resume", _newest_complete(run_dir))
+        store.set("resume", patiently(lambda: _newest_complete(run_dir)))
     store.wait(["resume"])
     name = store.get("resume").decode()
     kl_coef = config.algorithm.kl_coef
@@ -43,7 +48,7 @@ def load_newest(config: RunConfig, run_dir: RunDirectory, trainer: Any, store: d
         return None
     folder = run_dir.checkpoints / name
     has_reference = trainer.load(folder)
-    state = RunState.read(folder)
+    state = patiently(lambda: RunState.read(folder))
     if config.control.freeze_engine and state.phase == "rl" and state.step:
         raise InputError(
             f"--control.freeze-engine: {folder} has other weights than those that the engines kept; such a run cannot "
@@ -61,6 +66,9 @@ def load_newest(config: RunConfig, run_dir: RunDirectory, trainer: Any, store: d
 
 def _newest_complete(run_dir: RunDirectory) -> str:
     for folder, damage in run_dir.checked_checkpoints():
+        if damage is not None:
+            time.sleep(LOOK_AGAIN_S)
+            damage = damage_of(folder)
         if damage is None:
             return folder.name
         log.warning("checkpoint %s is skipped: %s; set aside as %s", folder, damage, run_dir.set_aside(folder).name)
@@ -92,15 +100,23 @@ class Saver:
         self.on_disk, self.beside = on_disk, beside
         """State of the newest checkpoint."""
         self._saves = self._failed = 0
+        self._due = True
         self._error = ""
+        """Of the last save that has ended; "" where it was written, or another goes on."""
         self._seconds: float | None = None
 
-    def save(self, state: RunState) -> None:
+    @property
+    def failed(self) -> bool:
+        """Whether the last save that has ended could not be written. Ranks learn that at different times."""
+        return bool(self._error)
+
+    def save(self, state: RunState, due: bool = True) -> None:
         """Begin a checkpoint of the trainer as it is. A full disk is reported, and the run goes on with the older one;
-        OSError after MAX_FAILED_SAVES in a row."""
+        OSError after MAX_FAILED_SAVES in a row. due: False for one in place of a save that has failed."""
         tag, self._saves = f"save/{self._saves}", self._saves + 1
         with self.watch.timed("checkpoint"):
             self.collect()
+            self._due, self._error = due, ""
             begun = time.monotonic()
             if self.trainer.rank == 0:
                 try:
@@ -129,7 +145,7 @@ class Saver:
         if saved.error:
             self._save_failed(saved.state, saved.error)
             return
-        self.on_disk, self._failed = saved.state, 0
+        self.on_disk, self._failed, self._error = saved.state, 0, ""
         if self.trainer.rank == 0:
             self.times.save_s = saved.seconds
             try:
@@ -151,6 +167,9 @@ class Saver:
     def check_saved(self, state: RunState) -> None:
         """At the end of a run. OSError: `state` could not be saved; another attempt may find room for it."""
         self.collect()
+        if self._error:
+            self.save(state, due=False)
+            self.collect()
         if self._saves and self.on_disk != state:
             raise OSError(
                 f"the run is over, but its last checkpoint, {state.name}, could not be written: {self._error}"
@@ -168,9 +187,8 @@ class Saver:
 
     def _save_failed(self, state: RunState, error: str) -> None:
         """On all ranks. Raises OSError after too many in a row: another attempt may find room."""
-        free = shutil.disk_usage(self.run_dir.path).free
-        self._failed += 1
-        self._error = f"{error} ({free / 1e9:.2f} GB are free in {self.run_dir.path})"
+        self._failed += self._due
+        self._error = f"{error} ({_free(self.run_dir.path)})"
         message = f"checkpoint {state.name} was not written, the one before is kept: {self._error}"
         log.error("%s", message)
         record_event(NOT_SAVED, message)
@@ -179,3 +197,10 @@ class Saver:
             raise OSError(
                 f"{self._failed} checkpoints in a row could not be written; the newest is {kept}: {self._error}"
             )
+
+
+def _free(path: Path) -> str:
+    try:
+        return f"{shutil.disk_usage(path).free / 1e9:.2f} GB are free in {path}"
+    except OSError as error:
+        return f"what is free in {path} is not known: {error.strerror}"

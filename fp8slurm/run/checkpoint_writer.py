@@ -11,6 +11,7 @@ newest, whatever happens.
 
 from __future__ import annotations
 
+import logging
 import shutil
 import threading
 import time
@@ -22,6 +23,8 @@ import torch.distributed as dist
 
 from fp8slurm.config.schema import CheckpointSection
 from fp8slurm.run.directory import RunDirectory, RunState
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -100,5 +103,8 @@ class CheckpointWriter:
         except OSError as error:
             shutil.rmtree(folder, ignore_errors=True)
             return str(error) or type(error).__name__
-        self.run_dir.prune(self.settings.keep_last, self.settings.keep_every)
+        try:
+            self.run_dir.prune(self.settings.keep_last, self.settings.keep_every)
+        except OSError as error:  # the next save looks again
+            log.error("old checkpoints may be left: %s", error)
         return ""

@@ -16,20 +16,23 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
 import socket
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from fp8slurm.checkpoint.formats.complete import damage
-from fp8slurm.core.errors import InputError
-from fp8slurm.core.files import fsync_folder, read_json, write_atomic
+from fp8slurm.core.errors import BadCheckpoint, InputError
+from fp8slurm.core.files import fsync_folder, names_in, patiently, read_json, write_atomic
 from fp8slurm.core.processes import process_of, process_start
+
+log = logging.getLogger(__name__)
 
 CHECKPOINT = re.compile(r"(sft|step)_\d+", re.ASCII)
 """Names of checkpoint folders; others beside them are the user's, and damaged ones that were set aside."""
@@ -73,8 +76,20 @@ class RunState:
 
     @classmethod
     def read(cls, folder: Path) -> RunState:
-        """The state stored in a checkpoint folder."""
-        return cls(**read_json(folder / "state.json"))
+        """The state stored in a checkpoint folder. BadCheckpoint: it is none, or one of another version."""
+        path = folder / "state.json"
+        found = read_json(path, BadCheckpoint)
+        counts = [f.name for f in fields(cls) if f.name != "phase"]
+        unknown = ", ".join(sorted(f"{key:.50}" for key in found if key not in ("phase", *counts)))
+        if unknown:
+            raise BadCheckpoint(f"{path}: unknown: {unknown}; known are phase, {', '.join(counts)}")
+        if found.get("phase") not in ("sft", "rl"):
+            raise BadCheckpoint(f"{path}: phase {found.get('phase')!r:.50}: allowed are 'sft' and 'rl'")
+        for key in counts:
+            value = found.get(key, None if key == "step" else 0)
+            if type(value) is not int or value < 0:
+                raise BadCheckpoint(f"{path}: {key} {value!r:.50}: allowed is a whole number, 0 or more")
+        return cls(**found)
 
 
 def is_run(folder: Path) -> bool:
@@ -110,7 +125,7 @@ class RunDirectory:
 
     def newest_attempt(self) -> int:
         """Number of the newest attempt, -1 if there is none."""
-        return max((int(p.name) for p in self.attempts.glob("*") if p.name.isdigit()), default=-1)
+        return max((int(name) for name in names_in(self.attempts) if name.isdigit()), default=-1)
 
     def owner(self, attempt: int) -> dict[str, Any] | None:
         """Who began an attempt; None if that is not known (any more)."""
@@ -142,20 +157,24 @@ class RunDirectory:
         Raises:
             RunBusyError: the newest attempt's holder is still alive, or another one began at the same moment.
         """
-        self.attempts.mkdir(parents=True, exist_ok=True, mode=0o700)
+        patiently(lambda: self.attempts.mkdir(parents=True, exist_ok=True, mode=0o700))
         os.chmod(self.path, 0o700)
-        newest = self.check_free(holder)
+        newest = patiently(lambda: self.check_free(holder))
         try:
             (self.attempts / str(newest + 1)).mkdir(mode=0o700)
         except FileExistsError:
             raise RunBusyError(f"{self.path}: another process began attempt {newest + 1} at the same moment") from None
         self.attempt = newest + 1
         me = {"host": socket.gethostname(), "pid": os.getpid(), "start": process_start(os.getpid())}
-        write_atomic(self.attempt_dir / "owner.json", json.dumps({**me, **(more or {})}))
+        text = json.dumps({**me, **(more or {})})
+        patiently(lambda: write_atomic(self.attempt_dir / "owner.json", text))
 
     def release(self) -> None:
-        """The attempt is over: another may begin."""
-        (self.attempt_dir / "owner.json").unlink(missing_ok=True)
+        """The attempt is over: another may begin. A file that stays says of a process that it has ended, too."""
+        try:
+            patiently(lambda: (self.attempt_dir / "owner.json").unlink(missing_ok=True))
+        except OSError as error:
+            log.error("%s", error)
 
     def replaced(self) -> bool:
         """Whether a newer attempt has begun."""
@@ -232,9 +251,9 @@ class RunDirectory:
 
     def prune(self, keep_last: int, keep_every: int) -> None:
         """Remove old checkpoints and what interrupted saves left behind."""
-        for tmp in self.checkpoints.glob("*.tmp"):
-            if not tmp.name.endswith(f".{self.attempt}.tmp"):
-                shutil.rmtree(tmp, ignore_errors=True)
+        for name in names_in(self.checkpoints):
+            if name.endswith(".tmp") and not name.endswith(f".{self.attempt}.tmp"):
+                shutil.rmtree(self.checkpoints / name, ignore_errors=True)
         names = self.checkpoint_names()
         for name in names[keep_last:]:
             phase, step = name.split("_")
@@ -243,7 +262,7 @@ class RunDirectory:
 
     def checkpoint_names(self) -> list[str]:
         """Checkpoint folders, newest first; nothing is said about their contents."""
-        names = [p.name for p in self.checkpoints.glob("*_*") if CHECKPOINT.fullmatch(p.name) and p.is_dir()]
+        names = [n for n in names_in(self.checkpoints) if CHECKPOINT.fullmatch(n) and (self.checkpoints / n).is_dir()]
         return sorted(names, key=lambda n: (n.startswith("step"), int(n.partition("_")[2])), reverse=True)
 
     def newest_checkpoint(self) -> str:

@@ -23,8 +23,11 @@ def keep_events(attempt_dir: Path, task: int) -> None:
     """From here on this process records its events; a process that has not called this records none."""
     global _file
     _file = attempt_dir / "events" / f"task_{task}.jsonl"
-    _file.parent.mkdir(exist_ok=True)
-    _file.touch()
+    try:
+        _file.parent.mkdir(exist_ok=True)
+        _file.touch()
+    except OSError as error:
+        log.error("events may not be recorded: %s", error)
 
 
 def record_event(kind: str, text: str) -> None:

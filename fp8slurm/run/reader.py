@@ -68,7 +68,10 @@ def read_run(path: Path) -> Run:
     run = Run(path, path.resolve().name)
     run.config = read_config(path / "config.json", run.notes)
     run.records = read_records(path / "metrics.jsonl", run.notes)
-    run.checkpoint = RunDirectory(path).newest_checkpoint()
+    try:
+        run.checkpoint = RunDirectory(path).newest_checkpoint()
+    except OSError as error:
+        run.notes.append(f"checkpoints/ cannot be read: {error.strerror}")
     run.attempts = read_attempts(path, run.notes)
     run.evaluations = read_evaluations(path / "eval", run.notes)
     run.comparisons = read_comparisons(path / "eval", run.notes)

@@ -230,7 +230,12 @@ class Facts:
 
     def _checkpoint(self) -> tuple[str | None, float | None]:
         """(name, age) of the newest checkpoint whose files have the sizes that COMPLETE says."""
-        for name in self.run.checkpoint_names():
+        try:
+            names = self.run.checkpoint_names()
+        except OSError as error:
+            self.notes.append(f"checkpoints/ cannot be read: {error.strerror}")
+            return None, None
+        for name in names:
             folder = self.run.checkpoints / name
             reason = size_damage(folder)
             if reason is None:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+import logging
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from fp8slurm.core.errors import TransientInputError
 from fp8slurm.core.files import read_json, write_atomic
+from fp8slurm.core.numbers import number
 from fp8slurm.run.directory import RunDirectory
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -21,9 +26,20 @@ class StepTimes:
 
     @classmethod
     def read(cls, run: RunDirectory | Path) -> StepTimes:
-        """Those of a run so far."""
+        """Those of a run so far. What cannot be read is said and measured anew: it is no reason to end a run."""
         path = (run.path if isinstance(run, RunDirectory) else run) / "pace.json"
-        return cls(**read_json(path)) if path.is_file() else cls()
+        try:
+            found = read_json(path)
+        except FileNotFoundError:
+            return cls()
+        except (OSError, TransientInputError) as error:
+            log.warning("the run's step times are measured anew: %s", error)
+            return cls()
+        known = {f.name: value for f in fields(cls) if (value := number(found.get(f.name))) is not None and value >= 0}
+        unusable = ", ".join(f"{key} {value!r:.50}" for key, value in found.items() if key not in known)
+        if unusable:
+            log.warning("%s: left out: %s; seconds are known as %s", path, unusable, ", ".join(asdict(cls())))
+        return cls(**known)
 
     def step_took(self, seconds: float) -> None:
         """Measured from boundary to boundary."""

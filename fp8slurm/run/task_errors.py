@@ -6,9 +6,10 @@ import json
 import time
 import traceback
 from pathlib import Path
+from typing import Any
 
 from fp8slurm.core.errors import InputError
-from fp8slurm.core.files import read_json, write_atomic
+from fp8slurm.core.files import names_in, patiently, read_json, write_atomic
 
 FRAMES = 20
 """Of a foreign error's traceback, the innermost that are recorded."""
@@ -33,9 +34,22 @@ def record_error(folder: Path, index: int, text: str, primary: bool = True, perm
     """Write a task's last words where the launcher looks for them; secondary ones are consequences of another's, after
     permanent ones it is no use to start again."""
     path = folder / f"task_{index}.json"
-    if not path.exists():
-        said = {"time": time.time(), "task": index, "primary": primary, "permanent": permanent, "text": text}
-        write_atomic(path, json.dumps(said))
+    said = {"time": time.time(), "task": index, "primary": primary, "permanent": permanent, "text": text}
+
+    def write() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            write_atomic(path, json.dumps(said))
+
+    patiently(write)
+
+
+def task_errors(attempt_dir: Path) -> list[dict[str, Any]]:
+    """What `record_error` has written in an attempt. Raises OSError, TransientInputError."""
+    folder = attempt_dir / "errors"
+    return [
+        read_json(folder / name) for name in names_in(folder) if name.startswith("task_") and name.endswith(".json")
+    ]
 
 
 def first_error(attempt_dir: Path, vanished: bool = True) -> str | None:
@@ -46,9 +60,10 @@ def first_error(attempt_dir: Path, vanished: bool = True) -> str | None:
     verdict = attempt_dir / "errors" / VERDICT
     if verdict.is_file():
         return read_json(verdict)["text"]
-    errors = [read_json(p) for p in (attempt_dir / "errors").glob("task_*.json")]
+    errors = task_errors(attempt_dir)
     spoken = {str(e["task"]) for e in errors}
-    for path in sorted((attempt_dir / "tasks").glob("[0-9]*.json")):
+    tasks = attempt_dir / "tasks"
+    for path in sorted(tasks / name for name in names_in(tasks) if name.endswith(".json") and name[0].isdigit()):
         if vanished and path.stem not in spoken and not path.with_suffix(".done").exists():
             return f"task {path.stem} (process {read_json(path)['pid']}) was killed or ended without a word"
     if not errors:

@@ -10,12 +10,12 @@ from typing import Any
 
 from fp8slurm.checkpoint.formats.complete import damage
 from fp8slurm.config import RunConfig
-from fp8slurm.core.errors import InputError
-from fp8slurm.core.files import read_json, sha256, write_atomic
+from fp8slurm.core.errors import InputError, TransientInputError
+from fp8slurm.core.files import patiently, read_json, sha256, write_atomic
 from fp8slurm.core.processes import process_of
 from fp8slurm.eval.tasks import further_tasks
 from fp8slurm.models.precision import engine_in_fp8, serves_fp8
-from fp8slurm.run.directory import RunDirectory, RunState, rl_step
+from fp8slurm.run.directory import SLURM_FOLDER, RunDirectory, RunState, rl_step
 from fp8slurm.run.task_errors import VERDICT, describe, first_error, is_permanent, record_error
 from fp8slurm.scheduler import job as slurm
 from fp8slurm.scheduler.job import Job, SlurmError
@@ -47,10 +47,11 @@ def settle_configuration(config: RunConfig, run: RunDirectory) -> list[str]:
     Raises:
         InputError: as check_configuration.
     """
-    changes = _changed_settings(config, run)
-    changed_data, sums = _changed_data(config, run)
-    write_atomic(run.path / "config.json", json.dumps(_without_waiting(config.model_dump(mode="json")), indent=1))
-    write_atomic(run.path / DATA, json.dumps(sums, indent=1))
+    changes = patiently(lambda: _changed_settings(config, run))
+    changed_data, sums = patiently(lambda: _changed_data(config, run))
+    settings = json.dumps(_without_waiting(config.model_dump(mode="json")), indent=1)
+    patiently(lambda: write_atomic(run.path / "config.json", settings))
+    patiently(lambda: write_atomic(run.path / DATA, json.dumps(sums, indent=1)))
     return changes + changed_data
 
 
@@ -142,7 +143,7 @@ def same_path(a: str | None, b: str | None) -> bool:
 def write_versions(run: RunDirectory, changes: list[str]) -> None:
     """versions.json of the attempt: the command, the packages, and what was changed since the attempt before."""
     versions = {"command": sys.argv, "packages": package_versions(), "changed": changes}
-    write_atomic(run.attempt_dir / "versions.json", json.dumps(versions, indent=1))
+    patiently(lambda: write_atomic(run.attempt_dir / "versions.json", json.dumps(versions, indent=1)))
 
 
 def package_versions() -> dict[str, str]:
@@ -192,14 +193,15 @@ def without_progress(run: RunDirectory, job: Job) -> int:
     checkpoint that is still the newest."""
     newest, id, count = run.newest_checkpoint(), job.id, 0
     for attempt in range(run.newest_attempt(), -1, -1):
-        owner = run.owner(attempt)
-        if owner is None or "job" not in owner or owner["checkpoint"] != newest:
-            break
-        if owner["job"] != id:
-            stopped = run.attempts / str(attempt) / "stopped.json"
-            if not stopped.is_file() or read_json(stopped).get("resubmitted") != id:
+        try:
+            owner = run.owner(attempt) or {}
+            if "job" not in owner or owner.get("checkpoint") != newest:
                 break
-            id = owner["job"]
+            if owner["job"] != id and _stopped(run.attempts / str(attempt)).get("resubmitted") != id:
+                break
+        except TransientInputError:  # torn: whose it was is not known any more
+            break
+        id = owner["job"]
         count += 1
     return count
 
@@ -213,28 +215,39 @@ def begin(config: RunConfig, path: Path, job: Job) -> RunDirectory:
         InputError: as settle_configuration.
     """
     run = RunDirectory(path)
-    run.path.mkdir(parents=True, exist_ok=True, mode=0o700)
-    count = without_progress(run, job)
+    patiently(lambda: run.path.mkdir(parents=True, exist_ok=True, mode=0o700))
+    count = patiently(lambda: without_progress(run, job))
     if count >= config.slurm.max_attempts_without_progress:
         text = no_progress(config, run, count)
         _say_the_end(run, text)
         raise NoProgressError(text)
-    owner = {"job": job.id, "restart": job.restart, "step": job.step, "checkpoint": run.newest_checkpoint()}
+    owner = {"job": job.id, "restart": job.restart, "step": job.step, "checkpoint": patiently(run.newest_checkpoint)}
     owner["arguments"] = slurm.script_arguments(job.id)
     run.acquire(owner, holder)
     try:  # an attempt that has not begun is found by nobody else
         changes = settle_configuration(config, run)
         write_versions(run, changes)
-        (run.attempt_dir / "logs").mkdir()
+        patiently(lambda: (run.attempt_dir / "logs").mkdir(exist_ok=True))
     except Exception as error:
-        errors = run.attempt_dir / "errors"
-        errors.mkdir(exist_ok=True)
-        record_error(errors, 0, describe(error), permanent=is_permanent(error))
+        record_error(run.attempt_dir / "errors", 0, describe(error), permanent=is_permanent(error))
         if not is_permanent(error):
-            (run.attempt_dir / "begun").touch()  # for the job script, which puts the job back into the queue
+            patiently((run.attempt_dir / "begun").touch)  # for the job script, which puts the job back into the queue
         raise
-    (run.attempt_dir / "begun").touch()
+    patiently((run.attempt_dir / "begun").touch)
     return run
+
+
+def unbegun(path: Path, job: Job) -> Path:
+    """The folder in which a start of the job that began no attempt says why."""
+    return path / SLURM_FOLDER / f"unbegun_{job.id}_{job.restart}"
+
+
+def unbegun_starts(path: Path, job: Job) -> int:
+    """Starts in a row, this one included, that began no attempt."""
+    count = 0
+    while job.restart - count >= 0 and unbegun(path, Job(job.id, job.restart - count, None)).is_dir():
+        count += 1
+    return count
 
 
 def no_progress(config: RunConfig, run: RunDirectory, count: int) -> str:
@@ -284,10 +297,13 @@ def _say_the_end(run: RunDirectory, text: str) -> None:
 
 
 def find(path: Path, job: Job) -> RunDirectory | None:
-    """The attempt of this start of the job, once it has been begun."""
+    """The attempt of this start of the job, once it has been begun. What stays torn is another's."""
     run = RunDirectory(path)
     newest = run.newest_attempt()
-    owner = run.owner(newest)
+    try:
+        owner = patiently(lambda: run.owner(newest))
+    except TransientInputError:
+        return None
     if owner is None or (owner.get("job"), owner.get("restart")) != (job.id, job.restart):
         return None
     if job.step is not None and owner.get("step") != job.step:  # a step of the same allocation before this one
@@ -299,7 +315,7 @@ def find(path: Path, job: Job) -> RunDirectory | None:
 def join(path: Path, job: Job, timeout_s: float = JOIN_TIMEOUT_S) -> RunDirectory:
     """Wait for the attempt of this start of the job. Raises TimeoutError."""
     deadline = time.monotonic() + timeout_s
-    while (run := find(path, job)) is None:
+    while (run := patiently(lambda: find(path, job))) is None:
         if time.monotonic() > deadline:
             raise TimeoutError(f"{path}: task 0 did not begin an attempt for job {job.id} within {timeout_s:g} s")
         time.sleep(0.1)

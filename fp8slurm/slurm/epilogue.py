@@ -15,17 +15,19 @@ from pathlib import Path
 from typing import Any
 
 from fp8slurm.config import RunConfig
-from fp8slurm.core.errors import InputError
-from fp8slurm.core.files import read_json, write_atomic
+from fp8slurm.core.errors import InputError, TransientInputError
+from fp8slurm.core.files import names_in, patiently, read_json, write_atomic
 from fp8slurm.run.directory import RunDirectory
 from fp8slurm.run.task_errors import STOPPED, VERDICT, first_error
 from fp8slurm.scheduler import job as slurm
-from fp8slurm.scheduler.job import Job
+from fp8slurm.scheduler.job import Job, SlurmError
 from fp8slurm.slurm import attempt
-from fp8slurm.slurm.requeue import requeue_or_resubmit
+from fp8slurm.slurm.requeue import go_on
 
 LINGER_S = 60.0
 """Slurm ends the script of a job that was requeued; until then it must not look as if the job had ended by itself."""
+LOOKS_AGAIN_S = (2.0, 10.0, 60.0, 120.0)
+"""Pauses where the run directory or Slurm does not answer: with this process the run would end."""
 FAILED = re.compile(r"srun: error: (\S+): tasks? ([\d,-]+): (.*)")
 LOST = re.compile(r"srun: error: (Aborting, io error.*|Node failure on .*)")
 """srun has lost a node, and ends the tasks of the others for it."""
@@ -33,14 +35,27 @@ OTHERS = re.compile(r"srun: |slurmstepd\S*: |submitit ")
 """Begins a line that is not the task's own."""
 
 
-def after(status: int, path: Path) -> int:
-    """What to do after the tasks ended with `status`; returns the job script's exit status."""
+def after(status: int, path: Path, config: RunConfig | None = None) -> int:
+    """What to do after the tasks ended with `status`; returns the job script's exit status.
+
+    config: of a script of the user's own; left out: what `submit` wrote into the run directory.
+    """
     job = Job.here()
     if job is None:
         raise InputError("this is no Slurm job: the command is the last line of a job script")
+    for pause in LOOKS_AGAIN_S:
+        try:
+            return _after(status, path, job, config)
+        except (OSError, TransientInputError, SlurmError) as error:
+            _say(f"{error}; looks again in {pause:g} s")
+            time.sleep(pause)
+    return _after(status, path, job, config)
+
+
+def _after(status: int, path: Path, job: Job, config: RunConfig | None) -> int:
     run = attempt.find(path, Job(job.id, job.restart, None))
-    if run is None:  # it never began: the reason is in the log already
-        return status
+    if run is None:
+        return status if status == 0 or not _again_unbegun(path, job, config) else 0
     stopped = run.attempt_dir / STOPPED
     if stopped.is_file():
         record = read_json(stopped)
@@ -51,12 +66,57 @@ def after(status: int, path: Path) -> int:
     if status == 0:
         return 0
     shown = slurm.show_job(job.id) or {}
-    text = _verdict(run, shown)
+    try:
+        text = patiently(lambda: _verdict(run, shown))
+    except TransientInputError as error:  # a file that stays torn: it is named, and the run goes on
+        text = str(error)
     _say(f"attempt {run.attempt} failed:\n{text}")
     if shown.get("JobState") != "RUNNING":  # cancelled, out of time, or requeued by Slurm
         return status
-    config = RunConfig.model_validate_json((run.path / "config.json").read_text())
-    return status if not _again(config, run, job) else 0
+    return status if not _again(_configuration(path), run, job) else 0
+
+
+def _configuration(path: Path) -> RunConfig:
+    return RunConfig.model_validate(read_json(path / "config.json"))
+
+
+def _again_unbegun(path: Path, job: Job, config: RunConfig | None) -> bool:
+    """Requeue a job whose start began no attempt, unless it says that the next one would not either; whether it was.
+    The reason is in the log already."""
+    if (slurm.show_job(job.id) or {}).get("JobState") != "RUNNING":
+        return False
+    if config is None and not (path / "config.json").is_file():
+        return False
+    config = config or _configuration(path)
+    folder = attempt.unbegun(path, job)
+    folder.mkdir(parents=True, exist_ok=True)
+    count = attempt.unbegun_starts(path, job)
+    if not config.slurm.requeue or _permanent(folder):
+        return False
+    if count >= config.slurm.max_attempts_without_progress:
+        _say(f"{path}: {count} starts in a row began no attempt (slurm.max_attempts_without_progress); the run ends")
+        return False
+    try:
+        slurm.requeue(job.id)
+    except SlurmError as refusal:
+        _say(f"scontrol requeue: {refusal}")
+        return False
+    _say("no attempt was begun: requeued")
+    time.sleep(LINGER_S)
+    return True
+
+
+def _permanent(folder: Path) -> bool:
+    """Whether a task has said that another attempt would only meet its error again. A file that stays torn says
+    nothing."""
+    for name in names_in(folder / "errors"):
+        if name.startswith("task_") and name.endswith(".json"):
+            try:
+                if patiently(lambda: read_json(folder / "errors" / name)).get("permanent") is True:
+                    return True
+            except TransientInputError as error:
+                _say(str(error))
+    return False
 
 
 def _again(config: RunConfig, run: RunDirectory, job: Job) -> bool:
@@ -64,8 +124,7 @@ def _again(config: RunConfig, run: RunDirectory, job: Job) -> bool:
     if not config.slurm.requeue:
         _say("slurm.requeue is off: submit the run again to go on")
         return False
-    errors = [read_json(p) for p in (run.attempt_dir / "errors").glob("task_*.json")]
-    if any(e["permanent"] for e in errors):
+    if _permanent(run.attempt_dir):
         _say("another attempt would only meet this again: the run ends")
         return False
     count = attempt.without_progress(run, Job(job.id, job.restart, None))
@@ -73,10 +132,7 @@ def _again(config: RunConfig, run: RunDirectory, job: Job) -> bool:
         _say(attempt.no_progress(config, run, count))
         return False
     record: dict[str, Any] = {"why": "a task died", "at": "", "saved": False, "time": time.time(), "why_not": ""}
-    # Slurm ends this script as soon as it has taken the requeue.
-    write_atomic(run.attempt_dir / STOPPED, json.dumps(record | {"next": "requeued"}))
-    record |= requeue_or_resubmit(run, job, dict(os.environ))
-    write_atomic(run.attempt_dir / STOPPED, json.dumps(record))
+    record = go_on(run, job, record, dict(os.environ))
     _say(record["next"] or record["why_not"])
     if record["next"] == "requeued":
         time.sleep(LINGER_S)
@@ -138,7 +194,7 @@ def main(argv: list[str]) -> int:
         'fp8slurm after $? "${ARGS[@]}". Requeues the job where a task died, as long as the run makes progress.',
     )
     _, config = parse_command(parser, argv if asks else argv[1:])
-    return after(int(argv[0]), (config.run.root / config.run.name).resolve())
+    return after(int(argv[0]), (config.run.root / config.run.name).resolve(), config)
 
 
 if __name__ == "__main__":

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 from fp8slurm.config import RunConfig
 from fp8slurm.config.placement import place
+from fp8slurm.core.errors import TransientInputError
+from fp8slurm.core.files import names_in, patiently, read_json
 from fp8slurm.core.processes import process_start, python_path
 from fp8slurm.core.signals import ended_is_interrupted
 from fp8slurm.process.environment import GPUS
@@ -22,6 +23,8 @@ from fp8slurm.run.task_errors import first_error
 from fp8slurm.scheduler import job as slurm
 from fp8slurm.slurm import attempt
 from fp8slurm.slurm.task import run_task
+
+Seen = TypeVar("Seen")
 
 END_GRACE_S = 20.0
 """Time for all tasks to end by themselves once one has failed."""
@@ -127,9 +130,9 @@ def _run_here(config: RunConfig, run: RunDirectory, watch: Callable[[], None]) -
         failed_at: float | None = None
         killed = False
         while tasks.poll() is None:
-            watch()
+            _in_passing(watch, None)
             time.sleep(0.2)
-            if failed_at is None and any((run.attempt_dir / "errors").glob("task_*.json")):
+            if failed_at is None and _in_passing(lambda: any((run.attempt_dir / "errors").glob("task_*.json")), False):
                 failed_at = time.monotonic()
             if failed_at is not None and time.monotonic() - failed_at > END_GRACE_S:
                 _end_tasks(run)  # a stopped process ends with nobody: it does not even notice
@@ -139,22 +142,38 @@ def _run_here(config: RunConfig, run: RunDirectory, watch: Callable[[], None]) -
         _end_tasks(run)
         tasks.end()
         raise
-    watch()
-    error = first_error(run.attempt_dir, vanished=not killed)
+    _in_passing(watch, None)
+    error = patiently(lambda: first_error(run.attempt_dir, vanished=not killed))
     if error is not None:
         raise RunFailed(error)
-    done, expected = len(list((run.attempt_dir / "tasks").glob("*.done"))), place(config).tasks_per_node
+    expected = place(config).tasks_per_node
+    done = sum(name.endswith(".done") for name in patiently(lambda: names_in(run.attempt_dir / "tasks")))
     if done < expected:
         raise RunFailed(f"{expected - done} tasks ended without a word; their logs are in {run.attempt_dir / 'logs'}")
+
+
+def _in_passing(look: Callable[[], Seen], otherwise: Seen) -> Seen:
+    """What `look` sees of a run that goes on; `otherwise` where a shared file system stumbles: the next look is soon,
+    and the run needs none."""
+    try:
+        return look()
+    except (OSError, TransientInputError):
+        return otherwise
 
 
 def _end_tasks(run: RunDirectory, grace_s: float = 10.0) -> None:
     """Ask this attempt's tasks to end, by pid, and end those that do not."""
 
+    def read() -> list[dict[str, Any]]:
+        return [read_json(p) for p in (run.attempt_dir / "tasks").glob("[0-9]*.json")]
+
+    try:
+        tasks = patiently(read)
+    except (OSError, TransientInputError) as error:  # submitit's own process ends them too
+        print(f"fp8slurm: who the run's tasks are cannot be read: {error}", file=sys.stderr)
+        tasks = []
+
     def living() -> list[int]:
-        tasks = [
-            json.loads(p.read_text()) for p in (run.attempt_dir / "tasks").glob("*.json") if not p.name.startswith(".")
-        ]
         return [t["pid"] for t in tasks if process_start(t["pid"]) == t["start"]]
 
     for pid in living():
@@ -175,7 +194,7 @@ def follow(config: RunConfig, job_id: str, watch: Callable[[], None], say: Calla
     run = RunDirectory(config.run.root / config.run.name)
     state, asked_at = "", 0.0
     while True:
-        watch()
+        _in_passing(watch, None)
         if time.monotonic() - asked_at > ASK_S:
             asked_at = time.monotonic()
             try:
@@ -191,10 +210,10 @@ def follow(config: RunConfig, job_id: str, watch: Callable[[], None], say: Calla
                 if now not in (*slurm.ACTIVE, "COMPLETING"):
                     break
         time.sleep(0.5)
-    watch()
-    if attempt.finished(config, run):
+    _in_passing(watch, None)
+    if patiently(lambda: attempt.finished(config, run)):
         return
-    newest = run.newest_attempt()
+    newest = patiently(run.newest_attempt)
     run.attempt = newest if newest >= 0 else None
-    text = first_error(run.attempt_dir, vanished=False) if newest >= 0 else None
+    text = patiently(lambda: first_error(run.attempt_dir, vanished=False)) if newest >= 0 else None
     raise RunFailed(f"job {job_id} is {state}: {text or 'the reason is in its log'}")

@@ -19,12 +19,12 @@ from typing import Any
 
 from fp8slurm.config import RunConfig
 from fp8slurm.core.deadlines import REQUEUE_S, SAFETY
-from fp8slurm.core.files import write_atomic
+from fp8slurm.core.files import patiently, read_json, write_atomic
 from fp8slurm.run.directory import FencedError, RunDirectory
 from fp8slurm.run.task_errors import STOPPED
 from fp8slurm.scheduler import job as slurm
 from fp8slurm.scheduler.job import Job
-from fp8slurm.slurm.requeue import requeue_or_resubmit
+from fp8slurm.slurm.requeue import go_on
 
 log = logging.getLogger(__name__)
 
@@ -66,11 +66,14 @@ class JobLifecycle:
         if self.first and self.end is not None and time.time() > self.end - REQUEUE_S:
             self.end = slurm.end_time(self.job.id)  # it may have been extended
             if self.end is not None and time.time() > self.end - REQUEUE_S:
-                self.end = None
                 try:
                     self._go_on("no time left to save", "", False)
-                except (FencedError, OSError) as error:  # the monitor must go on watching
-                    log.error("no time left to save, and the job cannot be requeued: %s", error)
+                    self.end = None
+                except FencedError as error:  # the monitor must go on watching
+                    self.end = None
+                    log.error("no time left to save, and the job is not requeued: %s", error)
+                except OSError as error:
+                    log.error("no time left to save, and the job is not requeued yet: %s", error)
 
     # -- rank 0's main thread ------------------------------------------------------------------------------------
 
@@ -105,8 +108,8 @@ class JobLifecycle:
         with self._lock:
             path = self.run.attempt_dir / STOPPED
             if path.is_file():
-                return json.loads(path.read_text())
-            self.run.check_fence()
+                return read_json(path)
+            patiently(self.run.check_fence, pauses_s=(0.2, 0.8))
             record: dict[str, Any] = {
                 "why": why,
                 "at": where,
@@ -119,9 +122,6 @@ class JobLifecycle:
                 record["why_not"] = "slurm.requeue is off"
                 write_atomic(path, json.dumps(record))
                 return record
-            # Slurm ends this process as soon as it has taken the requeue: what is to be said must be on disk before.
-            write_atomic(path, json.dumps(record | {"next": "requeued"}))
-            record |= requeue_or_resubmit(self.run, self.job, self.environment)
-            write_atomic(path, json.dumps(record))
+            record = go_on(self.run, self.job, record, self.environment)
             log.warning("%s: %s", why, record["next"] or record["why_not"])
             return record

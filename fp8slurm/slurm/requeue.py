@@ -8,13 +8,32 @@ import os
 from pathlib import Path
 from typing import Any
 
-from fp8slurm.core.files import write_atomic
+from fp8slurm.core.files import patiently, write_atomic
 from fp8slurm.run.chain_record import CHAIN, read_chain
 from fp8slurm.run.directory import SLURM_FOLDER, RunDirectory
+from fp8slurm.run.task_errors import STOPPED
 from fp8slurm.scheduler import job as slurm
 from fp8slurm.scheduler.job import Job, SlurmError
 
 log = logging.getLogger(__name__)
+
+
+def go_on(run: RunDirectory, job: Job, record: dict[str, Any], environment: dict[str, str]) -> dict[str, Any]:
+    """Requeue or resubmit the job and say so in stopped.json with `record`, how the attempt ended; returns all of it.
+
+    A run directory that cannot be written to is no reason to stay where the job is.
+    """
+
+    def keep(record: dict[str, Any]) -> None:
+        try:
+            patiently(lambda: write_atomic(run.attempt_dir / STOPPED, json.dumps(record)), pauses_s=(0.2, 0.8))
+        except OSError as error:
+            log.error("%s cannot be written: %s", run.attempt_dir / STOPPED, error)
+
+    keep(record | {"next": "requeued"})  # now: Slurm ends this process as soon as it has taken the requeue
+    record = record | requeue_or_resubmit(run, job, environment)
+    keep(record)
+    return record
 
 
 def requeue_or_resubmit(run: RunDirectory, job: Job, environment: dict[str, str]) -> dict[str, Any]:

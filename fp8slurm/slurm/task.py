@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from fp8slurm.config import RunConfig
 from fp8slurm.config.placement import Placement, Task, place
+from fp8slurm.core.deadlines import RENDEZVOUS_TIMEOUT_S
 from fp8slurm.core.stopping import NeverStop
 from fp8slurm.process.environment import see_gpus, set_environment, set_logging
 from fp8slurm.process.monitor import Monitor
@@ -54,9 +55,11 @@ def be_task(config: RunConfig, run: RunDirectory, placement: Placement, task: Ta
         if task.role == "rank":
             stop_policy = lifecycle = JobLifecycle(config, run, job, task.number == 0, started_with)
             monitor.on_notice, monitor.on_tick = lifecycle.notice, lifecycle.tick
-    monitor.start()
+    # What is imported now may lie on a slow file system; a task that takes longer fails at the rendezvous.
+    monitor.expect(RENDEZVOUS_TIMEOUT_S)
     code = 1
     try:
+        monitor.start()
         if task.role == "rank":
             rank_main(config, run, placement, task, monitor, stop_policy)
         else:
@@ -64,14 +67,22 @@ def be_task(config: RunConfig, run: RunDirectory, placement: Placement, task: Ta
         monitor.done()
         code = 0
     except BaseException as error:  # noqa: BLE001 - whatever it was, the launcher shows it and the neighbours end
-        if (run.attempt_dir / STOPPED).exists() and (task.role, task.number) != ("rank", 0):
-            code = 0  # the run has stopped as planned, and rank 0 and the store are gone
-        else:
-            record_error(run.attempt_dir / "errors", task.index, describe(error), permanent=is_permanent(error))
-            traceback.print_exc()
-            code = 0 if monitor.replaced() else 1
+        try:
+            code = _last_words(run, task, error, monitor)
+        except OSError as reason:
+            print(f"task {task.index}: the error is only here ({reason})", file=sys.stderr)
+            traceback.print_exception(error)
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
         # A failed task must be gone at once, and interpreter shutdown with live process groups can hang.
         os._exit(code)
+
+
+def _last_words(run: RunDirectory, task: Task, error: BaseException, monitor: Monitor) -> int:
+    """Record what ended the task; its exit status."""
+    if (run.attempt_dir / STOPPED).exists() and (task.role, task.number) != ("rank", 0):
+        return 0  # the run has stopped as planned, and rank 0 and the store are gone
+    record_error(run.attempt_dir / "errors", task.index, describe(error), permanent=is_permanent(error))
+    traceback.print_exception(error)
+    return 0 if monitor.replaced() else 1

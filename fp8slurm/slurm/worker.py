@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from fp8slurm.config import RunConfig
 from fp8slurm.config.placement import Placement, Task, place
 from fp8slurm.core.errors import InputError
+from fp8slurm.core.files import patiently
 from fp8slurm.run.directory import RunDirectory
 from fp8slurm.run.task_errors import describe, is_permanent, record_error
 from fp8slurm.scheduler.job import Job
@@ -46,17 +47,16 @@ def work(config_json: str, run_dir: str) -> None:
 
 
 def _record(path: Path, error: Exception) -> None:
-    """Leave the reason in the attempt of this start of the job: without it the job script would take the task's end for
-    one that another attempt may cure."""
+    """Leave the reason in the attempt of this start of the job, or where a start without one says it: without it the
+    job script would take the task's end for one that another attempt may cure."""
     job, index = Job.here(), os.environ.get("SLURM_PROCID", "")
     if job is None or not index.isdigit():
         return
     try:
         # Task 0 itself has not begun one, or has it already.
         run = attempt.find(path, job) if index == "0" else attempt.join(path, job, RECORD_TIMEOUT_S)
-        if run is not None:
-            (run.attempt_dir / "errors").mkdir(exist_ok=True)
-            record_error(run.attempt_dir / "errors", int(index), describe(error), permanent=is_permanent(error))
+        folder = run.attempt_dir if run is not None else attempt.unbegun(path, job)
+        record_error(folder / "errors", int(index), describe(error), permanent=is_permanent(error))
     except (OSError, ValueError) as reason:  # TimeoutError among them: task 0 refuses the job too
         print(f"fp8slurm: the error is only here ({reason})", file=sys.stderr)
 
@@ -72,7 +72,7 @@ def _work(config_json: str, run_dir: str) -> None:
     job, task = Job.here(), this_task(placement)
     assert job is not None
     path = Path(run_dir)
-    if attempt.finished(config, RunDirectory(path)):
+    if patiently(lambda: attempt.finished(config, RunDirectory(path))):
         if task.index == 0:
             print(f"{path} is finished: {config.run.steps} steps (--run.steps more of them to go on)")
         return
@@ -105,7 +105,8 @@ def redirect_output(run: RunDirectory, task: Task) -> None:
     print(f"task {task.index} ({task.role} {task.number}): attempt {run.attempt}, logs in {where}", file=sys.stderr)
     for stream, end in ((sys.stdout, "out"), (sys.stderr, "err")):
         stream.flush()
-        fd = os.open(where / f"{task.index}_log.{end}", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+        fd = patiently(lambda: os.open(where / f"{task.index}_log.{end}", flags, 0o600))
         os.dup2(fd, stream.fileno())
         os.close(fd)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from fp8slurm.core.files import read_json
+from fp8slurm.core.files import patiently, read_json, write_atomic
 
 TIMEOUT = timedelta(hours=24)  # hangs are the watchdog's business: it knows what progress is
 
@@ -40,20 +40,20 @@ def host_store(address: str) -> tuple[dist.TCPStore, int]:
 
 def publish(path: Path, address: str, port: int) -> None:
     """Tell the attempt's other tasks where the store is, and the key of its values, in a file for nobody else."""
-    from fp8slurm.core.files import write_atomic
     from fp8slurm.sync.signed_store import new_key
 
-    write_atomic(path, json.dumps({"address": address, "port": port, "key": new_key()}), mode=0o600)
+    text = json.dumps({"address": address, "port": port, "key": new_key()})
+    patiently(lambda: write_atomic(path, text, mode=0o600))
 
 
 def connect_store(path: Path, timeout_s: float) -> dist.TCPStore:
     """Connect to the store that rank 0 published. Raises TimeoutError."""
     deadline = time.monotonic() + timeout_s
-    while not path.is_file():
+    while not patiently(path.is_file):
         if time.monotonic() > deadline:
             raise TimeoutError(f"{path} did not appear within {timeout_s:g} s: rank 0 did not start")
         time.sleep(0.05)
-    where = read_json(path)
+    where = patiently(lambda: read_json(path))
     return dist.TCPStore(
         where["address"], where["port"], None, is_master=False, timeout=TIMEOUT, wait_for_workers=False
     )

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from fp8slurm.core.files import read_json
+from fp8slurm.core.files import patiently, read_json
 
 SIGNATURE_BYTES = hashlib.sha256().digest_size
 
@@ -36,7 +36,7 @@ def new_key() -> str:
 
 def read_key(path: Path) -> str:
     """The key in the file that tells the tasks where the store is."""
-    return read_json(path)["key"]
+    return patiently(lambda: read_json(path))["key"]
 
 
 class SignedStore(dist.Store):

@@ -58,6 +58,10 @@ def transformer_config(config: RunConfig, spec: ModelSpec) -> Any:
             arguments |= balance
     if config.train.recompute == "full":
         arguments |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    if config.model.exact and not cuda:
+        from fp8slurm.cpu import exact_layers
+
+        arguments["activation_func"] = exact_layers.silu
     if config.fp8.backend == "transformer_engine" and not config.model.exact:  # exact layers multiply by themselves
         arguments |= {"fp8": config.fp8.format, "fp8_recipe": config.fp8.recipe, "fp8_param": config.fp8.param_gather}
     return TransformerConfig(**arguments)
@@ -80,6 +84,10 @@ def build_module(config: RunConfig, spec: ModelSpec, tconfig: Any) -> Any:
         position_embedding_type="rope",
         rotary_base=spec.rope_theta,
     )
+    if config.model.exact and not torch.cuda.is_available():
+        from fp8slurm.cpu.exact_layers import ExactRotary
+
+        module.rotary_pos_emb = ExactRotary(spec.rope_theta, spec.head_dim)
     return module.to(torch.cuda.current_device(), torch_dtype(config))
 
 

@@ -80,7 +80,7 @@ class Snapshot:
         for number, bucket in enumerate(buckets):
             _, results = writer.write_preloaded_data(transforms, number, bucket, None, None, use_fsync=True)
             if isinstance(results, Exception):
-                return zlib.compress(json.dumps({"error": f"{results}"}).encode())
+                return zlib.compress(json.dumps({"error": _first_cause(results)}).encode())
             for r in results:
                 where = r.storage_data
                 assert where.transform_descriptors is None
@@ -110,6 +110,14 @@ class Snapshot:
 
         self._writer.finish(self._metadata, [[result(*item) for item in rank["items"]] for rank in ranks])
         save_config(self._format, str(self.path))
+
+
+def _first_cause(error: BaseException) -> str:
+    """An error by the first OSError behind it: torch answers a write that fails with an `unexpected pos` of its own."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    return str(cause or error) or type(cause or error).__name__
 
 
 _groups: weakref.WeakKeyDictionary[Trainer, list[Any]] = weakref.WeakKeyDictionary()

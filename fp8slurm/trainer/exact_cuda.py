@@ -9,12 +9,14 @@ already (docs/exact.md).
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from typing import Any
 
 import torch
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
+from fp8slurm.core.errors import InputError
 from fp8slurm.fp8 import BLOCK
 from fp8slurm.fp8.block import E4M3
 from fp8slurm.fp8.quantize import quantize
@@ -32,13 +34,11 @@ def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return rmsnorm(x, weight, eps)
 
 
-def add_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Kernels.add_norm: what it calls for all others, in place."""
+def add_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> None:
+    """Kernels.add_norm: what it calls for all others."""
     from sgl_kernel import fused_add_rmsnorm
 
-    total = residual.clone()
-    fused_add_rmsnorm(x, total, weight, eps)
-    return x, total
+    fused_add_rmsnorm(x, residual, weight, eps)
 
 
 def norm_heads(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float) -> None:
@@ -207,8 +207,21 @@ class FP8RowParallelLinear(_FP8, RowParallelLinear):
 column_parallel_linear, row_parallel_linear = FP8ColumnParallelLinear, FP8RowParallelLinear
 
 
-def share_compiled_kernels() -> None:
-    """Have DeepGEMM keep what it compiles where SGLang has it kept; before its first import."""
+def prepare() -> None:
+    """Before the first layer is built: refuse a machine without these kernels, and have DeepGEMM keep what it compiles
+    where SGLang has it kept. InputError names what is missing."""
+    missing = [name for name in ("sglang", "sgl_kernel", "deep_gemm") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise InputError(
+            f"--model.exact: the trainer computes with the engine's kernels, and {', '.join(missing)} cannot be "
+            f"imported here; allowed: SGLang installed beside the trainer (docs/install.md), or --model.no-exact"
+        )
+    capability = torch.cuda.get_device_capability()
+    if capability[0] != 9:
+        raise InputError(
+            f"--model.exact on a GPU of compute capability {capability[0]}.{capability[1]}: FlashAttention 3 and these "
+            f"block FP8 products are Hopper's; allowed: 9.0, or --model.no-exact"
+        )
     from sglang.srt.environ import envs
 
     os.environ.setdefault("DG_JIT_CACHE_DIR", envs.SGLANG_DG_CACHE_DIR.get())

@@ -65,6 +65,15 @@ def _logprobs_of(
 ) -> Outputs:
     """GPTModel's last step, in place of its logits: the log-probabilities of the labels in `context`."""
     labels, temperature, group, with_entropy, exact = context
+    if exact and not torch.cuda.is_available():
+        from fp8slurm.cpu import exact_layers
+
+        weight = output_layer.weight if output_weight is None else output_weight
+        return exact_layers.logprobs(
+            lambda: output_layer(hidden_states, weight=output_weight)[0].squeeze(1),
+            partial(vocab_parallel_logprobs, labels=labels, with_entropy=with_entropy, temperature=temperature),
+            hidden_states.squeeze(1), weight, labels, temperature,
+        )  # fmt: skip
     logits, _bias = output_layer(hidden_states, weight=output_weight)
     logits = logits.squeeze(1)
     return vocab_parallel_logprobs(logits, labels, group, with_entropy, temperature, exact)

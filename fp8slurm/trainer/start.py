@@ -219,11 +219,11 @@ def layer_spec(config: RunConfig, transformer_config: Any) -> Any:
     if not torch.cuda.is_available():
         from fp8slurm.cpu.layer_spec import layer_spec as cpu_layer_spec
 
-        return cpu_layer_spec(transformer_config, fp8=config.fp8.backend == "emulated")
+        return cpu_layer_spec(transformer_config, config.fp8.backend == "emulated", config.model.exact)
     if config.model.exact:
         from fp8slurm.trainer import exact_cuda, exact_layer
 
-        exact_cuda.share_compiled_kernels()
+        exact_cuda.prepare()
         return exact_layer.layer_spec(transformer_config, exact_cuda)
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 

@@ -94,8 +94,8 @@ if os.environ.get("HOLD_REQUESTS"):
 
     apply = sglang_plugin.apply
 
-    def and_hold():
-        apply()
+    def and_hold(*exact):
+        apply(*exact)
         from sglang.srt.managers.scheduler import Scheduler
 
         ingest = Scheduler.ingest_requests

@@ -124,8 +124,11 @@ print(json.dumps(missing(sys.argv[1:])))
 
 
 def test_private_names_of_sglang_are_there() -> None:
+    """And those that exact runs replace on GPUs only."""
     listed = [n for names, _ in rows("Private names that are used, not replaced") for n in names]
+    listed += [n for names, where in rows("SGLang's processes") if "GPU, where `model.exact`" in where for n in names]
     names = [name for name in listed if name.startswith("sglang.")]
+    assert "sglang.srt.layers.sampler.Sampler.__init__" in names
     environment = os.environ | {"SGLANG_USE_CPU_ENGINE": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run(
         [sys.executable, "-c", PRIVATE, *names], env=environment, capture_output=True, text=True, timeout=300
@@ -135,11 +138,12 @@ def test_private_names_of_sglang_are_there() -> None:
 
 
 @pytest.mark.slow
-def test_a_scheduler_replaces_what_the_page_lists(tmp_path: Path, write_fp8_model) -> None:
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_scheduler_replaces_what_the_page_lists(tmp_path: Path, write_fp8_model, exact: bool) -> None:
     """And says so in its log."""
     write_fp8_model(tmp_path / "model", seed=1)
     section = EngineSection(max_total_tokens=8192, context_length=128, dtype="float32", ready_timeout_s=120)
-    engine = Engine(tmp_path / "model", tmp_path, EngineSettings(section, cpu_threads=1))
+    engine = Engine(tmp_path / "model", tmp_path, EngineSettings(section, cpu_threads=1, exact=exact))
     engine.start()
     try:
         engine.wait_ready()
@@ -147,4 +151,8 @@ def test_a_scheduler_replaces_what_the_page_lists(tmp_path: Path, write_fp8_mode
     finally:
         engine.stop()
     assert len(lines) == 1
-    check_replaced("SGLang's processes", lines[0].removeprefix(PATCHED).split(), "CPU" if engine.cpu else "GPU")
+    replaced = lines[0].removeprefix(PATCHED).split()
+    check_replaced("SGLang's processes", replaced, "CPU" if engine.cpu else "GPU")
+    if engine.cpu:
+        names = {n for names, where in rows("SGLang's processes") for n in names if "`model.exact` is on" in where}
+        assert names and (names <= set(replaced) if exact else not names & set(replaced))

@@ -42,6 +42,7 @@ def checked(folder, *flags: str, exact: bool = True, moe: bool = False) -> None:
         ("--fp8.engine bf16", "an engine in BF16"),
         ("--engine.dtype float32", "--model.dtype bfloat16 and --engine.dtype float32"),
         ("--parallel.tensor-parallel-size 2", "--parallel.tensor-parallel-size 2: sums over ranks"),
+        ("--rollout.max-staleness 1", "--rollout.max-staleness 1: samples come from older weights"),
         ("--engine.tensor-parallel-size 2", "--engine.tensor-parallel-size 2: sums over ranks"),
         (f"{GPU} --engine.extra-args=--attention-backend triton", "allowed here: fa3"),
         (f"{GPU} --engine.extra-args=--attention-backend=triton", "allowed here: fa3"),

@@ -25,7 +25,7 @@ from fp8slurm.rl import supervised
 from fp8slurm.rl.boundary import StepBoundary
 from fp8slurm.rl.loop import Loop
 from fp8slurm.rl.loss import sft_loss
-from fp8slurm.rl.recompute import ImpossibleGap, check_gap, recompute, save_logprobs
+from fp8slurm.rl.recompute import ImpossibleGap, check_equal, check_gap, recompute, save_logprobs
 from fp8slurm.rl.recorder import Recorder
 from fp8slurm.rl.saving import Saver, first_state, load_newest
 from fp8slurm.rl.stopwatch import Stopwatch
@@ -209,7 +209,7 @@ def test_an_evaluation_that_leaves_no_time_to_save_is_given_up(step: int, steps:
         loop.state = RunState("rl", number)
         return {"loss": 1.0}
 
-    boundary.cross, loop.step = lambda: None, make
+    boundary.cross, loop.step = lambda: False, make
     with pytest.raises(StepAbandoned):
         loop.reinforce()
     assert recorded == [{"loss": 1.0}]
@@ -462,6 +462,54 @@ def test_a_wider_bound_none_and_frozen_engines(monkeypatch: pytest.MonkeyPatch, 
     assert loop.probe_gap()["gap/mean_abs"] == pytest.approx(0.786, abs=1e-3)
 
 
+def test_an_exact_run_ends_at_one_token_that_differs_in_one_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the bound for the mean says, and with frozen engines too: that is one of the faults it is for."""
+    exact = {"model": {"exact": True}, "control": {"freeze_engine": True}, "rollout": {"n_samples": 1, "max_gap": 0}}
+    engines = torch.tensor([-1.0, -2.0, -0.25])
+    for sample, position in ((1, 2), (0, 1), (0, None)):
+        loop, *_ = gap_loop(monkeypatch, algorithm={}, **exact)
+        monkeypatch.setattr(recompute_module, "gather_rows", lambda rows: rows)
+
+        def logprobs(batches: list, reference: bool = False) -> list[torch.Tensor]:
+            out = [b.rollout_logprobs.clone() for b in batches]
+            for b, own in zip(batches, out):
+                for number, start in zip(b.samples, b.cu_seqlens.tolist()):
+                    if position is not None and number >= sample:
+                        own[start + 2 + position] = torch.nextafter(engines[position], torch.tensor(0.0))
+                own[~b.loss_mask] = 7.0  # of prompts: nobody compares them
+            return out
+
+        loop.trainer.logprobs = logprobs
+        if position is None:
+            loop.probe_gap()
+            continue
+        value = float(torch.nextafter(engines[position], torch.tensor(0.0)))
+        says = (
+            f"The first is token {position} \\(id {[5, 6, 258][position]}\\) of sample 0 of prompt {sample}: trainer "
+        )
+        with pytest.raises(
+            ImpossibleGap, match=rf"step 0: .* {2 - sample} of them. {says}{value:.9g}, engine "
+        ) as start:
+            loop.probe_gap()
+        assert start.value.permanent
+        with pytest.raises(ImpossibleGap, match="step 1: ") as later:
+            loop.step(1)
+        assert not later.value.permanent and not hasattr(loop.trainer, "train_step"), "it was not asked to train"
+
+
+def test_an_exact_run_leaves_nan_on_both_sides_to_the_optimizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    loop, groups, _ = gap_loop(monkeypatch)
+    monkeypatch.setattr(recompute_module, "gather_rows", lambda rows: rows)
+    (batches,) = loop.pack(groups, [[0.0], [0.0]], 1)
+    for b in batches:
+        b.rollout_logprobs = torch.full_like(b.rollout_logprobs, NAN)
+        b.trainer_logprobs = b.rollout_logprobs.clone()
+    check_equal(loop.trainer, batches, groups, 1)
+    batches[0].trainer_logprobs[:] = -1.0
+    with pytest.raises(ImpossibleGap, match="trainer -1, engine nan"):
+        check_equal(loop.trainer, batches, groups, 1)
+
+
 def test_a_gap_of_nothing_but_nan_is_the_optimizers_to_skip() -> None:
     check_gap({"gap/mean_abs": float("nan")}, 0.5, 0)
     check_gap({}, 0.5, 0)
@@ -492,7 +540,7 @@ def warming_up(monkeypatch: pytest.MonkeyPatch, state: RunState, accuracy: float
     }  # fmt: skip
     loop = loop_with(RunConfig.model_validate(sections), trainer, state=state)
     loop.evaluate = lambda: {"eval/accuracy": accuracy}
-    loop.saver.save = lambda state: events.append(state.name)
+    loop.saver.save = lambda state, due=True: events.append(state.name)
     loop.warm_start()
     return loop, events
 
@@ -526,7 +574,7 @@ def test_the_last_step_is_saved_and_evaluated_whatever_the_intervals_are() -> No
     recorder = SimpleNamespace(begin=lambda: None, write=lambda state, record: events.append((state.step, record)))
     config = RunConfig.model_validate({"run": {"steps": 5}, "checkpoint": {"every": 3}, "eval": {"every": 2}})
     loop = loop_with(config, recorder=recorder)
-    loop.saver.save = lambda state: events.append(state.name)
+    loop.saver.save = lambda state, due=True: events.append(state.name)
 
     def step(number: int) -> dict[str, float]:
         loop.state = RunState("rl", number)
@@ -549,7 +597,7 @@ def test_a_stop_is_planned_with_the_longest_of_late_steps_and_with_the_save_unde
     stop_policy = SimpleNamespace(
         noticed=lambda: False, at_step_boundary=lambda noticed, step_s, save_s: told.append((step_s, save_s)) or ""
     )
-    saver = SimpleNamespace(collect=lambda wait: None, left_s=lambda: left[len(told)])
+    saver = SimpleNamespace(collect=lambda wait: None, left_s=lambda: left[len(told)], failed=False)
     boundary = StepBoundary(dist.HashStore(), True, stop_policy, saver, StepTimes(0.0, 7.0))
     monkeypatch.setattr(time, "monotonic", lambda: next(now))
     for _ in range(4):

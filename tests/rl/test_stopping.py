@@ -62,7 +62,7 @@ def test_all_ranks_stop_at_the_same_boundary(stores, noticed_at):
     step_over = threading.Barrier(3, timeout=60)  # a step's collectives keep the ranks together
 
     def rank(i: int):
-        saver = SimpleNamespace(collect=lambda wait: None, left_s=lambda: 0.0)
+        saver = SimpleNamespace(collect=lambda wait: None, left_s=lambda: 0.0, failed=False)
         boundary = StepBoundary(stores[i], i == 0, Told(noticed_at[i]), saver, StepTimes())
 
         def work() -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -112,6 +113,61 @@ def test_a_newer_attempt_fences_the_save_that_is_under_way(run, savers):
     with pytest.raises(FencedError, match="attempt 1 has begun"):
         savers[0].take(wait=True)
     assert run.newest_checkpoint() == ""
+
+
+def saving(run, store, rank: int, errors: list[str], ranks: int = 2):
+    """(saver, boundary, steps that were snapshot) of a rank whose n-th save fails with the n-th error."""
+    steps: list[str] = []
+
+    def snapshot(folder: str, copy: bool):
+        steps.append(Path(folder).name.partition(".")[0])
+        return Part(run.checkpoints / folder, rank, errors[len(steps) - 1] if len(steps) <= len(errors) else "")
+
+    trainer, times = SimpleNamespace(rank=rank, snapshot=snapshot), StepTimes()
+    saver = Saver(RunConfig(), run, trainer, store, ranks, Stopwatch(), times, None)
+    return saver, StepBoundary(store, rank == 0, NeverStop(), saver, times), steps
+
+
+def test_a_save_that_failed_is_made_up_for_at_the_next_boundary_by_all_ranks(run):
+    """Rank 0 says so: the others may not know yet how the save has ended."""
+    store, port = host_store("127.0.0.1")
+    stores = [store, dist.TCPStore("127.0.0.1", port, None, is_master=False, wait_for_workers=False)]
+    ranks = [saving(run, s, rank, ["No space left on device"] * rank) for rank, s in enumerate(stores)]
+
+    def work(rank: int) -> None:
+        saver, boundary, _ = ranks[rank]
+        saver.save(RunState("rl", 4))
+        if rank == 0:  # it knows at the boundary
+            saver.collect()
+        for step in (5, 6, 7):
+            if boundary.cross():
+                saver.save(RunState("rl", step), due=False)
+            if step == 6:
+                saver.collect()
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in (0, 1)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join(60)
+    assert [steps for _, _, steps in ranks] == [["step_000004", "step_000005"]] * 2
+    assert run.checkpoint_names() == ["step_000005"]
+    assert all(saver.figures().get("checkpoint/failed") is None for saver, _, _ in ranks)
+
+
+def test_only_checkpoints_that_were_due_count_as_failed_in_a_row(run):
+    """A disk that is full for ten steps costs no attempt where one checkpoint was due meanwhile."""
+    store, _ = host_store("127.0.0.1")
+    saver, boundary, steps = saving(run, store, 0, ["No space left on device"] * 11, ranks=1)
+    saver.save(RunState("rl", 1))
+    for step in range(2, 12):
+        saver.collect()
+        assert boundary.cross()
+        saver.save(RunState("rl", step), due=False)
+    saver.collect()
+    assert len(steps) == 11 and saver.figures()["checkpoint/failed"] == 1
+    saver.check_saved(RunState("rl", 12))
+    assert steps[-1] == "step_000012" and run.newest_checkpoint() == "step_000012"
 
 
 class Noticed(NeverStop):

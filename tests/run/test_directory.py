@@ -1,7 +1,9 @@
 """Run directories: one holder, attempts, checkpoints that are whole or not used."""
 
+import errno
 import json
 import os
+import re
 import subprocess
 import sys
 from unittest.mock import MagicMock
@@ -9,7 +11,9 @@ from unittest.mock import MagicMock
 import pytest
 
 from fp8slurm.checkpoint.formats.complete import damage
+from fp8slurm.core.errors import BadCheckpoint
 from fp8slurm.run.directory import FencedError, RunBusyError, RunDirectory, RunState
+from fp8slurm.run.step_times import StepTimes
 
 
 def saved(run: RunDirectory, state: RunState, text: str = "weights"):
@@ -215,3 +219,56 @@ def test_an_old_attempt_that_still_writes_loses(run):
     with pytest.raises(FencedError, match="attempt 1"):
         run.commit_checkpoint(tmp, state)
     assert (newer.checkpoints / "step_000004" / "shard").read_text() == "new"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "state.json: not JSON"),
+        ('{"phase": "rl", "step": 1, "colour": 3}', "state.json: unknown: colour; known are phase, step, cursor"),
+        ('{"phase": "ppo", "step": 1}', "state.json: phase 'ppo': allowed are 'sft' and 'rl'"),
+        ('{"phase": "rl"}', "state.json: step None: allowed is a whole number"),
+        ('{"phase": "rl", "step": 1, "cursor": -2}', "state.json: cursor -2: allowed"),
+        ('{"phase": "rl", "step": true}', "state.json: step True: allowed"),
+    ],
+)
+def test_a_state_that_is_none_is_named(tmp_path, text, said):
+    (tmp_path / "state.json").write_text(text)
+    with pytest.raises(BadCheckpoint, match=re.escape(said)):
+        RunState.read(tmp_path)
+
+
+def test_a_state_of_an_earlier_version_is_read(tmp_path):
+    (tmp_path / "state.json").write_text('{"phase": "rl", "step": 3, "cursor": 12}')
+    assert RunState.read(tmp_path) == RunState("rl", 3, 12)
+
+
+@pytest.mark.parametrize(
+    ("text", "times", "said"),
+    [
+        ('{"step_s": 2.5, "save_s": 1}', (2.5, 1.0), ""),
+        ('{"step_s": 2.5, "colour": 3}', (2.5, 0.0), "pace.json: left out: colour 3"),
+        ('{"step_s": "fast", "save_s": -1}', (0.0, 0.0), "left out: step_s 'fast', save_s -1"),
+        ('{"step_s": 2', (0.0, 0.0), "pace.json: not JSON"),
+        ("[]", (0.0, 0.0), "pace.json: not a JSON object"),
+    ],
+)
+def test_step_times_that_cannot_be_read_are_said_and_measured_anew(tmp_path, caplog, text, times, said):
+    (tmp_path / "pace.json").write_text(text)
+    assert StepTimes.read(tmp_path) == StepTimes(*times)
+    assert (said in caplog.text) if said else not caplog.text
+
+
+def test_a_folder_that_cannot_be_read_is_not_an_empty_one(tmp_path, monkeypatch):
+    """A run would begin anew, or take itself for replaced."""
+    run = RunDirectory(tmp_path / "r")
+    run.acquire()
+
+    def fails(path):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(os, "listdir", fails)
+    monkeypatch.setattr(os, "scandir", fails)
+    for look in (run.newest_attempt, run.newest_checkpoint, run.replaced, lambda: run.prune(1, 0)):
+        with pytest.raises(OSError, match="Stale"):
+            look()

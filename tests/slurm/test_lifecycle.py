@@ -1,5 +1,6 @@
 """Attempts inside a job, notices and deadlines, and what follows the end of the tasks; Slurm's commands are faked here."""
 
+import errno
 import json
 import shutil
 import time
@@ -11,12 +12,13 @@ from tiny import write_model
 from fp8slurm.checkpoint import hf_to_fp8
 from fp8slurm.config import RunConfig
 from fp8slurm.core.deadlines import REQUEUE_S
+from fp8slurm.core.files import write_atomic
 from fp8slurm.run.directory import FencedError, RunBusyError, RunDirectory
 from fp8slurm.run.status import statuses
 from fp8slurm.run.task_errors import STOPPED, first_error, record_error
 from fp8slurm.scheduler import job
 from fp8slurm.scheduler.job import Job, SlurmError
-from fp8slurm.slurm import attempt, worker
+from fp8slurm.slurm import attempt, requeue, worker
 from fp8slurm.slurm import epilogue as after
 from fp8slurm.slurm.lifecycle import JobLifecycle, StoppedForGood
 
@@ -455,3 +457,94 @@ def test_nothing_to_do_after_a_good_end_or_without_an_attempt(config, slurm, tmp
     (run.attempt_dir / STOPPED).write_text('{"why": "w", "next": "", "why_not": "slurm.requeue is off"}')
     assert after.after(0, run.path) == 1, "a chain of jobs must not take a stop for the end"
     assert slurm.requeued == []
+
+
+def stumbles(function, times: int = 1, error: int = errno.EIO):
+    """`function`, which meets an error of the file system the first `times` times."""
+    left = [times]
+
+    def wrapped(*args, **kwargs):
+        if left[0]:
+            left[0] -= 1
+            raise OSError(error, "the file system")
+        return function(*args, **kwargs)
+
+    return wrapped
+
+
+@pytest.fixture
+def hasty(monkeypatch):
+    """Nothing waits."""
+    monkeypatch.setattr(time, "sleep", lambda s: None)
+
+
+@pytest.mark.parametrize("stumbling", ["owner", "newest_attempt", "newest_checkpoint", "check_fence"])
+def test_an_attempt_begins_although_the_file_system_stumbles(config, slurm, hasty, monkeypatch, stumbling):
+    begin(config)
+    monkeypatch.setattr(RunDirectory, stumbling, stumbles(getattr(RunDirectory, stumbling)))
+    assert begin(config, restart=1).attempt == 1
+
+
+@pytest.mark.parametrize("stumbling", ["owner", "newest_attempt", "newest_checkpoint"])
+def test_the_job_script_looks_again_where_the_file_system_stumbles(config, slurm, hasty, monkeypatch, stumbling):
+    run = begin(config)
+    record_error(_errors(run), 0, "CUDA error")
+    monkeypatch.setattr(RunDirectory, stumbling, stumbles(getattr(RunDirectory, stumbling)))
+    monkeypatch.setattr(job, "show_job", stumbles(job.show_job))
+    assert after.after(1, run.path) == 0 and slurm.requeued == ["7"]
+    assert json.loads((run.attempt_dir / STOPPED).read_text())["next"] == "requeued"
+
+
+def test_a_job_is_requeued_although_nothing_can_be_written(config, slurm, hasty, monkeypatch):
+    run = begin(config)
+    record_error(_errors(run), 0, "CUDA error")
+    monkeypatch.setattr(requeue, "write_atomic", stumbles(write_atomic, 100, errno.ENOSPC))
+    assert after.after(1, run.path) == 0 and slurm.requeued == ["7"]
+
+
+def test_words_that_stay_torn_do_not_end_the_run(config, slurm, hasty, capsys):
+    run = begin(config)
+    record_error(_errors(run), 0, "CUDA error")
+    (run.attempt_dir / "errors" / "task_1.json").write_text('{"permanent": tr')
+    assert after.after(1, run.path) == 0 and slurm.requeued == ["7"]
+    assert "task_1.json: not JSON" in capsys.readouterr().err
+
+
+def test_a_job_that_begins_no_attempt_is_requeued_a_few_times(config, slurm, hasty, monkeypatch, capsys):
+    """The folder of the newest attempt says nothing that can be read: no attempt is begun, and the reason is kept."""
+    run = begin(config)
+    (run.attempt_dir / "owner.json").write_text("")
+    for key, value in {"PROCID": "0", "NTASKS": "2", "NODEID": "0"}.items():
+        monkeypatch.setenv(f"SLURM_{key}", value)
+    for restart in (1, 2, 3):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
+        with pytest.raises(SystemExit):
+            worker.work(config.model_dump_json(), str(run.path))
+        assert (
+            "owner.json: not JSON"
+            in (run.path / "slurm" / f"unbegun_7_{restart}" / "errors" / "task_0.json").read_text()
+        )
+        assert after.after(2, run.path) == (0 if restart < 3 else 2)
+    assert slurm.requeued == ["7", "7"] and run.newest_attempt() == 0
+    assert "3 starts in a row began no attempt" in capsys.readouterr().err
+
+
+def test_a_start_that_is_refused_for_good_is_not_requeued(config, slurm, hasty, monkeypatch):
+    run = begin(config)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    record_error(attempt.unbegun(run.path, Job("7", 1, None)) / "errors", 0, "held by job 8", permanent=True)
+    assert after.after(2, run.path) == 2 and slurm.requeued == []
+
+
+def test_the_last_moment_is_tried_again(config, slurm, hasty, monkeypatch):
+    """With no time left to save, a run directory that cannot be read must not cost the requeue."""
+    run = begin(config)
+    slurm.end = time.time() + REQUEUE_S - 1
+    lifecycle = JobLifecycle(config, run, Job("7", 0, "0"), first=True)
+    monkeypatch.setattr(RunDirectory, "check_fence", stumbles(RunDirectory.check_fence, 3))
+    lifecycle.tick()
+    assert slurm.requeued == []
+    lifecycle.tick()
+    assert slurm.requeued == ["7"]
+    lifecycle.tick()
+    assert slurm.requeued == ["7"]

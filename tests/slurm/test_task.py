@@ -247,7 +247,7 @@ class Stumbling(monitor.Monitor):
         self.times += 1
         if {when}:
             raise {error}
-m = Stumbling(Path({folder!r}), 3, 2.0)
+m = Stumbling(Path({folder!r}), 3, {timeout_s})
 m.start()
 time.sleep(30)
 """
@@ -255,16 +255,44 @@ time.sleep(30)
 
 @pytest.mark.parametrize("when", ["self.times == 1", "True"])
 def test_the_watchdog_survives_a_file_system_that_stumbles(tmp_path: Path, when: str) -> None:
-    done = run(STUMBLES.format(folder=str(tmp_path), when=when, error="OSError(errno.ESTALE, 'stale')"))
+    error = "OSError(errno.ESTALE, 'stale')"
+    done = run(STUMBLES.format(folder=str(tmp_path), when=when, error=error, timeout_s=2))
     assert done.returncode == monitor.HUNG, done.stderr
     assert "no progress for watchdog.timeout_s = 2" in done.stderr
     assert done.stderr.count("watching goes on") == 1 and "stale" in done.stderr
 
 
 def test_a_task_that_cannot_be_watched_ends(tmp_path: Path) -> None:
-    done = run(STUMBLES.format(folder=str(tmp_path), when="True", error="KeyError('pid')"))
+    done = run(STUMBLES.format(folder=str(tmp_path), when="True", error="KeyError('pid')", timeout_s=60))
     assert done.returncode == 1, done.stderr
     assert "watching it failed" in (tmp_path / "errors" / "task_3.json").read_text()
+
+
+def test_a_neighbours_file_that_is_half_written_ends_no_task(tmp_path: Path) -> None:
+    """A monitor looks twice a second; one that finds two torn files in a row goes on watching."""
+    code = STUMBLES.format(folder=str(tmp_path), when="False", error="None", timeout_s=2).replace(
+        "m.start()",
+        """
+(m.folder).mkdir()
+(m.folder / "1.json").write_text('{"host": ')
+m.start()
+time.sleep(1.2)
+(m.folder / "1.json").unlink()
+""",
+    )
+    code = code.replace("        self.times += 1\n", "        super()._dead_neighbour()\n")
+    done = run(code)
+    assert done.returncode == monitor.HUNG, done.stderr
+    assert done.stderr.count("watching goes on") == 1 and "1.json: not JSON" in done.stderr
+
+
+def test_imports_do_not_count_against_the_watchdog(tmp_path: Path) -> None:
+    """What a task imports before it can say that it makes progress may lie on a slow file system."""
+    (tmp_path / "attempts" / "0").mkdir(parents=True)
+    code = FAIL.format(path=str(tmp_path), in_slurm=False).replace("1 / 0", "time.sleep(1.5)")
+    code = code.replace('{"requeue": False}', '{}, watchdog={"timeout_s": 1}')
+    done = run("import time\n" + code, PATH="/nonexistent")
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_task_ends_where_its_last_words_cannot_be_written(tmp_path: Path) -> None:

@@ -3,18 +3,21 @@
 
 usage: exact_probe.py WORK JSON [--shape Qwen3-0.6B] [--layers N] PART...
 
+    kernels     log-probabilities by the kernel against those in chunks: values, gradients, ms
     bits        an engine's decoded log-probabilities against the trainer's packed forward, at three temperatures, behind
                 short and long prompts; and again with SGLang's quantizer put back into the trainer
     gradients   against TransformerEngine's layer and against BF16, and against themselves
     step        seconds of a training step, exact, ordinary FP8 and BF16
     engine      tokens a second of an exact and of an ordinary engine, batches of 1, 32 and 256 and at 8k context
+    model       only makes the model
 
-Random weights; a model is made in WORK once. JSON has what was found, written after every part.
+Random weights; a model is made in WORK once. JSON has what was found, written as it goes.
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import os
 import random
@@ -54,16 +57,23 @@ TOKENS_IN = range(300, 100_000)
 
 
 class Probe:
+    with_stock = False
+
     def __init__(self, work: Path, out: Path, shape: str, layers: int | None) -> None:
-        self.work, self.out = work, out
+        self.work, self.out, self.began = work, out, time.monotonic()
         self.found: dict[str, Any] = {"shape": shape, "layers": layers, "gpu": torch.cuda.get_device_name()}
         self.model = work / f"{shape}{'' if layers is None else f'-{layers}'}"
-        if not self.model.exists():
-            write_random_model(shape, self.model, layers)
         self.fp8 = self.model.with_name(f"{self.model.name}-FP8")
-        if not self.fp8.exists():
-            hf_to_fp8(self.model, self.fp8, verify=False)
+        with (work / "lock").open("w") as lock:  # another process may be making them
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not self.model.exists():
+                write_random_model(shape, self.model.with_suffix(".tmp"), layers)
+                self.model.with_suffix(".tmp").rename(self.model)
+            if not self.fp8.exists():
+                hf_to_fp8(self.model, self.fp8, verify=False)
         self.random = random.Random(3)
+        self.engines: dict[str, Engine] = {}
+        self._clients: dict[str, EngineClient] = {}
         self._sessions = 0
 
     def put(self, name: str, value: Any) -> None:
@@ -72,18 +82,32 @@ class Probe:
         self.out.with_suffix(".tmp").rename(self.out)
         print(name, json.dumps(value)[:1500], flush=True)
 
-    def engine(self, exact: bool, name: str, graphs: list[int], **section: Any) -> Engine:
-        capture = ["--cuda-graph-bs-decode", *map(str, graphs), "--disable-prefill-cuda-graph"]
-        values = {
-            "mem_fraction": 0.3,
-            "max_running_requests": 256,
-            "context_length": 9216,
-            "max_total_tokens": 40960,
-        } | section
-        settings = EngineSettings(EngineSection(extra_args=[*ENGINE, *capture], ready_timeout_s=200.0, **values))
-        engine = Engine(self.fp8, self.out.parent, replace(settings, exact=exact), name)
-        engine.start()
-        return engine
+    def begin(self, name: str) -> None:
+        """Start the engine `name`, "exact" or "stock", unless it has been."""
+        if name in self.engines:
+            return
+        graphs = map(str, sorted({1, 8, 256} | {len(lengths) for _, lengths, _ in DRAWS}))
+        capture = ["--cuda-graph-bs-decode", *graphs, "--disable-prefill-cuda-graph"]
+        section = EngineSection(
+            extra_args=[*ENGINE, *capture], ready_timeout_s=200.0, mem_fraction=0.85, max_running_requests=256,
+            context_length=9216, max_total_tokens=110_000,
+        )  # fmt: skip
+        settings = replace(EngineSettings(section), exact=name == "exact")
+        self.engines[name] = Engine(self.fp8, self.out.parent, settings, f"engine-{name}-{self.model.name}")
+        self.engines[name].start()
+
+    def client(self, name: str) -> EngineClient:
+        """Of an engine that was begun, when it is ready."""
+        if name not in self._clients:
+            self.engines[name].wait_ready()
+            self.put(f"{name} engine ready after s", time.monotonic() - self.began)
+            self._clients[name] = EngineClient(self.engines[name].url, self.engines[name].api_key)
+        return self._clients[name]
+
+    def stop_engines(self) -> None:
+        for engine in self.engines.values():
+            engine.stop()
+        self.engines, self._clients = {}, {}
 
     def trainer(self, exact: bool = False, backend: str = "transformer_engine", recompute: str = "none") -> Any:
         """A trainer of one rank with the model's weights; `stop` before the next."""
@@ -147,18 +171,16 @@ def compare(trainer: Any, batches: list[PackedBatch]) -> dict[str, Any]:
 
 
 def bits(probe: Probe) -> None:
-    began = time.monotonic()
-    engine = probe.engine(True, "engine-exact", [1, 16, 32, 48])
+    probe.begin("exact")
     trainer = probe.trainer(exact=True)
-    engine.wait_ready()
-    probe.put("bits/ready_s", time.monotonic() - began)
-    client = EngineClient(engine.url, engine.api_key)
+    client = probe.client("exact")
+    if probe.with_stock:  # comes up while the trainer works
+        probe.begin("stock")
     drawn = []
     for temperature, lengths, tokens in DRAWS:
         prompts = [probe.prompt(n) for n in lengths]
         made = client.generate([GenerateRequest(p, tokens, temperature) for p in prompts], one_batch=True)
         drawn.append((temperature, [([*p, *g.token_ids], len(p), g.logprobs) for p, g in zip(prompts, made)]))
-    engine.stop()
     packs = [pack(rows, temperature) for temperature, rows in drawn]
     for (temperature, _), batches in zip(drawn, packs):
         probe.put(f"bits/temperature {temperature:g}", compare(trainer, batches))
@@ -174,6 +196,38 @@ def bits(probe: Probe) -> None:
     small = [_one(rows[:1], temperature) for temperature, rows in drawn]
     probe.put("bits/alone", compare(trainer, small))
     _stop()
+
+
+def kernels(probe: Probe) -> None:
+    from fp8slurm.trainer import logprobs
+
+    generator = torch.Generator("cuda").manual_seed(0)
+    logits = (3 * torch.randn(2048, 151936, device="cuda", generator=generator)).bfloat16()
+    labels = torch.randint(0, logits.shape[-1], (len(logits),), device="cuda", generator=generator)
+    made: dict[str, list[torch.Tensor]] = {}
+    found: dict[str, Any] = {}
+    ways: dict[str, Any] = {
+        "kernel": lambda z: logprobs._FusedLogprobs.apply(z, labels, None, 0.7),
+        "chunks": lambda z: logprobs._VocabParallelLogprobs.apply(z, labels, None, True, 0.7),
+        "exact": lambda z: logprobs._ExactLogprobs.apply(z, labels, True, 0.7),
+    }
+    for name, way in ways.items():
+        for _ in range(3):
+            leaf = logits.detach().requires_grad_()
+            times = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
+            times[0].record()
+            values, entropy = way(leaf)
+            times[1].record()
+            (values.sum() + 0.1 * entropy.sum()).backward()
+            times[2].record()
+            torch.cuda.synchronize()
+        assert leaf.grad is not None
+        made[name] = [values.detach(), entropy.detach(), leaf.grad.float()]
+        found[f"{name} ms"] = [times[0].elapsed_time(times[1]), times[1].elapsed_time(times[2])]
+    for name in ("kernel", "exact"):
+        found[f"{name} apart"] = [float((a - b).abs().max()) for a, b in zip(made[name][:2], made["chunks"][:2])]
+        found[f"{name} gradient"] = float((made[name][2] - made["chunks"][2]).norm() / made["chunks"][2].norm())
+    probe.put("kernels", found)
 
 
 def _stop() -> None:
@@ -212,12 +266,12 @@ def gradients(probe: Probe) -> None:
         made[name] = of(trainer)
         if name == "exact":
             again = of(trainer)
-            probe.put("gradients/repeat", [n for n in again if not torch.equal(again[n], made[name][n])])
+            apart = {n: float((g - made[name][n]).norm() / g.norm()) for n, g in again.items()}
+            probe.put("gradients/repeat", {n: d for n, d in apart.items() if d})
         del trainer
         _stop()
-    probe.put(
-        "gradients/recomputed", [n for n in made["exact"] if not torch.equal(made["exact"][n], made["recomputed"][n])]
-    )
+    recomputed = {n: float((g - made["exact"][n]).norm() / g.norm()) for n, g in made["recomputed"].items()}
+    probe.put("gradients/recomputed", {n: d for n, d in recomputed.items() if d})
     table = {}
     for name, want in made["bf16"].items():
         table[name] = [float((made[k][name] - want).norm() / want.norm().clamp(min=1e-30)) for k in ("exact", "fp8")]
@@ -229,38 +283,71 @@ def gradients(probe: Probe) -> None:
 
 
 def step(probe: Probe) -> None:
+    from fp8slurm.trainer import logprobs
+
+    class Chunked:
+        """Log-probabilities as they are computed without a GPU."""
+
+        @staticmethod
+        def apply(logits: torch.Tensor, labels: torch.Tensor, group: Any, temperature: float) -> Any:
+            return logprobs._VocabParallelLogprobs.apply(logits, labels, group, False, temperature)
+
     batches = _random_batches(probe, 16384, 1024)
     for name, how in (("exact", {"exact": True}), ("fp8", {}), ("bf16", {"backend": "off"})):
         trainer = probe.trainer(recompute="full", **how)
-        seconds, forward = [], []
-        for _ in range(5):
-            torch.cuda.synchronize()
-            begun = time.perf_counter()
-            trainer.train_step(batches, _loss, 0.0)
-            torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - begun)
-            begun = time.perf_counter()
-            trainer.logprobs(batches)
-            torch.cuda.synchronize()
-            forward.append(time.perf_counter() - begun)
-        probe.put(f"step/{name}", {"step_s": statistics.median(seconds[1:]), "logprobs_s": statistics.median(forward[1:]),
-                                   "peak_gb": torch.cuda.max_memory_allocated() / 1e9})  # fmt: skip
-        torch.cuda.reset_peak_memory_stats()
+        probe.put(f"step/{name}", _seconds(trainer, batches) | {"kernels": _kernels(trainer, batches)})
+        if name != "exact":
+            with patch.object(logprobs, "_FusedLogprobs", Chunked):
+                probe.put(f"step/{name}, log-probabilities in chunks", _seconds(trainer, batches))
         del trainer
         _stop()
 
 
-def engine(probe: Probe) -> None:
-    pair = {
-        name: probe.engine(
-            name == "exact", f"engine-cost-{name}", [1, 8, 32, 256], mem_fraction=fraction, max_total_tokens=120_000
-        )
-        for name, fraction in (("exact", 0.4), ("stock", 0.8))
+def _seconds(trainer: Any, batches: list[PackedBatch]) -> dict[str, Any]:
+    """Medians of five steps without the optimizer's, of five forward passes, and the most memory."""
+    torch.cuda.reset_peak_memory_stats()
+    calls = {
+        "gradients_s": lambda: trainer._gradients(batches, _loss_of_logprobs, False),
+        "step_s": lambda: trainer.train_step(batches, _loss_of_logprobs, 0.0),
+        "logprobs_s": lambda: trainer.logprobs(batches),
     }
-    clients = {}
-    for name, one in pair.items():
-        one.wait_ready()
-        clients[name] = EngineClient(one.url, one.api_key)
+    found: dict[str, Any] = {}
+    for name, call in calls.items():
+        seconds = []
+        for _ in range(6):
+            torch.cuda.synchronize()
+            begun = time.perf_counter()
+            call()
+            torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - begun)
+        found[name] = statistics.median(seconds[1:])
+    return found | {"peak_gb": torch.cuda.max_memory_allocated() / 1e9}
+
+
+def _kernels(trainer: Any, batches: list[PackedBatch], most: int = 32) -> list[Any]:
+    """[ms, launches, name] of the kernels that take longest in a step."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        trainer._gradients(batches, _loss_of_logprobs, False)
+        torch.cuda.synchronize()
+    times: dict[str, list[float]] = {}
+    for event in seen.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            one = times.setdefault(event.name[:90], [0.0, 0])
+            one[0] += (event.time_range.end - event.time_range.start) / 1e3
+            one[1] += 1
+    return sorted(([round(t, 2), int(n), name] for name, (t, n) in times.items()), reverse=True)[:most]
+
+
+def _loss_of_logprobs(logprobs: torch.Tensor, entropy: Any, batch: PackedBatch) -> tuple[torch.Tensor, dict[str, Any]]:
+    return -(logprobs * batch.loss_weights).sum(), {}
+
+
+def engine(probe: Probe) -> None:
+    for name in ("exact", "stock"):
+        probe.begin(name)
+    clients = {name: probe.client(name) for name in ("exact", "stock")}
     for batch, length, tokens, rounds in ((1, 128, 256, 4), (32, 128, 256, 4), (256, 128, 256, 3), (8, 8192, 128, 3)):
         requests = [GenerateRequest(probe.prompt(length), tokens, 1.0) for _ in range(batch)]
         seconds: dict[str, list[float]] = {name: [] for name in clients}
@@ -276,11 +363,16 @@ def engine(probe: Probe) -> None:
             f"engine/batch {batch} behind {length}",
             {**rate, "exact/stock": rate["exact"] / rate["stock"], "seconds": seconds},
         )
-    for one in pair.values():
-        one.stop()
 
 
-PARTS = {"bits": bits, "gradients": gradients, "step": step, "engine": engine}
+PARTS = {
+    "kernels": kernels,
+    "bits": bits,
+    "gradients": gradients,
+    "step": step,
+    "engine": engine,
+    "model": lambda probe: None,
+}
 
 
 def main() -> None:
@@ -294,8 +386,16 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("SGLANG_JIT_DEEPGEMM_PRECOMPILE", "0")
     probe = Probe(args.work, args.json, args.shape, args.layers)
-    for part in args.parts:
-        PARTS[part](probe)
+    probe.with_stock = "engine" in args.parts
+    try:
+        for part in args.parts:
+            if part in ("gradients", "step"):
+                probe.stop_engines()
+            elif part == "kernels" and "bits" in args.parts:
+                probe.begin("exact")  # it compiles meanwhile
+            PARTS[part](probe)
+    finally:
+        probe.stop_engines()
 
 
 if __name__ == "__main__":

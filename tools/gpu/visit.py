@@ -18,8 +18,8 @@ usage: visit.py WORK OUT [--seconds 550] PART...
     4b-sleep     the same, the optimizer's state in host memory meanwhile
     4b-split     the same with half of the GPUs serving, weights by NCCL
     4b-whole     the same to its end, its checkpoint and what an engine loads made of it
-    exact        model.exact: the tiny recipe at two temperatures, RL steps of Qwen3-0.6B's shape
-    exact-4b     of the 4B's
+    exact, exact-cool      20 RL steps of the tiny recipe with model.exact, at temperature 1 and 0.7
+    exact-0.6b, exact-4b   RL steps of these shapes
     0.6b         RL steps of Qwen3-0.6B's shape on one GPU in FP8, on the next in BF16: is the plan right for another model?
     4b-one, 4b-one-bf16   RL steps of the 4B on one GPU, samples of 256 tokens, three records
     model-4b     the 4B's folders, made beside other jobs
@@ -392,17 +392,17 @@ def doctor(v: Visit) -> None:
     v.script("doctor", 0, 0.0, "-m", "fp8slurm.cli", "doctor", limit_s=90)
 
 
-def exact(v: Visit) -> None:
-    """Every run ends by itself at the first token that differs."""
-    sft = {"data": v.work / "data" / "sft.jsonl"}
-    for name, temperature in (("exact-tiny", 1.0), ("exact-tiny-cool", 0.7)):
-        more = {"model": {"exact": True}, "run": {"steps": 20}, "rollout": {"temperature": temperature}, **TINY}
-        v.train(name, "tiny-fp8", [64, 256, 512], v.tiny(), share=0.08, sft=sft, **more)
-    exact_steps(v, "Qwen3-0.6B", 0.2)
+def exact_tiny(v: Visit, name: str, temperature: float) -> None:
+    """It ends by itself at the first token that differs."""
+    settings: dict[str, dict[str, Any]] = {
+        **TINY, "model": {"exact": True}, "run": {"steps": 20}, "rollout": {"temperature": temperature},
+        "engine": TINY["engine"] | {"mem_fraction": 0.85}, "sft": {"data": v.work / "data" / "sft.jsonl"},
+    }  # fmt: skip
+    v.train(name, "tiny-fp8", [64, 256, 512], v.tiny(), share=0.08, **settings)
 
 
 def exact_steps(v: Visit, shape: str, share: float) -> None:
-    engine = {"mem_fraction": 0.3, "max_total_tokens": 65536}
+    engine = {"mem_fraction": 0.85, "max_total_tokens": 65536}  # of what others on the GPU leave
     four_b(v, name=f"exact-{shape}", shape=shape, gpus=1, share=share, model={"exact": True}, engine=engine)
 
 
@@ -431,7 +431,8 @@ PARTS: dict[str, Callable[[Visit], None]] = {
     "4b": four_b, "4b-bf16": lambda v: four_b(v, "bf16-bf16", name="4b-bf16"),
     "4b-sleep": lambda v: four_b(v, name="4b-sleep", optim={"sleep": True}),
     "4b-split": lambda v: four_b(v, split=True, name="4b-split", train={"tokens_per_micro_batch": 8192}), "4b-whole": lambda v: four_b(v, name="4b-whole"), "30b": thirty_b,
-    "0.6b": plan_check, "exact": exact, "exact-4b": lambda v: exact_steps(v, "Qwen3-4B", 0.9),
+    "0.6b": plan_check, "exact": lambda v: exact_tiny(v, "exact-tiny", 1.0), "exact-cool": lambda v: exact_tiny(v, "exact-tiny-cool", 0.7),
+    "exact-0.6b": lambda v: exact_steps(v, "Qwen3-0.6B", 0.3), "exact-4b": lambda v: exact_steps(v, "Qwen3-4B", 0.9),
     "small-0": lambda v: small(v, (0,)), "small-1": lambda v: small(v, (1,)), "small-2": lambda v: small(v, (2,)),
     "4b-one": lambda v: four_b_one(v, "fp8-fp8", "4b-one"), "4b-one-bf16": lambda v: four_b_one(v, "bf16-bf16", "4b-one-bf16"),
     "model-4b": model_4b, "rollout": rollout, "update": update, "moe-train": moe_train, "seeds": seeds, "grouped": grouped, "doctor": doctor,

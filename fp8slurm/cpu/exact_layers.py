@@ -1,0 +1,132 @@
+"""Megatron's modules where model.exact is on: the values of cpu/exact.py, with the gradients of the ordinary modules.
+
+The engine has the same values (cpu/exact_engine.py). The backward pass has no engine to agree with: it stays what it is
+without model.exact, at the exact values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+
+from fp8slurm.cpu import exact
+from fp8slurm.cpu.fp8_linear import FP8ColumnParallelLinear, FP8RowParallelLinear
+from fp8slurm.cpu.packed_attention import PackedDotProductAttention, rectangles
+from fp8slurm.cpu.rms_norm import RMSNorm
+from fp8slurm.fp8.quantize import quantize
+
+
+class _Value(torch.autograd.Function):
+    """The value of one tensor, with the gradient of another."""
+
+    @staticmethod
+    def forward(ctx: Any, value: torch.Tensor, ordinary: torch.Tensor) -> torch.Tensor:
+        assert value.shape == ordinary.shape and value.dtype == ordinary.dtype, (value, ordinary)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[None, torch.Tensor]:
+        return None, grad
+
+
+def with_gradient_of(ordinary: Callable[[], torch.Tensor], value: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """What `value` computes; where gradients are asked for, with those of what `ordinary` computes."""
+    with torch.no_grad():
+        exact_value = value()
+    return _Value.apply(exact_value, ordinary()) if torch.is_grad_enabled() else exact_value
+
+
+class ExactRMSNorm(RMSNorm):
+    """RMSNorm with exact values."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        assert self.eps is not None
+        eps = self.eps
+        return with_gradient_of(
+            lambda: super(ExactRMSNorm, self).forward(x), lambda: exact.rms_norm(x, self.weight, eps)
+        )
+
+
+class _ExactFP8:
+    """Mixin for the emulated FP8 linears: exact products of the same codes and scales."""
+
+    _blocks: exact.Blocks | None = None
+
+    def weights_changed(self) -> None:
+        self._blocks = None
+        super().weights_changed()  # type: ignore[misc]
+
+    def _forward_impl(self, input: torch.Tensor, weight: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self._blocks is None:
+            q = quantize(weight, name=type(self).__name__)
+            self._blocks = exact.weight_blocks(q.data, q.scale_inv)
+        blocks, ordinary = self._blocks, super()._forward_impl  # type: ignore[misc]
+        return with_gradient_of(
+            lambda: ordinary(input, weight, *args, **kwargs), lambda: exact.linear_fp8(input, blocks)
+        )
+
+
+class ExactColumnParallelLinear(_ExactFP8, FP8ColumnParallelLinear):
+    """linear_qkv and linear_fc1 with exact values."""
+
+
+class ExactRowParallelLinear(_ExactFP8, FP8RowParallelLinear):
+    """linear_proj and linear_fc2 with exact values."""
+
+
+class ExactAttention(PackedDotProductAttention):
+    """Causal attention inside every segment of a pack, with exact values."""
+
+    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """query [T, heads, d], key and value [T, groups, d] -> [T, heads * d]."""
+        packed = kwargs.get("packed_seq_params")
+        assert packed is not None, "exact attention is for packed sequences"
+
+        def values() -> torch.Tensor:
+            out = query.new_zeros(query.shape)
+            for r in rectangles(packed.cu_seqlens_q):
+                parts = []
+                for x in (query, key, value):
+                    laid_out = x.new_zeros((r.segments * r.length, *x.shape[1:]))
+                    laid_out[r.slots] = x[r.tokens]
+                    parts.append(laid_out.view(r.segments, r.length, *x.shape[1:]))
+                q, k, v = parts
+                positions = torch.arange(r.length).expand(r.segments, -1)
+                out[r.tokens] = exact.attention(q, k, v, positions).flatten(0, 1)[r.slots]
+            return out.flatten(1)
+
+        return with_gradient_of(lambda: super(ExactAttention, self).forward(query, key, value, *args, **kwargs), values)
+
+
+class ExactRotary(RotaryEmbedding):
+    """The table of cos and sin, [length, 1, 1, 2, d / 2], where Megatron has angles, [length, 1, 1, d]."""
+
+    def __init__(self, theta: float, dim: int) -> None:
+        super().__init__(dim, 1.0, rotary_base=int(theta), use_cpu_initialization=True)
+        self.theta, self.dim = theta, dim
+
+    def get_emb(self, max_seq_len: int, offset: int = 0) -> torch.Tensor:
+        assert offset == 0
+        return exact.rotation(self.theta, self.dim, max_seq_len)[:, None, None]
+
+
+def silu(x: torch.Tensor) -> torch.Tensor:
+    """SiLU with exact values, for TransformerConfig.activation_func."""
+    return with_gradient_of(lambda: torch.nn.functional.silu(x), lambda: exact.silu(x))
+
+
+def logprobs(
+    head: Callable[[], torch.Tensor], statistics: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]],
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, temperature: float,
+) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
+    """Log-probabilities of the labels, with exact values, and the entropy as `statistics` has it.
+
+    hidden [T, K], weight [V, K] of lm_head, labels int64 [T]. head: the ordinary logits [T, V]; statistics: of logits,
+    the ordinary (logprobs [T], entropy [T] or None).
+    """
+    logits = with_gradient_of(head, lambda: exact.linear(hidden, weight))
+    ordinary, entropy = statistics(logits)
+    return with_gradient_of(lambda: ordinary, lambda: exact.logprobs(logits, labels, temperature)), entropy
