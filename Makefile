@@ -46,9 +46,8 @@ ifeq ($(shell [ $$(printf %s "$(CACHE)/tmp" | wc -c) -le 50 ] && echo short),sho
 export TMPDIR                  := $(CACHE)/tmp
 endif
 
-STAMP := $(VENV)/.complete
-# Whether VENV may be removed: make began or finished it, or there is nothing in it.
-OURS  := [ -e "$(VENV)/.made-by-make" ] || [ -e "$(VENV)/.complete" ] || [ ! -e "$(VENV)" ] || rmdir "$(VENV)" 2> /dev/null
+# Whose VENV is, and whether it is as the requirements say: only what make built for this folder is built anew or removed.
+STATE := $(shell sh tools/environment.sh state "$(VENV)")
 
 .DEFAULT_GOAL := help
 .PHONY: help setup tiny-data tiny-moe-data train-tiny-fp8 train-tiny-moe-fp8 train-4b-fp8 train-30b-a3b-fp8 all-4b-fp8 all-tiny-fp8 convert-fp8 eval-fp8 \
@@ -60,24 +59,26 @@ help:  ## this list
 	@echo '             ARGS="--run.name more --rollout.n-samples 16 --slurm.partition gpu"  passes settings on'
 	@echo '             FP8SLURM=/path/to/fp8slurm  uses an environment of your own, PYTHON=python3.12 chooses the interpreter of .venv'
 
-# An environment that make did not build (tools/install_gpu.sh, a site's) is taken as it is.
-ifneq ($(and $(wildcard $(BIN)/fp8slurm),$(if $(wildcard $(STAMP)),,own)),)
+# An environment that make did not build here (tools/install_gpu.sh, a site's, another checkout's) is taken as it is.
+ifneq ($(filter current own foreign,$(STATE)),)
 STAMP :=
 else
-$(STAMP): requirements/torch.txt requirements/cpu.txt pyproject.toml
+STAMP := environment
+.PHONY: environment
+environment:
 	@mkdir -p $(CACHE)/tmp
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else f"PYTHON=$(PYTHON) is Python {v[0]}.{v[1]}; allowed: 3.11, 3.12, 3.13 (make PYTHON=python3.12 ...)")'
-	@$(OURS) || { echo 'make: VENV=$(VENV) holds something that make did not put there, and no bin/fp8slurm: move it away, or name another folder' >&2; exit 2; }
+	@[ "$(STATE)" != other ] || { echo 'make: VENV=$(VENV) holds something that make did not put there, and no bin/fp8slurm: move it away, or name another folder' >&2; exit 2; }
 	rm -rf "$(VENV)"
 	$(PYTHON) -m venv "$(VENV)"
-	@touch "$(VENV)/.made-by-make"
+	@pwd -P > "$(VENV)/.made-by-make"
 	$(BIN)/pip install --quiet --requirement requirements/torch.txt
 	$(BIN)/pip install --quiet --no-deps --ignore-requires-python --requirement requirements/cpu.txt
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
-	touch $@
+	@sh tools/environment.sh sum > "$(VENV)/.complete"
 endif
 
-setup: $(STAMP)  ## build .venv from the pinned requirements (the other targets do it when a file changed)
+setup: $(STAMP)  ## build .venv from the pinned requirements (the other targets do it when their contents changed)
 
 tiny-data: $(STAMP)  ## the tiny model and its data (models/tiny, data/tiny)
 	@$(PY) tools/make_tiny.py --out models/tiny --data data/tiny
@@ -153,8 +154,8 @@ test-fast: tiny-data  ## the tests without servers and process groups, under fiv
 	$(PYTEST) -m "not slow" $(ARGS)
 
 test-faults: tiny-data  ## every fault on a real two-node Slurm cluster that is started here (root, Debian's Slurm)
-	$(PYTEST) --numprocesses 0 -m slurm $(ARGS)
+	$(PYTEST) --numprocesses 0 -m 'slurm or faults' $(ARGS)
 
 clean:  ## remove .venv and the caches; runs, models and data stay
-	@if $(OURS); then rm -rf "$(VENV)"; else echo 'make clean: VENV=$(VENV) was not made by make and stays'; fi
+	@case "$(STATE)" in absent | current | stale) rm -rf "$(VENV)";; *) echo 'make clean: VENV=$(VENV) was not made by make for this folder and stays';; esac
 	rm -rf .cache

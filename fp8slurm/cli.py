@@ -77,35 +77,35 @@ def train(argv: list[str]) -> int:
     )
     parser.add_argument("--dry-run", action="store_true", help="print what would run, start nothing")
     own, config = parse_command(parser, argv)
-    if not _checked(config, "train", own.dry_run):
-        return 0
+    if own.dry_run:
+        return _dry_run(config, "train")
+    _check(config, "train")
     if config.slurm.executor == "slurm":
         return _train_under_slurm(config)
     return _train_here(config)
 
 
-def _checked(config: RunConfig, command: str, dry_run: bool) -> bool:
-    """Preflight and the quick part of the doctor, with warnings; or, in a dry run, what would run. Whether to start it.
-
-    InputError: the run cannot work here.
-    """
+def _check(config: RunConfig, command: str) -> None:
+    """Preflight and the quick part of the doctor, with warnings. InputError: the run cannot work here."""
+    from fp8slurm.check.doctor.quick import quick
     from fp8slurm.check.preflight import preflight
 
-    _warn(command, patiently(lambda: preflight(config, dry_run=dry_run)))
-    if not dry_run:
-        from fp8slurm.check.doctor.quick import quick
+    _warn(command, patiently(lambda: preflight(config)))
+    _warn(command, quick(config))
 
-        _warn(command, quick(config))
-        return True
+
+def _dry_run(config: RunConfig, command: str) -> int:
+    """Print what would run; exit status 2: a start would be refused. InputError: it could not work anywhere."""
     from fp8slurm.check.cluster import check_in_passing
     from fp8slurm.check.describe import describe
+    from fp8slurm.check.dry_run import end_dry_run
+    from fp8slurm.check.preflight import preflight
     from fp8slurm.config import to_toml
 
+    found = patiently(lambda: preflight(config, dry_run=True))
     if config.slurm.executor == "slurm":
-        _warn(command, check_in_passing(config))
-    print(to_toml(config))
-    print(describe(config))
-    return False
+        found += check_in_passing(config)
+    return end_dry_run(command, found, lambda: print(to_toml(config), describe(config), sep="\n"))
 
 
 def _warn(command: str, warnings: list[str]) -> None:
@@ -224,8 +224,10 @@ def submit(argv: list[str]) -> int:
     parser.add_argument("--dry-run", action="store_true", help="print what would run, queue nothing")
     own, config = parse_command(parser, argv)
     config = under_slurm(config)
-    if _checked(config, "submit", own.dry_run):
-        _submit(config, "submit")
+    if own.dry_run:
+        return _dry_run(config, "submit")
+    _check(config, "submit")
+    _submit(config, "submit")
     return 0
 
 

@@ -21,11 +21,11 @@ from fp8slurm.observe.metrics import read_metrics
 TIMEOUT_S = 400
 
 
-def make_folder(folder: Path, held_out: int, moe: bool = False) -> Path:
+def make_folder(folder: Path, held_out: int, moe: bool = False, family: str = "qwen3") -> Path:
     """FOLDER/model, and FOLDER/data with that many held-out questions."""
     for name in ("model", "data"):
         (folder / name).mkdir()
-    write_model(folder / "model", moe=moe)
+    write_model(folder / "model", moe=moe, family=family)
     write_data(folder / "data")
     questions = folder / "data" / "eval.jsonl"
     questions.write_text("\n".join(questions.read_text().splitlines()[:held_out]) + "\n")
@@ -47,10 +47,12 @@ class TinyRuns:
     """Runs on this machine, in one folder. What they say is in FOLDER/NAME.log."""
 
     def __init__(
-        self, folder: Path, held_out: int, *switches: str, moe: bool = False, recipe: str = "tiny-fp8", **more: Any
-    ) -> None:
+        self, folder: Path, held_out: int, *switches: str, moe: bool = False, family: str = "qwen3",
+        recipe: str = "tiny-fp8", **more: Any,
+    ) -> None:  # fmt: skip
         """switches, more: what all of these runs are started with."""
-        self.folder, self.recipe, self.switches, self.more = make_folder(folder, held_out, moe), recipe, switches, more
+        self.folder, self.recipe = make_folder(folder, held_out, moe, family), recipe
+        self.switches, self.more = switches, more
         self._logs: dict[subprocess.Popen, Path] = {}
 
     def command(self, name: str, *switches: str, **more: Any) -> list[str]:

@@ -94,7 +94,7 @@ def trainer_states(model: Path, exact: bool, sample: dict[str, Any]) -> tuple[di
     import torch.distributed as dist
 
     from fp8slurm.data.prompts import SftExample
-    from fp8slurm.models.qwen3 import ModelSpec
+    from fp8slurm.models.spec import ModelSpec
     from fp8slurm.rl.packing import pack_sft
     from fp8slurm.trainer import start
     from fp8slurm.trainer.trainer import Trainer

@@ -8,6 +8,7 @@
 #   slurm_lab.sh kill-node N     power loss: every process of node N, slurmd included
 #   slurm_lab.sh start-node N    and back
 #   slurm_lab.sh cut-node N      node N loses the network, its processes run on; join-node N heals it
+#   slurm_lab.sh full-disk N DIR a file system of node N's own, without a free byte, over the existing folder DIR
 #   slurm_lab.sh restart-controller
 #
 # Environment: LAB_STATE   folder of this lab (below 60 characters: sockets live in it), required
@@ -179,6 +180,9 @@ case ${1:-} in
   start-node) start_node "$2";;
   cut-node) ip link set "$TAG-$2" down;;
   join-node) ip link set "$TAG-$2" up;;
+  full-disk)
+    nsenter --mount --target "$(cat "$S/slurmd-node$2.pid")" \
+      sh -c 'mount -t tmpfs -o size=64k tmpfs "$1"; cat /dev/zero > "$1/full" 2> /dev/null || true' _ "$3";;
   restart-controller)
     end "$S/slurmctld.pid"
     sleep 1
@@ -188,5 +192,5 @@ case ${1:-} in
       sleep 0.2
     done
     exit 1;;
-  *) sed -n '2,22s/^# \{0,1\}//p' "$0"; exit 2;;
+  *) sed -n '2,23s/^# \{0,1\}//p' "$0"; exit 2;;
 esac

@@ -1,4 +1,4 @@
-"""A random, tiny Qwen3 checkpoint in Hugging Face form, with its tokenizer: small enough for a CPU, fit for FP8."""
+"""A random, tiny checkpoint in Hugging Face form, with its tokenizer: small enough for a CPU, fit for FP8."""
 
 from __future__ import annotations
 
@@ -35,8 +35,32 @@ CHAT_TEMPLATE = (
     "{%- endif -%}"
 )
 
+OTHERS: dict[str, dict[str, Any]] = {
+    "qwen2": {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "hidden_size": 512,  # always the heads' together
+        "tie_word_embeddings": False,
+    },
+    "llama": {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "mlp_bias": False,
+        "rms_norm_eps": 1e-5,
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+        "rope_theta": 500000.0,
+    },
+}
+"""What config.json of another family has otherwise than a dense Qwen3's."""
 
-def model_config(moe: bool = False) -> dict[str, Any]:
+
+def model_config(moe: bool = False, family: str = "qwen3") -> dict[str, Any]:
     """config.json: hidden 256, 2 layers, 4 heads and 2 key-value heads of 128, so that every fused matrix splits at a
     128-block boundary at TP 1 and 2; feed-forward 512, or 8 experts of 256 with 2 for each token."""
     config = {
@@ -80,7 +104,7 @@ def model_config(moe: bool = False) -> dict[str, Any]:
         }
     else:
         config["max_window_layers"] = config["num_hidden_layers"]
-    return config
+    return config | OTHERS.get(family, {})
 
 
 def weight_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -94,9 +118,12 @@ def weight_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         shapes[prefix + "self_attn.q_proj.weight"] = (q, hidden)
         shapes[prefix + "self_attn.k_proj.weight"] = (kv, hidden)
         shapes[prefix + "self_attn.v_proj.weight"] = (kv, hidden)
+        if config["model_type"] == "qwen2":
+            shapes |= {f"{prefix}self_attn.{x}_proj.bias": (n,) for x, n in (("q", q), ("k", kv), ("v", kv))}
         shapes[prefix + "self_attn.o_proj.weight"] = (hidden, q)
-        shapes[prefix + "self_attn.q_norm.weight"] = (head,)
-        shapes[prefix + "self_attn.k_norm.weight"] = (head,)
+        if config["model_type"].startswith("qwen3"):
+            shapes[prefix + "self_attn.q_norm.weight"] = (head,)
+            shapes[prefix + "self_attn.k_norm.weight"] = (head,)
         shapes[prefix + "post_attention_layernorm.weight"] = (hidden,)
         if "num_experts" in config:
             shapes[prefix + "mlp.gate.weight"] = (config["num_experts"], hidden)
@@ -119,7 +146,7 @@ def random_weights(config: dict[str, Any], seed: int) -> dict[str, torch.Tensor]
     generator = torch.Generator().manual_seed(seed)
     weights = {}
     for name, shape in weight_shapes(config).items():
-        if len(shape) == 1:
+        if name.endswith("norm.weight"):
             weights[name] = torch.ones(shape, dtype=torch.bfloat16)
         else:
             weights[name] = (torch.randn(shape, generator=generator) * config["initializer_range"]).to(torch.bfloat16)
@@ -159,11 +186,11 @@ def tokenizer_json() -> str:
     return str(tokenizer.to_str(pretty=True))
 
 
-def write_model(folder: Path, seed: int = 0, moe: bool = False) -> None:
+def write_model(folder: Path, seed: int = 0, moe: bool = False, family: str = "qwen3") -> None:
     """Write the whole checkpoint into an existing folder; the same seed gives the same bytes."""
     from safetensors.torch import save_file
 
-    config = model_config(moe)
+    config = model_config(moe, family)
     documents = {
         "config.json": config,
         "generation_config.json": {

@@ -22,7 +22,7 @@ from fp8slurm.config import RunConfig
 from fp8slurm.core.errors import InputError
 from fp8slurm.core.files import read_json
 from fp8slurm.core.processes import PACKAGE_ROOT
-from fp8slurm.models.qwen3 import listed_modules
+from fp8slurm.models.spec import listed_modules
 from fp8slurm.run.directory import RunDirectory
 from fp8slurm.slurm.attempt import WAITING, last_checkpoint
 from fp8slurm.slurm.script import SAFE_PATH, gpus_per_node, task_python

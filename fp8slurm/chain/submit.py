@@ -53,17 +53,17 @@ def main(argv: list[str]) -> int:
         parser.add_argument(f"--{name}-sbatch", action="append", default=[], metavar="--NAME=VALUE", help=help)
     own, config = parse_command(parser, argv)
     config = under_slurm(config)
-    for warning in preflight(config, dry_run=own.dry_run):
-        print(f"fp8slurm chain: warning: {warning}", file=sys.stderr)
+    found = preflight(config, dry_run=own.dry_run)
     run = (config.run.root / config.run.name).resolve()
     planned = plan(config, run, own.convert_sbatch, own.eval_sbatch)
     if own.dry_run:
         from fp8slurm.check.cluster import check_in_passing
+        from fp8slurm.check.dry_run import end_dry_run
 
-        for warning in check_in_passing(config):
-            print(f"fp8slurm chain: warning: {warning}", file=sys.stderr)
-        print(describe(planned, config, run), end="")
-        return 0
+        found += check_in_passing(config)
+        return end_dry_run("chain", found, lambda: print(describe(planned, config, run), end=""))
+    for warning in found:
+        print(f"fp8slurm chain: warning: {warning}", file=sys.stderr)
     if all(p.done for p in planned):
         print(f"{run}: every job of the chain is done; the evaluation is {planned[-1].link.output}")
         return 0

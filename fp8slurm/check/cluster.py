@@ -7,6 +7,7 @@ import re
 import tempfile
 from pathlib import Path
 
+from fp8slurm.check.dry_run import Refusal
 from fp8slurm.config import RunConfig
 from fp8slurm.core.deadlines import REQUEUE_S, SAFETY
 from fp8slurm.core.errors import InputError
@@ -28,13 +29,13 @@ DRY_RUN_TIMEOUT_S = 5.0
 
 
 def check_in_passing(config: RunConfig) -> list[str]:
-    """`check_cluster` for a dry run: its refusal is among the warnings, and a machine without Slurm is none."""
+    """`check_cluster` for a dry run: what it raises is a Refusal among them, and a machine without Slurm is none."""
     if not slurm.available():
         return []
     try:
         return check_cluster(config, DRY_RUN_TIMEOUT_S)
     except InputError as error:
-        return [f"a start would be refused here: {error}"]
+        return [Refusal(error)]
 
 
 def check_cluster(config: RunConfig, timeout_s: float = slurm.COMMAND_TIMEOUT_S) -> list[str]:

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from fp8slurm.check.dry_run import Refusal
 from fp8slurm.config import RunConfig
 from fp8slurm.config.derived import transport_of
 from fp8slurm.config.placement import place
@@ -19,7 +20,8 @@ from fp8slurm.fp8.environment import set_fp32_scales
 from fp8slurm.models.engine_layout import check_engine_layout
 from fp8slurm.models.exact import check_exact
 from fp8slurm.models.known import find_spec
-from fp8slurm.models.qwen3 import ModelSpec, check_layout
+from fp8slurm.models.layout import check_layout
+from fp8slurm.models.spec import ModelSpec
 from fp8slurm.run.directory import RunDirectory
 from fp8slurm.slurm.attempt import check_configuration
 
@@ -40,7 +42,8 @@ def preflight(config: RunConfig, dry_run: bool = False) -> list[str]:
     """Check a configuration against files and installed packages; returns warnings.
 
     `dry_run`: nothing will be started, so what a start would be refused for (a checkpoint, a data file or a package
-    that is not here, a feature that is not there yet) is among the warnings; a layout that cannot be still is an error.
+    that is not here, a feature that is not there yet) is a Refusal among the warnings; a layout that cannot be is
+    an error still.
 
     Raises:
         InputError: names the key, the value, what is allowed and the flag.
@@ -55,7 +58,7 @@ def preflight(config: RunConfig, dry_run: bool = False) -> list[str]:
         except InputError as error:
             if not dry_run:
                 raise
-            refusals.append(f"a start would be refused here: {error}")
+            refusals.append(Refusal(error))
 
     check(_model, config)
     check(_fp8, config)
@@ -352,8 +355,10 @@ def _one_ahead(config: RunConfig) -> None:
 def _data_files(config: RunConfig) -> list[tuple[Path | None, str, str]]:
     """(path, flag, what it is) of every data file that the run reads."""
     files: list[tuple[Path | None, str, str]] = []
-    if config.run.steps:
+    if config.run.steps and not config.data.sources:
         files.append((config.data.train, "--data.train", "JSONL or parquet file with the training prompts"))
+    for name, source in config.data.sources.items():
+        files.append((source.file, f"--data.sources {name}.file", "JSONL or parquet file with its training prompts"))
     if config.data.eval is not None:
         files.append((config.data.eval, "--data.eval", "JSONL or parquet file with the held-out prompts"))
     if config.sft.data is not None:
@@ -364,19 +369,21 @@ def _data_files(config: RunConfig) -> list[tuple[Path | None, str, str]]:
 def _data(config: RunConfig, warnings: list[str]) -> None:
     """The rows of the data files, which are there, and the tokens that end responses."""
     from fp8slurm.data.prompts import load_prompts, load_sft, load_tokenizer
+    from fp8slurm.data.sources import cycle_of, training_sources
     from fp8slurm.rewards.graders import label_error
-    from fp8slurm.rewards.pool import RewardPool
+    from fp8slurm.rewards.pools import RewardPools
 
     assert config.model.hf_checkpoint is not None
     tokenizer = load_tokenizer(config.model.hf_checkpoint)
     _end_tokens(config.model.hf_checkpoint, tokenizer, warnings)
-    unanswerable = partial(label_error, config.reward.kind)
     prompts: dict[str, list[Prompt]] = {}
     if config.run.steps:
-        assert config.data.train is not None
-        prompts["--data.train"] = load_prompts(config.data, tokenizer, config.data.train, ROWS_CHECKED, unanswerable)
-        RewardPool(config.reward, workers=1).close()
+        sources = training_sources(config.data, config.reward.kind)
+        cycle_of([source.weight for source in sources])
+        prompts = {source.flag: source.load(tokenizer, label_error, ROWS_CHECKED) for source in sources}
+        RewardPools(config.reward, {source.name: source.reward for source in sources}, workers=1).close()
     if config.data.eval is not None:
+        unanswerable = partial(label_error, config.reward.kind)
         prompts["--data.eval"] = load_prompts(config.data, tokenizer, config.data.eval, ROWS_CHECKED, unanswerable)
     warnings += _plain_prompts(prompts, tokenizer)
     _eval_tasks(config, tokenizer)

@@ -13,7 +13,7 @@ from typing import Any
 import tyro
 from pydantic import BaseModel, ValidationError
 
-from fp8slurm.config.schema import FROM_FLAGS, OutOfRange, RunConfig
+from fp8slurm.config.schema import FROM_FLAGS, OutOfRange, RunConfig, SourceSection
 from fp8slurm.core.errors import InputError
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -76,6 +76,8 @@ def _explain(error: ValidationError) -> list[str]:
             section: object = RunConfig
             if len(e["loc"]) > 1:
                 section = RunConfig.model_fields[str(e["loc"][0])].annotation
+            if e["loc"][:2] == ("data", "sources"):
+                section = SourceSection
             known = section.model_fields if isinstance(section, type) and issubclass(section, BaseModel) else ()
             lines.append(f"unknown key {key}; known here: {', '.join(known)}")
         else:
@@ -138,6 +140,7 @@ def flags_named() -> Iterator[None]:
         yield
     except OutOfRange as refused:
         sections = {field.annotation: name for name, field in RunConfig.model_fields.items()}
+        sections[SourceSection] = "data.sources"
         lines = []
         for e in refused.error.errors(include_url=False):
             flag = ".".join(map(str, (sections.get(refused.section, "?"), *e["loc"]))).replace("_", "-")
@@ -166,7 +169,7 @@ def _toml_value(value: object) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{json.dumps(k)} = {_toml_value(v)}" for k, v in value.items()) + "}"
+        return "{" + ", ".join(f"{json.dumps(k)} = {_toml_value(v)}" for k, v in value.items() if v is not None) + "}"
     if isinstance(value, list):
         return "[" + ", ".join(_toml_value(v) for v in value) + "]"
     if isinstance(value, str):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -16,7 +17,9 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from tyro.constructors import PrimitiveConstructorSpec
 
+from fp8slurm.config.sources import from_words, to_words
 from fp8slurm.config.template import TemplateArguments, check_values
 from fp8slurm.core.errors import InputError
 
@@ -195,17 +198,57 @@ class TrainSection(Section):
     """Activation recomputation in the backward pass."""
 
 
+class SourceSection(Section):
+    """One of several sources of training prompts."""
+
+    file: Path
+    """JSONL or parquet file."""
+    weight: float = Field(1.0, gt=0)
+    """Its share of the prompts that are taken, relative to those of the others."""
+    reward: str | None = None
+    """Kind of its reward; left out: reward.kind."""
+    prompt_key: str | None = None
+    """Left out: data.prompt_key."""
+    label_key: str | None = None
+    """Left out: data.label_key."""
+
+
+Sources = Annotated[
+    dict[str, SourceSection],
+    PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="JSON",
+        instance_from_str=from_words,
+        is_instance=lambda value: isinstance(value, dict),
+        str_from_instance=to_words,
+    ),
+]
+
+
 class DataSection(Section):
     """Prompts."""
 
     train: Path | None = None
     """JSONL or parquet file with the training prompts."""
+    sources: Sources = Field(default_factory=dict)
+    """Several of them in place of data.train, by name: file, weight, reward, prompt_key and label_key of each. In a
+    recipe [data.sources.NAME], as a flag one JSON object."""
+
+    @field_validator("sources")
+    @classmethod
+    def _have_names(cls, sources: dict[str, SourceSection]) -> dict[str, SourceSection]:
+        for name in sources:
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+                raise InputError(f"--data.sources {name!r}: allowed in a name: letters, digits, '_', '.' and '-'")
+        return sources
+
     eval: Path | None = None
     """JSONL or parquet file with the held-out prompts."""
     prompt_key: str = "prompt"
-    """Key of the prompt: text, or a list of messages with role and content."""
+    """Key of the prompt: text, or a list of messages with role and content. Dots lead into objects."""
     label_key: str = "label"
-    """Key of the reference answer."""
+    """Key of the reference answer, such as reward_model.ground_truth; "": the rows have none, and a reward of your own
+    needs none."""
     chat_template_kwargs: TemplateArguments = Field(default_factory=dict)
     """Arguments for the chat template, in rollout and evaluation. Qwen3 without thinking: enable_thinking False, or
     '{"enable_thinking": false}'."""
@@ -331,8 +374,11 @@ class SftSection(Section):
 
     data: Path | None = None
     """JSONL or parquet with prompt and response; left out: no supervised phase."""
+    prompt_key: str | None = None
+    """Key of the prompt; left out: data.prompt_key."""
     response_key: str = "response"
-    """Key of the response text."""
+    """Key of the response: text, or a list with one message of the assistant. In rows without it the last message of
+    the prompt is the response, if it is the assistant's."""
     max_steps: int = Field(0, ge=0)
     """Most supervised steps."""
     batch_size: int = Field(64, ge=1)
@@ -508,6 +554,8 @@ class SlurmSection(Section):
     """Go on by itself: requeue the job after a notice, at the time limit and when a task died."""
     max_attempts_without_progress: int = Field(3, ge=1)
     """Attempts in a row without a new checkpoint after which the run ends with the reason."""
+    max_bad_nodes: int = Field(2, ge=0)
+    """Nodes that a run may leave out because two attempts in a row ended by a fault of theirs (0: none is left out)."""
 
 
 class ControlSection(Section):

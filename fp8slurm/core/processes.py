@@ -27,6 +27,7 @@ def process_start(pid: int) -> str | None:
 
 def process_of(held: dict[str, Any]) -> str | None:
     """The living process of this machine that an owner.json describes, in words, or None."""
-    if held["host"] == socket.gethostname() and process_start(held["pid"]) == held["start"]:
-        return f"process {held['pid']} on this machine"
+    pid, start = held.get("pid"), held.get("start")
+    if held.get("host") == socket.gethostname() and type(pid) is int and start and process_start(pid) == start:
+        return f"process {pid} on this machine"
     return None

@@ -111,11 +111,12 @@ class _EmulatedFP8:
         tp_group: ProcessGroup | None = None,
         **megatron: Any,
     ) -> torch.Tensor:
-        assert bias is None and not megatron.get("gradient_accumulation_fusion")
+        assert not megatron.get("gradient_accumulation_fusion")
         if self._quantized is None:
             self._quantized = fake_quantize_block(weight, name=type(self).__name__)
         group = tp_group if allreduce_dgrad or sequence_parallel else None
-        return FP8Matmul.apply(input, weight, self._quantized, group, sequence_parallel)
+        y = FP8Matmul.apply(input, weight, self._quantized, group, sequence_parallel)
+        return y if bias is None else y + bias
 
 
 class FP8ColumnParallelLinear(_EmulatedFP8, ColumnParallelLinear):

@@ -50,12 +50,13 @@ def layer_spec(config: TransformerConfig, fp8: bool, exact: bool = False) -> Tra
     backend = _Backend(fp8, exact)
     norm = backend.layer_norm()
     layer = get_gpt_layer_local_submodules(
-        num_experts=config.num_moe_experts, qk_layernorm=True, normalization="RMSNorm"
+        num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
     )
     layer.input_layernorm = layer.pre_mlp_layernorm = norm
     attention = layer.self_attention.submodules
     attention.linear_qkv, attention.linear_proj = backend.column_parallel_linear(), backend.row_parallel_linear()
-    attention.q_layernorm = attention.k_layernorm = norm
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = norm
     attention.core_attention = backend.core_attention()
     layer.mlp = get_mlp_module_spec_for_backend(
         backend=backend, num_experts=config.num_moe_experts, moe_grouped_gemm=False

@@ -108,8 +108,8 @@ def _patch_linear(exact: bool) -> None:
         if exact:
             assert bias is None and block == [BLOCK, BLOCK]
             return linear_fp8(x, _kept(layer, "weight", weight_blocks))
-        weight = _values(layer, "weight", block)
-        return F.linear(fake_quantize_activations(x), weight, None if bias is None else bias.float()).to(x.dtype)
+        output = F.linear(fake_quantize_activations(x), _values(layer, "weight", block)).to(x.dtype)
+        return output if bias is None else output + bias  # rounded before, as by SGLang's block products
 
     def process(self: Any, layer: torch.nn.Module) -> None:
         # answers the AMX repacking: codes and scales stay as loaded, so that they can be loaded again

@@ -21,7 +21,7 @@ from fp8slurm.core.errors import InputError, TransientInputError
 from fp8slurm.core.files import read_json
 from fp8slurm.core.types import Prompt
 from fp8slurm.data import SUFFIXES
-from fp8slurm.models.qwen3 import ModelSpec
+from fp8slurm.models.spec import ModelSpec
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +32,12 @@ MOST_NESTED = 100
 """Lists and objects in each other in one row."""
 WARNINGS = 5
 """Bad lines that are logged one by one; all are counted."""
+MISSING = object()
 OWN_TEMPLATE_ARGUMENTS = ("add_generation_prompt", "tokenize", "return_dict", "return_tensors")
+
+
+Content = str | list[dict[str, Any]]
+"""A prompt as the data has it: text, or messages."""
 
 
 class BadRow(InputError):
@@ -50,8 +55,13 @@ class SftExample:
 
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of a local Hugging Face folder; InputError if there is none."""
+    import torch
     from transformers import AutoTokenizer
 
+    from fp8slurm.cpu.sglang_stubs import declare_torchvision_operators
+
+    if not torch.cuda.is_available():
+        declare_torchvision_operators()  # transformers imports torchvision for some models' config, such as Llama's
     if not Path(folder).is_dir():
         raise TransientInputError(f"model folder {folder} does not exist (model.hf_checkpoint)")
     try:
@@ -136,15 +146,15 @@ def load_prompts(
     response could equal a label under the run's reward, or None; such a row cannot be used.
     """
 
-    def checked_label(row: dict) -> str:
-        label = _label(row, data.label_key, "data.label_key")
+    def read(row: dict) -> tuple[Content, str]:
+        label = _label(row, data.label_key, "data.label_key") if data.label_key else ""
         if (error := label_error(label)) is not None:
             raise BadRow(f"{error} (data.label_key)")
-        return label
+        return prompt_content(row, data.prompt_key), label
 
     return [
         Prompt(r.index, tuple(r.token_ids), r.value, _opens_thinking(tokenizer, r.token_ids), r.content, r.row)
-        for r in _rows(path, data, tokenizer, checked_label, limit)
+        for r in _rows(path, data, tokenizer, read, limit)
     ]
 
 
@@ -166,7 +176,7 @@ def load_sft(
         raise InputError("sft.data is not set: no supervised examples to load")
     if tokenizer.eos_token_id is None:
         raise InputError("the tokenizer has no eos_token, with which a response must end (tokenizer_config.json)")
-    rows = _rows(path, data, tokenizer, lambda row: _label(row, sft.response_key, "sft.response_key"), limit)
+    rows = _rows(path, data, tokenizer, lambda row: _example(row, sft.prompt_key or data.prompt_key, sft), limit)
     _check_end(path, rows, tokenizer)
     positions = _spec(tokenizer).max_position_embeddings
     responses = encode(tokenizer, [r.value for r in rows], positions)
@@ -180,6 +190,21 @@ def load_sft(
                 f"model has {positions} positions (max_position_embeddings)"
             )
     return [SftExample(tuple(r.token_ids), tuple(response) + end) for r, response in zip(rows, responses)]
+
+
+def _example(row: dict, prompt_key: str, sft: SftSection) -> tuple[Content, str]:
+    """(prompt, response) of a row. BadRow."""
+    content = prompt_content(row, prompt_key)
+    given = lookup(row, sft.response_key)
+    if given is MISSING and isinstance(content, list) and len(content) > 1 and content[-1]["role"] == "assistant":
+        return content[:-1], whole_text(content[-1]["content"], "the response")
+    given = _messages(given)
+    if not isinstance(given, list):
+        return content, _label(row, sft.response_key, "sft.response_key")
+    if len(given) != 1 or not isinstance(given[0], dict) or given[0].get("role") != "assistant":
+        what = f"{sft.response_key!r} is text or one message of the assistant"
+        raise BadRow(f"{what}, not {reprlib.repr(given)} (sft.response_key)")
+    return content, _label(given[0], "content", "sft.response_key")
 
 
 def _check_end(path: Path, rows: list[_Row], tokenizer: Any) -> None:
@@ -206,6 +231,8 @@ class PromptOrder:
     n: int
     seed: int
     shuffle: bool = True
+    source: int = 0
+    """Number of the data source: each has orders of its own."""
 
     def __post_init__(self) -> None:
         if self.n < 1:
@@ -222,7 +249,8 @@ class PromptOrder:
     def _epoch(self, epoch: int) -> list[int]:
         if not self.shuffle:
             return list(range(self.n))
-        return np.random.Generator(np.random.PCG64([self.seed, epoch])).permutation(self.n).tolist()
+        entropy = [self.seed, epoch] + ([self.source] if self.source else [])
+        return np.random.Generator(np.random.PCG64(entropy)).permutation(self.n).tolist()
 
 
 @dataclass(frozen=True)
@@ -232,24 +260,25 @@ class _Row:
     index: int
     token_ids: list[int]
     value: str
-    content: str | list[dict[str, Any]]
+    content: Content
     row: dict[str, Any]
 
 
 def _rows(
-    path: Path, data: DataSection, tokenizer: Any, value_of: Callable[[dict], str], limit: int | None = None
-) -> list[_Row]:
-    """Every usable row whose prompt is short enough."""
+    path: Path, data: DataSection, tokenizer: Any, parts: Callable[[dict], tuple[Content, str]],
+    limit: int | None = None,
+) -> list[_Row]:  # fmt: skip
+    """Every usable row whose prompt is short enough; parts: prompt, and label or response of a row."""
     path = Path(path)
     check_template_arguments(data.chat_template_kwargs)
-    used: list[tuple[int, str, str | list[dict[str, Any]], dict[str, Any]]] = []
+    used: list[tuple[int, str, Content, dict[str, Any]]] = []
     texts, bad = [], 0
     for index, read in islice(read_rows(path), limit):
         try:
             row = read()
-            content = prompt_content(row, data.prompt_key)
+            content, value = parts(row)
             text = render(content, data, tokenizer)
-            used.append((index, value_of(row), content, row))
+            used.append((index, value, content, row))
         except BadRow as error:
             where = f"{path}:{index + 1}"
             if data.on_bad_line == "error":
@@ -355,12 +384,25 @@ def _nested(row: dict) -> bool:
     return bool(level)
 
 
+def lookup(row: dict, key: str) -> Any:
+    """The value of a key or, where there is no such key, of a path with dots through objects; MISSING."""
+    if key in row:
+        return row[key]
+    value: Any = row
+    for part in key.split("."):
+        if not isinstance(value, dict) or part not in value:
+            return MISSING
+        value = value[part]
+    return value
+
+
 def _field(row: dict, key: str, flag: str) -> Any:
-    if key in row and row[key] is None:
+    value = lookup(row, key)
+    if value is None:
         raise BadRow(f"{key!r} is null ({flag})")
-    if key not in row:
+    if value is MISSING:
         raise BadRow(f"no {key!r} among its keys {sorted(row)} ({flag})")
-    return row[key]
+    return value
 
 
 def _label(row: dict, key: str, flag: str) -> str:
@@ -402,7 +444,7 @@ def _messages(prompt: Any) -> Any:
     return value if fits else prompt
 
 
-def prompt_content(row: dict, key: str) -> str | list[dict[str, Any]]:
+def prompt_content(row: dict, key: str) -> Content:
     """The prompt of a row: text, or messages. BadRow: neither."""
     prompt = _messages(_field(row, key, "data.prompt_key"))
     if isinstance(prompt, str):
@@ -415,7 +457,7 @@ def prompt_content(row: dict, key: str) -> str | list[dict[str, Any]]:
     return [{k: v for k, v in message.items() if v is not None} for message in prompt]
 
 
-def render(content: str | list[dict[str, Any]], data: DataSection, tokenizer: Any) -> str:
+def render(content: Content, data: DataSection, tokenizer: Any) -> str:
     """What is tokenized: text as it stands, messages through the chat template. BadRow: the template refuses them, or
     it is no whole text."""
     if isinstance(content, str):

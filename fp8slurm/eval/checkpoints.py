@@ -131,7 +131,7 @@ def pick_checkpoint(run: RunDirectory, name: str | None) -> tuple[Path, RunState
 
 
 def _exclusions(folder: Path) -> tuple[str, ...]:
-    from fp8slurm.models.qwen3 import ModelSpec
+    from fp8slurm.models.spec import ModelSpec
 
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder}: no config.json there; give a Hugging Face folder")

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fp8slurm.core.errors import InputError
+from fp8slurm.core.errors import InputError, TransientInputError
 from fp8slurm.core.files import read_json, write_atomic
+from fp8slurm.core.numbers import number
 from fp8slurm.engine.client import EngineClient
 from fp8slurm.eval.questions import Question
 from fp8slurm.eval.records import FORMAT, SAMPLES, SCORED, SETTINGS, SUMMARY, read_rows
@@ -23,7 +24,7 @@ _SEQUENCES = 8
 
 
 def load(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """(summary, graded rows) of a finished evaluation. InputError: it is none."""
+    """(summary, graded rows) of a finished evaluation. InputError: it is none, or has a file that is broken."""
     if not (folder / SUMMARY).is_file():
         what = (
             "is an unfinished evaluation: run it again to complete it"
@@ -31,7 +32,27 @@ def load(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
             else "has no summary.json"
         )
         raise InputError(f"{folder} {what}")
-    return read_json(folder / SUMMARY), list(read_rows(folder / SAMPLES))
+    summary, rows = read_json(folder / SUMMARY), list(read_rows(folder / SAMPLES))
+    tasks, speed = summary.get("tasks"), summary.get("tokens_per_second")
+    if not isinstance(tasks, dict) or not all(isinstance(task, dict) for task in tasks.values()):
+        raise TransientInputError(f"{folder / SUMMARY}: tasks are no JSON objects by name")
+    if not all(isinstance(summary.get(key), str) for key in ("precision", "checkpoint")):
+        raise TransientInputError(f"{folder / SUMMARY}: precision and checkpoint are no text")
+    if speed is not None and number(speed) is None:
+        raise TransientInputError(f"{folder / SUMMARY}: tokens_per_second {speed!r:.50} is no number")
+    for line, row in enumerate(rows, 1):
+        named = all(isinstance(row.get(key), str) for key in ("task", "id"))
+        if not named or "label" not in row or not isinstance(row.get("correct"), bool | int):
+            raise TransientInputError(f"{folder / SAMPLES}:{line} has no task, id, label or correct of a graded sample")
+    return summary, rows
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    settings = read_json(folder / SETTINGS)
+    tasks = settings.get("tasks", [])
+    if not isinstance(tasks, list) or not all(isinstance(t, dict) and isinstance(t.get("name"), str) for t in tasks):
+        raise TransientInputError(f"{folder / SETTINGS}: tasks are no list of JSON objects with a name")
+    return settings
 
 
 def compare(a: Path, b: Path, fail_if_worse: float | None = None) -> dict[str, Any]:
@@ -70,7 +91,7 @@ def _check_same_settings(a: Path, b: Path) -> None:
     """InputError, naming the first setting that differs (where both evaluations have their settings.json)."""
     if not all((folder / SETTINGS).is_file() for folder in (a, b)):
         return
-    settings_a, settings_b = (read_json(folder / SETTINGS) for folder in (a, b))
+    settings_a, settings_b = (_settings(folder) for folder in (a, b))
     for key in SAME_OF_ALL:
         if key in settings_a and key in settings_b and settings_a[key] != settings_b[key]:
             raise InputError(

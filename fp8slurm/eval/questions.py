@@ -14,12 +14,14 @@ from typing import Any
 from fp8slurm.config.schema import DataSection
 from fp8slurm.core.errors import InputError
 from fp8slurm.data.prompts import (
+    MISSING,
     WARNINGS,
     BadRow,
     check_template_arguments,
     check_tokens,
     encode,
     label_text,
+    lookup,
     prompt_content,
     read_rows,
     render,
@@ -122,10 +124,12 @@ def _question(task: EvalTask, row: dict, index: int, data: DataSection, tokenize
 
 
 def _first(row: dict, keys: list[str]) -> Any:
-    return next((row[k] for k in keys if row.get(k) is not None), None)
+    return next((value for k in keys if (value := lookup(row, k)) is not None and value is not MISSING), None)
 
 
 def _label(task: EvalTask, row: dict, choices: Any) -> str:
+    if not task.label_keys:  # a run's data.label_key ""
+        return ""
     value = _first(row, task.label_keys)
     if value is None:
         raise BadRow(f"no {' or '.join(map(repr, task.label_keys))} among its keys {sorted(row)} (label_keys)")

@@ -192,9 +192,12 @@ def repair(path: Path) -> None:
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
     """The rows of a samples.jsonl or scored.jsonl. InputError names a line that is none."""
-    with open(path, encoding="utf-8") as f:
+    with open(path, "rb") as f:
         for number, line in enumerate(f, 1):
             try:
-                yield json.loads(line)
-            except ValueError:
+                row = json.loads(line.decode())
+            except (ValueError, RecursionError):
                 raise TransientInputError(f"{path}:{number} is not JSON; remove the file to ask again") from None
+            if not isinstance(row, dict):
+                raise TransientInputError(f"{path}:{number} is no JSON object; remove the file to ask again")
+            yield row

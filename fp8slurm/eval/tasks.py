@@ -156,7 +156,7 @@ def held_out(config: RunConfig, data: Path | None = None) -> EvalTask | None:
         EvalTask(
             name=HELD_OUT,
             prompt_keys=[config.data.prompt_key],
-            label_keys=[config.data.label_key],
+            label_keys=[config.data.label_key] if config.data.label_key else [],
             grader="exact" if kind == "digits" else kind,
             data=path,
         ),

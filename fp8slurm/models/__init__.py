@@ -1,1 +1,1 @@
-"""What a Qwen3 is: sizes, names, layouts. Runs everywhere."""
+"""What a model is: its family, sizes, names, layouts. Runs everywhere."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from fp8slurm.core.errors import InputError
 from fp8slurm.fp8 import BLOCK
 from fp8slurm.models.precision import engine_in_fp8
-from fp8slurm.models.qwen3 import ModelSpec
+from fp8slurm.models.spec import ModelSpec
 
 if TYPE_CHECKING:
     from fp8slurm.config import RunConfig

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 from fp8slurm.core.errors import InputError
 from fp8slurm.fp8.policy import LINEAR, excluded_by
 from fp8slurm.models.precision import engine_in_fp8, engine_quantization
-from fp8slurm.models.qwen3 import ModelSpec
+from fp8slurm.models.spec import ModelSpec
 
 if TYPE_CHECKING:
     from fp8slurm.config import RunConfig
 
 BUILT = frozenset({"cpu", "cuda"})
 """The devices on which both sides can compute exactly."""
+ARCHITECTURE = "Qwen3ForCausalLM"
 ATTENTION = {"cpu": "torch_native", "cuda": "fa3"}
 """The one attention backend of the engine, by device."""
 CHANGES_BITS = ("--kv-cache-dtype", "--quantization", "--speculative-", "--fp8-gemm", "--prefill-attention-backend",
@@ -43,6 +44,8 @@ def _obstacles(config: RunConfig, spec: ModelSpec) -> Iterator[tuple[str, str]]:
         yield f"--slurm.gpus-per-node {c.slurm.gpus_per_node}", f"it is not there yet on {where}; allowed: {allowed}"
     if spec.is_moe:
         yield spec.architecture, "a mixture's experts sum their outputs in another order; allowed: dense models"
+    elif spec.architecture != ARCHITECTURE:
+        yield spec.architecture, f"the exact layers are another family's; allowed: {ARCHITECTURE}"
     if c.fp8.backend == "off":
         yield "--fp8.backend off", "both sides multiply in FP8; allowed: transformer_engine (GPU), emulated (CPU)"
     if not engine_in_fp8(c):

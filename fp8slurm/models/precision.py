@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fp8slurm.models.qwen3 import ModelSpec, QuantizationSpec
+from fp8slurm.models.spec import ModelSpec, QuantizationSpec
 
 if TYPE_CHECKING:
     from fp8slurm.config import RunConfig

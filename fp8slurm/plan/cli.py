@@ -17,7 +17,7 @@ def main(argv: list[str]) -> int:
     parser = recipe_parser(
         "fp8slurm plan",
         "Memory of every rank, host memory, bytes of a weight update and block alignment; needs no GPU and, for "
-        "Qwen3-0.6B, Qwen3-4B and Qwen3-30B-A3B, no checkpoint.",
+        "a model whose shape is known (fp8slurm/models/known), no checkpoint.",
     )
     parser.add_argument(
         "--gpu-memory",

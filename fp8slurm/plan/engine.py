@@ -10,7 +10,7 @@ from fp8slurm.fp8.block import scale_shape
 from fp8slurm.fp8.policy import decide
 from fp8slurm.models.engine_layout import EngineLayout
 from fp8slurm.models.names import NameTable
-from fp8slurm.models.qwen3 import QuantizationSpec
+from fp8slurm.models.spec import QuantizationSpec
 
 
 @dataclass(frozen=True)

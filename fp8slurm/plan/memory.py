@@ -15,7 +15,7 @@ from typing import Literal
 
 from fp8slurm.config import RunConfig
 from fp8slurm.models.names import NameTable
-from fp8slurm.models.qwen3 import ModelSpec
+from fp8slurm.models.spec import ModelSpec
 from fp8slurm.plan.parameters import StageParameters
 from fp8slurm.trainer.logprobs import CHUNK_LOGITS
 

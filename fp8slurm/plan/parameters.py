@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 from fp8slurm.config.schema import ParallelSection
 from fp8slurm.fp8.policy import decide
-from fp8slurm.models.names import Entry, NameTable
+from fp8slurm.models.entries import Entry
+from fp8slurm.models.names import NameTable
 
 EMBEDDING = "embedding.word_embeddings.weight"
 

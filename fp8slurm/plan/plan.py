@@ -13,9 +13,10 @@ from fp8slurm.config.derived import engines_sleep, transport_of
 from fp8slurm.fp8 import BLOCK
 from fp8slurm.fp8.policy import decide
 from fp8slurm.models.known import find_spec
+from fp8slurm.models.layout import check_layout
 from fp8slurm.models.names import NameTable
 from fp8slurm.models.precision import engine_quantization
-from fp8slurm.models.qwen3 import ModelSpec, QuantizationSpec, check_layout
+from fp8slurm.models.spec import ModelSpec, QuantizationSpec
 from fp8slurm.plan import memory, saving
 from fp8slurm.plan.engine import EngineMemory, engine_memory, quantized
 from fp8slurm.plan.memory import Item, RankMemory, checkpoint_bytes, rank_memory

@@ -16,7 +16,7 @@ def rank_main(
 ) -> None:
     import torch.distributed as dist
 
-    from fp8slurm.models.qwen3 import ModelSpec
+    from fp8slurm.models.spec import ModelSpec
     from fp8slurm.rl import loop
     from fp8slurm.rollout.channel import RankChannel
     from fp8slurm.sync import groups

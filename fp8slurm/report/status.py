@@ -127,6 +127,8 @@ def show_one(s: RunStatus, console: Console) -> None:
     facts.add_row("checkpoint", checkpoint(s) or "none yet")
     if s.stop:
         facts.add_row("stopped", Text(s.stop))
+    for node in s.left_out:
+        facts.add_row("left out", Text(node))
     for note in s.notes:
         facts.add_row("damaged", Text(note, style="yellow"))
     console.print(facts)

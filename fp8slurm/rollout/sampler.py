@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,9 @@ import torch
 
 from fp8slurm.config import RunConfig
 from fp8slurm.core.types import Prompt, Sample, SampleGroup
-from fp8slurm.data.prompts import end_token_ids, load_prompts, load_tokenizer, sample_seed
+from fp8slurm.data.prompts import end_token_ids, load_tokenizer, sample_seed
 from fp8slurm.engine.client import GenerateRequest, Generation
-from fp8slurm.models.qwen3 import ModelSpec
-from fp8slurm.rewards.graders import label_error
+from fp8slurm.models.spec import ModelSpec
 
 Generate = Callable[[list[GenerateRequest]], list[Generation]]
 
@@ -37,11 +35,6 @@ class Sampler:
         folder = Path(config.model.hf_checkpoint)
         tokenizer = load_tokenizer(folder)
         return cls(config, tokenizer, sorted({*end_token_ids(folder, tokenizer), *config.rollout.stop_token_ids}))
-
-    def prompts(self, path: Path) -> list[Prompt]:
-        return load_prompts(
-            self.config.data, self.tokenizer, path, label_error=partial(label_error, self.config.reward.kind)
-        )
 
     def sample(
         self, generate: Generate, prompts: list[tuple[int, Prompt]], n: int, max_tokens: int, temperature: float,

@@ -10,6 +10,8 @@ from fp8slurm.core.types import SampleGroup
 Figure = tuple[str, float]
 """(key of a metric, its value for one sample)."""
 REWARD, LENGTH, TRUNCATED = "reward/mean", "rollout/response_length", "rollout/truncated"
+SHORT = {REWARD: "reward", LENGTH: "response_length", TRUNCATED: "truncated"}
+"""Behind source/NAME/, of samples of one data source."""
 
 
 def figures_of(groups: list[SampleGroup]) -> list[Figure]:
@@ -19,6 +21,8 @@ def figures_of(groups: list[SampleGroup]) -> list[Figure]:
         for s in group.samples:
             of_sample = {REWARD: s.reward, LENGTH: len(s.response_ids), TRUNCATED: int(s.finish_reason == "length")}
             out += of_sample.items()
+            if group.prompt.source:
+                out += ((f"source/{group.prompt.source}/{SHORT[key]}", value) for key, value in of_sample.items())
             out += ((f"reward/parts/{name}", part) for name, part in s.parts.items())
     return out
 

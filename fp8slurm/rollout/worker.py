@@ -20,11 +20,12 @@ import torch.distributed as dist
 from fp8slurm.config import RunConfig
 from fp8slurm.config.derived import engines_start_after_trainer, reward_workers
 from fp8slurm.core.types import Prompt, SampleGroup
-from fp8slurm.data.prompts import PromptOrder
+from fp8slurm.data.sources import order_of, training_sources
 from fp8slurm.engine.pool import WeightsLost
 from fp8slurm.models.precision import engine_in_fp8
-from fp8slurm.models.qwen3 import ModelSpec
-from fp8slurm.rewards.pool import RewardPool
+from fp8slurm.models.spec import ModelSpec
+from fp8slurm.rewards.graders import label_error
+from fp8slurm.rewards.pools import RewardPools
 from fp8slurm.rollout.channel import WorkerChannel
 from fp8slurm.rollout.engines import EngineSet
 from fp8slurm.rollout.evaluation import TrainingEval
@@ -74,11 +75,13 @@ class RolloutWorker:
         if not engines_start_after_trainer(c):
             self.engines.start()
         self.sampler = Sampler.load(c)
-        self.train_prompts = self.sampler.prompts(c.data.train) if c.run.steps and c.data.train else []
+        sources = training_sources(c.data, c.reward.kind) if c.run.steps else []
+        loaded = [source.load(self.sampler.tokenizer, label_error) for source in sources]
+        self.train_prompts = [prompt for prompts in loaded for prompt in prompts]
         self.evaluation = TrainingEval(c, self.run, self.sampler, self.number, self.workers)
         self._started.append(self.evaluation.close)
-        self.order = PromptOrder(len(self.train_prompts), c.run.seed, c.data.shuffle) if self.train_prompts else None
-        self.rewarder = RewardPool(c.reward, reward_workers(c))
+        self.order = order_of(loaded, sources, c.run.seed, c.data.shuffle) if sources else None
+        self.rewarder = RewardPools(c.reward, {s.name: s.reward for s in sources}, reward_workers(c))
         self._started.append(self.rewarder.close)
 
     def stop(self) -> None:

@@ -17,6 +17,7 @@ from fp8slurm.run.attempts import Attempt, holder_state, read_attempt, run_state
 from fp8slurm.run.directory import SLURM_FOLDER, RunDirectory, is_run
 from fp8slurm.run.read_json import read_json
 from fp8slurm.run.reader import parse_records
+from fp8slurm.run.task_errors import left_out
 from fp8slurm.scheduler.queue import SlurmJob, jobs
 
 TAIL_BYTES = 1 << 18
@@ -68,6 +69,8 @@ class RunStatus:
     checkpoint_age_s: float | None
     stop: str | None
     """How the newest attempt stopped as planned, and what follows (stopped.json)."""
+    left_out: tuple[str, ...]
+    """Nodes that the job does not get any more, and why."""
     error: str | None
     """Of the newest attempt that left one."""
     error_attempt: int | None
@@ -176,6 +179,7 @@ class Facts:
             checkpoint=checkpoint,
             checkpoint_age_s=age,
             stop=(self.attempt.stop or None) if self.attempt else None,
+            left_out=tuple(f"{r['node']}: {r.get('why', '')}" for r in self._left_out()),
             error=error,
             error_attempt=error_attempt,
             links=links,
@@ -252,6 +256,13 @@ class Facts:
             if a is not None and a.error and (a.primary or newest):
                 return n, a.error
         return None, None
+
+    def _left_out(self) -> list[dict[str, Any]]:
+        try:
+            return left_out(self.path / "attempts")
+        except OSError as error:
+            self.notes.append(f"attempts/ cannot be read: {error.strerror}")
+            return []
 
     def _age(self, path: Path) -> float | None:
         try:

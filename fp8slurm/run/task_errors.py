@@ -8,8 +8,9 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from fp8slurm.core.errors import InputError
+from fp8slurm.core.errors import InputError, TransientInputError
 from fp8slurm.core.files import names_in, patiently, read_json, write_atomic
+from fp8slurm.core.node_faults import node_name
 
 FRAMES = 20
 """Of a foreign error's traceback, the innermost that are recorded."""
@@ -30,11 +31,15 @@ def describe(error: BaseException) -> str:
     return "".join(traceback.format_exception(error, limit=-FRAMES))
 
 
-def record_error(folder: Path, index: int, text: str, primary: bool = True, permanent: bool = False) -> None:
+def record_error(
+    folder: Path, index: int, text: str, primary: bool = True, permanent: bool = False, fault: str = ""
+) -> None:
     """Write a task's last words where the launcher looks for them; secondary ones are consequences of another's, after
-    permanent ones it is no use to start again."""
+    permanent ones it is no use to start again. fault: what is wrong with this node (core/node_faults.py)."""
     path = folder / f"task_{index}.json"
     said = {"time": time.time(), "task": index, "primary": primary, "permanent": permanent, "text": text}
+    if fault:
+        said |= {"node": node_name(), "fault": fault}
 
     def write() -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -50,6 +55,20 @@ def task_errors(attempt_dir: Path) -> list[dict[str, Any]]:
     return [
         read_json(folder / name) for name in names_in(folder) if name.startswith("task_") and name.endswith(".json")
     ]
+
+
+def left_out(attempts: Path) -> list[dict[str, Any]]:
+    """The nodes that a run has left out when it was requeued, in the order of its attempts: node, why. What cannot be
+    read says nothing."""
+    found = []
+    for number in sorted(int(name) for name in names_in(attempts) if name.isdigit()):
+        try:
+            record = read_json(attempts / str(number) / STOPPED).get("left_out")
+        except (OSError, TransientInputError):
+            continue
+        if isinstance(record, dict) and isinstance(record.get("node"), str):
+            found.append(record)
+    return found
 
 
 def first_error(attempt_dir: Path, vanished: bool = True) -> str | None:

@@ -291,6 +291,26 @@ def requeue(job_id: str, patience_s: float = 20.0) -> None:
             time.sleep(1)
 
 
+def leave_out(job_id: str, node: str) -> str:
+    """What ExcNodeList becomes so that a job does not get a node: its present one and the node. Raises SlurmError."""
+    present = (show_job(job_id) or {}).get("ExcNodeList", "(null)")
+    return node if present in ("", "(null)") else f"{present},{node}"
+
+
+def node_names(node_list: str) -> list[str]:
+    """The nodes of a list such as node[1-3], in its order. Raises SlurmError."""
+    return ask("scontrol", "show", "hostnames", node_list).split() if node_list not in ("", "(null)") else []
+
+
+def nodes_of_partition(name: str) -> int | None:
+    """How many nodes a partition has, None where Slurm does not say."""
+    try:
+        total = fields(ask("scontrol", "-o", "show", "partition", name)).get("TotalNodes", "")
+    except SlurmError:
+        return None
+    return int(total) if total.isdigit() else None
+
+
 def one_line(output: str) -> str:
     """What sbatch printed, without its own name in front of every line."""
     lines = [line.removeprefix("sbatch: ").removeprefix("error: ").strip() for line in output.splitlines()]

@@ -23,8 +23,10 @@ from fp8slurm.scheduler.job import Job, SlurmError
 JOIN_TIMEOUT_S = 600.0
 
 GUARDED = (
-    "model.hf_checkpoint", "model.dtype", "fp8.backend", "fp8.engine", "data.train", "data.prompt_key", "data.shuffle",
-    "data.max_prompt_tokens", "data.on_bad_line", "data.chat_template_kwargs", "sft.data", "sft.response_key",
+    "model.hf_checkpoint", "model.dtype", "fp8.backend", "fp8.engine", "data.train", "data.sources", "data.prompt_key",
+    "data.shuffle",
+    "data.max_prompt_tokens", "data.on_bad_line", "data.chat_template_kwargs", "sft.data", "sft.prompt_key",
+    "sft.response_key",
     "run.seed",
     "optim.distributed",
 )  # fmt: skip
@@ -74,15 +76,27 @@ def _changed_settings(config: RunConfig, run: RunDirectory) -> list[str]:
     saved = run.path / "config.json"
     changes: list[str] = []
     if saved.is_file():
-        old = read_json(saved)
-        changes = changed_keys(_without_waiting(old), _without_waiting(config.model_dump(mode="json")))
+        settings = read_json(saved)
+        if foreign := [key for key, values in settings.items() if not isinstance(values, dict)]:
+            raise TransientInputError(f"{saved}: {', '.join(foreign):.200} is no section of settings")
+        old = _without_waiting(settings)
+        # Settings that an older version did not have were what they are by default.
+        full = {name: values | old.get(name, {}) for name, values in RunConfig().model_dump(mode="json").items()}
+        changes = changed_keys(full, _without_waiting(config.model_dump(mode="json")))
         guarded = set(GUARDED)
         if not _same_precision(old.get("model", {}).get("rollout_checkpoint"), config):
             guarded.add("model.rollout_checkpoint")
+        if _counted(full["data"]["sources"]) == _counted(config.model_dump(mode="json")["data"]["sources"]):
+            guarded.discard("data.sources")  # another reward or label, as with data.train
         foreign = [c for c in changes if c.split(":")[0] in guarded]
         if foreign and run.newest_checkpoint():
             raise InputError(f"{run.path} belongs to another run ({'; '.join(foreign)}): choose another --run.name")
     return changes
+
+
+def _counted(sources: dict[str, dict[str, Any]]) -> list[tuple[Any, ...]]:
+    """What of data.sources a data cursor counts."""
+    return [(n, str(Path(s["file"]).resolve()), s.get("weight"), s.get("prompt_key")) for n, s in sources.items()]
 
 
 def _changed_data(config: RunConfig, run: RunDirectory) -> tuple[list[str], dict[str, Any]]:
@@ -92,6 +106,8 @@ def _changed_data(config: RunConfig, run: RunDirectory) -> tuple[list[str], dict
     """
     try:
         before = read_json(run.path / DATA)
+        if not all(isinstance(said, dict) and "bytes" in said and "sha256" in said for said in before.values()):
+            raise TransientInputError(f"{run.path / DATA}: allowed are settings with bytes and sha256 of their files")
     except FileNotFoundError:  # a first start, or a run of a version that kept no sums
         before = {}
     present = _data_files(config)
@@ -108,6 +124,7 @@ def _changed_data(config: RunConfig, run: RunDirectory) -> tuple[list[str], dict
 def _data_files(config: RunConfig) -> dict[str, dict[str, Any]]:
     """Size and SHA-256 of the data files that are there, by their settings."""
     files = {"data.train": config.data.train, "data.eval": config.data.eval, "sft.data": config.sft.data}
+    files |= {f"data.sources {name}": source.file for name, source in config.data.sources.items()}
     files |= {f"eval.tasks {task.name}": task.data for task in further_tasks(config)}
     return {
         key: {"bytes": path.stat().st_size, "sha256": sha256(path)}

@@ -18,10 +18,10 @@ from fp8slurm.config import RunConfig
 from fp8slurm.core.errors import InputError, TransientInputError
 from fp8slurm.core.files import names_in, patiently, read_json, write_atomic
 from fp8slurm.run.directory import RunDirectory
-from fp8slurm.run.task_errors import STOPPED, VERDICT, first_error
+from fp8slurm.run.task_errors import STOPPED, VERDICT, first_error, left_out
 from fp8slurm.scheduler import job as slurm
 from fp8slurm.scheduler.job import Job, SlurmError
-from fp8slurm.slurm import attempt
+from fp8slurm.slurm import attempt, bad_nodes
 from fp8slurm.slurm.requeue import go_on
 
 LINGER_S = 60.0
@@ -59,10 +59,10 @@ def _after(status: int, path: Path, job: Job, config: RunConfig | None) -> int:
     stopped = run.attempt_dir / STOPPED
     if stopped.is_file():
         record = read_json(stopped)
-        _say(f"{record['why']}: {record['next'] or record['why_not']}")
-        if record["next"] == "requeued":
+        _say(f"{record.get('why')}: {record.get('next') or record.get('why_not')}")
+        if record.get("next") == "requeued":
             time.sleep(LINGER_S)
-        return 0 if record["next"] else status or 1
+        return 0 if record.get("next") else status or 1
     if status == 0:
         return 0
     shown = slurm.show_job(job.id) or {}
@@ -73,7 +73,7 @@ def _after(status: int, path: Path, job: Job, config: RunConfig | None) -> int:
     _say(f"attempt {run.attempt} failed:\n{text}")
     if shown.get("JobState") != "RUNNING":  # cancelled, out of time, or requeued by Slurm
         return status
-    return status if not _again(_configuration(path), run, job) else 0
+    return status if not _again(_configuration(path), run, job, shown) else 0
 
 
 def _configuration(path: Path) -> RunConfig:
@@ -119,7 +119,7 @@ def _permanent(folder: Path) -> bool:
     return False
 
 
-def _again(config: RunConfig, run: RunDirectory, job: Job) -> bool:
+def _again(config: RunConfig, run: RunDirectory, job: Job, shown: dict[str, str]) -> bool:
     """Requeue the job if that makes sense; whether it was."""
     if not config.slurm.requeue:
         _say("slurm.requeue is off: submit the run again to go on")
@@ -132,20 +132,47 @@ def _again(config: RunConfig, run: RunDirectory, job: Job) -> bool:
         _say(attempt.no_progress(config, run, count))
         return False
     record: dict[str, Any] = {"why": "a task died", "at": "", "saved": False, "time": time.time(), "why_not": ""}
-    record = go_on(run, job, record, dict(os.environ))
+    record = go_on(run, job, record, dict(os.environ), _bad_node(config, run, shown))
+    if left := record.get("left_out"):
+        _say(f"{left['node']} is left out from here on ({left['why']})")
     _say(record["next"] or record["why_not"])
     if record["next"] == "requeued":
         time.sleep(LINGER_S)
     return bool(record["next"])
 
 
-def _verdict(run: RunDirectory, job: dict[str, str]) -> str:
-    """Who failed first, by srun's word, and that task's own last words; kept for first_error."""
+def _bad_node(config: RunConfig, run: RunDirectory, shown: dict[str, str]) -> dict[str, str] | None:
+    """The node that the job is not to get again. Finding it must not cost the requeue."""
+    try:
+        hosts = bad_nodes.hosts_of(config, slurm.node_names(shown.get("NodeList", "")))
+        node, fault = bad_nodes.blamed(run, _said(run, shown), hosts)
+        if not node:
+            return None
+        verdict = run.attempt_dir / "errors" / VERDICT
+        write_atomic(verdict, json.dumps(read_json(verdict) | {"node": node, "fault": fault}))
+        _say(f"{node} brought this attempt down: {fault}")
+        bad = bad_nodes.to_leave_out(config, run)
+        total = slurm.nodes_of_partition(shown.get("Partition", ""))
+        if bad and total is not None and total < config.slurm.nodes + len(left_out(run.attempts)) + 1:
+            _say(f"{node} is not left out: partition {shown.get('Partition')} has {total} nodes")
+            return None
+        return bad
+    except (OSError, TransientInputError, SlurmError) as error:
+        _say(f"whether a node is to be left out is not known: {error}")
+        return None
+
+
+def _said(run: RunDirectory, job: dict[str, str]) -> list[str]:
+    """The lines of the job's log since the attempt began."""
     log = Path(job.get("StdErr", ""))
     lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
     begun = f"attempt {run.attempt}, logs in"
-    start = max((i for i, line in enumerate(lines) if begun in line), default=0)
-    first = next((m for line in lines[start:] if (m := LOST.search(line) or FAILED.search(line))), None)
+    return lines[max((i for i, line in enumerate(lines) if begun in line), default=0) :]
+
+
+def _verdict(run: RunDirectory, job: dict[str, str]) -> str:
+    """Who failed first, by srun's word, and that task's own last words; kept for first_error."""
+    first = next((m for line in _said(run, job) if (m := LOST.search(line) or FAILED.search(line))), None)
     text = first_error(run.attempt_dir) or "the tasks ended without a word"
     if first is not None and first.re is LOST:
         nodes = f" (nodes {job['NodeList']}, counted from 0)" if "on node " in first[1] and job.get("NodeList") else ""

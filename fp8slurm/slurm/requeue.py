@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,13 @@ from fp8slurm.scheduler.job import Job, SlurmError
 log = logging.getLogger(__name__)
 
 
-def go_on(run: RunDirectory, job: Job, record: dict[str, Any], environment: dict[str, str]) -> dict[str, Any]:
+def go_on(
+    run: RunDirectory, job: Job, record: dict[str, Any], environment: dict[str, str],
+    bad_node: dict[str, str] | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Requeue or resubmit the job and say so in stopped.json with `record`, how the attempt ended; returns all of it.
+
+    bad_node: node and why; the job is not to get it again.
 
     A run directory that cannot be written to is no reason to stay where the job is.
     """
@@ -31,25 +37,48 @@ def go_on(run: RunDirectory, job: Job, record: dict[str, Any], environment: dict
             log.error("%s cannot be written: %s", run.attempt_dir / STOPPED, error)
 
     keep(record | {"next": "requeued"})  # now: Slurm ends this process as soon as it has taken the requeue
-    record = record | requeue_or_resubmit(run, job, environment)
+    exclude = ""
+    if bad_node is not None:
+        try:
+            exclude = slurm.leave_out(job.id, bad_node["node"])
+        except SlurmError as error:
+            log.error("%s is not left out: %s", bad_node["node"], error)
+    record = record | requeue_or_resubmit(run, job, environment, exclude)
+    if record.pop("excluded", False):
+        record["left_out"] = bad_node
     keep(record)
     return record
 
 
-def requeue_or_resubmit(run: RunDirectory, job: Job, environment: dict[str, str]) -> dict[str, Any]:
-    """Put the job back into the queue, or submit it anew where that is forbidden: next, why_not, resubmitted."""
+def requeue_or_resubmit(run: RunDirectory, job: Job, environment: dict[str, str], exclude: str = "") -> dict[str, Any]:
+    """Put the job back into the queue, or submit it anew where that is forbidden: next, why_not, resubmitted; excluded,
+    where it does not get the nodes `exclude`."""
+    if exclude:  # Slurm takes that for pending jobs only, and by then ends this process, KillWait after a first notice
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
         slurm.requeue(job.id)
-        return {"next": "requeued"}
+        return {"next": "requeued"} | _exclude(job, exclude)
     except SlurmError as refusal:
         try:
-            new = resubmit(run, job, environment)
+            new = resubmit(run, job, environment, exclude)
         except (SlurmError, OSError) as error:
             return {"next": "", "why_not": f"scontrol requeue: {refusal}; sbatch: {error}"}
-        return {"next": f"resubmitted as job {new}", "resubmitted": new, "why_not": f"scontrol requeue: {refusal}"}
+        said = {"next": f"resubmitted as job {new}", "resubmitted": new, "why_not": f"scontrol requeue: {refusal}"}
+        return said | ({"excluded": True} if exclude else {})
 
 
-def resubmit(run: RunDirectory, job: Job, environment: dict[str, str]) -> str:
+def _exclude(job: Job, exclude: str) -> dict[str, Any]:
+    if not exclude:
+        return {}
+    try:
+        slurm.ask("scontrol", "update", f"JobId={slurm.number_of(job.id)}", f"ExcNodeList={exclude}")
+    except SlurmError as error:
+        log.error("the job may get %s again: %s", exclude, error)
+        return {}
+    return {"excluded": True}
+
+
+def resubmit(run: RunDirectory, job: Job, environment: dict[str, str], exclude: str = "") -> str:
     """Submit the job's own script again with its arguments, to start when this job has ended; returns the new job's id.
 
     environment: that of a process of the job, before anything was changed in it.
@@ -60,7 +89,8 @@ def resubmit(run: RunDirectory, job: Job, environment: dict[str, str]) -> str:
     assert run.attempt is not None
     script = run.attempt_dir / "job_script.sh"
     slurm.ask("scontrol", "write", "batch_script", job.id, str(script))
-    flags = slurm.flags_of(slurm.show_job(job.id) or {}, environment)
+    shown = slurm.show_job(job.id) or {}
+    flags = slurm.flags_of(shown | ({"ExcNodeList": exclude} if exclude else {}), environment)
     arguments = (run.owner(run.attempt) or {}).get("arguments", [])
     new = slurm.sbatch(
         f"--dependency=afterany:{slurm.number_of(job.id)}", *flags, str(script), *arguments,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NoReturn
 from fp8slurm.config import RunConfig
 from fp8slurm.config.placement import Placement, Task, place
 from fp8slurm.core.deadlines import RENDEZVOUS_TIMEOUT_S
+from fp8slurm.core.node_faults import node_fault, try_local_disk
 from fp8slurm.core.stopping import NeverStop
 from fp8slurm.process.environment import see_gpus, set_environment, set_logging
 from fp8slurm.process.monitor import Monitor
@@ -60,6 +61,7 @@ def be_task(config: RunConfig, run: RunDirectory, placement: Placement, task: Ta
     code = 1
     try:
         monitor.start()
+        try_local_disk()
         if task.role == "rank":
             rank_main(config, run, placement, task, monitor, stop_policy)
         else:
@@ -83,6 +85,8 @@ def _last_words(run: RunDirectory, task: Task, error: BaseException, monitor: Mo
     """Record what ended the task; its exit status."""
     if (run.attempt_dir / STOPPED).exists() and (task.role, task.number) != ("rank", 0):
         return 0  # the run has stopped as planned, and rank 0 and the store are gone
-    record_error(run.attempt_dir / "errors", task.index, describe(error), permanent=is_permanent(error))
+    text = describe(error)
+    fault = node_fault(error, text)
+    record_error(run.attempt_dir / "errors", task.index, text, permanent=is_permanent(error), fault=fault)
     traceback.print_exception(error)
     return 0 if monitor.replaced() else 1

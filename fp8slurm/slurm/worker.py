@@ -17,6 +17,7 @@ from fp8slurm.config import RunConfig
 from fp8slurm.config.placement import Placement, Task, place
 from fp8slurm.core.errors import InputError
 from fp8slurm.core.files import patiently
+from fp8slurm.core.node_faults import node_fault
 from fp8slurm.run.directory import RunDirectory
 from fp8slurm.run.task_errors import describe, is_permanent, record_error
 from fp8slurm.scheduler.job import Job
@@ -56,7 +57,9 @@ def _record(path: Path, error: Exception) -> None:
         # Task 0 itself has not begun one, or has it already.
         run = attempt.find(path, job) if index == "0" else attempt.join(path, job, RECORD_TIMEOUT_S)
         folder = run.attempt_dir if run is not None else attempt.unbegun(path, job)
-        record_error(folder / "errors", int(index), describe(error), permanent=is_permanent(error))
+        text = describe(error)
+        fault = node_fault(error, text)
+        record_error(folder / "errors", int(index), text, permanent=is_permanent(error), fault=fault)
     except (OSError, ValueError) as reason:  # TimeoutError among them: task 0 refuses the job too
         print(f"fp8slurm: the error is only here ({reason})", file=sys.stderr)
 

@@ -12,7 +12,7 @@ from fp8slurm.checkpoint.formats.hf_folder import natural, open_hf
 from fp8slurm.core.errors import InputError
 from fp8slurm.fp8.policy import FUSED_EXPERTS
 from fp8slurm.models.names import NameTable
-from fp8slurm.models.qwen3 import ModelSpec
+from fp8slurm.models.spec import ModelSpec
 from fp8slurm.sync.bucket import WeightSpec
 from fp8slurm.sync.plan import plan
 

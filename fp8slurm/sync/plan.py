@@ -21,8 +21,9 @@ import torch
 from fp8slurm.fp8 import BLOCK
 from fp8slurm.fp8.block import scale_shape
 from fp8slurm.fp8.policy import decide
-from fp8slurm.models.names import Entry, NameTable, SliceSpec
-from fp8slurm.models.qwen3 import QuantizationSpec
+from fp8slurm.models.entries import Entry, SliceSpec
+from fp8slurm.models.names import NameTable
+from fp8slurm.models.spec import QuantizationSpec
 from fp8slurm.sync.bucket import TensorForm, WeightSpec, layout
 
 FP8 = torch.float8_e4m3fn

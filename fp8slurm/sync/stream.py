@@ -34,7 +34,7 @@ from fp8slurm.fp8.block import BlockFP8
 from fp8slurm.fp8.panels import not_finite_error
 from fp8slurm.fp8.quantize import quantize
 from fp8slurm.models.names import NameTable
-from fp8slurm.models.qwen3 import QuantizationSpec
+from fp8slurm.models.spec import QuantizationSpec
 from fp8slurm.sync.bucket import WeightBucket, WeightSpec, payload_bytes
 from fp8slurm.sync.plan import SCALE, Planned, SourcePlan, plan, source_plans
 

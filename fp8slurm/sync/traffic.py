@@ -13,7 +13,7 @@ import torch
 
 from fp8slurm.fp8.block import scale_shape
 from fp8slurm.models.names import NameTable
-from fp8slurm.models.qwen3 import QuantizationSpec
+from fp8slurm.models.spec import QuantizationSpec
 from fp8slurm.sync.bucket import payload_bytes
 from fp8slurm.sync.plan import SourcePlan, source_plans, stage_names
 

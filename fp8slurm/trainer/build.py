@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from fp8slurm.config.schema import RunConfig
-from fp8slurm.models.qwen3 import ModelSpec
+from fp8slurm.models.spec import ModelSpec
 from fp8slurm.trainer.start import layer_spec
 
 
@@ -83,6 +83,8 @@ def build_module(config: RunConfig, spec: ModelSpec, tconfig: Any) -> Any:
         share_embeddings_and_output_weights=spec.tie_word_embeddings,
         position_embedding_type="rope",
         rotary_base=spec.rope_theta,
+        rope_scaling=spec.rope_scaling is not None,
+        rope_scaling_factor=spec.rope_scaling or 1.0,
     )
     if config.model.exact and not torch.cuda.is_available():
         from fp8slurm.cpu.exact_layers import ExactRotary

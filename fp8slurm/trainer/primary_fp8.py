@@ -21,7 +21,7 @@ import torch.distributed as dist
 from fp8slurm.fp8 import BLOCK
 from fp8slurm.fp8.block import E4M3, BlockFP8, scale_shape
 from fp8slurm.fp8.policy import decide
-from fp8slurm.models.names import Entry
+from fp8slurm.models.entries import Entry
 
 
 def is_primary(tensor: Any) -> bool:

@@ -229,5 +229,5 @@ def layer_spec(config: RunConfig, transformer_config: Any) -> Any:
 
     moe = transformer_config.num_moe_experts
     return get_gpt_layer_with_transformer_engine_spec(
-        num_experts=moe, moe_grouped_gemm=moe is not None, qk_layernorm=True
+        num_experts=moe, moe_grouped_gemm=moe is not None, qk_layernorm=transformer_config.qk_layernorm
     )

@@ -17,8 +17,9 @@ from fp8slurm.config.schema import RunConfig
 from fp8slurm.core.errors import InputError
 from fp8slurm.core.types import PackedBatch
 from fp8slurm.fp8.block import BlockFP8
+from fp8slurm.models.layout import check_layout
 from fp8slurm.models.names import NameTable
-from fp8slurm.models.qwen3 import ModelSpec, check_layout
+from fp8slurm.models.spec import ModelSpec
 from fp8slurm.trainer import build, checkpoint, primary_fp8
 from fp8slurm.trainer.experts import RoutingReplay, choose_grouped_products, scale_aux_loss, take_aux_loss
 from fp8slurm.trainer.forward import Outputs, run_schedule

@@ -13,7 +13,8 @@ from fp8slurm.checkpoint.formats.sources import HfSource
 from fp8slurm.checkpoint.formats.torch_dist_source import EMBEDDING, HEAD
 from fp8slurm.core.errors import InputError
 from fp8slurm.fp8.block import BlockFP8
-from fp8slurm.models.names import Entry, NameTable
+from fp8slurm.models.entries import Entry
+from fp8slurm.models.names import NameTable
 from fp8slurm.trainer import primary_fp8
 
 if TYPE_CHECKING:

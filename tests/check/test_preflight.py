@@ -295,9 +295,11 @@ def test_a_headline_recipe_is_refused_here_in_a_sentence_and_described_all_the_s
     monkeypatch.chdir(tmp_path)  # no checkpoint, no data
     assert main(["train", "--recipe", recipe]) == 2
     assert "--model.hf-checkpoint models/Qwen3-" in capsys.readouterr().err
-    assert main(["train", "--recipe", recipe, "--dry-run"]) == 0
+    assert main(["train", "--recipe", recipe, "--dry-run"]) == 2, "a script that checks first must see it"
     out, err = capsys.readouterr()
-    assert "a start would be refused here: --model.hf-checkpoint" in err and "--data.train" in err
+    first, _, rest = err.partition("a start would be refused here: ")
+    assert rest.startswith("--model.hf-checkpoint") and "--data.train" in rest
+    assert "warning" in first and "warning" not in rest, "they come last"
     for words in ('backend = "transformer_engine"', "#SBATCH", "GB a GPU", "an update", "nothing was started"):
         assert words in out, words
     assert not list(tmp_path.iterdir())

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 def main() -> None:
     from fp8slurm.config.schema import RunConfig
-    from fp8slurm.models.qwen3 import ModelSpec
+    from fp8slurm.models.spec import ModelSpec
     from fp8slurm.trainer.start import start, stop
     from fp8slurm.trainer.trainer import Trainer
 

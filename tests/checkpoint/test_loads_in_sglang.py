@@ -46,10 +46,18 @@ def logprobs(model: torch.nn.Module, sequences: list[list[int]]) -> torch.Tensor
     return torch.cat(values)
 
 
-# SGLang does not tie the embeddings of a Qwen3-MoE
-@pytest.mark.parametrize(("moe", "tie"), [(False, True), (True, False)], ids=["dense, tied", "experts, untied"])
-def test_scores_are_those_of_the_dequantized_weights(tmp_path: Path, moe: bool, tie: bool) -> None:
-    bf16, fp8 = tiny_folders.make_fp8(tmp_path, moe=moe, tie=tie, seed=3)
+KINDS = {
+    "dense, tied": {},
+    # SGLang does not tie the embeddings of a Qwen3-MoE
+    "experts, untied": {"moe": True, "tie": False},
+    "qwen2": {"tie": False} | tiny_folders.QWEN2,
+    "llama": tiny_folders.LLAMA,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scores_are_those_of_the_dequantized_weights(tmp_path: Path, kind: str) -> None:
+    bf16, fp8 = tiny_folders.make_fp8(tmp_path, seed=3, **KINDS[kind])
     g = torch.Generator().manual_seed(5)
     vocabulary = tiny_folders.CONFIG["vocab_size"]
     sequences = [torch.randint(vocabulary, (8 + 3 * i,), generator=g).tolist() for i in range(12)]

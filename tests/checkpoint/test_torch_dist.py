@@ -16,16 +16,22 @@ from fp8slurm.checkpoint import BadCheckpoint, hf_to_fp8, hf_to_torch_dist, torc
 from fp8slurm.checkpoint.converters import convert_torch_dist, stream
 from fp8slurm.checkpoint.formats.torch_dist_source import TorchDistSource
 from fp8slurm.models.names import NameTable
-from fp8slurm.models.qwen3 import ModelSpec
+from fp8slurm.models.spec import ModelSpec
 
 pytestmark = pytest.mark.slow
 
 WORKER = Path(__file__).with_name("megatron_worker.py")
 TP2, PP2 = {"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}
 EP2, TP2_MOE = {"expert_parallel_size": 2}, {"tensor_parallel_size": 2, "sequence_parallel": True}
-MODELS = {"tied": {}, "untied": {"tie": False, "seed": 1}, "moe": {"tie": False, "moe": True, "seed": 2}}
-SAVED = {"tied-tp1": ("tied", {}), "tied-tp2": ("tied", TP2), "untied-pp2": ("untied", PP2), "moe-ep2": ("moe", EP2)}
-LOADED = {"tied": PP2, "untied": TP2, "moe": EP2 | TP2_MOE}
+MODELS = {
+    "tied": {}, "untied": {"tie": False, "seed": 1}, "moe": {"tie": False, "moe": True, "seed": 2},
+    "qwen2": {"seed": 3} | tiny_folders.QWEN2, "llama": {"tie": False, "seed": 4} | tiny_folders.LLAMA,
+}  # fmt: skip
+SAVED = {
+    "tied-tp1": ("tied", {}), "tied-tp2": ("tied", TP2), "untied-pp2": ("untied", PP2), "moe-ep2": ("moe", EP2),
+    "qwen2-tp2": ("qwen2", TP2), "llama-pp2": ("llama", PP2),
+}  # fmt: skip
+LOADED = {"tied": PP2, "untied": TP2, "moe": EP2 | TP2_MOE, "qwen2": PP2, "llama": TP2}
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Small random Qwen3 folders for the converters' tests."""
+"""Small random folders for the converters' tests."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from fp8slurm.models.names import NameTable
-from fp8slurm.models.qwen3 import ModelSpec
+from fp8slurm.models.spec import ModelSpec
 
 CONFIG: dict[str, Any] = {
     "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": 192, "hidden_size": 256,
@@ -19,6 +19,13 @@ CONFIG: dict[str, Any] = {
     "attention_bias": False, "rope_theta": 1000000.0, "torch_dtype": "bfloat16", "bos_token_id": 0, "eos_token_id": 1,
     "pad_token_id": 0,
 }  # fmt: skip
+QWEN2 = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": 512}
+SCALING = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "rope_scaling": {"rope_type": "llama3", **SCALING},
+}
 MOE: dict[str, Any] = {
     "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2,
     "moe_intermediate_size": 256, "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [],
@@ -63,9 +70,11 @@ def write(folder: Path, config: dict[str, Any], weights: dict[str, torch.Tensor]
     return folder
 
 
-def make(folder: Path, tie: bool = True, moe: bool = False, seed: int = 0, files: int = 1, layers: int = 2) -> Path:
-    """A whole tiny folder."""
-    c = config(tie, moe, layers)
+def make(
+    folder: Path, tie: bool = True, moe: bool = False, seed: int = 0, files: int = 1, layers: int = 2, **more: Any
+) -> Path:
+    """A whole tiny folder. more: what its config.json has otherwise, such as QWEN2's."""
+    c = config(tie, moe, layers, **more)
     return write(folder, c, tensors(c, seed), files)
 
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import tomllib
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
 from tiny_runs import TinyRuns
 
+from fp8slurm.data.sources import MixedOrder
 from fp8slurm.observe.metrics import read_metrics
+
+ROOT = Path(__file__).parents[2]
 
 pytestmark = pytest.mark.slow
 
@@ -35,6 +40,31 @@ def test_a_reward_of_ones_own(runs):
     assert fine <= {0, 0.1} and len(records) == 2
     summary = json.loads(next(run.glob("eval/step_000002-*/summary.json")).read_text())
     assert summary["tasks"]["held_out"]["questions"] == 8, "the held-out answers are graded by it, prompt and all"
+
+
+def test_several_sources_and_tokens_that_are_left_out_of_the_loss(runs):
+    """The sources of examples/sources.toml; the second one's reward masks what comes behind the answer."""
+    sources = tomllib.loads((ROOT / "examples" / "sources.toml").read_text())["data"]["sources"]
+    sources = {name: s | {"file": str(runs.folder / "data" / "train.jsonl")} for name, s in sources.items()}
+    sources["whole"]["reward"] = "examples.reward:answer_only"
+    switches = ["--rollout.no-drop-no-signal", "--data.sources", json.dumps(sources)]
+    run = runs.run("sources", *switches, data__train="None", rollout__save_every=1, rollout__truncated="keep")
+    order = MixedOrder([8000, 8000], [Fraction(3), Fraction(1)], 0)
+    names, left_out = list(sources), 0
+    for record, cursor in zip(steps(run), (0, 8), strict=True):
+        files = (run / folder / f"step_{record['step']:06d}.jsonl" for folder in ("rollouts", "rollouts/trainer"))
+        rows, lines = ([json.loads(line) for line in file.read_text().splitlines()] for file in files)
+        expected = [divmod(i, 8000) for i in order.take(cursor, 8)[0]]
+        taken = dict.fromkeys((names.index(row["source"]), row["index"]) for row in rows)
+        assert list(taken) == expected, "a step begins where the one before ended"
+        for row, line in zip(rows, lines, strict=True):
+            mask = [i < 3 for i in range(len(row["tokens"]))] if row["source"] == "whole" else None
+            assert row.get("loss_mask") == (None if mask is None else list(map(int, mask)))
+            assert [p is not None for p in line["trainer_logprobs"]] == (mask or [True] * len(row["tokens"]))
+            left_out += mask is not None and not all(mask)
+        by_source = [record[f"source/{name}/reward"] for name in names]
+        assert record["reward/mean"] == pytest.approx(0.75 * by_source[0] + 0.25 * by_source[1])
+    assert left_out, "some response was longer than its label"
 
 
 def steps(run: Path) -> list[dict[str, float]]:

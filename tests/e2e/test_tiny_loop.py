@@ -13,7 +13,7 @@ import torch
 from tiny_runs import TIMEOUT_S, task_pids, weights
 
 from fp8slurm.core.processes import process_start
-from fp8slurm.models.qwen3 import ModelSpec
+from fp8slurm.models.spec import ModelSpec
 from fp8slurm.observe.metrics import read_metrics, without_times
 from fp8slurm.run.directory import RunState
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from fp8slurm.checkpoint import hf_to_fp8, torch_dist_to_hf
 from fp8slurm.engine.inside.digest import expected_digests, first_difference
-from fp8slurm.models.qwen3 import ModelSpec
+from fp8slurm.models.spec import ModelSpec
 from fp8slurm.observe.metrics import read_metrics
 
 pytestmark = pytest.mark.slow

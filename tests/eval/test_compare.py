@@ -190,3 +190,33 @@ def test_every_response_token_gets_its_own_score(tmp_path):
     assert is_scored(tmp_path, sequences) and not is_scored(tmp_path, sequences[1:])
     other = [*sequences[:-1], (sequences[-1][0][:-1], [sequences[-1][0][-1], *sequences[-1][1]])]
     assert not is_scored(tmp_path, other), "the same tokens, cut elsewhere into prompt and response"
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "said"),
+    [
+        ("summary.json", "\ufeff{}", "summary.json: not JSON: Unexpected UTF-8 BOM"),
+        ("summary.json", '{"tasks": [1]}', "summary.json: tasks are no JSON objects by name"),
+        ("summary.json", '{"tasks": {"t": {}}, "checkpoint": 4}', "summary.json: precision and checkpoint are no text"),
+        (
+            "summary.json",
+            '{"tasks": {"t": {}}, "checkpoint": "c", "precision": "fp8", "tokens_per_second": "fast"}',
+            "summary.json: tokens_per_second 'fast' is no number",
+        ),
+        ("settings.json", '{"tasks": [{}]}', "settings.json: tasks are no list of JSON objects with a name"),
+        ("settings.json", "{", "settings.json: not JSON"),
+        ("samples.jsonl", "[]\n", "samples.jsonl:1 is no JSON object"),
+        ("samples.jsonl", "\ufeff{}\n", "samples.jsonl:1 is not JSON"),
+        ("samples.jsonl", '{"task": "t", "id": 3}\n', "samples.jsonl:1 has no task, id, label or correct"),
+    ],
+)
+def test_a_broken_file_of_an_evaluation_is_named(tmp_path, capsys, file, text, said):
+    a, b = (evaluation(tmp_path / name, [1, 0], name) for name in ("fp8", "bf16"))
+    for folder in (a, b):
+        (folder / "settings.json").write_text('{"tasks": [{"name": "t"}]}')
+    assert main(["compare", str(a), str(b)]) == 0
+    (a / file).write_text(text, encoding="utf-8")
+    capsys.readouterr()
+    assert main(["compare", str(a), str(b)]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"fp8slurm compare: {a}/") and said in err, err

@@ -9,15 +9,16 @@ import random
 from typing import Any
 
 import pytest
-from transformers import Qwen3Config, Qwen3MoeConfig
+from transformers import LlamaConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
 from fp8slurm.config import RunConfig
 from fp8slurm.core.errors import InputError
 from fp8slurm.models.known import FOLDER as KNOWN
 from fp8slurm.models.known import known_models
-from fp8slurm.models.qwen3 import ModelSpec, check_layout
+from fp8slurm.models.layout import check_layout
+from fp8slurm.models.spec import ModelSpec
 
-CLASSES = {"qwen3": Qwen3Config, "qwen3_moe": Qwen3MoeConfig}
+CLASSES = {"qwen3": Qwen3Config, "qwen3_moe": Qwen3MoeConfig, "qwen2": Qwen2Config, "llama": LlamaConfig}
 COMMON = {
     "attention_bias": False,
     "attention_dropout": 0.0,
@@ -48,6 +49,32 @@ MOE = COMMON | {
     "router_aux_loss_coef": 0.001,
     "num_experts_per_tok": 8,
 }
+QWEN2 = {key: value for key, value in COMMON.items() if key not in ("head_dim", "rope_scaling", "attention_bias")} | {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "max_position_embeddings": 32768,
+    "sliding_window": 32768,
+    "use_mrope": False,
+}
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 128000,
+    "eos_token_id": [128001, 128008, 128009],
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "max_position_embeddings": 131072,
+    "mlp_bias": False,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+    "vocab_size": 128256,
+}
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 
 
@@ -57,6 +84,16 @@ def dense(*sizes: int, **more: Any) -> dict[str, Any]:
 
 def moe(experts: int, width: int, *sizes: int, **more: Any) -> dict[str, Any]:
     return MOE | dict(zip(SIZES, sizes, strict=True)) | {"num_experts": experts, "moe_intermediate_size": width} | more
+
+
+def qwen2(*sizes: int, **more: Any) -> dict[str, Any]:
+    return QWEN2 | dict(zip(SIZES, sizes, strict=True)) | {"max_window_layers": sizes[2]} | more
+
+
+def llama(factor: float, *sizes: int, **more: Any) -> dict[str, Any]:
+    scaling = {"factor": factor, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "rope_type": "llama3"}
+    scaling |= {"original_max_position_embeddings": 8192}
+    return LLAMA | dict(zip(SIZES, sizes, strict=True)) | {"rope_scaling": scaling} | more
 
 
 LONG = {"max_position_embeddings": 262144, "rope_theta": 5000000}
@@ -73,9 +110,27 @@ PUBLISHED = {
     "Qwen3-30B-A3B-Thinking-2507": moe(128, 768, 2048, 6144, 48, 32, 4, **LONG | {"rope_theta": 10000000}),
     "Qwen3-Coder-30B-A3B": moe(128, 768, 2048, 6144, 48, 32, 4, **LONG | {"rope_theta": 10000000}, head_dim=128),
     "Qwen3-235B-A22B": moe(128, 1536, 4096, 12288, 94, 64, 4),
+    "Qwen2.5-0.5B": qwen2(896, 4864, 24, 14, 2, tie_word_embeddings=True),
+    "Qwen2.5-0.5B-Instruct": qwen2(896, 4864, 24, 14, 2, tie_word_embeddings=True, max_window_layers=21),
+    "Qwen2.5-1.5B": qwen2(1536, 8960, 28, 12, 2, tie_word_embeddings=True, max_position_embeddings=131072),
+    "Qwen2.5-3B": qwen2(2048, 11008, 36, 16, 2, tie_word_embeddings=True),
+    "Qwen2.5-7B": qwen2(3584, 18944, 28, 28, 4, vocab_size=152064, max_position_embeddings=131072),
+    "Qwen2.5-7B-Instruct": qwen2(3584, 18944, 28, 28, 4, vocab_size=152064),
+    "Qwen2.5-Math-7B": qwen2(3584, 18944, 28, 28, 4, vocab_size=152064, rope_theta=10000, max_position_embeddings=4096),
+    "Qwen2.5-14B": qwen2(5120, 13824, 48, 40, 8, vocab_size=152064, rms_norm_eps=1e-05),
+    "Qwen2.5-32B": qwen2(5120, 27648, 64, 40, 8, vocab_size=152064, rms_norm_eps=1e-05),
+    "Qwen2.5-72B": qwen2(8192, 29568, 80, 64, 8, vocab_size=152064, rms_norm_eps=1e-05),
+    "Llama-3.2-1B": llama(32.0, 2048, 8192, 16, 32, 8, head_dim=64, tie_word_embeddings=True),
+    "Llama-3.2-3B": llama(32.0, 3072, 8192, 28, 24, 8, head_dim=128, tie_word_embeddings=True),
+    "Llama-3.1-8B": llama(8.0, 4096, 14336, 32, 32, 8),
+    "Llama-3.1-70B": llama(8.0, 8192, 28672, 80, 64, 8),
+    "Llama-3.1-405B": llama(8.0, 16384, 53248, 126, 128, 8),
+    "Llama-3.3-70B": llama(8.0, 8192, 28672, 80, 64, 8, head_dim=128),
+    "Llama-3-8B": llama(8.0, 4096, 14336, 32, 32, 8, rope_scaling=None, max_position_embeddings=8192),
 }
 """The fields of the published config.json files."""
 
+SCALED = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 ROPE = [
     None,
     {},
@@ -95,6 +150,18 @@ ROPE = [
     {"rope_type": "default", "partial_rotary_factor": 0.5},
     [],
     "yarn",
+    {"rope_type": "llama3", **SCALED},
+    {"type": "llama3", **SCALED},
+    {"type": "llama3", "rope_type": "llama3", "rope_theta": 5e5, **SCALED},
+    {"type": "linear", "rope_type": "llama3", **SCALED},
+    {"rope_type": "llama3", **SCALED, "factor": 32},
+    {"rope_type": "llama3", **SCALED, "factor": "8"},
+    {"rope_type": "llama3", **SCALED, "low_freq_factor": 2.0},
+    {"rope_type": "llama3", **SCALED, "low_freq_factor": 1, "high_freq_factor": 4},
+    {"rope_type": "llama3", **SCALED, "original_max_position_embeddings": 4096},
+    {"rope_type": "llama3", "factor": 8.0},
+    {"rope_type": "llama3", **SCALED, "attention_factor": 1.0},
+    SCALED,
 ]
 MISSING = object()
 CHANGES: dict[str, list[Any]] = {
@@ -120,6 +187,11 @@ CHANGES: dict[str, list[Any]] = {
         ["sliding_attention"] * 36,
         "full_attention",
     ],
+    "mlp_bias": [MISSING, False, True, 0, None],
+    "bias": [None, False, True],
+    "rope_is_neox_style": [True, False],
+    "original_max_position_embeddings": [4096, 8192],
+    "original_num_attention_heads": [None, 32],
     "hidden_act": [MISSING, "silu", "gelu", None],
     "quantization_config": [
         None,
@@ -138,19 +210,32 @@ CHANGES: dict[str, list[Any]] = {
     "num_experts_per_tok": [4, "4"],
     "mlp_only_layers": [MISSING, None, [], [0], "[]"],
     "decoder_sparse_step": [MISSING, 1, 2, True, 1.0],
-    "model_type": [MISSING, "qwen3", "qwen3_moe", "qwen2"],
+    "model_type": [MISSING, "qwen3", "qwen3_moe", "qwen2", "llama"],
 }
 
 
 def as_transformers_reads(config: dict[str, Any]) -> dict[str, Any]:
     """The fields of a ModelSpec out of transformers' own class, as its models and SGLang's use them."""
     c = CLASSES[config["model_type"]].from_dict(copy.deepcopy(config))
-    assert c.rope_parameters["rope_type"] == "default", "no other kind is supported, so none may be taken"
-    assert set(c.rope_parameters) <= {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
-    assert (
-        c.rope_parameters.get("partial_rotary_factor", 1.0) == 1.0 and not c.attention_bias and c.hidden_act == "silu"
-    )
-    assert c.sliding_window is None and set(getattr(c, "layer_types", None) or ["full_attention"]) == {"full_attention"}
+    rope, llama = dict(c.rope_parameters), config["model_type"] == "llama"
+    scaling = None
+    if llama and rope["rope_type"] == "llama3":
+        scaling = rope.pop("factor")
+        assert [rope.pop(key) for key in list(SCALED)[1:]] == list(SCALED.values())[1:], "Megatron knows no others"
+    else:
+        assert rope["rope_type"] == "default", "no other kind is supported, so none may be taken"
+    assert set(rope) <= {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+    assert rope.get("partial_rotary_factor", 1.0) == 1.0 and c.hidden_act == "silu"
+    if config["model_type"] != "qwen2":
+        assert not c.attention_bias
+    if llama:
+        assert not c.mlp_bias
+        # read by SGLang, not by transformers
+        assert not getattr(c, "bias", False) and getattr(c, "rope_is_neox_style", None) in (None, True)
+        assert getattr(c, "original_max_position_embeddings", None) is None
+    assert getattr(c, "original_num_attention_heads", None) is None or config["model_type"] != "qwen2"
+    assert llama or c.sliding_window is None
+    assert set(getattr(c, "layer_types", None) or ["full_attention"]) == {"full_attention"}
     fields = {
         "vocab_size": c.vocab_size,
         "hidden_size": c.hidden_size,
@@ -161,6 +246,7 @@ def as_transformers_reads(config: dict[str, Any]) -> dict[str, Any]:
         "head_dim": getattr(c, "head_dim", c.hidden_size // c.num_attention_heads),
         "rms_norm_eps": c.rms_norm_eps,
         "rope_theta": c.rope_parameters["rope_theta"],
+        "rope_scaling": scaling,
         "max_position_embeddings": c.max_position_embeddings,
         "tie_word_embeddings": c.tie_word_embeddings,
     }
@@ -198,7 +284,7 @@ def test_known_shapes_are_those_of_the_published_files(name: str) -> None:
 
 
 @pytest.mark.parametrize("key", CHANGES)
-@pytest.mark.parametrize("name", ["Qwen3-4B", "Qwen3-30B-A3B"])
+@pytest.mark.parametrize("name", ["Qwen3-4B", "Qwen3-30B-A3B", "Qwen2.5-7B", "Llama-3.1-8B"])
 def test_one_field_written_otherwise(name: str, key: str) -> None:
     for value in CHANGES[key]:
         check(changed(PUBLISHED[name], {key: value}))
@@ -206,12 +292,12 @@ def test_one_field_written_otherwise(name: str, key: str) -> None:
 
 def test_random_variations() -> None:
     rng, taken = random.Random(0), 0
-    for _ in range(1500):
+    for _ in range(3000):
         keys = rng.sample(sorted(CHANGES), rng.choice([1, 2, 2, 3]))
         taken += check(
             changed(PUBLISHED[rng.choice(sorted(PUBLISHED))], {key: rng.choice(CHANGES[key]) for key in keys})
         )
-    assert 300 < taken < 1200, "both outcomes are tried"
+    assert 600 < taken < 2400, "both outcomes are tried"
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from fp8slurm.checkpoint import hf_to_fp8
 from fp8slurm.config import parse
 from fp8slurm.models import exact
 from fp8slurm.models.exact import check_exact
-from fp8slurm.models.qwen3 import ModelSpec
+from fp8slurm.models.spec import ModelSpec
 
 GPU = "--slurm.gpus-per-node 1 --run.no-deterministic"
 
@@ -63,6 +63,13 @@ def test_mixtures_are_refused(folder):
     with pytest.raises(ValueError, match="Qwen3ForCausalLM: a mixture's experts"):
         checked(folder, moe=True)
     checked(folder, moe=True, exact=False)
+
+
+def test_other_families_are_refused(tmp_path):
+    write_model(tmp_path, family="llama")
+    with pytest.raises(ValueError, match="LlamaForCausalLM: the exact layers are another family's; allowed: Qwen3For"):
+        checked(tmp_path)
+    checked(tmp_path, exact=False)
 
 
 def test_an_engine_checkpoint_that_keeps_a_linear_is_refused(folder, tmp_path):

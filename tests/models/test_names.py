@@ -2,9 +2,13 @@
 
 import pytest
 import torch
+import transformers
 
+from fp8slurm.fp8.policy import decide
+from fp8slurm.models.families import FAMILIES
+from fp8slurm.models.families.qwen3_moe import QWEN3_MOE
 from fp8slurm.models.names import NameTable
-from fp8slurm.models.qwen3 import ModelSpec
+from fp8slurm.models.spec import ModelSpec
 
 
 def spec_of(**overrides) -> ModelSpec:
@@ -16,13 +20,9 @@ def spec_of(**overrides) -> ModelSpec:
     return ModelSpec(**(base | overrides))
 
 
-MOE = dict(
-    architecture="Qwen3MoeForCausalLM",
-    num_experts=3,
-    experts_per_token=2,
-    moe_ffn_hidden_size=6,
-    tie_word_embeddings=False,
-)
+EXPERTS = dict(num_experts=3, experts_per_token=2, moe_ffn_hidden_size=6)
+MOE = dict(architecture="Qwen3MoeForCausalLM", tie_word_embeddings=False, **EXPERTS)
+QWEN2 = dict(architecture="Qwen2ForCausalLM")
 
 
 def weights(table: NameTable) -> dict[str, torch.Tensor]:
@@ -35,17 +35,38 @@ def weights(table: NameTable) -> dict[str, torch.Tensor]:
     return out
 
 
-def test_names_are_those_of_transformers() -> None:
-    transformers = pytest.importorskip("transformers")
-    spec = spec_of()
-    config = transformers.Qwen3Config(
-        vocab_size=64, hidden_size=12, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=4,
-        intermediate_size=8, tie_word_embeddings=True,
+@pytest.mark.parametrize("architecture", [a for a, family in FAMILIES.items() if family is not QWEN3_MOE])
+@pytest.mark.parametrize("tied", [True, False])
+def test_names_are_those_of_transformers(architecture: str, tied: bool) -> None:
+    spec = spec_of(architecture=architecture, tie_word_embeddings=tied)
+    config = transformers.AutoConfig.for_model(
+        spec.family.model_type, vocab_size=64, hidden_size=12, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=4, intermediate_size=8, tie_word_embeddings=tied,
     )  # fmt: skip
     with torch.device("meta"):
-        model = transformers.Qwen3ForCausalLM(config)
+        model = getattr(transformers, architecture)(config)
     expected = {n: tuple(p.shape) for n, p in model.named_parameters()}
     assert {n: t.shape for n, t in NameTable(spec).hf_tensors().items()} == expected
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_fp8_takes_the_matrices_of_the_layers_and_nothing_else(architecture: str) -> None:
+    """What Megatron's linears multiply with in FP8: a family whose matrices the policy does not know would be trained
+    in FP8 and served in BF16."""
+    spec = spec_of(architecture=architecture, **(EXPERTS if architecture == QWEN3_MOE.architecture else {}))
+    for entry in NameTable(spec):
+        linear = ".linear_" in entry.name and entry.name.endswith(".weight")
+        assert {decide(t.name, t.shape).quantize for t in entry.tensors} == {linear}, entry.name
+
+
+def test_a_bias_goes_with_the_rows_of_its_matrix() -> None:
+    """Row numbers in place of weights: q, k and v's biases are cut and interleaved as their rows are."""
+    table = NameTable(spec_of(architecture="Qwen2ForCausalLM"))
+    matrix, bias = (table[f"decoder.layers.1.self_attention.linear_qkv.{what}"] for what in ("weight", "bias"))
+    numbers = {t.name: torch.arange(t.shape[0]) + 100 * i for i, t in enumerate(bias.tensors)}
+    rows = {n.replace("bias", "weight"): r[:, None].expand(-1, 12) for n, r in numbers.items()}
+    for rank in range(2):
+        assert torch.equal(matrix.shard(rows, rank, 2)[:, 0], bias.shard(numbers, rank, 2))
 
 
 def test_qkv_is_interleaved_by_query_group() -> None:
@@ -59,7 +80,7 @@ def test_qkv_is_interleaved_by_query_group() -> None:
     assert torch.equal(merged, expected)
 
 
-@pytest.mark.parametrize("extra", [{}, MOE], ids=["dense", "moe"])
+@pytest.mark.parametrize("extra", [{}, MOE, QWEN2], ids=["dense", "moe", "bias"])
 @pytest.mark.parametrize("world", [1, 2])
 def test_shards_split_into_slices_that_lie_end_to_end(extra: dict, world: int) -> None:
     table = NameTable(spec_of(**extra))

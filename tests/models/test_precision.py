@@ -7,7 +7,7 @@ from tiny import model_config
 
 from fp8slurm.config import RunConfig
 from fp8slurm.models.precision import engine_in_fp8, engine_quantization
-from fp8slurm.models.qwen3 import QuantizationSpec
+from fp8slurm.models.spec import QuantizationSpec
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ def main() -> None:
     folder, rank = Path(sys.argv[1]), int(sys.argv[2])
     torch.set_num_threads(1)
     from fp8slurm.config import RunConfig
-    from fp8slurm.models.qwen3 import ModelSpec
+    from fp8slurm.models.spec import ModelSpec
     from fp8slurm.trainer.start import start, stop
     from fp8slurm.trainer.trainer import Trainer
 

@@ -20,9 +20,9 @@ from fp8slurm.checkpoint import hf_to_fp8
 from fp8slurm.checkpoint.formats.hf_folder import open_hf
 from fp8slurm.config import RunConfig, parse
 from fp8slurm.models import known
-from fp8slurm.models.known import known_model
+from fp8slurm.models.known import known_model, known_models
 from fp8slurm.models.names import NameTable
-from fp8slurm.models.qwen3 import ModelSpec, QuantizationSpec
+from fp8slurm.models.spec import ModelSpec, QuantizationSpec
 from fp8slurm.plan import make_plan, memory, saving
 from fp8slurm.plan.engine import engine_memory, tensor_bytes, weights_on_gpu
 from fp8slurm.plan.parameters import Layout, stages
@@ -40,6 +40,7 @@ LAYOUTS: dict[str, dict[str, dict[str, Any]]] = {
     "dp4_offload": {"optim": {"cpu_offload": True}},
     "pp2_dp2_reference": {"parallel": {"pipeline_parallel_size": 2}, "algorithm": {"kl_coef": 0.1}},
     "tp2_fp32": {"parallel": {"tensor_parallel_size": 2}, "model": {"dtype": "float32"}},
+    "qwen2_tp2_pp2": {"parallel": {"tensor_parallel_size": 2, "pipeline_parallel_size": 2}},
     "moe_ep2": {"parallel": {"expert_parallel_size": 2}},
     "moe_pp2_ep2": {"parallel": {"pipeline_parallel_size": 2, "expert_parallel_size": 2}},
     "moe_tp2_ep4": {"parallel": {"tensor_parallel_size": 2, "sequence_parallel": True, "expert_parallel_size": 4}},
@@ -52,16 +53,16 @@ LAYOUTS: dict[str, dict[str, dict[str, Any]]] = {
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     out = {}
-    for name in ("dense", "moe"):
+    for name in ("dense", "moe", "qwen2"):
         out[name] = tmp_path_factory.mktemp("models") / name
         out[name].mkdir()
-        tiny.write_model(out[name], moe=name == "moe")
+        tiny.write_model(out[name], moe=name == "moe", family=name)
     return out
 
 
 def configuration(name: str, models: dict[str, Path]) -> RunConfig:
     values = {s: dict(v) for s, v in LAYOUTS[name].items()}
-    model = {"hf_checkpoint": str(models["moe" if name.startswith("moe") else "dense"])}
+    model = {"hf_checkpoint": str(models.get(name.split("_")[0], models["dense"]))}
     values["model"] = model | values.get("model", {})
     values |= {"fp8": {"backend": "emulated"}, "slurm": {"ranks_per_node": RANKS}}
     return RunConfig.model_validate(values)
@@ -127,11 +128,12 @@ def test_a_checkpoint_takes_the_host_memory_that_the_plan_says(name, models, hel
 
 def test_whole_parameters_are_those_of_the_checkpoint(models):
     for name, folder in models.items():
-        plan = make_plan(configuration("moe_ep2" if name == "moe" else "pp2_dp2", models))
+        layout = {"dense": "pp2_dp2", "moe": "moe_ep2", "qwen2": "qwen2_tp2_pp2"}[name]
+        plan = make_plan(configuration(layout, models))
         assert plan.parameters == sum(math.prod(t.info.shape) for t in open_hf(folder).tensors.values())
 
 
-@pytest.mark.parametrize("name", ["dense", "moe"])
+@pytest.mark.parametrize("name", ["dense", "moe", "qwen2"])
 def test_engine_weights_and_payload_are_the_converters_bytes(name, models, tmp_path):
     hf_to_fp8(models[name], tmp_path / "fp8")
     written = sum(t.info.nbytes for t in open_hf(tmp_path / "fp8").tensors.values())
@@ -152,7 +154,7 @@ def test_a_block_at_the_edge_has_a_whole_scale():
 @pytest.mark.slow
 def test_kv_cache_as_sglang_counts_it(models, tmp_path):
     folders = dict(models)
-    for name in ("Qwen3-4B", "Qwen3-30B-A3B"):
+    for name in ("Qwen3-4B", "Qwen3-30B-A3B", "Qwen2.5-7B", "Llama-3.1-8B"):
         folders[name] = tmp_path / name
         folders[name].mkdir()
         source = Path(sys.modules["fp8slurm.models.known"].__file__).parent / f"{name}.json"
@@ -197,7 +199,7 @@ def test_output_layer_peaks_are_those_of_the_code(chunks: int, monkeypatch: pyte
 
 def test_known_models_have_the_published_sizes():
     payloads = {}
-    for name in ("Qwen3-0.6B", "Qwen3-4B", "Qwen3-30B-A3B"):
+    for name in known_models():
         table = NameTable(known_model(name))
         t = traffic(table, QuantizationSpec(), 2**29)
         payloads[name] = (round(t.bf16 / 1e9, 2), round(t.payload / 1e9, 2))
@@ -205,6 +207,7 @@ def test_known_models_have_the_published_sizes():
     assert payloads["Qwen3-4B"] == (8.04, 4.41)
     assert payloads["Qwen3-30B-A3B"] == (61.06, 31.17)
     assert payloads["Qwen3-0.6B"][0] == 1.19
+    assert payloads["Qwen2.5-7B"][0] == 15.23 and payloads["Llama-3.1-8B"][0] == 16.06
 
 
 TWO, FOUR = (

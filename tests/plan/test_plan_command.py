@@ -12,7 +12,7 @@ from fp8slurm.cli import main
 from fp8slurm.config import RunConfig, parse, recipe_names
 from fp8slurm.models.known import find_spec, known_models
 from fp8slurm.models.names import NameTable
-from fp8slurm.models.qwen3 import ModelSpec
+from fp8slurm.models.spec import ModelSpec
 from fp8slurm.plan import make_plan, memory
 from fp8slurm.plan.engine import engine_memory, weights_on_gpu
 from fp8slurm.plan.parameters import Layout, stages
@@ -122,7 +122,7 @@ def test_shape_comes_from_the_checkpoint_where_there_is_one(tmp_path):
     (folder / "config.json").write_text(json.dumps(model_config()))
     spec, source = find_spec(folder)
     assert spec.hidden_size == 256 and source == f"{folder}/config.json"
-    assert known_models() == ["Qwen3-0.6B", "Qwen3-30B-A3B", "Qwen3-4B"]
+    assert known_models() == ["Llama-3.1-8B", "Qwen2.5-7B", "Qwen3-0.6B", "Qwen3-30B-A3B", "Qwen3-4B"]
 
 
 def test_more_tensor_parallelism_than_blocks_is_listed_as_gathered():

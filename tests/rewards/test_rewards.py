@@ -10,6 +10,7 @@ import pytest
 from fp8slurm.config.schema import RewardSection
 from fp8slurm.core.types import Prompt, Sample, SampleGroup
 from fp8slurm.rewards.pool import RewardError, RewardPool, digits, exact
+from fp8slurm.rewards.pools import RewardPools
 
 USER_MODULE = """
 import math, os, sys, time
@@ -284,6 +285,18 @@ def test_one_call_for_all_samples_of_a_prompt():
     with pytest.raises(RewardError, match="sample 1: returned nan"):
         scored("bad_in_the_middle", [full_group("c", "nan")])
     assert scored("bad_in_the_middle", [full_group("c", "nan"), full_group("c")], on_error="zero") == [[0, 0], [1]]
+
+
+def test_each_source_is_scored_by_its_own_reward():
+    groups = [full_group("2", "no") for _ in range(3)]
+    for of_source, name in zip(groups, "aba"):
+        of_source.prompt = replace(of_source.prompt, source=name)
+    pools = RewardPools(RewardSection(kind="exact"), {"a": "my_rewards:length", "b": "exact"}, 1)
+    pools.score(groups)
+    assert rewards(groups) == [[2, 3], [1, 0], [2, 3]] and pools.failures == 0 and len(pools._pools) == 2
+    pools.close()
+    with pytest.raises(ValueError, match="my_rewards:mixed"):
+        RewardPools(RewardSection(), {"a": "my_rewards:length", "b": "my_rewards:mixed"}, 1)
 
 
 def test_async_calls_share_one_process():

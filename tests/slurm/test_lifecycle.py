@@ -12,14 +12,16 @@ from tiny import write_model
 from fp8slurm.checkpoint import hf_to_fp8
 from fp8slurm.config import RunConfig
 from fp8slurm.core.deadlines import REQUEUE_S
+from fp8slurm.core.errors import TransientInputError
 from fp8slurm.core.files import write_atomic
 from fp8slurm.run.directory import FencedError, RunBusyError, RunDirectory
 from fp8slurm.run.status import statuses
 from fp8slurm.run.task_errors import STOPPED, first_error, record_error
 from fp8slurm.scheduler import job
 from fp8slurm.scheduler.job import Job, SlurmError
-from fp8slurm.slurm import attempt, requeue, worker
+from fp8slurm.slurm import attempt, bad_nodes, requeue, worker
 from fp8slurm.slurm import epilogue as after
+from fp8slurm.slurm.launch import open_run
 from fp8slurm.slurm.lifecycle import JobLifecycle, StoppedForGood
 
 
@@ -128,6 +130,41 @@ def test_a_data_file_with_other_content_is_another_runs(config, tmp_path):
     (run.path / "data.json").unlink()
     data.write_text("of a run that kept no sums\n")
     assert settled("warn") == []
+
+
+def test_sources_are_the_runs_and_a_version_without_them_had_none(config, tmp_path):
+    """A cursor counts prompts of the files and weights that were there; rewards and labels may change, as elsewhere."""
+    run, train = RunDirectory(tmp_path / "r"), tmp_path / "train.jsonl"
+    run.path.mkdir()
+    train.write_text("one row\n")
+
+    def settled(**sources) -> list[str]:
+        values = config.model_dump() | {"data": {"sources": {n: {"file": train} | s for n, s in sources.items()}}}
+        return attempt.settle_configuration(RunConfig.model_validate(values), run)
+
+    settled()
+    saved = json.loads((run.path / "config.json").read_text())
+    for section, key in (("data", "sources"), ("sft", "prompt_key"), ("reward", "workers"), ("reward", "concurrency")):
+        del saved[section][key]
+    (run.path / "config.json").write_text(json.dumps(saved))
+    checkpoint(run, 1)
+    assert settled() == [], "settings that it did not have are not changed"
+    for folder in ("checkpoints",):
+        shutil.rmtree(run.path / folder)
+    settled(a={}, b={"weight": 2})
+    checkpoint(run, 1)
+    assert len(settled(a={"reward": "numeric"}, b={"weight": 2, "label_key": "x"})) == 1
+    other = tmp_path / "other.jsonl"
+    for changed in (
+        {"a": {}, "b": {"weight": 3}},
+        {"b": {"weight": 2}, "a": {}},
+        {"a": {"file": other}, "b": {"weight": 2}},
+    ):
+        with pytest.raises(ValueError, match="belongs to another run .data.sources"):
+            settled(**changed)
+    train.write_text("another\n")
+    with pytest.raises(ValueError, match="data.sources a: other content"):
+        settled(a={}, b={"weight": 2})
 
 
 def test_the_questions_of_a_further_task_are_bound_too(config, tmp_path):
@@ -548,3 +585,113 @@ def test_the_last_moment_is_tried_again(config, slurm, hasty, monkeypatch):
     assert slurm.requeued == ["7"]
     lifecycle.tick()
     assert slurm.requeued == ["7"]
+
+
+# -- nodes -----------------------------------------------------------------------------------------------------------
+
+
+class Nodes:
+    """What Slurm is asked about nodes, and what it was told to leave out."""
+
+    def __init__(self, monkeypatch, total: int = 9) -> None:
+        self.excluded = "(null)"
+        self.told: list[str] = []
+        monkeypatch.setattr(job, "node_names", lambda text: ["a", "b"])
+        monkeypatch.setattr(job, "nodes_of_partition", lambda name: total)
+        monkeypatch.setattr(requeue.signal, "signal", lambda *_: None)
+        monkeypatch.setattr(job, "ask", self.ask)
+
+    def ask(self, *command: str, **_) -> str:
+        self.told += [word.removeprefix("ExcNodeList=") for word in command if word.startswith("ExcNodeList=")]
+        return ""
+
+
+def fails_on(
+    config: RunConfig, monkeypatch, restart: int, node: str, fault: str = "uncorrectable ECC error"
+) -> RunDirectory:
+    """An attempt of a job that a node has brought down, and the job script after it."""
+    run = begin(config, restart)
+    monkeypatch.setenv("SLURMD_NODENAME", node)
+    record_error(_errors(run), 0, "CUDA error", fault=fault)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
+    checkpoint(run, restart + 1)
+    assert after.after(1, run.path) == 0
+    return run
+
+
+def test_a_node_that_brings_two_attempts_in_a_row_down_is_left_out(config, slurm, monkeypatch, capsys):
+    nodes = Nodes(monkeypatch)
+    run = fails_on(config, monkeypatch, 0, "a")
+    assert nodes.told == [] and "a brought this attempt down: uncorrectable ECC error" in capsys.readouterr().err
+    run = fails_on(config, monkeypatch, 1, "a")
+    assert nodes.told == ["a"] and slurm.requeued == ["7", "7"]
+    assert "a is left out from here on (attempts 0 to 1: uncorrectable ECC error)" in capsys.readouterr().err
+    (status,), _ = statuses([run.path])
+    assert status.left_out == ("a: attempts 0 to 1: uncorrectable ECC error",)
+
+
+@pytest.mark.parametrize(
+    ("faults", "total"),
+    [
+        ([("a", "ECC"), ("b", "ECC")], 9),  # each once
+        ([("a", "ECC"), ("a", ""), ("a", "ECC")], 9),  # an error of the run's own between them
+        ([("a", "ECC"), ("a", "ECC")], 1),  # there is no other node
+    ],
+)
+def test_a_node_that_may_be_innocent_is_not_left_out(config, slurm, monkeypatch, faults, total):
+    nodes = Nodes(monkeypatch, total)
+    for restart, (node, fault) in enumerate(faults):
+        fails_on(config, monkeypatch, restart, node, fault)
+    assert nodes.told == [] and len(slurm.requeued) == len(faults)
+
+
+def test_nodes_are_left_out_up_to_a_limit(config, slurm, monkeypatch):
+    nodes = Nodes(monkeypatch)
+    for restart, node in enumerate("aabbcc"):
+        fails_on(config, monkeypatch, restart, node)
+    assert nodes.told == ["a", "b"], "slurm.max_bad_nodes is 2"
+
+
+def test_a_node_is_added_to_those_that_the_job_leaves_out_already(monkeypatch):
+    monkeypatch.setattr(job, "show_job", lambda id: {"ExcNodeList": "n[1-2]"})
+    assert job.leave_out("7", "n5") == "n[1-2],n5"
+
+
+def test_the_node_of_a_hang_is_the_one_that_says_nothing(config, slurm):
+    run = begin(config)
+    (stacks := run.attempt_dir / "stacks").mkdir()
+    hosts = {0: "a", 1: "a", 2: "b", 3: "b"}
+    (stacks / "task_0.txt").touch()
+    assert bad_nodes.blamed(run, [], hosts) == ("", ""), "no hang"
+    (stacks / "hung").touch()
+    assert bad_nodes.blamed(run, [], hosts)[0] == "b"
+    (stacks / "task_3.txt").touch()
+    assert bad_nodes.blamed(run, [], hosts) == ("", "")
+    lost = ["srun: error: Node failure on c", "srun: error: a: task 0: Killed"]
+    assert bad_nodes.blamed(run, lost, hosts) == ("c", "srun lost it")
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "said"),
+    [
+        ("config.json", '{"model": 3}', "config.json: model is no section of settings"),
+        ("config.json", "\ufeff{}", "config.json: not JSON: Unexpected UTF-8 BOM"),
+        ("data.json", '{"data.train": 7}', "data.json: allowed are settings with bytes and sha256"),
+        ("attempts/0/owner.json", "\ufeff{}", "owner.json: not JSON: Unexpected UTF-8 BOM"),
+    ],
+)
+def test_a_broken_file_of_a_run_is_named_by_a_start(config, tmp_path, hasty, file, text, said):
+    run = open_run(config)
+    run.release()
+    (run.path / file).write_text(text, encoding="utf-8")
+    with pytest.raises(TransientInputError, match=said):
+        open_run(config)
+
+
+@pytest.mark.parametrize("text", ["{}", '{"host": 1, "pid": "x", "start": []}', '{"colour": 3}'])
+def test_an_owner_that_says_nothing_holds_nothing(config, slurm, text):
+    run = begin(config)
+    (run.attempt_dir / "owner.json").write_text(text)
+    assert open_run(config).attempt == 1
+    (status,), _ = statuses([run.path])
+    assert status.attempt == 1

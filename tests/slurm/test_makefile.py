@@ -23,7 +23,7 @@ class Project:
         (self.folder / "tools").mkdir(parents=True)
         self.commands.mkdir()
         shutil.copy(ROOT / "Makefile", self.folder)
-        for script in ("require_slurm.sh", "test_packages.sh"):
+        for script in ("require_slurm.sh", "test_packages.sh", "environment.sh"):
             shutil.copy(ROOT / "tools" / script, self.folder / "tools")
         shutil.copytree(ROOT / "fp8slurm" / "config" / "recipes", self.folder / "fp8slurm" / "config" / "recipes")
         for name in ("bash", "sed", "grep", "tail", "timeout", "awk", "cat"):
@@ -43,6 +43,7 @@ class Project:
             "rm",
             "rmdir",
             "touch",
+            "cksum",
         ):
             if shutil.which(name):
                 (self.commands / name).symlink_to(shutil.which(name))
@@ -223,7 +224,7 @@ def test_tests_are_chosen_by_their_markers(project):
     for target, how in (
         ("test", f"{side_by_side} -m not faults"),
         ("test-fast", f"{side_by_side} -m not slow"),
-        ("test-faults", f"{side_by_side} --numprocesses 0 -m slurm"),
+        ("test-faults", f"{side_by_side} --numprocesses 0 -m slurm or faults"),
     ):
         ran = project.make(target, "ARGS=-x").stdout.splitlines()[-1]
         assert ran.strip() == f"python -m pytest {how} -x"
@@ -266,3 +267,60 @@ def test_paths_may_have_spaces(project):
         "--run.name=the first",
         "--model.hf-checkpoint=my model",
     ], done
+
+
+def built(project: Project, *more: str) -> list[str]:
+    """Which folders `make setup` has built an environment in; its python is a stand-in that makes it."""
+    project.command(
+        project.commands / "python3",
+        'if [ "$2" = venv ]; then mkdir -p "$3/bin"; printf "#!/bin/sh\\n" > "$3/bin/pip"; chmod +x "$3/bin/pip"; '
+        'cp "$3/bin/pip" "$3/bin/fp8slurm"; echo "built $3" >&2; fi; exit 0',
+    )  # fmt: skip
+    done = project.make("setup", *more)
+    assert done.returncode == 0, done
+    return [line.removeprefix("built ") for line in done.stderr.splitlines() if line.startswith("built")]
+
+
+def test_the_contents_of_requirements_decide(project):
+    """A checkout or a copy gives files other times; an environment of an earlier make, which kept no sum, goes by them."""
+    for name in ("chmod", "cp"):
+        (project.commands / name).symlink_to(shutil.which(name))
+    project.environment()
+    assert built(project) == [] and not (project.folder / ".venv" / ".complete").read_text()
+    os.utime(project.folder / ".venv" / ".complete", (1, 1))
+    assert built(project) == [".venv"] and built(project) == []
+    for name in ("requirements/torch.txt", "requirements/cpu.txt", "pyproject.toml"):
+        os.utime(project.folder / name)
+        assert built(project) == [], "only its time is new"
+        (project.folder / name).write_text("torch==3")
+        os.utime(project.folder / name, (1, 1))
+        assert built(project) == [".venv"], "its content is new, whatever its time"
+    (project.folder / ".venv" / ".complete").unlink()  # interrupted
+    assert built(project) == [".venv"]
+
+
+@pytest.mark.parametrize("older_make", [False, True])
+def test_the_environment_of_another_checkout_is_never_touched(project, tmp_path, older_make):
+    """make VENV=X removed and rebuilt X, which was in use, because the other checkout's files had other times."""
+    for name in ("chmod", "cp"):
+        (project.commands / name).symlink_to(shutil.which(name))
+    project.environment()
+    shared = tmp_path / "envs" / "shared"
+    assert built(project, f"VENV={shared}") == [str(shared)]
+    project.command(shared / "bin" / "fp8slurm", 'printf "%s " "$@"')
+    project.command(shared / "bin" / "python", 'printf "%s " python "$@"; echo')
+    if older_make:
+        for name in (".made-by-make", ".complete"):
+            (shared / name).write_text("")
+    other = tmp_path / "other"
+    shutil.copytree(project.folder, other)
+    (other / "requirements" / "torch.txt").write_text("torch==3")
+    project.folder, first = other, project.folder
+    assert built(project, f"VENV={shared}") == []
+    assert project.make("plot", "RUN=runs/a", f"VENV={shared}").stdout.split() == ["plot", "runs/a"]
+    assert "stays" in project.make("clean", f"VENV={shared}").stdout and (shared / "bin" / "python").exists()
+    if not older_make:  # whose it is may build it anew, and remove it
+        project.folder = first
+        (first / "requirements" / "torch.txt").write_text("torch==4")
+        assert built(project, f"VENV={shared}") == [str(shared)]
+        assert project.make("clean", f"VENV={shared}").returncode == 0 and not shared.exists()

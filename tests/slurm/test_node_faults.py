@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 
@@ -79,6 +80,26 @@ def test_a_cut_off_node_goes_on_writing_and_harms_nothing(lab, runs, one_node, s
         json.loads(p.read_text())["text"] for p in (runs.path(name) / "attempts" / "0" / "errors").glob("task_*.json")
     ]
     assert any("attempt 1 has begun; attempt 0 stops" in text for text in errors), errors
+    same_run(name, one_node)
+
+
+def test_a_node_that_breaks_every_time_is_left_out(lab, runs, one_node, same_run, tmp_path):
+    """Its local disk is full. Two attempts end by it; the third is on the other node, and the run is the same run."""
+    name, disk = "bad-node", tmp_path / "disk"
+    disk.mkdir()
+    lab.do("full-disk", "1", str(disk))
+    job = runs.submit(lab, name, f"--slurm.setup=export TMPDIR={disk}", *ONE_NODE)
+    runs.wait_end(lab, name, job)
+    assert runs.attempt(name) == 2 and lab.job(job)["ExcNodeList"] == "node1"
+    stopped = [json.loads((runs.path(name) / "attempts" / n / "stopped.json").read_text()) for n in "01"]
+    assert "left_out" not in stopped[0] and stopped[1]["left_out"]["node"] == "node1"
+    assert "No space left on device on its own file system" in stopped[1]["left_out"]["why"]
+    status = subprocess.run(
+        [sys.executable, "-m", "fp8slurm.cli", "status", str(runs.path(name))],
+        env=lab.environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert "left out" in status.stdout and "node1: attempts 0 to 1" in status.stdout, status.stdout + status.stderr
+    assert runs.task(name, 0)["host"] == "node2"
     same_run(name, one_node)
 
 

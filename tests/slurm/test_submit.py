@@ -164,7 +164,7 @@ def test_dry_runs_say_what_slurm_would_refuse(slurm, command, tmp_path, monkeypa
     from fp8slurm.cli import main
 
     monkeypatch.chdir(tmp_path)  # no checkpoint, no data
-    assert main([command, "--recipe", "qwen3-4b-fp8", "--dry-run", "--slurm.partition", "gpus"]) == 0
+    assert main([command, "--recipe", "qwen3-4b-fp8", "--dry-run", "--slurm.partition", "gpus"]) == 2
     assert (
         "a start would be refused here: --slurm.partition gpus: there is no partition gpus" in capsys.readouterr().err
     )

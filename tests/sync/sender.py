@@ -29,7 +29,7 @@ def main(folder: Path, rank: int, world: int, model: Path, tp: int, pp: int, ep:
 
     from fp8slurm.config import parse
     from fp8slurm.models.names import NameTable
-    from fp8slurm.models.qwen3 import ModelSpec, QuantizationSpec
+    from fp8slurm.models.spec import ModelSpec, QuantizationSpec
     from fp8slurm.sync.groups import Group, connect_store
     from fp8slurm.sync.receiver import checksum, publish_checksums
     from fp8slurm.sync.stream import Cut, WeightStream

@@ -14,7 +14,7 @@ import torch
 from fp8slurm.checkpoint import hf_to_fp8
 from fp8slurm.config import RunConfig
 from fp8slurm.models.names import NameTable
-from fp8slurm.models.qwen3 import ModelSpec, QuantizationSpec
+from fp8slurm.models.spec import ModelSpec, QuantizationSpec
 from fp8slurm.rollout.worker import engine_checkpoint
 from fp8slurm.run.directory import RunDirectory
 from fp8slurm.sync.bucket import WeightBucket, WeightSpec, layout, payload_bytes

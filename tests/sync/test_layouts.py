@@ -23,7 +23,7 @@ from fp8slurm.engine.client import EngineClient, GenerateRequest
 from fp8slurm.engine.inside.digest import expected_digests, first_difference
 from fp8slurm.engine.server import Engine, EngineError, EngineSettings
 from fp8slurm.models.names import NameTable
-from fp8slurm.models.qwen3 import ModelSpec, QuantizationSpec
+from fp8slurm.models.spec import ModelSpec, QuantizationSpec
 from fp8slurm.sync.engine_link import EngineLink
 from fp8slurm.sync.groups import Group, host_store, publish
 from fp8slurm.sync.plan import source_names

@@ -11,8 +11,9 @@ from two_ranks import laid_together
 from fp8slurm.fp8.block import BlockFP8
 from fp8slurm.fp8.policy import decide
 from fp8slurm.fp8.quantize import quantize
-from fp8slurm.models.names import Entry, NameTable
-from fp8slurm.models.qwen3 import ModelSpec, QuantizationSpec
+from fp8slurm.models.entries import Entry
+from fp8slurm.models.names import NameTable
+from fp8slurm.models.spec import ModelSpec, QuantizationSpec
 from fp8slurm.sync import stream as stream_module
 from fp8slurm.sync.stream import WeightStream
 from fp8slurm.trainer import primary_fp8

@@ -15,7 +15,7 @@ from two_ranks import laid_together
 from fp8slurm.fp8.policy import decide
 from fp8slurm.fp8.quantize import quantize
 from fp8slurm.models.names import NameTable
-from fp8slurm.models.qwen3 import ModelSpec, QuantizationSpec
+from fp8slurm.models.spec import ModelSpec, QuantizationSpec
 from fp8slurm.sync.bucket import WeightBucket, layout, payload_bytes
 from fp8slurm.sync.plan import plan, source_names  # noqa: F401 (for the script below)
 from fp8slurm.sync.stream import Cut, WeightStream, parse_description  # noqa: F401
@@ -24,8 +24,8 @@ from fp8slurm.sync.traffic import RankTraffic, traffic
 FP8 = torch.float8_e4m3fn
 
 
-def spec_of(moe: bool = False, **changes) -> ModelSpec:
-    return ModelSpec.from_hf_config(model_config(moe) | changes)
+def spec_of(moe: bool = False, family: str = "qwen3", **changes) -> ModelSpec:
+    return ModelSpec.from_hf_config(model_config(moe, family) | changes)
 
 
 def weights_of(table: NameTable, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -78,9 +78,9 @@ def test_layout_is_gapless_aligned_and_keeps_codes_with_scales():
 
 
 @pytest.mark.parametrize("fp8", [True, False])
-@pytest.mark.parametrize("moe", [True, False])
-def test_one_rank_sends_the_converters_bytes(moe, fp8):
-    table = NameTable(spec_of(moe))
+@pytest.mark.parametrize(("moe", "family"), [(True, "qwen3"), (False, "qwen3"), (False, "qwen2"), (False, "llama")])
+def test_one_rank_sends_the_converters_bytes(moe, family, fp8):
+    table = NameTable(spec_of(moe, family))
     weights = weights_of(table)
     parameters = {e.name: e.merge(weights).clone() for e in table}
     quantization = QuantizationSpec() if fp8 else None
@@ -143,6 +143,15 @@ def test_slices_that_follow_one_another_lie_in_buffers_of_their_own(bucket_bytes
     assert len(handed) > 1 and all(a != b for a, b in zip(handed, handed[1:]))
     if bucket_bytes == 2**16:
         assert len(handed) < len(lane.fills), "no bucket without pieces: this test would show nothing"
+
+
+def test_biases_are_cut_and_gathered_with_their_rows():
+    table = NameTable(spec_of(family="qwen2"))
+    weights = weights_of(table)
+    shards = laid_together(table, lambda rank: {e.name: e.shard(weights, rank, 2).contiguous() for e in table})
+    assert_same_bytes({n: t.clone() for bucket in shards for n, t in bucket.views()}, expected(weights, True))
+    methods = {p.name: p.method for p in plan(table, [e.name for e in table], 2, QuantizationSpec())}
+    assert methods["model.layers.1.self_attn.k_proj.bias"] == "gather"
 
 
 @pytest.mark.parametrize("width", [512, 384])

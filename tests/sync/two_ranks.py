@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from fp8slurm.models.names import NameTable
-from fp8slurm.models.qwen3 import QuantizationSpec
+from fp8slurm.models.spec import QuantizationSpec
 from fp8slurm.sync.bucket import WeightBucket
 from fp8slurm.sync.stream import Cut, WeightStream
 

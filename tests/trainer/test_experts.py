@@ -25,7 +25,7 @@ from trainer_reference import (
 )
 
 from fp8slurm.models.names import NameTable
-from fp8slurm.models.qwen3 import ModelSpec
+from fp8slurm.models.spec import ModelSpec
 
 pytestmark = pytest.mark.slow
 

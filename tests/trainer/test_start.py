@@ -20,7 +20,7 @@ from trainer_reference import run_config, write_model
 
 from fp8slurm.core.errors import BadCheckpoint
 from fp8slurm.models.names import NameTable
-from fp8slurm.models.qwen3 import ModelSpec
+from fp8slurm.models.spec import ModelSpec
 from fp8slurm.rl.schedule import learning_rate
 from fp8slurm.trainer import optimizer_state
 from fp8slurm.trainer.build import allocate_fused_state

@@ -9,7 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from trainer_reference import NARROW, check, check_continued, expected_training, packs, transformers_model, write_model
+from trainer_reference import (
+    LLAMA,
+    NARROW,
+    QWEN2,
+    check,
+    check_continued,
+    expected_training,
+    packs,
+    reference_logprobs,
+    transformers_model,
+    write_model,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -19,12 +30,14 @@ ONE_RANK = [
     "main_grad", "fp8_layers", "packed_modules", "tied_head", "refused", "resume_one_rank", "save_before_any_step",
     "save_one_rank", "full_disk", "snapshot_bytes", "hostile_checkpoint",
     "optimizer_sleep", "plain_optimizer_sleep", "warm_up", "optimizer_settings",
+    "one_rank_qwen2", "one_rank_qwen2_untied", "one_rank_llama", "one_rank_qwen2_fp8",
 ]  # fmt: skip
 TWO_RANKS = [
     "dp2", "dp2_plain_optimizer", "tp2", "tp2_sequence_parallel", "pp2", "pp2_untied", "tp2_fp8",
     "tp2_sequence_parallel_fp8", "tp2_fp8_layers", "dp2_bad_loss", "dp2_resume", "save_dp2", "save_tp2",
     "save_pp2", "one_to_dp2", "one_to_tp2", "one_to_pp2", "tp2_full_disk", "dp2_snapshot_bytes",
-    "tp2_snapshot_bytes", "dp2_optimizer_sleep", "tp2_warm_up",
+    "tp2_snapshot_bytes", "dp2_optimizer_sleep", "tp2_warm_up", "tp2_qwen2", "tp2_sequence_parallel_qwen2",
+    "tp2_qwen2_fp8", "pp2_qwen2_untied", "tp2_sequence_parallel_llama", "pp2_llama",
 ]  # fmt: skip
 BACK_TO_ONE = ["dp2_to_one", "tp2_to_one", "pp2_to_one"]
 
@@ -48,6 +61,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "dense": write_model(folder / "dense"),
         "untied": write_model(folder / "untied", seed=1, tie=False),
         "narrow": write_model(folder / "narrow", **NARROW),
+        "qwen2": write_model(folder / "qwen2", seed=2, **QWEN2),
+        "qwen2_untied": write_model(folder / "qwen2_untied", seed=3, tie=False, **QWEN2),
+        "llama": write_model(folder / "llama", seed=4, tie=False, **LLAMA),
         "truncated": changed("truncated", lambda t: t.pop("model.layers.1.mlp.up_proj.weight")),
         "tied_head": changed("tied_head", lambda t: t.update(head(t))),
         "other_head": changed("other_head", lambda t: t.update({n: w + 1 for n, w in head(t).items()})),
@@ -78,7 +94,8 @@ def expected(models: dict[str, Path]) -> Callable[[str], dict[str, Any]]:
 @pytest.mark.parametrize(
     ("scenario", "model"),
     [("one_rank", "dense"), ("one_rank_plain_optimizer", "dense"), ("one_rank_recompute", "dense"),
-     ("one_rank_untied", "untied")],
+     ("one_rank_untied", "untied"), ("one_rank_qwen2", "qwen2"), ("one_rank_qwen2_untied", "qwen2_untied"),
+     ("one_rank_llama", "llama")],
 )  # fmt: skip
 def test_one_rank_is_transformers_and_adamw(one: Any, expected: Any, scenario: str, model: str) -> None:
     check(one.result(scenario), expected(model))
@@ -86,8 +103,10 @@ def test_one_rank_is_transformers_and_adamw(one: Any, expected: Any, scenario: s
 
 @pytest.mark.parametrize(
     ("scenario", "model"),
-    [("tp2", "dense"), ("tp2_sequence_parallel", "dense"), ("pp2", "dense"), ("pp2_untied", "untied")],
-)
+    [("tp2", "dense"), ("tp2_sequence_parallel", "dense"), ("pp2", "dense"), ("pp2_untied", "untied"),
+     ("tp2_qwen2", "qwen2"), ("tp2_sequence_parallel_qwen2", "qwen2"), ("pp2_qwen2_untied", "qwen2_untied"),
+     ("tp2_sequence_parallel_llama", "llama"), ("pp2_llama", "llama")],
+)  # fmt: skip
 @pytest.mark.parametrize("rank", [0, 1])
 def test_model_parallel_ranks_are_transformers_and_adamw(
     two: Any, expected: Any, scenario: str, model: str, rank: int
@@ -178,7 +197,7 @@ def test_every_linear_multiplies_with_quantized_weights(one: Any, models: dict[s
     from safetensors.torch import load_file
 
     from fp8slurm.models.names import NameTable
-    from fp8slurm.models.qwen3 import ModelSpec
+    from fp8slurm.models.spec import ModelSpec
 
     hf, table = load_file(models["dense"] / "model.safetensors"), NameTable(ModelSpec.from_hf_dir(models["dense"]))
     layers = one.result("fp8_layers")
@@ -190,7 +209,7 @@ def test_every_linear_multiplies_with_quantized_weights(one: Any, models: dict[s
 
 def test_tensor_parallel_ranks_multiply_with_the_same_bytes(one: Any, two: Any, models: dict[str, Path]) -> None:
     from fp8slurm.models.names import NameTable
-    from fp8slurm.models.qwen3 import ModelSpec
+    from fp8slurm.models.spec import ModelSpec
 
     table = NameTable(ModelSpec.from_hf_dir(models["dense"]))
     whole = one.result("fp8_layers")
@@ -201,11 +220,25 @@ def test_tensor_parallel_ranks_multiply_with_the_same_bytes(one: Any, two: Any, 
             assert torch.equal(shard, table[f"{name}.weight"].shard_of(whole[name], rank, 2)), name
 
 
-@pytest.mark.parametrize("scenario", ["tp2_fp8", "tp2_sequence_parallel_fp8"])
-def test_tensor_parallel_fp8_is_one_rank_fp8(one: Any, two: Any, scenario: str) -> None:
+def test_llamas_scaled_frequencies_show_in_these_sequences(models: dict[str, Path], tmp_path: Path) -> None:
+    """What is compared with transformers above would differ a hundred times as much without the scaling."""
+    plain = write_model(tmp_path / "plain", seed=4, tie=False, **LLAMA | {"rope_scaling": None})
+    with torch.no_grad():
+        scaled, without = (
+            torch.cat([reference_logprobs(transformers_model(path), b) for b in packs(0)])
+            for path in (models["llama"], plain)
+        )
+    assert (scaled - without).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("scenario", "alone"),
+    [("tp2_fp8", "one_rank"), ("tp2_sequence_parallel_fp8", "one_rank"), ("tp2_qwen2_fp8", "one_rank_qwen2")],
+)
+def test_tensor_parallel_fp8_is_one_rank_fp8(one: Any, two: Any, scenario: str, alone: str) -> None:
     """Sums over ranks differ in the last bit of fp32, which can move a value to the next e4m3 code, rarely."""
-    single = one.result("one_rank_fp8")
-    gap_to_fp32 = (torch.cat(one.result("one_rank")["before"]) - torch.cat(single["before"])).abs().mean()
+    single = one.result(f"{alone}_fp8")
+    gap_to_fp32 = (torch.cat(one.result(alone)["before"]) - torch.cat(single["before"])).abs().mean()
     for rank in (0, 1):
         got = two.result(scenario, rank)
         gap = torch.cat([(a[: len(b)] - b).abs() for a, b in zip(got["before"], single["before"])])

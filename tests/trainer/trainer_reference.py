@@ -19,6 +19,14 @@ SIZES = {
     "head_dim": 128, "intermediate_size": 512, "rms_norm_eps": 1e-6, "max_position_embeddings": 256,
     "hidden_act": "silu", "attention_bias": False, "rope_theta": 1000000.0,
 }  # fmt: skip
+QWEN2 = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": 512}
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "mlp_bias": False, "rope_theta": 10000.0,
+    "rope_scaling": {
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+}  # fmt: skip
 NARROW = {"intermediate_size": 192}
 """A model whose FFN cuts a block."""
 MOE = {
@@ -34,11 +42,11 @@ AUX_LOSS = 0.3
 
 
 def write_model(path: Path, seed: int = 0, tie: bool = True, moe: bool = False, **changes: Any) -> Path:
-    """A random Qwen3 in Hugging Face form, written without transformers; norms are not 1, so that a mix-up shows."""
+    """A random model in Hugging Face form, written without transformers; norms are not 1, so that a mix-up shows."""
     from safetensors.torch import save_file
 
     from fp8slurm.models.names import NameTable
-    from fp8slurm.models.qwen3 import ModelSpec
+    from fp8slurm.models.spec import ModelSpec
 
     config: dict[str, Any] = dict(SIZES) | {"tie_word_embeddings": tie, "torch_dtype": "float32"}
     config |= {"architectures": ["Qwen3MoeForCausalLM" if moe else "Qwen3ForCausalLM"]}

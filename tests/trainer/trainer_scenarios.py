@@ -17,7 +17,7 @@ from trainer_reference import LENGTHS, LR, cross_entropy, pack, run_config
 
 from fp8slurm.core.patches import applied
 from fp8slurm.core.types import PackedBatch
-from fp8slurm.models.qwen3 import ModelSpec
+from fp8slurm.models.spec import ModelSpec
 from fp8slurm.trainer.start import start, stop
 from fp8slurm.trainer.trainer import Trainer
 
@@ -664,7 +664,47 @@ def pp2_to_one(ranks: Ranks) -> dict[str, Any]:
     return continue_here(ranks, "pp2")
 
 
+def one_rank_qwen2(ranks: Ranks) -> dict[str, Any]:
+    return train(ranks, folder="qwen2")
+
+
+def one_rank_qwen2_untied(ranks: Ranks) -> dict[str, Any]:
+    return train(ranks, folder="qwen2_untied")
+
+
+def one_rank_llama(ranks: Ranks) -> dict[str, Any]:
+    return train(ranks, folder="llama")
+
+
+def one_rank_qwen2_fp8(ranks: Ranks) -> dict[str, Any]:
+    return train(ranks, folder="qwen2", **FP8)
+
+
 # Two ranks.
+
+
+def tp2_qwen2(ranks: Ranks) -> dict[str, Any]:
+    return train(ranks, folder="qwen2", **TP2)
+
+
+def tp2_sequence_parallel_qwen2(ranks: Ranks) -> dict[str, Any]:
+    return train(ranks, folder="qwen2", **TP2SP)
+
+
+def tp2_qwen2_fp8(ranks: Ranks) -> dict[str, Any]:
+    return train(ranks, folder="qwen2", **TP2, **FP8)
+
+
+def pp2_qwen2_untied(ranks: Ranks) -> dict[str, Any]:
+    return train(ranks, folder="qwen2_untied", **PP2)
+
+
+def tp2_sequence_parallel_llama(ranks: Ranks) -> dict[str, Any]:
+    return train(ranks, folder="llama", **TP2SP)
+
+
+def pp2_llama(ranks: Ranks) -> dict[str, Any]:
+    return train(ranks, folder="llama", **PP2)
 
 
 def dp2(ranks: Ranks) -> dict[str, Any]:

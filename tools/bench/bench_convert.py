@@ -39,7 +39,7 @@ def make_model(folder: Path, model: str, layers: int) -> int:
     from safetensors.torch import save_file
 
     from fp8slurm.models.names import NameTable
-    from fp8slurm.models.qwen3 import ModelSpec
+    from fp8slurm.models.spec import ModelSpec
 
     config = json.loads((KNOWN / f"{model}.json").read_text()) | {"num_hidden_layers": layers, "vocab_size": 2048}
     folder.mkdir(parents=True)

@@ -32,7 +32,7 @@ def config_of(args: argparse.Namespace) -> dict[str, Any]:
     """config.json of the shape, in block FP8."""
     import tiny
 
-    from fp8slurm.models.qwen3 import QuantizationSpec
+    from fp8slurm.models.spec import QuantizationSpec
 
     if args.shape == "tiny":
         config = {**tiny.model_config()}
@@ -51,7 +51,7 @@ def child(folder: Path, rank: int, tp: int, bucket_bytes: int, runs: int) -> Non
     from fp8slurm.fp8.block import BlockFP8
     from fp8slurm.fp8.quantize import quantize
     from fp8slurm.models.names import NameTable
-    from fp8slurm.models.qwen3 import ModelSpec
+    from fp8slurm.models.spec import ModelSpec
     from fp8slurm.sync.groups import Group, connect_store
     from fp8slurm.sync.stream import Cut, WeightStream
 
@@ -115,7 +115,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from fp8slurm.engine.client import EngineClient
     from fp8slurm.engine.server import Engine, EngineSettings
     from fp8slurm.models.names import NameTable
-    from fp8slurm.models.qwen3 import ModelSpec
+    from fp8slurm.models.spec import ModelSpec
     from fp8slurm.sync.engine_link import EngineLink
     from fp8slurm.sync.groups import Group, host_store, publish
     from fp8slurm.sync.plan import source_names

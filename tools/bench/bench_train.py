@@ -37,7 +37,7 @@ def measure(
     import torch.distributed as dist
 
     from fp8slurm.config import parse
-    from fp8slurm.models.qwen3 import ModelSpec
+    from fp8slurm.models.spec import ModelSpec
     from fp8slurm.trainer.start import start
 
     cuda = torch.cuda.is_available()

@@ -43,7 +43,7 @@ from fp8slurm.config.schema import EngineSection  # noqa: E402
 from fp8slurm.core.types import PackedBatch  # noqa: E402
 from fp8slurm.engine.client import EngineClient, GenerateRequest  # noqa: E402
 from fp8slurm.engine.server import Engine, EngineSettings  # noqa: E402
-from fp8slurm.models.qwen3 import ModelSpec  # noqa: E402
+from fp8slurm.models.spec import ModelSpec  # noqa: E402
 
 LONG = (40, 100, 128, 257, 500, 777, 1024, 1300, 1500, 1777, 2048, 2200, 2500, 2800, 3000, 3500)
 DRAWS = (

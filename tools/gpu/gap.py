@@ -51,7 +51,7 @@ def trainer(model: Path, backend: str, tag: str) -> Any:
     import torch.distributed as dist
 
     from fp8slurm.config import parse
-    from fp8slurm.models.qwen3 import ModelSpec
+    from fp8slurm.models.spec import ModelSpec
     from fp8slurm.trainer.start import start
 
     config = parse(None, ["--model.hf-checkpoint", str(model), "--fp8.backend", backend, "--optim.beta2", "0.95"])

@@ -50,7 +50,7 @@ def trainer_of(model: Path, on: bool) -> Any:
     import torch.distributed as dist
 
     from fp8slurm.config import parse
-    from fp8slurm.models.qwen3 import ModelSpec
+    from fp8slurm.models.spec import ModelSpec
     from fp8slurm.trainer import start
 
     flag = "--fp8.param-gather" if on else "--fp8.no-param-gather"
@@ -183,7 +183,7 @@ def sync(t: Any) -> dict[str, Any]:
     from fp8slurm.fp8.block import BlockFP8
     from fp8slurm.fp8.quantize import dequantize
     from fp8slurm.models.names import NameTable
-    from fp8slurm.models.qwen3 import QuantizationSpec
+    from fp8slurm.models.spec import QuantizationSpec
     from fp8slurm.sync import stream as stream_module
 
     def refused(*_: Any, **__: Any) -> None:

@@ -45,7 +45,7 @@ from fp8slurm.config.schema import EngineSection  # noqa: E402
 from fp8slurm.engine.client import EngineClient, GenerateRequest  # noqa: E402
 from fp8slurm.engine.server import Engine, EngineSettings, visible_gpus  # noqa: E402
 from fp8slurm.models.names import NameTable  # noqa: E402
-from fp8slurm.models.qwen3 import ModelSpec  # noqa: E402
+from fp8slurm.models.spec import ModelSpec  # noqa: E402
 from fp8slurm.sync.bucket import WeightBucket  # noqa: E402
 from fp8slurm.sync.engine_link import EngineLink  # noqa: E402
 from fp8slurm.sync.stream import WeightStream  # noqa: E402

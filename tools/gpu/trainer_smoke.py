@@ -12,7 +12,7 @@ import torch.distributed as dist  # noqa: E402
 
 from fp8slurm.config import parse  # noqa: E402
 from fp8slurm.data.prompts import SftExample  # noqa: E402
-from fp8slurm.models.qwen3 import ModelSpec  # noqa: E402
+from fp8slurm.models.spec import ModelSpec  # noqa: E402
 from fp8slurm.rl.loss import sft_loss  # noqa: E402
 from fp8slurm.rl.packing import pack_sft  # noqa: E402
 

@@ -46,7 +46,7 @@ from fp8slurm.engine.server import Engine, EngineError, EngineSettings, server_a
 from fp8slurm.fp8.policy import decide  # noqa: E402
 from fp8slurm.fp8.quantize import quantize  # noqa: E402
 from fp8slurm.models.names import NameTable  # noqa: E402
-from fp8slurm.models.qwen3 import ModelSpec, QuantizationSpec  # noqa: E402
+from fp8slurm.models.spec import ModelSpec, QuantizationSpec  # noqa: E402
 from fp8slurm.sync.engine_link import EngineLink  # noqa: E402
 from fp8slurm.sync.stream import WeightStream  # noqa: E402
 from fp8slurm.sync.transport import BroadcastTransport, MappedTransport  # noqa: E402

@@ -18,7 +18,7 @@ from fp8slurm.checkpoint.converters.stream import ConvertOptions
 from fp8slurm.checkpoint.formats.hf_folder import open_hf
 from fp8slurm.checkpoint.formats.sources import HfSource
 from fp8slurm.core.errors import InputError
-from fp8slurm.models.qwen3 import listed_modules
+from fp8slurm.models.spec import listed_modules
 
 CONVERTERS: dict[str, tuple[Callable[..., Any], str]] = {
     "hf-to-fp8": (plan_hf_to_fp8, "Hugging Face in BF16 -> block FP8, for the engine"),

@@ -17,7 +17,7 @@ from fp8slurm.checkpoint.formats.sources import SCALE_SUFFIX, DequantizedSource,
 from fp8slurm.core.errors import BadCheckpoint, InputError
 from fp8slurm.fp8.block import FLOAT_DTYPES
 from fp8slurm.fp8.policy import LINEAR, Decision, decide, engine_matrix, has_effect, kept_name
-from fp8slurm.models.qwen3 import QuantizationSpec, listed_modules
+from fp8slurm.models.spec import QuantizationSpec, listed_modules
 
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 Decided = tuple[TensorInfo, Decision]

@@ -22,7 +22,7 @@ from fp8slurm.checkpoint.formats.sources import DequantizedSource, HfSource, Sou
 from fp8slurm.checkpoint.formats.torch_dist_source import EMBEDDING, HEAD, TorchDistSource
 from fp8slurm.core.errors import BadCheckpoint
 from fp8slurm.models.names import NameTable
-from fp8slurm.models.qwen3 import ModelSpec, listed_modules
+from fp8slurm.models.spec import ModelSpec, listed_modules
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,9 @@ from fp8slurm.checkpoint.formats.megatron_names import Run, megatron_from_hf, ot
 from fp8slurm.checkpoint.formats.safetensors_file import TensorInfo
 from fp8slurm.checkpoint.formats.sources import Source, as_bytes, scratch
 from fp8slurm.core.errors import InputError
-from fp8slurm.models.names import Entry, NameTable
-from fp8slurm.models.qwen3 import ModelSpec
+from fp8slurm.models.entries import Entry
+from fp8slurm.models.names import NameTable
+from fp8slurm.models.spec import ModelSpec
 
 CHUNK_BYTES = 64 << 20
 # modules whose FP8 state a TransformerEngine model wants to find, empty, in a checkpoint
@@ -105,9 +106,9 @@ def plan_files(table: NameTable, source: Source, options: ConvertOptions) -> lis
 
 def _extra_state(spec: ModelSpec) -> Iterator[str]:
     """Keys of the empty extra states, in Megatron's ShardedObject form (key/shard_OFFSET_SHAPE)."""
-    layers = spec.num_layers
+    layers, qk_norm = spec.num_layers, spec.family.megatron(spec)["qk_layernorm"]
     for module in _WITH_EXTRA_STATE:
-        if spec.is_moe and module.startswith("mlp."):
+        if (spec.is_moe and module.startswith("mlp.")) or (module.endswith("_layernorm") and not qk_norm):
             continue
         yield from (f"decoder.layers.{module}._extra_state/shard_{i}_{layers}" for i in range(layers))
     if spec.is_moe:

@@ -14,7 +14,7 @@ import torch
 
 from fp8slurm.checkpoint.formats.torch_dist import SavedTensor
 from fp8slurm.core.errors import BadCheckpoint
-from fp8slurm.models.names import Entry, HfTensor
+from fp8slurm.models.entries import Entry, HfTensor
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from fp8slurm.checkpoint.formats.sources import scratch
 from fp8slurm.checkpoint.formats.torch_dist import TorchDistReader
 from fp8slurm.core.errors import BadCheckpoint
 from fp8slurm.models.names import NameTable
-from fp8slurm.models.qwen3 import ModelSpec
+from fp8slurm.models.spec import ModelSpec
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _NOT_MODEL = ("optimizer.", "chained_", "reference.", "rng_state", "random_state")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import json
 import tempfile
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from fp8slurm.core.patches import patch, wrap
 from fp8slurm.engine.inside.digest import DIGEST_ACTION, overall, raw_digests
 from fp8slurm.engine.inside.recorded import RECORDED, FlatBucket, load_bucket, loads_of
+from fp8slurm.models.families import FAMILIES
 
 
 @functools.cache
@@ -113,8 +115,6 @@ def _clear_padding_after_waking() -> None:
 
 def _record_loads() -> None:
     """Buckets are loaded by the copies that SGLang made of them the first time (engine/inside/recorded.py)."""
-    from sglang.srt.models.qwen3 import Qwen3ForCausalLM
-    from sglang.srt.models.qwen3_moe import Qwen3MoeForCausalLM
     from sglang.srt.weight_sync.tensor_bucket import FlattenedTensorBucket
 
     def reconstruct_tensors(self: Any) -> FlatBucket:
@@ -127,5 +127,6 @@ def _record_loads() -> None:
         return original(self, weights, *args, **kwargs)
 
     patch(FlattenedTensorBucket, "reconstruct_tensors", reconstruct_tensors)
-    for model in (Qwen3ForCausalLM, Qwen3MoeForCausalLM):
+    for family in FAMILIES.values():
+        model = getattr(importlib.import_module(family.engine_module), family.architecture)
         wrap(model, "load_weights")(load_weights)

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from fp8slurm.core.errors import InputError
-from fp8slurm.models.qwen3 import ModelSpec
+from fp8slurm.models.spec import ModelSpec
 
 FOLDER = Path(__file__).parent
 

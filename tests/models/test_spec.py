@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from fp8slurm.config.schema import ParallelSection
-from fp8slurm.models.qwen3 import ModelSpec, QuantizationSpec, check_layout
+from fp8slurm.models.layout import check_layout
+from fp8slurm.models.spec import ModelSpec, QuantizationSpec
 
 DENSE = {
     "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": 384, "hidden_size": 256,
@@ -45,7 +46,12 @@ def test_no_config(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"architectures": ["LlamaForCausalLM"]}, "'LlamaForCausalLM' is not supported; allowed: 'Qwen3ForCausalLM'"),
+        (
+            {"architectures": ["MistralForCausalLM"]},
+            r"architectures\[0\] = 'MistralForCausalLM' is not supported; allowed: 'Qwen3ForCausalLM', "
+            "'Qwen3MoeForCausalLM', 'Qwen2ForCausalLM', 'LlamaForCausalLM'",
+        ),
+        ({"architectures": ["LlamaForCausalLM"]}, "model_type .of LlamaForCausalLM. = 'qwen3'.* allowed: 'llama'"),
         ({"architectures": None}, "architectures"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
         ({"rope_scaling": "yarn"}, "config.json: rope_scaling = 'yarn' is not supported; allowed: an object, or null"),
