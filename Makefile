@@ -51,7 +51,7 @@ STATE := $(shell sh tools/environment.sh state "$(VENV)")
 
 .DEFAULT_GOAL := help
 .PHONY: help setup tiny-data tiny-moe-data train-tiny-fp8 train-tiny-moe-fp8 train-4b-fp8 train-30b-a3b-fp8 all-4b-fp8 all-tiny-fp8 convert-fp8 eval-fp8 \
-        status plot report lint test test-fast test-faults clean
+        status plot report lint test test-fast test-faults fuzz clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -155,6 +155,11 @@ test-fast: tiny-data  ## the tests without servers and process groups, under fiv
 
 test-faults: tiny-data  ## every fault on a real two-node Slurm cluster that is started here (root, Debian's Slurm)
 	$(PYTEST) --numprocesses 0 -m 'slurm or faults' $(ARGS)
+
+FUZZ_CASES ?= 2000
+FUZZ_SEED  ?= 0
+fuzz: $(STAMP)  ## thousands of damaged inputs (FUZZ_CASES=2000 of each kind, FUZZ_SEED=0): a sentence or the right result
+	FUZZ_CASES=$(FUZZ_CASES) FUZZ_SEED=$(FUZZ_SEED) OMP_NUM_THREADS=1 $(PY) -m pytest -rP tests/fuzz $(ARGS)
 
 clean:  ## remove .venv and the caches; runs, models and data stay
 	@case "$(STATE)" in absent | current | stale) rm -rf "$(VENV)";; *) echo 'make clean: VENV=$(VENV) was not made by make for this folder and stays';; esac

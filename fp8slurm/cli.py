@@ -294,6 +294,13 @@ def status(argv: list[str]) -> int:
     return status_main(argv)
 
 
+def trace(argv: list[str]) -> int:
+    """`fp8slurm trace RUN [--rank N ...]`."""
+    from fp8slurm.run.trace import main as trace_main
+
+    return trace_main(argv)
+
+
 def chain(argv: list[str]) -> int:
     """`fp8slurm chain --recipe R [--dry-run] [--section.key VALUE ...]`."""
     from fp8slurm.chain.submit import main as chain_main
@@ -315,6 +322,7 @@ COMMANDS = {
     "plan": (plan, "memory and bytes of a recipe, without a GPU"),
     "doctor": (doctor, "look for what is wrong with this machine or cluster, and say what to do"),
     "status": (status, "where runs stand, from their directories and from Slurm"),
+    "trace": (trace, "have a running run write a profile of its next step"),
     "plot": (plot, "draw the curves of one or several runs"),
     "report": (report, "a run as one HTML file, or as Markdown"),
     "eval": (evaluate, "accuracy of a checkpoint in FP8, BF16 or both"),

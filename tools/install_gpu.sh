@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A virtual environment for GPU nodes: the set `gpu` of docs/install.md, every package in the version of requirements/gpu.txt.
-# Run it where nvcc of CUDA 13 is (no GPU needed), with a network. About 15 GB of disk.
+# Run it where nvcc of CUDA 13 is (no GPU needed), with a network. 12 GB of disk.
 #
 #   tools/install_gpu.sh VENV [PYTHON]        DRY_RUN=1 prints the commands; PYTHON: a Python 3.12 (python3.12)
 #

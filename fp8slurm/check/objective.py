@@ -46,5 +46,45 @@ def check_objective(config: RunConfig) -> None:
                 f"--algorithm.tis-{flag} {value} with --algorithm.tis-cap 0, which switches importance weights off; "
                 f"allowed: a cap above 0, or leave --algorithm.tis-{flag} out"
             )
+    if a.advantage == "none" and config.teacher.checkpoint is None:
+        raise InputError(
+            "--algorithm.advantage none without --teacher.checkpoint: there is nothing to learn from; allowed: give a "
+            "teacher, or another advantage"
+        )
     try_loss(a)
     try_advantages(a)
+
+
+def check_teacher(config: RunConfig) -> None:
+    """InputError: the teacher cannot score this run's samples. It has to have the student's tokens, one for one."""
+    from fp8slurm.data.prompts import load_tokenizer
+
+    folder, r = config.teacher.checkpoint, config.rollout
+    if folder is None:
+        return
+    flag = f"--teacher.checkpoint {folder}"
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{flag}: there is no config.json in it; give a Hugging Face folder")
+    if r.drop_no_signal:
+        raise InputError(
+            f"{flag} with --rollout.drop-no-signal: groups of equal rewards have a signal, the teacher's; allowed: "
+            f"--rollout.no-drop-no-signal"
+        )
+    if r.temperature != 1:
+        raise InputError(
+            f"{flag} with --rollout.temperature {r.temperature:g}: an engine scores at temperature 1, and the KL would "
+            f"be of two different policies; allowed: 1"
+        )
+    if config.slurm.gpus_per_node and config.engine.placement == "shared":
+        raise InputError(
+            f"{flag} with --engine.placement shared: the teacher keeps its memory while the trainer works; allowed: "
+            f"--engine.placement split with --engine.gpus"
+        )
+    assert config.model.hf_checkpoint is not None
+    own, its = load_tokenizer(config.model.hf_checkpoint).get_vocab(), load_tokenizer(folder).get_vocab()
+    if own != its:
+        other = min(t for t in {**own, **its} if own.get(t) != its.get(t))
+        raise InputError(
+            f"{flag}: its tokens are not those of --model.hf-checkpoint: {other!r} is {its.get(other)} there and "
+            f"{own.get(other)} here; allowed: a teacher with the same tokenizer"
+        )

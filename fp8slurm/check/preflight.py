@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fp8slurm.check.dry_run import Refusal
+from fp8slurm.check.objective import check_objective, check_teacher
 from fp8slurm.config import RunConfig
 from fp8slurm.config.derived import transport_of
 from fp8slurm.config.placement import place
@@ -78,6 +79,7 @@ def preflight(config: RunConfig, dry_run: bool = False) -> list[str]:
         check(_folder, path, flag, what)
     if len(refusals) == paths and (config.model.hf_checkpoint or Path()).is_dir():
         check(_data, config, warnings)
+        check(check_teacher, config)
     if dry_run:  # a start looks itself, under the run's lock
         check(check_configuration, config, RunDirectory(config.run.root / config.run.name))
     return refusals + warnings + _warnings(config) + _room(config, spec)
@@ -316,8 +318,6 @@ def _installed(package: str, file: str) -> bool:
 
 
 def _algorithm(config: RunConfig) -> None:
-    from fp8slurm.check.objective import check_objective
-
     check_objective(config)
     _one_ahead(config)
     if config.run.steps and config.rollout.temperature == 0:

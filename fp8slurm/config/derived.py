@@ -49,6 +49,12 @@ def reward_workers(config: RunConfig) -> int:
     return config.reward.workers or spare_cores(config.engine.per_node + (0 if own else s.ranks_per_node))
 
 
+def recomputes_logprobs(config: RunConfig) -> bool:
+    """train.recompute_logprobs: whether old log-probabilities take a forward pass of their own."""
+    t = config.train
+    return t.recompute_logprobs == "always" or t.updates_per_step * t.epochs_per_step > 1
+
+
 def under_slurm(config: RunConfig) -> RunConfig:
     """The configuration with slurm.executor = "slurm", whatever it was."""
     return config.model_copy(update={"slurm": config.slurm.model_copy(update={"executor": "slurm"})})

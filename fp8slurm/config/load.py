@@ -55,7 +55,7 @@ def read_recipe(recipe: str | Path) -> RunConfig:
         raise InputError(f"--recipe {path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8, as a TOML file must be: byte {error.start}") from None
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # TOMLDecodeError is one, and so is a number of 5,000 digits
         raise InputError(f"{path}: not a TOML file: {error}") from None
     return build(values, str(path))
 

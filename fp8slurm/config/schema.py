@@ -196,6 +196,9 @@ class TrainSection(Section):
     """Times that a step goes over its samples: updates_per_step updates each time."""
     recompute: Literal["none", "full"] = "none"
     """Activation recomputation in the backward pass."""
+    recompute_logprobs: Literal["auto", "always"] = "auto"
+    """Whether old log-probabilities take a forward pass of their own. auto: not where a step has one update and one
+    epoch, whose own forward gives them."""
 
 
 class SourceSection(Section):
@@ -342,8 +345,8 @@ class AlgorithmSection(Section):
     """ppo_clip (a clipped ratio for every token), gspo (one for every sequence), cispo (clipped importance weights), or
     a function of your own, module:function(LossInput) -> (values, metrics) (docs/customize.md)."""
     advantage: str = "grpo"
-    """grpo (relative to the group), rloo (to the group's others), reinforce_pp (to all samples of the step), or a
-    function of your own, module:function(groups) -> a number for every sample."""
+    """grpo (relative to the group), rloo (to the group's others), reinforce_pp (to all samples of the step), none (only
+    the teacher counts), or a function of your own, module:function(groups) -> a number for every sample."""
     divide_by_std: bool = True
     """grpo: divide group-centred rewards by the group's standard deviation; reinforce_pp: by that of all samples."""
     clip_low: float = Field(0.2, ge=0)
@@ -367,6 +370,18 @@ class AlgorithmSection(Section):
     loss_mean: Literal["token", "sequence", "constant"] = "token"
     """Mean over all tokens of an update, over sequences of their token means, or the sum over tokens divided by the
     update's sequences times rollout.max_tokens, which no response's length changes (Dr. GRPO)."""
+
+
+class TeacherSection(Section):
+    """On-policy distillation: a teacher scores what the student samples."""
+
+    checkpoint: Path | None = None
+    """Hugging Face folder of the teacher, in BF16 or block FP8, with the student's tokens; left out: no teacher. An
+    engine on every node serves it and gives the log-probability of every token that was sampled."""
+    kl_coef: float = Field(1.0, gt=0)
+    """Weight of the reverse KL in each token's advantage: that of the rewards + kl_coef * log(teacher / student)."""
+    mem_fraction: float = Field(0.3, gt=0, lt=1)
+    """Share of the memory of the GPUs of the node's first engine, for the teacher's weights and KV cache."""
 
 
 class SftSection(Section):
@@ -583,6 +598,7 @@ class RunConfig(Section):
     rollout: RolloutSection = RolloutSection()
     reward: RewardSection = RewardSection()
     algorithm: AlgorithmSection = AlgorithmSection()
+    teacher: TeacherSection = TeacherSection()
     sft: SftSection = SftSection()
     engine: EngineSection = EngineSection()
     sync: SyncSection = SyncSection()

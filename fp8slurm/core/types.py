@@ -53,6 +53,8 @@ class Sample:
     """Named parts that the reward function returned beside the reward; they only become metrics."""
     loss_mask: list[bool] | None = None
     """Which response tokens are trained on; None: all."""
+    teacher_logprobs: list[float] | None = None
+    """Log-probability of every generated token under the teacher (teacher.checkpoint), at temperature 1."""
 
     @property
     def trained_tokens(self) -> int:
@@ -89,6 +91,7 @@ class PackedBatch:
     loss_mask: torch.Tensor  # bool [T], True where a generated token that counts is predicted
     trainer_logprobs: torch.Tensor | None = None  # float32 [T], recomputed before the first update of the step
     reference_logprobs: torch.Tensor | None = None  # float32 [T]
+    teacher_logprobs: torch.Tensor | None = None  # float32 [T], as rollout_logprobs
     routing: torch.Tensor | None = None  # uint8 or int16 [T, layers, k], experts to replay; None: the model's own
     samples: tuple[int, ...] = ()
     """Which sample every segment is, counted over all samples of the packed groups; a padding tail has no number."""

@@ -154,7 +154,7 @@ def silu(x: Tensor) -> Tensor:
 
 def rotation(theta: float, dim: int, length: int) -> Tensor:
     """(cos, sin) of position * theta^(-2 i / dim), fp32 [length, 2, dim / 2]."""
-    return _rotation(float(theta), dim, length + -length % BLOCK)[:length]
+    return _rotation(float(theta), dim, 1 << max(7, (length - 1).bit_length()))[:length]
 
 
 @lru_cache(maxsize=8)

@@ -55,8 +55,7 @@ def _rotary() -> None:
         self: Any, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         assert self.is_neox_style and self.rotary_dim == self.head_size
-        length = max(self.max_position_embeddings, int(positions.max()) + 1)
-        table = exact.rotation(self.base, self.head_size, length)[positions]
+        table = exact.rotation(self.base, self.head_size, int(positions.max()) + 1)[positions]
         q, k = (exact.rotate(x.view(len(positions), -1, self.head_size), table).view(x.shape) for x in (query, key))
         return q, k
 

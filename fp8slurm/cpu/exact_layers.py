@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from torch.distributed import ProcessGroup
 
 from fp8slurm.cpu import exact
-from fp8slurm.cpu.fp8_linear import FP8ColumnParallelLinear, FP8RowParallelLinear
+from fp8slurm.cpu.fp8_linear import FP8ColumnParallelLinear, FP8RowParallelLinear, gather_sequence
 from fp8slurm.cpu.packed_attention import PackedDotProductAttention, rectangles
 from fp8slurm.cpu.rms_norm import RMSNorm
 from fp8slurm.fp8.quantize import quantize
@@ -64,9 +65,12 @@ class _ExactFP8:
             q = quantize(weight, name=type(self).__name__)
             self._blocks = exact.weight_blocks(q.data, q.scale_inv)
         blocks, ordinary = self._blocks, super()._forward_impl  # type: ignore[misc]
-        return with_gradient_of(
-            lambda: ordinary(input, weight, *args, **kwargs), lambda: exact.linear_fp8(input, blocks)
-        )
+
+        def values() -> torch.Tensor:
+            whole = gather_sequence(input, kwargs["tp_group"]) if kwargs.get("sequence_parallel") else input
+            return exact.linear_fp8(whole, blocks)
+
+        return with_gradient_of(lambda: ordinary(input, weight, *args, **kwargs), values)
 
 
 class ExactColumnParallelLinear(_ExactFP8, FP8ColumnParallelLinear):
@@ -120,13 +124,23 @@ def silu(x: torch.Tensor) -> torch.Tensor:
 
 def logprobs(
     head: Callable[[], torch.Tensor], statistics: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]],
-    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, temperature: float,
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, temperature: float, group: ProcessGroup,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
     """Log-probabilities of the labels, with exact values, and the entropy as `statistics` has it.
 
-    hidden [T, K], weight [V, K] of lm_head, labels int64 [T]. head: the ordinary logits [T, V]; statistics: of logits,
-    the ordinary (logprobs [T], entropy [T] or None).
+    hidden [T, K] (this rank's [T / size, K] with sequence parallelism), weight [V / size, K] of lm_head, labels int64
+    [T]; group: the tensor-parallel ranks. head: the ordinary logits [T, V / size]; statistics: of logits, the ordinary
+    (logprobs [T], entropy [T] or None).
     """
-    logits = with_gradient_of(head, lambda: exact.linear(hidden, weight))
+
+    def own_logits() -> torch.Tensor:
+        return exact.linear(hidden if len(hidden) == len(labels) else gather_sequence(hidden, group), weight)
+
+    def values() -> torch.Tensor:
+        parts = [torch.empty_like(logits) for _ in range(group.size())]
+        torch.distributed.all_gather(parts, logits.detach().contiguous(), group=group)
+        return exact.logprobs(torch.cat(parts, -1), labels, temperature)
+
+    logits = with_gradient_of(head, own_logits)
     ordinary, entropy = statistics(logits)
-    return with_gradient_of(lambda: ordinary, lambda: exact.logprobs(logits, labels, temperature)), entropy
+    return with_gradient_of(lambda: ordinary, values), entropy

@@ -39,7 +39,7 @@ class FP8Matmul(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.group, ctx.sequence_parallel, ctx.weight, ctx.quantized = group, sequence_parallel, weight, quantized
         ctx.save_for_backward(x)
-        whole = _gather(x, group) if sequence_parallel else x
+        whole = gather_sequence(x, group) if sequence_parallel else x
         flat = whole.reshape(-1, whole.shape[-1])
         y = fake_quantize_1x128(flat) @ quantized.t()
         return y.to(x.dtype).view(*whole.shape[:-1], quantized.shape[0])
@@ -50,14 +50,14 @@ class FP8Matmul(torch.autograd.Function):
         flat_grad = grad.reshape(-1, grad.shape[-1])
         dx = (fake_quantize_1x128(flat_grad) @ ctx.quantized).to(x.dtype)
         if ctx.sequence_parallel:
-            dx = _scatter(dx.view(*grad.shape[:-1], -1), ctx.group)
+            dx = scatter_sequence(dx.view(*grad.shape[:-1], -1), ctx.group)
         else:
             dx = dx.view(x.shape)
             if ctx.group is not None:
                 torch.distributed.all_reduce(dx, group=ctx.group)
         if not ctx.needs_input_grad[1]:
             return dx, None, None, None, None
-        whole = _gather(x, ctx.group) if ctx.sequence_parallel else x
+        whole = gather_sequence(x, ctx.group) if ctx.sequence_parallel else x
         flat = whole.reshape(-1, whole.shape[-1])
         dw = fake_quantize_128x1(flat_grad).t() @ fake_quantize_128x1(flat)
         return dx, _accumulate(ctx.weight, dw), None, None, None
@@ -75,14 +75,16 @@ def _accumulate(weight: torch.Tensor, dw: torch.Tensor) -> torch.Tensor:
     return torch.empty(1, dtype=weight.dtype).expand(weight.shape)
 
 
-def _gather(x: torch.Tensor, group: ProcessGroup | None) -> torch.Tensor:
+def gather_sequence(x: torch.Tensor, group: ProcessGroup | None) -> torch.Tensor:
+    """The parts [T / size, ...] of all ranks of the group, [T, ...]."""
     assert group is not None, "sequence parallelism without a group"
     whole = x.new_empty((x.shape[0] * group.size(), *x.shape[1:]))
     torch.distributed.all_gather_into_tensor(whole, x.contiguous(), group=group)
     return whole
 
 
-def _scatter(x: torch.Tensor, group: ProcessGroup) -> torch.Tensor:
+def scatter_sequence(x: torch.Tensor, group: ProcessGroup) -> torch.Tensor:
+    """This rank's part [T / size, ...] of the sum of all ranks' [T, ...]."""
     part = x.new_empty((x.shape[0] // group.size(), *x.shape[1:]))
     torch.distributed.reduce_scatter_tensor(part, x.contiguous(), group=group)
     return part

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
 import math
+import os
 import reprlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -28,6 +30,7 @@ log = logging.getLogger(__name__)
 TEXTS_PER_CALL = 1024
 """Prompts that are tokenized in one call."""
 MOST_LINE_BYTES = 256 << 20
+MOST_TOKENS = 10_000_000
 MOST_NESTED = 100
 """Lists and objects in each other in one row."""
 WARNINGS = 5
@@ -64,8 +67,12 @@ def load_tokenizer(folder: Path) -> Any:
         declare_torchvision_operators()  # transformers imports torchvision for some models' config, such as Llama's
     if not Path(folder).is_dir():
         raise TransientInputError(f"model folder {folder} does not exist (model.hf_checkpoint)")
+    if (vocabulary := Path(folder) / "tokenizer.json").is_file():
+        _check_numbers(vocabulary)
     try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        tokenizer.decode(tokenizer(["1"], add_special_tokens=False)["input_ids"][0])  # what is damaged may show in use
+        return tokenizer
     except BaseException as error:  # damaged files raise anything, the library's own parser a BaseException
         # An OSError without a number is how transformers says that a file is missing.
         if isinstance(error, OSError) and error.errno is not None:
@@ -76,6 +83,18 @@ def load_tokenizer(folder: Path) -> Any:
             f"{folder}: no tokenizer that can be read (tokenizer.json, tokenizer_config.json): "
             f"{type(error).__name__}: {error}"
         ) from None
+
+
+def _check_numbers(path: Path) -> None:
+    """The library makes room for the largest id that it reads, or ends the process where there is none."""
+    left: list[Any] = [read_json(path)]
+    while left:
+        held = left.pop()
+        for value in held.values() if isinstance(held, dict) else held:
+            if isinstance(value, (dict, list)):
+                left.append(value)
+            elif isinstance(value, (int, float)) and not abs(value) <= MOST_TOKENS:
+                raise TransientInputError(f"{path}: {value!r:.50} is no number of a tokenizer; at most {MOST_TOKENS}")
 
 
 def end_token_ids(folder: Path, tokenizer: Any) -> list[int]:
@@ -326,9 +345,18 @@ def read_rows(path: Path) -> Iterator[tuple[int, Callable[[], dict]]]:
             too_long = len(line) > MOST_LINE_BYTES
             while too_long and not line.endswith(b"\n") and (line := f.readline(MOST_LINE_BYTES)):
                 pass
+            if not too_long and not line.endswith(b"\n"):
+                _check_read_whole(f, path)
             if too_long or line.strip():
                 yield index, _refuse_long if too_long else partial(_parse, line)
             index += 1
+        _check_read_whole(f, path)
+
+
+def _check_read_whole(file: BinaryIO, path: Path) -> None:
+    """Python's files answer EAGAIN as if they ended there: rows would be missing, or cut. OSError."""
+    if file.tell() < os.fstat(file.fileno()).st_size:
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN), str(path))
 
 
 def _refuse_long() -> dict:

@@ -225,6 +225,20 @@ class EnginePool(Generic[M]):
 
     # -- work ----------------------------------------------------------------------------------------------------
 
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        """EngineClient.score by an engine that has the weights; WeightsLost: none has."""
+        while ready := [m for m in self.members if not m.behind]:
+            member = ready[0]
+            assert member.client is not None
+            try:
+                scores = member.client.score(sequences)
+            except EngineError as error:
+                self.restart_failed({member: error})
+            else:
+                member.done()
+                return scores
+        raise WeightsLost
+
     def queue_of(self, work: Sequence[list[T]]) -> WorkQueue[T]:
         """How the work of one call of `ask` is handed out."""
         return WorkQueue(work, self.section.max_running_requests, len(self.members), self.one_by_one)

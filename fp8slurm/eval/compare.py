@@ -139,15 +139,28 @@ def _gap(a: Path, b: Path) -> dict[str, float] | None:
 
     from fp8slurm.core.gap import gap_metrics
 
-    ours, base = ({r["tokens"]: r["logprobs"] for r in read_rows(path)} for path in (a, b))
+    ours, base = _scored(a), _scored(b)
     if set(ours) != set(base):
         return None
+    if other := [key for key in base if len(ours[key]) != len(base[key])]:
+        raise TransientInputError(f"{a}: sequence {other[0]} has not as many log-probabilities as in {b}")
     pairs = [(x, y) for key in base for x, y in zip(ours[key], base[key], strict=True)]
     if not pairs:
         return None
     values = torch.tensor(pairs, dtype=torch.float64)
     gaps = gap_metrics(values[:, 0], values[:, 1])
     return {"tokens": len(pairs)} | {key.removeprefix("gap/"): float(value) for key, value in gaps.items()}
+
+
+def _scored(path: Path) -> dict[str, list[float]]:
+    """Log-probabilities by sequence."""
+    found = {}
+    for line, row in enumerate(read_rows(path), 1):
+        name, values = row.get("tokens"), row.get("logprobs")
+        if not (isinstance(name, str) and isinstance(values, list) and all(number(v) is not None for v in values)):
+            raise TransientInputError(f"{path}:{line} has no tokens and logprobs of a scored sequence")
+        found[name] = values
+    return found
 
 
 def fixed_sequences(
@@ -170,7 +183,7 @@ def _name(prompt: list[int], response: list[int]) -> str:
 def is_scored(folder: Path, sequences: Sequence[tuple[list[int], list[int]]]) -> bool:
     """Whether folder/scored.jsonl holds just these sequences."""
     path = folder / SCORED
-    return path.is_file() and {r["tokens"] for r in read_rows(path)} == {_name(*s) for s in sequences}
+    return path.is_file() and set(_scored(path)) == {_name(*s) for s in sequences}
 
 
 def score(client: EngineClient, sequences: Sequence[tuple[list[int], list[int]]], folder: Path) -> None:

@@ -73,6 +73,8 @@ class ConfigJson:
         max_positions: the default of max_position_embeddings; rope: the kinds of rotary embedding that the family has.
         """
         layers = self.size("num_hidden_layers")
+        for key in ("dtype", "torch_dtype"):
+            self.only(key, None, "bfloat16", "float16", "float32")
         self.only("hidden_act", "silu")
         types = self.fields.get("layer_types")
         if types is not None and not (

@@ -55,12 +55,7 @@ def _obstacles(config: RunConfig, spec: ModelSpec) -> Iterator[tuple[str, str]]:
             f"--model.dtype {c.model.dtype} and --engine.dtype {c.engine.dtype}",
             "one side would round where the other does not; allowed: the same on both",
         )
-    for flag, size in (
-        ("--parallel.tensor-parallel-size", c.parallel.tensor_parallel_size),
-        ("--engine.tensor-parallel-size", c.engine.tensor_parallel_size),
-    ):
-        if size > 1:
-            yield f"{flag} {size}", "sums over ranks are rounded before they are added; allowed: 1"
+    yield from _tensor_parallel(c, device)
     if c.rollout.max_staleness:
         yield (
             f"--rollout.max-staleness {c.rollout.max_staleness}",
@@ -79,6 +74,18 @@ def _obstacles(config: RunConfig, spec: ModelSpec) -> Iterator[tuple[str, str]]:
                     f"allowed: a checkpoint with all Linears of its layers in FP8",
                 )
     yield from _engine_arguments(c, ATTENTION[device])
+
+
+def _tensor_parallel(config: RunConfig, device: str) -> Iterator[tuple[str, str]]:
+    """Each rank's part of a sum is rounded before it is added. The sum of two parts has no order, that of more has."""
+    trainer, engine = config.parallel.tensor_parallel_size, config.engine.tensor_parallel_size
+    most = {"cpu": 2, "cuda": 1}[device]
+    allowed = " or ".join("12"[:most])
+    if trainer != engine or trainer > most:
+        yield (
+            f"--parallel.tensor-parallel-size {trainer} and --engine.tensor-parallel-size {engine}",
+            f"sums over ranks are rounded before they are added; allowed here: {allowed} on both sides",
+        )
 
 
 def _engine_arguments(config: RunConfig, attention: str) -> Iterator[tuple[str, str]]:

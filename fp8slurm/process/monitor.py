@@ -70,6 +70,7 @@ class Monitor:
         signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
             signal.signal(number, lambda *_: None)
+        self._check_launcher()  # now: what is imported next may keep the thread from running for seconds
         threading.Thread(target=self._watch, name="monitor", daemon=True).start()
 
     def heartbeat(self) -> None:
@@ -124,8 +125,7 @@ class Monitor:
         while signal.sigtimedwait([signal.SIGUSR2], 0) is not None:
             self.on_notice()
         # what needs no file system comes first
-        if self._launcher is not None and self._launcher != launcher(int(self._launcher.split()[0])):
-            self._end(TERMINATED, f"the process that started it ({self._launcher.split()[0]}) is gone")
+        self._check_launcher()
         if time.monotonic() - self._last > self.timeout_s:
             self._end(HUNG, f"no progress for watchdog.timeout_s = {self.timeout_s:g} s; stacks in {self.stacks}")
         self.on_tick()
@@ -135,6 +135,10 @@ class Monitor:
             self._end(NEIGHBOUR_DIED, f"{dead} ended; this task ends with it")
         if self.hung.exists():
             self._show_where()
+
+    def _check_launcher(self) -> None:
+        if self._launcher is not None and self._launcher != launcher(int(self._launcher.split()[0])):
+            self._end(TERMINATED, f"the process that started it ({self._launcher.split()[0]}) is gone")
 
     def _end(self, code: int, why: str) -> None:
         try:

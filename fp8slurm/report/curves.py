@@ -70,7 +70,11 @@ EXPECTED = (
     ("reward", "reward/mean", "recorded in every RL step"),
     ("held-out accuracy", "eval/accuracy", "give data.eval and eval.every"),
     ("gap", "gap/mean_abs", "recorded in every RL step"),
-    ("clip fraction", "ratio/clipped_low", "recorded in every RL step that updates"),
+    (
+        "clip fraction",
+        "ratio/clipped_low",
+        "recorded where a step has several updates, or --train.recompute-logprobs always",
+    ),
     ("entropy", "entropy", "recorded in every RL step that updates"),
     ("response length", "rollout/response_length", "recorded in every RL step"),
     ("gradient norm", "grad_norm", "recorded in every step that updates"),

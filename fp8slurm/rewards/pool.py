@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fp8slurm.config.schema import RewardSection
-from fp8slurm.core.errors import InputError, TransientInputError
+from fp8slurm.core.errors import InputError, TransientInputError, bounded
 from fp8slurm.core.processes import python_path
 from fp8slurm.rewards.graders import answer_part, choice, digits, exact, numeric
-from fp8slurm.rewards.signature import MATH, OF_SAMPLE, Form
+from fp8slurm.rewards.signature import MATH, OF_SAMPLE, Form, is_answer
 from fp8slurm.rewards.worker import no_answer
 
 if TYPE_CHECKING:  # torch, which a task that reads its tasks of evaluation has not imported yet
@@ -47,6 +47,7 @@ OWN = {"exact": exact, "numeric": numeric, "choice": choice}
 SEARCHING = ("numeric", "choice", "math")
 """Kinds that look for the answer in a response."""
 MATH_MEMORY_MIB = 2048
+MOST_ANSWER_BYTES = 1 << 26
 START = -1
 """Number of a child's first answer, which is to no call."""
 
@@ -139,10 +140,9 @@ class RewardPool:
                         waiting.append(number)
                         continue
                     call = calls[number]
-                    answer = _take(call.samples, answer)
-                    if "error" in answer:
+                    for i, reason in _take(call.samples, answer):
                         failed += 1
-                        self._fail(call.group, call.numbers[0], answer["error"], failed)
+                        self._fail(call.group, call.numbers[i], reason, failed)
         finally:
             for worker in self._workers:
                 if worker.pending:  # only after an error: their answers are not wanted any more
@@ -165,7 +165,8 @@ class RewardPool:
         return {"arguments": {name: given[name] for name in names}, "samples": len(call.numbers)}
 
     def _fail(self, group: SampleGroup, i: int, reason: str, failed: int) -> None:
-        what = f"reward function {self.reward.kind} on prompt {group.prompt.index}, sample {i}: {reason}"
+        of = f" of source {group.prompt.source}" if group.prompt.source else ""
+        what = f"reward function {self.reward.kind} on prompt {group.prompt.index}{of}, sample {i}: {reason}"
         if self.reward.on_error == "error" and self.reward.kind != "math":
             raise RewardError(f'{what}. reward.on_error = "zero" counts such a sample as 0')
         self.failures += 1
@@ -198,17 +199,22 @@ class _Call:
         return [self.group.samples[i] for i in self.numbers]
 
 
-def _take(samples: list[Sample], answer: dict[str, Any]) -> dict[str, Any]:
-    """Give the samples what the answer to their call says; the answer, or an error where that does not fit them."""
+def _take(samples: list[Sample], answer: dict[str, Any]) -> list[tuple[int, str]]:
+    """Give the samples what the answer to their call says: (which, why) of those that it fails, the first where the
+    whole call failed. They get 0."""
     each = answer.get("samples", [answer] * len(samples))
-    for sample, scored in zip(samples, each):
+    if len(each) != len(samples):
+        return _take(samples, {"error": f"{len(each)} answers for {len(samples)} samples"})
+    failed: list[tuple[int, str]] = [] if "error" not in answer else [(0, answer["error"])]
+    for i, (sample, scored) in enumerate(zip(samples, each)):
         mask, tokens = scored.get("loss_mask"), len(sample.response_ids)
         if mask is not None and len(mask) != tokens:
-            return _take(samples, {"error": f"returned a loss mask of {len(mask)} for {tokens} response_ids"})
-    for sample, scored in zip(samples, each):
+            scored = {"error": f"returned a loss mask of {len(mask)} for {tokens} response_ids"}
         sample.reward, sample.parts = scored.get("reward", 0.0), scored.get("parts", {})
         sample.loss_mask = scored.get("loss_mask")
-    return answer
+        if "error" in scored and "error" not in answer:
+            failed.append((i, scored["error"]))
+    return failed
 
 
 class _Worker:
@@ -270,16 +276,23 @@ class _Worker:
         return self._stdout.fileno()
 
     def receive(self) -> list[tuple[int, dict[str, Any]]]:
-        """The answers that are complete; a child that died is an error answer to every call that it had."""
+        """The answers that are complete. A child that died, or wrote what is none (a function can), is an error answer
+        to every call that it had."""
         data = os.read(self.fileno(), 1 << 16)
         *lines, self._buffer = (self._buffer + data).split(b"\n")
-        answers = [(answer.get("number", START), answer) for answer in map(json.loads, lines)]
-        for number, _ in answers:
-            del self.pending[number]
-        if not data:
+        answers: list[tuple[int, dict[str, Any]]] = []
+        broken = "" if len(self._buffer) <= MOST_ANSWER_BYTES else "it writes an answer without an end"
+        for line in lines:
+            answer = _parsed(line)
+            if answer is None or answer.get("number", START) not in self.pending:
+                broken = f"something else than its answer was written where that goes: {line[:80]!r}"
+                break
+            answers.append((answer.get("number", START), answer))
+            del self.pending[answers[-1][0]]
+        if not data or broken:
             self.kill()
-            died = {"error": f"its process ended with status {self.process.returncode}"}
-            answers += [(number, died) for number in self.pending]
+            ended = {"error": broken or f"its process ended with status {self.process.returncode}"}
+            answers += [(number, ended) for number in self.pending]
             self.pending = {}
         elif any(answer.get("spent") for _, answer in answers):
             answers += self.end()
@@ -310,6 +323,20 @@ class _Worker:
                     pipe.close()
                 except BrokenPipeError:
                     pass
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    """An answer of worker.py; None: it is none."""
+    try:
+        answer = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    started = isinstance(answer, dict) and answer.get("ready") is True and isinstance(answer.get("form"), dict)
+    if not started and not is_answer(answer):
+        return None
+    if "error" in answer:
+        answer["error"] = bounded(answer["error"])
+    return answer if type(answer.get("number", START)) is int else None
 
 
 def _answers(workers: list[_Worker]) -> list[tuple[int, dict[str, Any]]]:

@@ -85,14 +85,14 @@ def assess(value: object) -> dict[str, Any]:
         value, parts, mask = (*value, None)[:3]
     if not isinstance(value, numbers.Real):
         return {"error": f"returned {value!r:.80} ({type(value).__name__}), not a number"}
-    if not math.isfinite(value):
-        return {"error": f"returned {float(value)}"}
+    if not _finite(value):
+        return {"error": f"returned {value!r:.80}"}
     if not isinstance(parts, dict):
         return {"error": f"returned parts {parts!r:.80}, which are no dict of names and numbers"}
     for name, part in parts.items():
         if not isinstance(name, str) or not PART_NAME.fullmatch(name):
             return {"error": f"returned a part named {name!r:.80}; allowed: letters, digits, '_', '.' and '-'"}
-        if not isinstance(part, numbers.Real) or not math.isfinite(part):
+        if not _finite(part):
             return {"error": f"returned {part!r:.80} as its part {name!r}, not a finite number"}
     if mask is not None and not (isinstance(mask, (list, tuple)) and all(m in (0, 1) for m in mask)):
         return {"error": f"returned the loss mask {mask!r:.80}; allowed: a list of True and False, one a token"}
@@ -104,12 +104,35 @@ def assess(value: object) -> dict[str, Any]:
     return scored
 
 
+def _finite(value: object) -> bool:
+    try:
+        return isinstance(value, numbers.Real) and math.isfinite(value)
+    except OverflowError:  # a whole number that no float can hold
+        return False
+
+
 def assess_group(values: object, samples: int) -> dict[str, Any]:
-    """{"samples": what `assess` says of each}, or {"error"}: the first that is wrong, or another number of them."""
+    """{"samples": what `assess` says of each}, or {"error"}: no list, or another number of them."""
     if isinstance(values, (str, dict)) or not hasattr(values, "__len__") or not hasattr(values, "__getitem__"):
         return {"error": f"returned {values!r:.80} ({type(values).__name__}), not a list of {samples} rewards"}
     if len(values) != samples:
         return {"error": f"returned {len(values)} rewards for {samples} samples"}
-    each = [assess(values[i]) for i in range(samples)]
-    wrong = next((f"sample {i}: {a['error']}" for i, a in enumerate(each) if "error" in a), None)
-    return {"samples": each} if wrong is None else {"error": wrong}
+    return {"samples": [assess(values[i]) for i in range(samples)]}
+
+
+def is_answer(said: object) -> bool:
+    """Whether this is what `assess` or `assess_group` gives: a function can write anything into its process's answers.
+
+    Text as an error, or a finite reward, with parts that are finite and a mask of True and False where there are any.
+    """
+    if not isinstance(said, dict):
+        return False
+    if "samples" in said:
+        return isinstance(said["samples"], list) and all(is_answer(s) and "samples" not in s for s in said["samples"])
+    if "error" in said:
+        return isinstance(said["error"], str) and said["error"] != ""
+    parts, mask = said.get("parts", {}), said.get("loss_mask", [])
+    found = [said.get("reward"), *(parts.values() if isinstance(parts, dict) else [None])]
+    return all(type(n) is float and math.isfinite(n) for n in found) and (
+        isinstance(mask, list) and all(type(m) is bool for m in mask)
+    )

@@ -51,7 +51,12 @@ def reinforce_pp(groups: list[list[float]], divide_by_std: bool) -> list[list[fl
     return [[next(values) for _ in rewards] for rewards in groups]
 
 
-ADVANTAGES = {"grpo": grpo, "rloo": rloo, "reinforce_pp": reinforce_pp}
+def none(groups: list[list[float]], divide_by_std: bool) -> list[list[float]]:
+    """0 for every sample: only the teacher counts (teacher.checkpoint)."""
+    return [[0.0] * len(rewards) for rewards in groups]
+
+
+ADVANTAGES = {"grpo": grpo, "rloo": rloo, "reinforce_pp": reinforce_pp, "none": none}
 """algorithm.advantage by name: rewards of the samples that are trained on, [group][sample]."""
 
 

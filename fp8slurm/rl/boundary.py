@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import logging
 import time
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 
 import torch.distributed as dist
 
 from fp8slurm.core.stopping import StopPolicy, StopRequested
 from fp8slurm.rl.saving import Saver
+from fp8slurm.rl.tracing import traced
 from fp8slurm.run.directory import RunState
 from fp8slurm.run.step_times import StepTimes
+from fp8slurm.run.trace import take_request
 
 log = logging.getLogger(__name__)
 
@@ -19,10 +23,16 @@ log = logging.getLogger(__name__)
 class StepBoundary:
     """A training rank's end; the ranks agree through the store on what rank 0's policy says."""
 
-    def __init__(self, store: dist.Store, first: bool, policy: StopPolicy, saver: Saver, times: StepTimes) -> None:
-        """first: whether this is rank 0."""
+    def __init__(
+        self, store: dist.Store, first: bool, policy: StopPolicy, saver: Saver, times: StepTimes,
+        attempt_dir: Path | None = None,
+    ) -> None:  # fmt: skip
+        """first: whether this is rank 0. attempt_dir: where traces are asked for (None: nowhere)."""
+        self.attempt_dir = attempt_dir
         self.store, self.first, self.policy, self.saver, self.times = store, first, policy, saver, times
         self._crossed, self._crossed_at = 0, 0.0
+        self.traced: list[int] = []
+        """Ranks that trace the step that follows (`fp8slurm trace`)."""
 
     def cross(self) -> bool:
         """Between two steps, on all ranks; whether a save has failed and is to be made up for here, the same on all of
@@ -36,7 +46,10 @@ class StepBoundary:
             noticed = self.policy.noticed() or self.store.check(["noticed"])
             busy = max(self.times.step_s, self.saver.left_s())  # the next save waits for this one
             stop = self.policy.at_step_boundary(noticed, busy, self.times.save_s)
-            self.store.set(key, json.dumps({"stop": stop, "save": self.saver.failed}))
+            said = {"stop": stop, "save": self.saver.failed, "trace": []}
+            if self.attempt_dir is not None:
+                said["trace"] = take_request(self.attempt_dir)
+            self.store.set(key, json.dumps(said))
         elif self.policy.noticed():
             self.store.set("noticed", "")
         self._crossed_at = now
@@ -44,7 +57,14 @@ class StepBoundary:
         said = json.loads(self.store.get(key))
         if said["stop"]:
             raise StopRequested(said["stop"])
+        self.traced = said["trace"]
         return said["save"]
+
+    def trace(self, rank: int, name: str) -> AbstractContextManager[None]:
+        """Around the step that follows: traced, where that was asked of this rank (`fp8slurm trace`)."""
+        if self.attempt_dir is None or rank not in self.traced:
+            return nullcontext()
+        return traced(self.attempt_dir, rank, name)
 
     def too_late(self) -> str:
         """Why what the engines generate is not waited for any longer, or ""."""

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from fp8slurm.config import RunConfig
-from fp8slurm.config.derived import engines_start_after_trainer
+from fp8slurm.config.derived import engines_start_after_trainer, recomputes_logprobs
 from fp8slurm.core.stopping import NeverStop, StepAbandoned, StopPolicy, StopRequested
 from fp8slurm.core.types import PackedBatch, SampleGroup
 from fp8slurm.data.prompts import SftExample
@@ -31,7 +31,7 @@ from fp8slurm.rl.ahead import RolloutAhead, as_lag, gap_of_scored, scored_sequen
 from fp8slurm.rl.boundary import StepBoundary
 from fp8slurm.rl.loss import make_policy_loss
 from fp8slurm.rl.packing import pack, pack_sft, packing_of
-from fp8slurm.rl.recompute import check_equal, check_gap, recompute, save_logprobs
+from fp8slurm.rl.recompute import check_equal, check_gap, compare, recompute, recompute_reference, save_logprobs
 from fp8slurm.rl.recorder import Recorder
 from fp8slurm.rl.saving import Saver, first_state, load_newest
 from fp8slurm.rl.schedule import learning_rate
@@ -67,7 +67,7 @@ def run(
     recorder = Recorder(config, run_dir, watch, first, on_disk)
     ahead = RolloutAhead(weights)
     saver = Saver(config, run_dir, trainer, store, dist.get_world_size(), watch, times, on_disk, ahead.write)
-    boundary = StepBoundary(store, first, stop_policy, saver, times)
+    boundary = StepBoundary(store, first, stop_policy, saver, times, run_dir.attempt_dir)
     state = first_state(config, on_disk)
     loop = Loop(config, run_dir, trainer, weights, recorder, saver, boundary, watch, state, ahead)
     if config.rollout.max_staleness and state.phase == "rl" and 0 < state.step < config.run.steps:
@@ -106,8 +106,9 @@ class Loop:
         self.recorder, self.saver, self.boundary, self.watch = recorder, saver, boundary, watch
         self.state, self.ahead = state, ahead or RolloutAhead(weights)
         self.one_ahead = config.rollout.max_staleness > 0
-        self.policy_loss = make_policy_loss(config.algorithm)
+        self.policy_loss = make_policy_loss(config.algorithm, config.teacher.kl_coef)
         self.advantages = advantages_of(config.algorithm)
+        self.recomputes = recomputes_logprobs(config)
         self.gap_bound = math.inf if config.control.freeze_engine else gap_bound(config)
 
     # -- phases --------------------------------------------------------------------------------------------------
@@ -121,7 +122,7 @@ class Loop:
                 self._save(due=False)
             self.recorder.begin()
             self.weights.sleep()
-            with self.watch.timed("train"):
+            with self.boundary.trace(self.trainer.rank, f"sft_{self.state.step + 1:06d}"), self.watch.timed("train"):
                 self.state, record = phase.step(self.state)
             if phase.is_evaluated(self.state.step):
                 self.weights.sync(self.state.version)
@@ -150,7 +151,8 @@ class Loop:
                 self._save(due=False)
             self.recorder.begin()
             step = self.state.step + 1
-            record = self.step(step)
+            with self.boundary.trace(self.trainer.rank, f"step_{step:06d}"):
+                record = self.step(step)
             try:
                 if step == steps or (c.eval.every and step % c.eval.every == 0):
                     record |= self.evaluate()
@@ -184,16 +186,27 @@ class Loop:
             record_event(NO_UPDATE, f"step {step}: {reason}; no update")
             return record | {"skipped": 1.0}
         self.weights.sleep()
-        with self.watch.timed("logprobs"):
-            batches = [batch for update in updates for batch in update]
-            record |= recompute(self.trainer, batches, with_reference=bool(c.algorithm.kl_coef))
+        batches = [batch for update in updates for batch in update]
+
+        def measure(logprobs: list[torch.Tensor]) -> None:
+            """The gap of the trainer's log-probabilities, before a weight changes for what was sampled."""
+            nonlocal record
+            record |= compare(self.trainer, batches, logprobs)
             if behind:
                 record = as_lag(record, behind) | gap_of_scored(self.trainer, scored, batches)
             self.check(record, batches, groups, step)
             if is_saved(step, c.rollout.save_every):
                 save_logprobs(self.trainer, trainer_file(self.run_dir.path, step), groups, batches)
+
+        if self.recomputes or c.algorithm.kl_coef:
+            with self.watch.timed("logprobs"):
+                if self.recomputes:
+                    measure(self.trainer.logprobs(batches))
+                if c.algorithm.kl_coef:
+                    recompute_reference(self.trainer, batches)
         with self.watch.timed("train"):
-            record |= self.train(updates * c.train.epochs_per_step, step)
+            figures = self.train(updates * c.train.epochs_per_step, step, None if self.recomputes else measure)
+        record |= figures
         if not c.control.freeze_engine and not self.ahead.under_way:
             self.weights.sync(self.state.version)
         return record
@@ -258,13 +271,17 @@ class Loop:
             check_equal(self.trainer, batches, groups, step)
         check_gap(record, self.gap_bound, step)
 
-    def train(self, updates: list[list[PackedBatch]], step: int) -> dict[str, float]:
-        """One optimizer step for each update; metrics are means of those that were made."""
+    def train(
+        self, updates: list[list[PackedBatch]], step: int, measure: Callable[[list[torch.Tensor]], None] | None = None
+    ) -> dict[str, float]:
+        """One optimizer step for each update; metrics are means of those that were made. measure: called before each
+        with the log-probabilities of its forward."""
         run, o = self.config.run, self.config.optim
         lr = learning_rate(step - 1, run.steps, o.lr, o.min_lr, o.warmup_steps, o.schedule)
         results = []
         for update in updates:
-            results.append(self.trainer.train_step(update, self.policy_loss, lr, with_entropy=True))
+            how: dict[str, Any] = {"with_entropy": True, "before_update": measure}
+            results.append(self.trainer.train_step(update, self.policy_loss, lr, **how))
             self.watch.heartbeat()
         made = [r for r in results if r.ok]
         shown = made or results  # if none was made: what they would have been, so that the record has no invented zeros
@@ -279,14 +296,14 @@ class Loop:
         updates = self.pack(groups, [[0.0] * len(g.samples) for g in groups], 1)
         if not updates:
             return {}
-        (batches,), with_reference = updates, bool(self.config.algorithm.kl_coef)
+        (batches,) = updates
         self.weights.sleep()
-        record = recompute(self.trainer, batches, with_reference)
+        record = recompute(self.trainer, batches)
         self.check(record, batches, groups, self.state.step)
         if self.config.rollout.routing_replay:
             for batch in batches:
                 batch.routing = None
-            without = recompute(self.trainer, batches, with_reference)
+            without = recompute(self.trainer, batches)
             record |= {key.replace("gap/", "gap_no_replay/"): value for key, value in without.items()}
         return record
 

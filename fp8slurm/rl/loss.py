@@ -6,6 +6,7 @@ Tensors are float32 [T] unless said otherwise, logarithms natural.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -102,11 +103,24 @@ def try_loss(algorithm: AlgorithmSection) -> None:
         raise InputError(f"{FLAG} {algorithm.loss}: on a made-up micro-batch its gradient to logprobs is not finite")
 
 
-def make_policy_loss(algorithm: AlgorithmSection) -> LossFn:
+def with_teacher(x: LossInput, teacher: Tensor, coef: float) -> tuple[LossInput, Tensor]:
+    """On-policy distillation: coef * log(teacher / student) of each token is added to its advantage, which is minus the
+    reverse KL at the student's own samples, taken as a reward of that token alone. Returns the KL, too.
+
+    Agarwal et al., GKD (arXiv 2306.13649); Gu et al., MiniLLM (2306.08543) section 2.2, its single-step part; Lu et al.
+    2025, "On-policy distillation" (Thinking Machines Lab), as the advantage of a policy-gradient loss.
+    """
+    kl = torch.where(x.mask, x.old_logprobs - teacher, torch.zeros_like(teacher))
+    return replace(x, advantages=x.advantages - coef * kl), kl
+
+
+def make_policy_loss(algorithm: AlgorithmSection, teacher_coef: float = 0.0) -> LossFn:
     """The trainer's loss function for an RL update.
 
+    teacher_coef: what with_teacher multiplies by where batches have a teacher's log-probabilities.
     Loss: sum over the micro-batch of loss_weights * (tis * policy loss + kl_coef * KL - entropy_coef * entropy), with
-    ratios taken to batch.trainer_logprobs (where there are none, to the logprobs themselves, detached).
+    ratios taken to batch.trainer_logprobs. Where there are none, in the one update of a step, the old log-probabilities
+    are the present ones: ratios are 1, and not shown.
     Metrics: sums over tokens of loss_weights / weight_sum * value, so that they add up to the update's mean over all
     micro-batches and ranks. InputError: as loss_of. ValueError: kl_coef without reference_logprobs; entropy_coef
     without entropy.
@@ -116,9 +130,15 @@ def make_policy_loss(algorithm: AlgorithmSection) -> LossFn:
     def policy_loss(logprobs: Tensor, entropy: Tensor | None, batch: PackedBatch) -> tuple[Tensor, Metrics]:
         mask, weights = batch.loss_mask, batch.loss_weights
         x = LossInput.of(logprobs, batch, algorithm)
+        distilled: Metrics = {}
+        if batch.teacher_logprobs is not None:
+            x, distilled["teacher/kl"] = with_teacher(x, batch.teacher_logprobs, teacher_coef)
         values, metrics = loss(x)
+        metrics |= distilled
         log_ratio = x.logprobs - x.old_logprobs
         metrics |= {"ratio/mean": log_ratio.exp(), "ratio/kl": kl_estimate(torch.zeros_like(values), log_ratio, "k3")}
+        if batch.trainer_logprobs is None:  # every ratio is 1
+            metrics = {key: value for key, value in metrics.items() if not key.startswith("ratio/")}
         if algorithm.tis_cap:
             tis, capped = importance_weights(x)
             metrics |= {"tis/mean": tis, "tis/capped": capped}

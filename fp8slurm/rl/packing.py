@@ -32,6 +32,7 @@ class _Row:
     """Which response tokens are trained on; some are."""
     routing: torch.Tensor | None = None
     """uint8 or int16 [length - 1, layers, k]"""
+    teacher_logprobs: Sequence[float] | None = None
 
     @property
     def trained(self) -> int:
@@ -82,6 +83,7 @@ def pack(
                 advantage,
                 [True] * len(sample.response_ids) if sample.loss_mask is None else sample.loss_mask,
                 sample.routing,
+                sample.teacher_logprobs,
             )
             for number, (sample, advantage) in enumerate(zip(group.samples, values, strict=True), first)
             if sample.trained_tokens
@@ -189,6 +191,7 @@ def _batch(rows: list[_Row], weights: list[float], pad_multiple: int, like: torc
     rollout: list[float] = []
     advantages: list[float] = []
     mask: list[bool] = []
+    teacher: list[float] = []
     for row, weight in zip(rows, weights, strict=True):
         ids = [*row.prompt_ids, *row.response_ids]
         # Position p predicts token p + 1: the response is predicted from the prompt's last position on.
@@ -203,11 +206,15 @@ def _batch(rows: list[_Row], weights: list[float], pad_multiple: int, like: torc
         rollout += [0.0] * before + [p if m else 0.0 for p, m in zip(row.rollout_logprobs, row.mask)] + [0.0]
         advantages += [0.0] * before + [row.advantage if m else 0.0 for m in row.mask] + [0.0]
         mask += [False] * before + [*row.mask] + [False]
+        teacher += [0.0] * before + [*(row.teacher_logprobs or [0.0] * n)] + [0.0]
+    has_teacher = any(row.teacher_logprobs is not None for row in rows)
     pad = -len(tokens) % pad_multiple if tokens else pad_multiple
     if pad:
         boundaries.append(len(tokens) + pad)
         tokens, labels, positions = tokens + [0] * pad, labels + [0] * pad, positions + list(range(pad))
-        loss_weights, rollout, advantages = (x + [0.0] * pad for x in (loss_weights, rollout, advantages))
+        loss_weights, rollout, advantages, teacher = (
+            x + [0.0] * pad for x in (loss_weights, rollout, advantages, teacher)
+        )
         mask += [False] * pad
     return PackedBatch(
         tokens=torch.tensor(tokens, dtype=torch.int64),
@@ -219,6 +226,7 @@ def _batch(rows: list[_Row], weights: list[float], pad_multiple: int, like: torc
         advantages=torch.tensor(advantages, dtype=torch.float32),
         loss_mask=torch.tensor(mask, dtype=torch.bool),
         samples=tuple(row.sample for row in rows),
+        teacher_logprobs=torch.tensor(teacher, dtype=torch.float32) if has_teacher else None,
         routing=None if like is None else _routing(rows, len(tokens), like),
     )
 

@@ -68,15 +68,23 @@ def check_equal(trainer: Any, batches: list[PackedBatch], groups: list[SampleGro
     )
 
 
-def recompute(trainer: Any, batches: list[PackedBatch], with_reference: bool) -> dict[str, float]:
-    """Fill in the trainer's log-probabilities, and the reference's; metrics of the gap over all ranks (core/gap.py)."""
+def recompute(trainer: Any, batches: list[PackedBatch]) -> dict[str, float]:
+    """`compare` with the trainer's log-probabilities from a forward pass of their own."""
+    return compare(trainer, batches, trainer.logprobs(batches))
+
+
+def recompute_reference(trainer: Any, batches: list[PackedBatch]) -> None:
+    """Fill in the reference's log-probabilities."""
+    for batch, logprobs in zip(batches, trainer.logprobs(batches, reference=True)):
+        batch.reference_logprobs = logprobs.cpu()
+
+
+def compare(trainer: Any, batches: list[PackedBatch], logprobs: list[torch.Tensor]) -> dict[str, float]:
+    """Fill in every micro-batch's log-probabilities of the trainer; metrics of the gap over all ranks (core/gap.py)."""
     pairs = []  # each [N, 2]
-    for batch, logprobs in zip(batches, trainer.logprobs(batches)):
-        batch.trainer_logprobs = own = logprobs.cpu()
+    for batch, values in zip(batches, logprobs):
+        batch.trainer_logprobs = own = values.cpu()
         pairs.append(torch.stack([own, batch.rollout_logprobs], 1)[batch.loss_mask])
-    if with_reference:
-        for batch, logprobs in zip(batches, trainer.logprobs(batches, reference=True)):
-            batch.reference_logprobs = logprobs.cpu()
     rows = gather_rows(_once(trainer, torch.cat(pairs).float()))
     return gap_metrics(rows[:, 0], rows[:, 1])
 

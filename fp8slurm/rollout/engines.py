@@ -225,17 +225,6 @@ class EngineSet(EnginePool[RunEngine]):
             done = self.generate(requests)
         return [[done[i] for i in numbers] for numbers in cut]
 
-    def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
-        """EngineClient.score by an engine that has the weights; WeightsLost: none of the node has."""
-        while ready := [m for m in self.members if not m.behind]:
-            member = ready[0]
-            assert member.client is not None
-            try:
-                return member.client.score(sequences)
-            except EngineError as error:
-                self.restart_failed({member: error})
-        raise WeightsLost
-
     def _generate(self, requests: Sequence[GenerateRequest], work: list[list[int]]) -> list[Generation]:
         done: dict[int, Generation] = {}
 

@@ -45,6 +45,7 @@ def write_rollout(path: Path, groups: list[SampleGroup], prompts: list[str]) -> 
             row |= {"tokens": s.response_ids, "logprobs": s.logprobs}
             if s.loss_mask is not None:
                 row["loss_mask"] = [int(m) for m in s.loss_mask]
+            row |= {"teacher_logprobs": s.teacher_logprobs} if s.teacher_logprobs is not None else {}
             lines.append(json.dumps(row) + "\n")
     write_atomic(path, "".join(lines))
 

@@ -3,6 +3,7 @@
     prompt, response, version   int32: tokens and weight versions of all groups or samples, end to end
     logprob                     float32, as response
     routing/N                   uint8 or int16 [tokens - 1, layers, k]: of sample N, if it has one
+    teacher                     float32, as response: where a teacher has scored the samples
     mask/N                      uint8 [response tokens], 1 where a token is trained on: of sample N, if it has one
     metadata                    "groups": JSON of what else groups and samples have, and how many tokens
 
@@ -22,7 +23,8 @@ from safetensors.torch import load, save
 
 from fp8slurm.core.types import Prompt, Sample, SampleGroup
 
-DTYPES = {"prompt": torch.int32, "response": torch.int32, "version": torch.int32, "logprob": torch.float32}
+DTYPES = {"prompt": torch.int32, "response": torch.int32, "version": torch.int32}
+DTYPES |= {"logprob": torch.float32, "teacher": torch.float32}
 
 
 def encode_groups(groups: list[SampleGroup]) -> torch.Tensor:
@@ -37,6 +39,8 @@ def encode_groups(groups: list[SampleGroup]) -> torch.Tensor:
         "version": _flat((s.weight_versions for s in samples), "int32"),
         "logprob": _flat((s.logprobs for s in samples), "float32"),
     }
+    if samples and all(s.teacher_logprobs is not None for s in samples):
+        tensors["teacher"] = _flat((s.teacher_logprobs or () for s in samples), "float32")
     tensors |= {f"routing/{n}": s.routing.contiguous() for n, s in enumerate(samples) if s.routing is not None}
     tensors |= {
         f"mask/{n}": torch.tensor(s.loss_mask, dtype=torch.uint8)
@@ -72,6 +76,9 @@ def decode_groups(data: torch.Tensor) -> list[SampleGroup]:
                 raise ValueError(f"mask/{n} is {tuple(mask.shape)} for {len(ids)} tokens")
             loss_mask = None if mask is None else mask.bool().tolist()
             samples.append(Sample(ids, logprobs, versions, *scored, routing, bool(s["train"]), parts, loss_mask))
+        if "teacher" in tensors:
+            for sample, values in zip(samples, _split(tensors["teacher"], of_samples)):
+                sample.teacher_logprobs = values
         rest = iter(samples)
         return [
             SampleGroup(

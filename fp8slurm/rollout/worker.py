@@ -34,6 +34,7 @@ from fp8slurm.rollout.groups import apply_truncation_policy, has_signal
 from fp8slurm.rollout.sampler import Sampler
 from fp8slurm.rollout.serialization import encode_groups
 from fp8slurm.rollout.tally import Figure, Tally, figures_of
+from fp8slurm.rollout.teacher import Teacher
 from fp8slurm.run.directory import RunDirectory
 from fp8slurm.sync import paths
 from fp8slurm.sync.check import check_engine_checkpoint
@@ -55,6 +56,7 @@ class RolloutWorker:
         """gpus: of each of the node's engines, as indices into the node's GPUs; empty on the CPU."""
         self.config, self.run, self.number, self.workers, self.monitor = config, run, number, workers, monitor
         self.gpus = gpus
+        self.teacher: Teacher | None = None
         self.command: tuple[Any, ...] = ()
         self.computed: dict[Hashable, Any] = {}
         """Parts of the answer to the last command. Where a node lost its weights they are sent again and the command is
@@ -72,6 +74,12 @@ class RolloutWorker:
         calls = (lambda: self.channel.at_work(), lambda: self.channel.progress())  # there is no channel yet
         self.engines = EngineSet(c, self.model_dir, folder, self.number, self.gpus, *calls)
         self._started.append(self.engines.stop)
+        if c.teacher.checkpoint is not None and c.run.steps:
+            self.teacher = Teacher(c, folder, self.number, self.gpus)
+            self._started.append(self.teacher.stop)
+            self.teacher.start()
+            if any(self.gpus):  # the engines count what memory it leaves
+                self.teacher.wait_ready()
         if not engines_start_after_trainer(c):
             self.engines.start()
         self.sampler = Sampler.load(c)
@@ -125,6 +133,8 @@ class RolloutWorker:
                     self.channel.get(f"resident/{rank}")
                 self.engines.start()
             self.engines.connect(lambda: self.receiver.held)
+            if self.teacher is not None and not any(self.gpus):
+                self.teacher.wait_ready()
 
     def _ranks(self) -> range:
         """The training ranks of this node."""
@@ -188,6 +198,9 @@ class RolloutWorker:
             missing -= sum(self.channel.get(f"kept/{self.channel.count}/{round_}/{w}") for w in range(self.workers))
             if missing <= 0:
                 break
+        if self.teacher is not None and not keep_all:
+            with self.channel.at_work():
+                self.teacher.fill_in(kept)
         if is_saved(step, r.save_every):
             self._save(step, kept)
         answer = {

@@ -76,7 +76,7 @@ def read_attempts(run: Path, notes: list[str]) -> list[Attempt]:
     """All attempts, oldest first."""
     folder = run / "attempts"
     try:
-        numbers = sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit() and p.is_dir())
+        numbers = sorted(int(p.name) for p in folder.iterdir() if p.name.isdecimal() and p.is_dir())
     except (FileNotFoundError, NotADirectoryError):
         notes.append("attempts/ is missing: when the run was started, and how it ended, is unknown")
         return []
@@ -91,9 +91,9 @@ def read_attempt(run: Path, number: int, newest: bool, notes: list[str], job_ove
     folder, a = run / "attempts" / str(number), Attempt(number)
     versions, owner = read_json(folder / "versions.json", notes), read_json(folder / "owner.json", notes)
     packages = versions.get("packages")
-    a.command = [str(x) for x in versions.get("command") or [] if isinstance(x, (str, int))]
+    a.command = [str(x) for x in _listed(versions.get("command")) if isinstance(x, (str, int))]
     a.packages = {str(k): str(v) for k, v in packages.items()} if isinstance(packages, dict) else {}
-    a.changed = [str(x) for x in versions.get("changed") or [] if isinstance(x, str)]
+    a.changed = [x for x in _listed(versions.get("changed")) if isinstance(x, str)]
     a.job = str(owner.get("job") or "")
     tasks, done = _glob(folder, "tasks/[0-9]*.json"), _glob(folder, "tasks/*.done")
     errors = _glob(folder, "errors/*.json")
@@ -123,6 +123,10 @@ def read_attempt(run: Path, number: int, newest: bool, notes: list[str], job_ove
     ends = _times([*done, *errors, folder / STOPPED])
     a.ended = max(ends or _times(_glob(folder, "logs/*_log.*")), default=None)
     return a
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def holder_state(owner: dict[str, Any]) -> str:

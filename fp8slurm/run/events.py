@@ -55,6 +55,6 @@ def read_events(attempt_dir: Path, notes: list[str]) -> list[dict[str, Any]] | N
         try:
             event = json.loads(line)
             events.append({"time": float(event["time"]), "kind": str(event["kind"]), "text": str(event["text"])})
-        except (ValueError, TypeError, KeyError, RecursionError):
+        except (ValueError, TypeError, KeyError, RecursionError, OverflowError):
             notes.append(f"attempts/{attempt_dir.name}/events: a line cannot be read (torn?)")
     return sorted(events, key=lambda event: event["time"]) if paths else None

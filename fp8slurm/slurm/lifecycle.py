@@ -19,6 +19,7 @@ from typing import Any
 
 from fp8slurm.config import RunConfig
 from fp8slurm.core.deadlines import REQUEUE_S, SAFETY
+from fp8slurm.core.errors import TransientInputError
 from fp8slurm.core.files import patiently, read_json, write_atomic
 from fp8slurm.run.directory import FencedError, RunDirectory
 from fp8slurm.run.task_errors import STOPPED
@@ -72,7 +73,7 @@ class JobLifecycle:
                 except FencedError as error:  # the monitor must go on watching
                     self.end = None
                     log.error("no time left to save, and the job is not requeued: %s", error)
-                except OSError as error:
+                except (OSError, TransientInputError) as error:
                     log.error("no time left to save, and the job is not requeued yet: %s", error)
 
     # -- rank 0's main thread ------------------------------------------------------------------------------------

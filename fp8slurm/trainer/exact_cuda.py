@@ -34,11 +34,13 @@ def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return rmsnorm(x, weight, eps)
 
 
-def add_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> None:
-    """Kernels.add_norm: what it calls for all others."""
+def add_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Kernels.add_norm: what it calls for all others, in place."""
     from sgl_kernel import fused_add_rmsnorm
 
-    fused_add_rmsnorm(x, residual, weight, eps)
+    total = residual.clone()
+    fused_add_rmsnorm(x, total, weight, eps)
+    return x, total
 
 
 def norm_heads(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float) -> None:

@@ -40,8 +40,8 @@ class Kernels(Protocol):
     def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """weight * x / sqrt(mean(x^2) + eps), a new tensor."""
 
-    def add_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> None:
-        """Write the rounded sum over residual, and over x the norm of the sum as it was before it was rounded."""
+    def add_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """(norm of the unrounded sum, the rounded sum); x may be overwritten, residual is left alone."""
 
     def norm_backward(
         self, grad: Tensor, x: Tensor, weight: Tensor, eps: float, out: Tensor, more: Tensor | None = None
@@ -113,50 +113,33 @@ class _AddNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, residual: Tensor, weight: torch.nn.Parameter, eps: float, kernels: Kernels
     ) -> tuple[Tensor, Tensor]:
+        ctx.weight, ctx.eps, ctx.kernels = weight, eps, kernels
         # detached: y is written over x, which its maker does not keep, and must be another tensor for autograd
-        y, total = x.detach(), residual.clone()
-        kernels.add_norm(y.view(-1, y.shape[-1]), total.view(-1, total.shape[-1]), weight, eps)
-        ctx.weight, ctx.eps, ctx.kernels = weight, eps, kernels
+        width = x.shape[-1]
+        y, total = kernels.add_norm(x.detach().view(-1, width), residual.detach().view(-1, width), weight, eps)
         ctx.save_for_backward(total)
-        return y, total
+        return y.view(x.shape), total.view(x.shape)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, grad_total: Tensor) -> tuple[Tensor | None, ...]:
         (total,) = ctx.saved_tensors
-        out = torch.empty_like(total)
-        dw = _add_norm_backward(ctx, grad, grad_total, _as_rows(out))
-        return out, out, dw if ctx.needs_input_grad[2] else None, None, None
+        out = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)
+        more = grad_total.reshape(-1, grad.shape[-1])
+        dw = ctx.kernels.norm_backward(grad.contiguous(), _as_rows(total), ctx.weight, ctx.eps, _as_rows(out), more)
+        return out, out, accumulate(ctx.weight, dw) if ctx.needs_input_grad[2] else None, None, None
 
 
-class _AddNormPair(torch.autograd.Function):
-    """The same of the pair [T, 1, 2H] that comes from another layer."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, pair: Tensor, weight: torch.nn.Parameter, eps: float, kernels: Kernels
-    ) -> tuple[Tensor, Tensor]:
-        y, total = (half.contiguous() for half in pair.chunk(2, dim=-1))
-        kernels.add_norm(y.view(-1, y.shape[-1]), total.view(-1, total.shape[-1]), weight, eps)
-        ctx.weight, ctx.eps, ctx.kernels = weight, eps, kernels
-        ctx.save_for_backward(total)
-        return y, total
+class _Split(torch.autograd.Function):
+    """[T, 1, 2H] -> the pair of [T, 1, H]."""
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, grad_total: Tensor) -> tuple[Tensor | None, ...]:
-        (total,) = ctx.saved_tensors
-        out = total.new_empty(*total.shape[:-1], 2 * total.shape[-1])
-        first, second = out.view(-1, 2, total.shape[-1]).unbind(1)
-        dw = _add_norm_backward(ctx, grad, grad_total, first[:, None, None])
-        second.copy_(first)
-        return out, dw if ctx.needs_input_grad[1] else None, None, None
+    def forward(ctx: Any, state: Tensor) -> tuple[Tensor, Tensor]:
+        x, residual = state.chunk(2, dim=-1)
+        return x.contiguous(), residual.contiguous()
 
-
-def _add_norm_backward(ctx: Any, grad: Tensor, grad_total: Tensor, out: Tensor) -> Tensor:
-    """Fills out with the gradient of the sum; the weight's, for autograd."""
-    (total,) = ctx.saved_tensors
-    more = grad_total.reshape(-1, grad_total.shape[-1])
-    dw = ctx.kernels.norm_backward(grad.contiguous(), _as_rows(total), ctx.weight, ctx.eps, out, more)
-    return accumulate(ctx.weight, dw)
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, grad_residual: Tensor) -> Tensor:
+        return torch.cat((grad, grad_residual), dim=-1)
 
 
 class _SplitHeads(torch.autograd.Function):
@@ -240,13 +223,9 @@ class Norm(torch.nn.Module):
         """(norm of the sum, the sum) of [T, 1, H] each."""
         return _AddNorm.apply(x, residual, self.weight, self.eps, self.kernels)
 
-    def add_pair(self, pair: Tensor) -> tuple[Tensor, Tensor]:
-        """The same of the pair [T, 1, 2H]."""
-        return _AddNormPair.apply(pair, self.weight, self.eps, self.kernels)
-
     def forward(self, state: Tensor) -> Tensor:
         """[T, 1, 2H] -> [T, 1, H]."""
-        return self.add_pair(state)[0]
+        return self.add(*_Split.apply(state))[0]
 
 
 class ExactAttention(SelfAttention):
@@ -309,7 +288,7 @@ class ExactLayer(TransformerLayer):
         if self.layer_number == 1:
             x, residual = self.input_layernorm.first(hidden_states), hidden_states
         else:
-            x, residual = self.input_layernorm.add_pair(hidden_states)
+            x, residual = self.input_layernorm.add(*_Split.apply(hidden_states))
         x, _ = self.self_attention(x, **given)
         x, residual = self.pre_mlp_layernorm.add(x, residual)
         x, _ = self.mlp(x)

@@ -71,8 +71,8 @@ def _logprobs_of(
         weight = output_layer.weight if output_weight is None else output_weight
         return exact_layers.logprobs(
             lambda: output_layer(hidden_states, weight=output_weight)[0].squeeze(1),
-            partial(vocab_parallel_logprobs, labels=labels, with_entropy=with_entropy, temperature=temperature),
-            hidden_states.squeeze(1), weight, labels, temperature,
+            lambda logits: vocab_parallel_logprobs(logits, labels, group, with_entropy, temperature),
+            hidden_states.squeeze(1), weight, labels, temperature, group,
         )  # fmt: skip
     logits, _bias = output_layer(hidden_states, weight=output_weight)
     logits = logits.squeeze(1)

@@ -74,53 +74,8 @@ class _VocabParallelLogprobs(torch.autograd.Function):
         return out, None, None, None, None, None
 
 
-class _FusedLogprobs(torch.autograd.Function):
-    """`_VocabParallelLogprobs` on a GPU: one kernel a direction instead of a dozen passes over fp32 chunks."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, logits: torch.Tensor, labels: torch.Tensor, group: ProcessGroup | None, temperature: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        from fp8slurm.trainer import logprob_kernels
-
-        ctx.set_materialize_grads(False)
-        ctx.temperature = temperature
-        own = labels
-        if group is not None:
-            own = labels - dist.get_rank(group) * logits.shape[-1]
-            own = torch.where((own >= 0) & (own < logits.shape[-1]), own, -1)
-        peak, *sums = logprob_kernels.sums(logits, own, temperature)
-        total, weighted, chosen = sums
-        if group is not None:
-            highest = peak.clone()
-            dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)
-            rescale = torch.exp(peak - highest)
-            both = torch.stack((total * rescale, weighted * rescale, chosen))
-            dist.all_reduce(both, group=group)
-            peak, (total, weighted, chosen) = highest, both
-        log_sum = total.log() + peak
-        entropy = log_sum - weighted / total
-        ctx.save_for_backward(logits, own, log_sum, entropy)
-        return chosen - log_sum, entropy
-
-    @staticmethod
-    def backward(
-        ctx: Any, grad: torch.Tensor | None, grad_entropy: torch.Tensor | None
-    ) -> tuple[torch.Tensor, None, None, None]:
-        return _fused_backward(ctx, grad, grad_entropy), None, None, None
-
-
-def _fused_backward(ctx: Any, grad: torch.Tensor | None, grad_entropy: torch.Tensor | None) -> torch.Tensor:
-    from fp8slurm.trainer.logprob_kernels import logprob_backward
-
-    logits, labels, log_sum, entropy = ctx.saved_tensors
-    grad = torch.zeros_like(log_sum) if grad is None else grad.contiguous()
-    more = {} if grad_entropy is None else {"entropy": entropy, "grad_entropy": grad_entropy.contiguous()}
-    return logprob_backward(logits, labels, log_sum, ctx.temperature, grad, **more)
-
-
 class _ExactLogprobs(torch.autograd.Function):
-    """`_FusedLogprobs` of a whole vocabulary with the bits of SGLang's sampler for runs with model.exact on a GPU.
+    """The same of a whole vocabulary, with the bits of SGLang's sampler for runs with model.exact on a GPU.
 
     SGLang divides fp32 logits by a temperature on the device (by a host's, torch would multiply by its reciprocal) and
     takes torch's log_softmax.
@@ -150,7 +105,12 @@ class _ExactLogprobs(torch.autograd.Function):
     def backward(
         ctx: Any, grad: torch.Tensor | None, grad_entropy: torch.Tensor | None
     ) -> tuple[torch.Tensor, None, None, None]:
-        return _fused_backward(ctx, grad, grad_entropy), None, None, None
+        from fp8slurm.trainer.logprob_backward import logprob_backward
+
+        logits, labels, log_sum, entropy = ctx.saved_tensors
+        grad = torch.zeros_like(log_sum) if grad is None else grad
+        more = {} if grad_entropy is None else {"entropy": entropy, "grad_entropy": grad_entropy.contiguous()}
+        return logprob_backward(logits, labels, log_sum, ctx.temperature, grad.contiguous(), **more), None, None, None
 
 
 def _scaled(logits: torch.Tensor, temperature: float, peak: torch.Tensor) -> torch.Tensor:
@@ -179,8 +139,5 @@ def vocab_parallel_logprobs(
         assert group is None, "model.exact is refused with tensor parallelism"
         logprobs, entropy = _ExactLogprobs.apply(logits, labels, with_entropy, temperature)
         return logprobs, entropy if with_entropy else None
-    if logits.is_cuda:
-        logprobs, entropy = _FusedLogprobs.apply(logits, labels, group, temperature)
-    else:
-        logprobs, entropy = _VocabParallelLogprobs.apply(logits, labels, group, with_entropy, temperature)
+    logprobs, entropy = _VocabParallelLogprobs.apply(logits, labels, group, with_entropy, temperature)
     return logprobs, entropy if with_entropy else None

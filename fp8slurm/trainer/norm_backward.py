@@ -12,7 +12,6 @@ import triton.language as tl
 TILE = 4096
 """Elements of a tile: as many rows of a narrow norm as fit."""
 PROGRAMS = 512
-WARPS = 8
 
 
 @triton.jit
@@ -70,6 +69,6 @@ def norm_backward(
     _backward[(programs,)](
         grad, x, weight, grad if more is None else more, out, grad_weight, rows, tiles, groups * per_group, per_group,
         0 if more is None else more.stride(0), x.stride(0), x.stride(1), out.stride(0), out.stride(1), eps,
-        WIDTH=width, COLUMNS=columns, HEIGHT=height, MORE=more is not None, num_warps=WARPS,
+        WIDTH=width, COLUMNS=columns, HEIGHT=height, MORE=more is not None, num_warps=8,
     )  # fmt: skip
     return grad_weight.sum(0)

@@ -216,19 +216,21 @@ class Trainer:
             replay = None if reference else self.replay  # a reference chooses its own experts
             kept = self._run(model, micro_batches, keep, with_entropy=False, forward_only=True, replay=replay)
         model.train()
-        sizes = [len(b.tokens) for b in micro_batches]
-        flat = torch.cat(kept) if kept else torch.empty(sum(sizes), device=torch.cuda.current_device())
-        self._from_last_stage(flat)
-        return list(flat.split(sizes))
+        return self._on_all_stages(kept, micro_batches)
 
     def train_step(
-        self, micro_batches: list[PackedBatch], loss_fn: LossFunction, lr: float, with_entropy: bool = False
-    ) -> StepResult:
+        self, micro_batches: list[PackedBatch], loss_fn: LossFunction, lr: float, with_entropy: bool = False,
+        before_update: Callable[[list[torch.Tensor]], None] | None = None,
+    ) -> StepResult:  # fmt: skip
         """One optimizer step on the sum of the losses of these micro-batches and of the other data-parallel ranks'.
 
         All data-parallel ranks have equally many micro-batches. Without `with_entropy` loss_fn gets None for it.
+        before_update: called on all ranks when the gradients are there and no weight has changed, with what `logprobs`
+        would return, from this step's own forward; what it raises leaves the weights as they are.
         """
-        total, sums = self._gradients(micro_batches, loss_fn, with_entropy)
+        total, sums, kept = self._gradients(micro_batches, loss_fn, with_entropy)
+        if before_update is not None:
+            before_update(self._on_all_stages(kept, micro_batches))
         grad_norm, ok = self._update(lr, math.isfinite(total))
         return StepResult(total, grad_norm, ok, sums)
 
@@ -253,8 +255,10 @@ class Trainer:
 
     def _gradients(
         self, micro_batches: list[PackedBatch], loss_fn: LossFunction, with_entropy: bool
-    ) -> tuple[float, dict[str, float]]:
-        """Forward and backward; (loss, metrics), both summed over micro-batches and data-parallel ranks."""
+    ) -> tuple[float, dict[str, float], list[torch.Tensor]]:
+        """Forward and backward; loss and metrics, both summed over micro-batches and data-parallel ranks, and on the
+        last stage the log-probabilities of every micro-batch."""
+        logprobs: list[torch.Tensor] = []
         self.sleeping.begin()
         if torch.cuda.is_available():
             self.ddp.restore_grad_buffers(synchronize=False)
@@ -262,6 +266,7 @@ class Trainer:
         self.optimizer.zero_grad()
 
         def loss(out: Outputs, batch: PackedBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            logprobs.append(out[0].detach())
             value, metrics = loss_fn(*out, batch)
             kept = {"loss": value} | {f"metric/{k}": v for k, v in metrics.items()}
             return value, {k: torch.as_tensor(v).detach() for k, v in kept.items()}
@@ -274,7 +279,7 @@ class Trainer:
         total = sums.pop("loss")
         if balance:
             sums["moe/aux_loss"] = take_aux_loss(self.spec.num_layers, len(micro_batches), self.data_parallel_size)
-        return total, {k.removeprefix("metric/"): v for k, v in sums.items()}
+        return total, {k.removeprefix("metric/"): v for k, v in sums.items()}, logprobs
 
     def _run(self, model: Any, micro_batches: list[PackedBatch], loss: Callable[..., Any], **how: Any) -> list[Any]:
         if not micro_batches:
@@ -331,6 +336,13 @@ class Trainer:
             payload.copy_(torch.tensor(list(text), dtype=torch.uint8))
         self._from_last_stage(payload)
         return json.loads(bytes(payload.tolist()))
+
+    def _on_all_stages(self, logprobs: list[torch.Tensor], micro_batches: list[PackedBatch]) -> list[torch.Tensor]:
+        """fp32 [T] of every micro-batch, which the last stage has, on all ranks that share this data."""
+        sizes = [len(b.tokens) for b in micro_batches]
+        flat = torch.cat(logprobs) if logprobs else torch.empty(sum(sizes), device=torch.cuda.current_device())
+        self._from_last_stage(flat)
+        return list(flat.split(sizes))
 
     def _from_last_stage(self, tensor: torch.Tensor) -> None:
         if self.config.parallel.pipeline_parallel_size > 1:

@@ -38,6 +38,22 @@ def refused(tiny: Path, *more: str) -> str:
     return str(error.value)
 
 
+def test_a_teacher_that_cannot_score_the_samples_is_refused(tiny, tmp_path):
+    teacher = tmp_path / "teacher"
+    shutil.copytree(tiny / "model", teacher)
+    asked = ("--teacher.checkpoint", str(teacher), "--rollout.no-drop-no-signal")
+    preflight(parse("tiny-fp8", flags(tiny, *asked, "--algorithm.advantage", "none", "--rollout.n-samples", "1")))
+    assert "--rollout.drop-no-signal: groups of equal rewards" in refused(tiny, *asked[:2])
+    assert "--rollout.temperature 0.7" in refused(tiny, *asked, "--rollout.temperature", "0.7")
+    assert "no config.json" in refused(tiny, "--teacher.checkpoint", str(tmp_path), *asked[2:])
+    tokenizer = json.loads((teacher / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    (first, a), (second, b) = list(vocabulary.items())[:2]
+    vocabulary |= {first: b, second: a}
+    (teacher / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert f"{first!r} is {b} there and {a} here" in refused(tiny, *asked)
+
+
 def test_the_trainers_folder_is_checked_before_anything_is_queued(tiny, tmp_path):
     """It was read by the job's ranks only."""
     model = tmp_path / "model"

@@ -402,10 +402,20 @@ def test_end_tokens_are_whole_numbers(folder, tokenizer, name, value):
 
 @pytest.mark.parametrize(
     "content",
-    ["", "[]", "{}", '{"model": 3}', "[" * 10**5, '{"version": "1.0", "model": {"type": "BPE"}}', "\ud800", "null"],
+    [
+        "",
+        "[]",
+        "{}",
+        '{"model": 3}',
+        "[" * 10**5,
+        '{"version": "1.0", "model": {"type": "BPE"}}',
+        "\ud800",
+        "null",
+        '{"added_tokens": [{"id": 99999999999}]}',
+    ],
 )
 def test_a_damaged_tokenizer_is_one_sentence(folder, content):
     (folder / "tokenizer.json").write_bytes(content.encode(errors="surrogatepass"))
-    with pytest.raises(ValueError, match="no tokenizer that can be read") as caught:
+    with pytest.raises(ValueError, match="no tokenizer that can be read|tokenizer.json: ") as caught:
         load_tokenizer(folder)
     assert str(folder) in str(caught.value) and len(str(caught.value)) <= 1000

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def runs(tiny_runs):
     return tiny_runs(
-        48, "--observe.no-plot", "--observe.no-tensorboard", "--rollout.no-drop-no-signal", run__steps=4, sft__max_steps=2,
+        48, "--model.exact", "--observe.no-plot", "--observe.no-tensorboard", "--rollout.no-drop-no-signal", run__steps=4, sft__max_steps=2,
         sft__batch_size=64, rollout__prompts_per_step=7, rollout__n_samples=4, rollout__max_replacements=1,
         rollout__max_tokens=32, rollout__save_every=1, checkpoint__every=10, sync__verify="always", engine__per_node=2,
         engine__max_running_requests=24, slurm__ranks_per_node=1,
@@ -42,7 +42,7 @@ def test_two_engines_share_a_run_and_one_of_them_may_die(runs):
     assert [(r["phase"], r["step"]) for r in records[0]] == [("sft", s) for s in (1, 2)] + [("rl", s) for s in range(5)]
     assert records[0] == records[1]
     for r in records[0][3:]:
-        assert 0 < r["gap/mean_abs"] < 0.1 and r["rollout/groups"] == 7
+        assert r["gap/max"] == 0 and r["rollout/groups"] == 7, "not one token differs, on either engine"
     assert rollouts(whole) == rollouts(run) and rollouts(run)
     logs = "".join(p.read_text() for p in (run / "attempts" / "0" / "logs").glob("*_log.err"))
     assert len(re.findall(r"engine 0\.[01] failed .*; restart 1", logs)) == 1

@@ -38,6 +38,22 @@ assert seen == [0, 1, 2], seen
 """
 
 
+DRAWS = """
+from pathlib import Path
+from fp8slurm.observe.tensorboard import TensorBoard
+board = TensorBoard(Path({path!r}) / "tb")
+for step in range(4):
+    board.write({{"phase": "rl", "step": step, "loss": 1.0}})
+board.close()
+"""
+READS = """
+from pathlib import Path
+from fp8slurm.core.files import patiently
+from fp8slurm.data.prompts import read_rows
+path = Path({path!r}) / "train.jsonl"
+rows = patiently(lambda: [read()["n"] for _, read in read_rows(path)])
+assert rows == list(range(3000)), len(rows)
+"""
 SAVES = """
 import torch
 from fp8slurm.trainer.checkpoint import _first_cause
@@ -88,6 +104,18 @@ def test_what_a_command_shows_of_a_run_does_not_end_it(tmp_path, injector, run, 
     calls = [("open", "*/metrics.jsonl"), ("read", "*/metrics.jsonl"), ("open", "*/errors"), ("open", "*/tasks")]
     calls += [("open", "*/errors"), ("open", "*/tasks")]
     meets(injector, tmp_path, FOLLOWS, [Fault("rank", call, pattern, error) for call, pattern in calls])
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_no_row_of_a_data_file_is_lost(tmp_path, injector, run, error):
+    """Python reads on after EAGAIN as if the file had ended there."""
+    (run / "train.jsonl").write_text("".join(f'{{"n": {n}}}\n' for n in range(3000)))
+    meets(injector, tmp_path, READS, [Fault("rank", "read", "*/train.jsonl", error, skip) for skip in (0, 2)])
+
+
+@pytest.mark.parametrize("skip", [1, 2])
+def test_tensorboard_ends_no_run(tmp_path, injector, run, skip):
+    meets(injector, tmp_path, DRAWS, [Fault("rank", "write", "*/tb/*", errno.ENOSPC, skip)])
 
 
 def test_a_save_that_fails_is_named_by_the_file_systems_error(tmp_path, injector):

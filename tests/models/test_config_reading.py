@@ -192,6 +192,7 @@ CHANGES: dict[str, list[Any]] = {
     "rope_is_neox_style": [True, False],
     "original_max_position_embeddings": [4096, 8192],
     "original_num_attention_heads": [None, 32],
+    "torch_dtype": [MISSING, "bfloat16", "float32", "bfloa16", "true", 1, None, []],
     "hidden_act": [MISSING, "silu", "gelu", None],
     "quantization_config": [
         None,

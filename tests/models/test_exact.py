@@ -41,9 +41,14 @@ def checked(folder, *flags: str, exact: bool = True, moe: bool = False) -> None:
         ("--fp8.backend off", "both sides multiply in FP8; allowed: transformer_engine"),
         ("--fp8.engine bf16", "an engine in BF16"),
         ("--engine.dtype float32", "--model.dtype bfloat16 and --engine.dtype float32"),
-        ("--parallel.tensor-parallel-size 2", "--parallel.tensor-parallel-size 2: sums over ranks"),
+        ("--parallel.tensor-parallel-size 2", "size 2 and --engine.tensor-parallel-size 1: sums over .*1 or 2 on both"),
+        ("--parallel.tensor-parallel-size 4 --engine.tensor-parallel-size 4", "size 4: sums over .*1 or 2 on both"),
+        (
+            "--parallel.tensor-parallel-size 2 --engine.tensor-parallel-size 2 --slurm.gpus-per-node 2",
+            "size 2: sums over .* allowed here: 1 on both",
+        ),
         ("--rollout.max-staleness 1", "--rollout.max-staleness 1: samples come from older weights"),
-        ("--engine.tensor-parallel-size 2", "--engine.tensor-parallel-size 2: sums over ranks"),
+        ("--engine.tensor-parallel-size 2", "size 1 and --engine.tensor-parallel-size 2: sums over"),
         (f"{GPU} --engine.extra-args=--attention-backend triton", "allowed here: fa3"),
         (f"{GPU} --engine.extra-args=--attention-backend=triton", "allowed here: fa3"),
         ("--slurm.gpus-per-node 1", "--run.deterministic: on GPUs"),
@@ -80,7 +85,8 @@ def test_an_engine_checkpoint_that_keeps_a_linear_is_refused(folder, tmp_path):
 
 
 def test_layouts_that_can_be_exact_pass(folder):
-    for flags in ("", "--parallel.pipeline-parallel-size 2", "--slurm.ranks-per-node 4", "--train.recompute full",
+    for flags in ("", "--parallel.pipeline-parallel-size 2", "--parallel.tensor-parallel-size 2 "
+                  "--engine.tensor-parallel-size 2 --parallel.sequence-parallel", "--slurm.ranks-per-node 4", "--train.recompute full",
                   "--engine.per-node 2", "--rollout.temperature 0.7", f"{GPU} --fp8.backend "
                   "transformer_engine --engine.extra-args=--attention-backend fa3"):  # fmt: skip
         checked(folder, *flags.split())

@@ -29,6 +29,12 @@ def by_text(response, label):
     if response == "inf": return float("inf")
     if response == "text": return "good"
     if response == "none": return None
+    if response == "huge": return 10**400
+    if response == "garble":
+        for fd in range(3, 20):
+            try: os.write(fd, b'{"number": 0, "reward": NaN}\\n')
+            except OSError: pass
+        time.sleep(600)
     return 1
 
 def pid(response, label):
@@ -63,14 +69,25 @@ running = most = 0
 
 async def together(response):
     import asyncio
-    global running, most
-    running += 1
-    most = max(most, running)
     if response == "hang": await asyncio.sleep(600)
     if response == "block": time.sleep(600)
     if response == "raise": raise ValueError("no")
     if response == "timeout": raise TimeoutError("the judge's")
     await asyncio.sleep(0.05)
+    return 1
+
+eight = None
+
+async def eight_at_a_time(response):
+    # ends when eight have run at the same time
+    import asyncio
+    global running, most, eight
+    eight = eight or asyncio.Event()
+    running += 1
+    most = max(most, running)
+    if running == 8: eight.set()
+    await eight.wait()
+    await asyncio.sleep(0)
     running -= 1
     return os.getpid(), {"most": most}
 
@@ -180,6 +197,8 @@ FAILURES = {
     "inf": "returned inf",
     "text": "returned 'good' (str), not a number",
     "none": "returned None (NoneType), not a number",
+    "huge": "returned 1000",
+    "garble": "something else than its answer was written where that goes: ",
 }
 
 
@@ -188,7 +207,7 @@ def test_each_failure_is_an_error_that_names_it():
         for text, reason in FAILURES.items():
             with pytest.raises(RewardError) as error:
                 pool.score([group("fine", text, index=17)])
-            assert f"reward function my_rewards:by_text on prompt 17, sample 1: {reason}. " in str(error.value)
+            assert f"reward function my_rewards:by_text on prompt 17, sample 1: {reason}" in str(error.value)
         after = group("fine")
         pool.score([after])
         assert rewards([after]) == [[1]]
@@ -280,11 +299,11 @@ def test_a_function_is_handed_what_it_asks_for_by_name():
 
 def test_one_call_for_all_samples_of_a_prompt():
     assert scored("ranked", [full_group("c", "a", "b!"), full_group("z")]) == [[0.2, 0, 1.1], [0]]
-    with pytest.raises(RewardError, match="on prompt 4, sample 0: returned 2 rewards for 3 samples"):
+    with pytest.raises(RewardError, match="on prompt 4 of source sums, sample 0: returned 2 rewards for 3 samples"):
         scored("one_short", [full_group("c", "a", "b")])
-    with pytest.raises(RewardError, match="sample 1: returned nan"):
+    with pytest.raises(RewardError, match="on prompt 4 of source sums, sample 1: returned nan"):
         scored("bad_in_the_middle", [full_group("c", "nan")])
-    assert scored("bad_in_the_middle", [full_group("c", "nan"), full_group("c")], on_error="zero") == [[0, 0], [1]]
+    assert scored("bad_in_the_middle", [full_group("c", "nan"), full_group("c")], on_error="zero") == [[1, 0], [1]]
 
 
 def test_each_source_is_scored_by_its_own_reward():
@@ -301,7 +320,7 @@ def test_each_source_is_scored_by_its_own_reward():
 
 def test_async_calls_share_one_process():
     groups = [full_group(*"abcdefghij") for _ in range(3)]
-    (pids,) = {tuple(of_group) for of_group in scored("together", groups, concurrency=8)}
+    (pids,) = {tuple(of_group) for of_group in scored("eight_at_a_time", groups, concurrency=8)}
     assert len(set(pids)) == 1
     assert max(s.parts["most"] for g in groups for s in g.samples) == 8
     assert scored("together_in_groups", [full_group("a", "bb")]) == [[1, 2]]
@@ -309,27 +328,27 @@ def test_async_calls_share_one_process():
 
 
 def test_an_async_call_that_fails_costs_no_other():
-    said = {"raise": "ValueError: no", "timeout": "TimeoutError: the judge's", "hang": "no answer within 1 s (reward."}
+    said = {"raise": "ValueError: no", "timeout": "TimeoutError: the judge's", "hang": "no answer within 3 s (reward."}
     for text, reason in said.items():
         group, more = full_group("a", text, "b", "c"), full_group("d")
-        with RewardPool(RewardSection(kind="my_rewards:together", timeout_s=1, on_error="zero")) as pool:
+        with RewardPool(RewardSection(kind="my_rewards:together", timeout_s=3, on_error="zero")) as pool:
             pool.score([group, more])
             assert [s.reward > 0 for s in group.samples] == [True, False, True, True] and more.samples[0].reward > 0
             assert pool.failures == 1
-        with RewardPool(RewardSection(kind="my_rewards:together", timeout_s=1)) as pool:
+        with RewardPool(RewardSection(kind="my_rewards:together", timeout_s=3)) as pool:
             with pytest.raises(RewardError) as error:
                 pool.score([full_group("a", text, "b")])
-            assert f"on prompt 4, sample 1: {reason}" in str(error.value)
+            assert f"on prompt 4 of source sums, sample 1: {reason}" in str(error.value)
 
 
 def test_an_async_function_that_blocks_is_named():
     """Nobody can say which of the calls at that time it was."""
-    with RewardPool(RewardSection(kind="my_rewards:together", timeout_s=1, concurrency=3, on_error="zero")) as pool:
+    with RewardPool(RewardSection(kind="my_rewards:together", timeout_s=2, concurrency=3, on_error="zero")) as pool:
         groups = [full_group("a", "block", "b"), full_group("c")]
         pool.score(groups)
         assert [s.reward > 0 for g in groups for s in g.samples] == [False] * 3 + [True] and pool.failures == 3
         pool.reward = pool.reward.model_copy(update={"on_error": "error"})
-        with pytest.raises(RewardError, match="no answer within 1 s: an async function must not block"):
+        with pytest.raises(RewardError, match="no answer within 2 s: an async function must not block"):
             pool.score(groups)
 
 

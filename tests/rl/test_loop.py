@@ -25,7 +25,7 @@ from fp8slurm.rl import supervised
 from fp8slurm.rl.boundary import StepBoundary
 from fp8slurm.rl.loop import Loop
 from fp8slurm.rl.loss import sft_loss
-from fp8slurm.rl.recompute import ImpossibleGap, check_equal, check_gap, recompute, save_logprobs
+from fp8slurm.rl.recompute import ImpossibleGap, check_equal, check_gap, recompute, recompute_reference, save_logprobs
 from fp8slurm.rl.recorder import Recorder
 from fp8slurm.rl.saving import Saver, first_state, load_newest
 from fp8slurm.rl.stopwatch import Stopwatch
@@ -42,6 +42,7 @@ NAN = math.nan
 def rank_of(**calls) -> SimpleNamespace:
     """The trainer of a run with one rank; `calls`: what a test needs of it."""
     one = {"rank": 0, "data_parallel_rank": 0, "data_parallel_size": 1, "pad_multiple": 1, "memory": {}}
+    one["logprobs"] = lambda batches, reference=False: []
     return SimpleNamespace(**one | calls)
 
 
@@ -76,7 +77,7 @@ def loop_with(
 @pytest.fixture
 def no_gap(monkeypatch: pytest.MonkeyPatch) -> None:
     """Log-probabilities are not recomputed: the trainer has none to give."""
-    monkeypatch.setattr(loop_module, "recompute", lambda *_, **__: {})
+    monkeypatch.setattr(loop_module, "compare", lambda *_: {})
 
 
 def stepping(results: list[StepResult], events: list[str], state: RunState = RunState("rl", 0)) -> Loop:
@@ -231,7 +232,9 @@ def trained(step: int = 1, rank: int = 0, ranks: int = 1, **sections) -> tuple[l
     ]
     seen: list[SimpleNamespace] = []
 
-    def train_step(batches, loss, lr, with_entropy) -> StepResult:
+    def train_step(batches, loss, lr, with_entropy, before_update=None) -> StepResult:
+        if before_update is not None:
+            before_update([])
         seen.append(SimpleNamespace(batches=batches, loss=loss, lr=lr, with_entropy=with_entropy))
         return StepResult(1.0, 1.0, True, {})
 
@@ -239,7 +242,7 @@ def trained(step: int = 1, rank: int = 0, ranks: int = 1, **sections) -> tuple[l
     config = RunConfig.model_validate({"rollout": {"n_samples": 2}} | sections)
     loop = loop_with(config, trainer, engines_that_answer(answer_of(groups, cursor=2)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop_module, "recompute", lambda *_, **__: {})
+        patch.setattr(loop_module, "compare", lambda *_: {})
         loop.step(step)
     return seen, loop
 
@@ -377,7 +380,8 @@ def gap_loop(monkeypatch: pytest.MonkeyPatch, leader: bool = True, **sections) -
 def test_the_gap_counts_trained_tokens_of_all_ranks_once(monkeypatch: pytest.MonkeyPatch) -> None:
     loop, groups, gathered = gap_loop(monkeypatch)
     (batches,) = loop.pack(groups, [[0.0], [0.0]], 1)
-    record = recompute(loop.trainer, batches, True)
+    record = recompute(loop.trainer, batches)
+    recompute_reference(loop.trainer, batches)
     assert [rows.shape for rows in gathered] == [(6, 2)]
     assert record["gap/mean_abs"] == pytest.approx((6 * 0.5 + 2.5) / 7) and record["gap/max"] == 2.5
     assert record["gap/k1"] == pytest.approx(-(6 * 0.5 + 2.5) / 7)  # of KL(engine || trainer): the trainer's are higher
@@ -386,7 +390,7 @@ def test_the_gap_counts_trained_tokens_of_all_ranks_once(monkeypatch: pytest.Mon
         assert torch.equal(b.reference_logprobs, b.rollout_logprobs + 2)
     loop, groups, gathered = gap_loop(monkeypatch, leader=False)  # its tokens are the leader's: nothing to add
     (batches,) = loop.pack(groups, [[0.0], [0.0]], 1)
-    assert recompute(loop.trainer, batches, True)["gap/mean_abs"] == 2.5 and gathered[0].shape == (0, 2)
+    assert recompute(loop.trainer, batches)["gap/mean_abs"] == 2.5 and gathered[0].shape == (0, 2)
 
 
 def test_saved_log_probabilities_are_written_once_a_sample(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
@@ -394,7 +398,7 @@ def test_saved_log_probabilities_are_written_once_a_sample(monkeypatch: pytest.M
         loop, groups, gathered = gap_loop(monkeypatch, leader)
         loop.trainer.rank = 1
         (batches,) = loop.pack(groups, [[0.0], [0.0]], 1)
-        recompute(loop.trainer, batches, True)
+        recompute(loop.trainer, batches)
         save_logprobs(loop.trainer, tmp_path / "rows", groups, batches)
         assert gathered[-1].shape == (rows, 2)
     assert list(tmp_path.iterdir()) == [], "rank 0 writes"
@@ -430,7 +434,7 @@ def test_a_probe_keeps_every_group_and_is_made_without_replay_too(monkeypatch: p
     loop, _, _ = gap_loop(monkeypatch, rollout={"n_samples": 1, "prompts_per_step": 2, "routing_replay": True})
     replayed: list[list[bool]] = []
 
-    def count(trainer, batches, with_reference: bool) -> dict[str, float]:
+    def count(trainer, batches) -> dict[str, float]:
         replayed.append([b.routing is not None for b in batches])
         return {"gap/k3": float(len(replayed))}
 
@@ -440,18 +444,57 @@ def test_a_probe_keeps_every_group_and_is_made_without_replay_too(monkeypatch: p
     assert replayed == [[True], [False]]
 
 
+@pytest.mark.parametrize("recompute_logprobs", ["auto", "always"])
 @pytest.mark.parametrize("fp8, bound", [({"backend": "off"}, 0.3), ({"backend": "emulated"}, 0.5)])
 def test_a_gap_that_cannot_be_ends_the_run_before_it_trains(
-    monkeypatch: pytest.MonkeyPatch, fp8: dict[str, str], bound: float
+    monkeypatch: pytest.MonkeyPatch, fp8: dict[str, str], bound: float, recompute_logprobs: str
 ) -> None:
     """0.5 on every token and 2.5 on another rank's: mean 0.79. At record 0 every attempt would meet it, later none may."""
-    loop, *_ = gap_loop(monkeypatch, rollout={"n_samples": 1, "drop_no_signal": False}, fp8=fp8)
+    train = {"recompute_logprobs": recompute_logprobs}
+    loop, *_ = gap_loop(monkeypatch, rollout={"n_samples": 1, "drop_no_signal": False}, fp8=fp8, train=train)
+    events: list[str] = []
+
+    def train_step(batches, loss, lr, with_entropy, before_update) -> StepResult:
+        events.append("forward")
+        before_update(loop.trainer.logprobs(batches))
+        events.append("update")
+        return StepResult(1.0, 1.0, True)
+
+    loop.trainer.train_step = train_step
     with pytest.raises(ImpossibleGap, match=f"step 0: .* 0.786 nats .* --rollout.max-gap {bound}: .*rope") as at_start:
         loop.probe_gap()
     with pytest.raises(ImpossibleGap, match="step 1: ") as later:
         loop.step(1)
     assert (at_start.value.permanent, later.value.permanent) == (True, False)
-    assert not hasattr(loop.trainer, "train_step"), "it was not asked to train"
+    assert events == (["forward"] if recompute_logprobs == "auto" else []), "no weight was changed"
+
+
+@pytest.mark.parametrize(
+    "train, separate",
+    [({}, 0), ({"recompute_logprobs": "always"}, 1), ({"updates_per_step": 2}, 1), ({"epochs_per_step": 2}, 1)],
+)
+def test_the_pass_of_its_own_is_left_out_where_the_one_update_gives_the_same(
+    monkeypatch: pytest.MonkeyPatch, train: dict[str, Any], separate: int
+) -> None:
+    loop, *_ = gap_loop(monkeypatch, rollout={"n_samples": 1, "max_gap": 0}, train=train)
+    passes: list[bool] = []
+    values = loop.trainer.logprobs
+
+    def logprobs(batches, reference=False) -> list[torch.Tensor]:
+        passes.append(reference)
+        return values(batches, reference)
+
+    def train_step(batches, loss, lr, with_entropy, before_update) -> StepResult:
+        assert all((b.trainer_logprobs is None) == (separate == 0) for b in batches)
+        assert all(b.reference_logprobs is not None for b in batches) and (before_update is None) == (separate == 1)
+        if before_update is not None:
+            before_update(values(batches))
+        return StepResult(1.0, 1.0, True)
+
+    loop.trainer.logprobs, loop.trainer.train_step = logprobs, train_step
+    record = loop.step(1)
+    assert passes == [False] * separate + [True] and record["gap/mean_abs"] == pytest.approx(0.786, abs=1e-3)
+    assert record["loss"] == 1.0
 
 
 @pytest.mark.parametrize(
@@ -479,7 +522,11 @@ def test_an_exact_run_ends_at_one_token_that_differs_in_one_bit(monkeypatch: pyt
                 own[~b.loss_mask] = 7.0  # of prompts: nobody compares them
             return out
 
-        loop.trainer.logprobs = logprobs
+        def train_step(batches, loss, lr, with_entropy, before_update) -> StepResult:
+            before_update(logprobs(batches))
+            raise AssertionError("a weight would be changed")
+
+        loop.trainer.logprobs, loop.trainer.train_step = logprobs, train_step
         if position is None:
             loop.probe_gap()
             continue
@@ -494,7 +541,7 @@ def test_an_exact_run_ends_at_one_token_that_differs_in_one_bit(monkeypatch: pyt
         assert start.value.permanent
         with pytest.raises(ImpossibleGap, match="step 1: ") as later:
             loop.step(1)
-        assert not later.value.permanent and not hasattr(loop.trainer, "train_step"), "it was not asked to train"
+        assert not later.value.permanent
 
 
 def test_an_exact_run_leaves_nan_on_both_sides_to_the_optimizer(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ from fp8slurm.rl.advantages import advantages_of, reinforce_pp, rloo
 from fp8slurm.rl.loss import importance_weights, loss_of, make_policy_loss
 from fp8slurm.rl.objectives import LossInput
 from fp8slurm.rl.packing import pack
+from fp8slurm.rollout.serialization import decode_groups, encode_groups
 
 NUMBERS = itertools.count()
 LENGTHS = (5, 2, 7)  # predictions that count, in three sequences with two prompt positions before and one behind
@@ -164,10 +165,10 @@ def test_the_constant_of_dr_grpo():
     assert weights[mask].unique().tolist() == pytest.approx([1 / 50]) and not weights[~mask].any() and len(batches) > 1
     assert [b.weight_sum for b in batches] == pytest.approx([9 / 50] * len(batches)) and mask.sum() == 9
     loss = make_policy_loss(AlgorithmSection(tis_cap=0, loss_mean="constant"))
-    made = [loss(torch.full((len(b.tokens),), -1.0), None, b) for b in batches]
+    made = [loss(torch.full((len(b.tokens),), -1.0), torch.ones(len(b.tokens)), b) for b in batches]
     advantages = torch.cat([b.advantages for b in batches])[mask]
     assert sum(value for value, _ in made).item() == pytest.approx(-advantages.sum().item() / 50)
-    assert sum(m["ratio/mean"] for _, m in made).item() == pytest.approx(1), "metrics stay means over tokens"
+    assert sum(m["entropy"] for _, m in made).item() == pytest.approx(1), "metrics stay means over tokens"
 
 
 # -- what cannot be -------------------------------------------------------------------------------------------------
@@ -177,7 +178,7 @@ def test_the_constant_of_dr_grpo():
     "sections, said",
     [
         ({"algorithm": {"loss": "ppo"}}, "'ppo' is not one of ppo_clip, gspo, cispo, module:function"),
-        ({"algorithm": {"advantage": ":x"}}, "':x' is not one of grpo, rloo, reinforce_pp, module:function"),
+        ({"algorithm": {"advantage": ":x"}}, "':x' is not one of grpo, rloo, reinforce_pp, none, module"),
         ({"algorithm": {"dual_clip": 0.5}}, "dual-clip 0.5: allowed: above 1"),
         ({"algorithm": {"loss": "cispo", "dual_clip": 3.0}}, "dual-clip 3 with --algorithm.loss cispo"),
         ({"algorithm": {"loss": "gspo"}}, "gspo with --algorithm.loss-mean token"),
@@ -185,6 +186,7 @@ def test_the_constant_of_dr_grpo():
         ({"algorithm": {"advantage": "rloo"}}, "rloo with --algorithm.divide-by-std"),
         ({"algorithm": {"advantage": "reinforce_pp"}}, "reinforce_pp with --rollout.drop-no-signal"),
         ({"rollout": {"n_samples": 1}}, "n-samples 1 with --algorithm.advantage grpo"),
+        ({"algorithm": {"advantage": "none"}}, "none without --teacher.checkpoint"),
         ({"algorithm": {"tis_cap": 0, "tis_level": "sequence"}}, "tis-level sequence with --algorithm.tis-cap 0"),
         ({"algorithm": {"tis_cap": 0, "tis_excess": "mask"}}, "tis-excess mask with --algorithm.tis-cap 0"),
     ],
@@ -298,3 +300,54 @@ def test_the_examples(monkeypatch):
 
     metrics = compare(algorithm, formula)
     assert 0 <= metrics["custom/masked"] < 1 and callable(loss_of(algorithm))
+
+
+# -- a teacher ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("coef", [1.0, 0.3])
+def test_the_reverse_kl_of_each_token_is_taken_from_its_advantage(coef):
+    logprobs, batch = example()
+    g = torch.Generator().manual_seed(5)
+    batch.teacher_logprobs = torch.where(batch.loss_mask, -torch.rand(len(batch.tokens), generator=g), 1e4)
+    loss, metrics = make_policy_loss(AlgorithmSection(tis_cap=0), coef)(logprobs, None, batch)
+    loss.backward()
+    m, again = batch.loss_mask, logprobs.detach().clone().requires_grad_()
+    kl = (batch.trainer_logprobs - batch.teacher_logprobs)[m]
+    a, r = batch.advantages[m] - coef * kl, torch.exp(again[m] - batch.trainer_logprobs[m])
+    expected = torch.max(-r * a, -r.clip(0.8, 1.28) * a).mean()
+    expected.backward()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(logprobs.grad, again.grad)
+    torch.testing.assert_close(metrics["teacher/kl"], kl.mean())
+
+
+def test_on_average_distillation_descends_the_reverse_kl():
+    """With no reward, the gradient of the loss over all samples of a policy is that of KL(student || teacher)."""
+    student = torch.tensor([0.3, -0.2, 0.8, 0.1], requires_grad=True)
+    teacher = torch.tensor([1.0, 0.2, -0.5, 0.0]).log_softmax(0)
+    p = student.log_softmax(0)
+    exact = (p.exp() * (p - teacher)).sum()
+    (wanted,) = torch.autograd.grad(exact, student, retain_graph=True)
+    ids, mask = torch.arange(5), torch.tensor([True] * 4 + [False])
+    nothing = torch.zeros(5)
+    weights = torch.cat([p.exp().detach(), torch.zeros(1)])  # as often as the student samples them
+    batch = PackedBatch(ids, ids, ids, torch.tensor([0, 5], dtype=torch.int32), weights, nothing, nothing, mask)
+    batch.teacher_logprobs = torch.cat([teacher, torch.zeros(1)])
+    loss, metrics = make_policy_loss(AlgorithmSection(tis_cap=0), 1.0)(torch.cat([p, torch.zeros(1)]), None, batch)
+    (got,) = torch.autograd.grad(loss, student)
+    torch.testing.assert_close(got, wanted)
+    torch.testing.assert_close(metrics["teacher/kl"], exact.detach())
+
+
+def test_a_teachers_scores_go_from_the_wire_to_their_tokens():
+    groups = groups_of([1, 0], [1])
+    for number, sample in enumerate(s for g in groups for s in g.samples):
+        sample.response_ids = [7] * len(sample.response_ids)
+        sample.teacher_logprobs = [-float(10 * number + k) for k in range(len(sample.response_ids))]
+    assert (decoded := decode_groups(encode_groups(groups))) == groups
+    (((batch,),),) = pack(decoded, [[0.0, 0.0], [0.0]], updates=1, data_parallel_size=1, tokens_per_micro_batch=99)
+    scores, mask = batch.teacher_logprobs, batch.loss_mask
+    assert sorted(scores[mask].tolist()) == [-20, -11, -10, 0] and not scores[~mask].any()
+    groups[1].samples[0].teacher_logprobs = None
+    assert all(s.teacher_logprobs is None for g in decode_groups(encode_groups(groups)) for s in g.samples)

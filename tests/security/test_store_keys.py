@@ -113,7 +113,7 @@ def test_a_stranger_cannot_count(stores):
 def test_a_stranger_does_not_stop_a_run(stores):
     mine, stranger = stores
     policy = SimpleNamespace(noticed=lambda: False, at_step_boundary=lambda noticed, *_: "notice" if noticed else "")
-    saver = SimpleNamespace(collect=lambda wait: None, left_s=lambda: 0.0)
+    saver = SimpleNamespace(collect=lambda wait: None, left_s=lambda: 0.0, failed=False)
     boundary = StepBoundary(mine, True, policy, saver, StepTimes())
     boundary.cross()
     stranger.set("noticed", "")

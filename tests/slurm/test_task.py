@@ -286,6 +286,14 @@ time.sleep(1.2)
     assert done.stderr.count("watching goes on") == 1 and "1.json: not JSON" in done.stderr
 
 
+def test_a_task_whose_launcher_is_gone_imports_nothing(tmp_path: Path) -> None:
+    code = "from pathlib import Path; from fp8slurm.process import monitor; "
+    code += f"monitor.Monitor(Path({str(tmp_path)!r}), 0, 60.0).start(); print('goes on')"
+    done = run(code, FP8SLURM_LAUNCHER="1 0")
+    assert (done.returncode, done.stdout) == (monitor.TERMINATED, ""), done.stderr
+    assert "the process that started it (1) is gone" in done.stderr
+
+
 def test_imports_do_not_count_against_the_watchdog(tmp_path: Path) -> None:
     """What a task imports before it can say that it makes progress may lie on a slow file system."""
     (tmp_path / "attempts" / "0").mkdir(parents=True)

@@ -75,6 +75,15 @@ with alone(sys.argv[1]):
     assert lines in (["a begins", "a ends", "b begins", "b ends"], ["b begins", "b ends", "a begins", "a ends"])
 
 
+def test_what_setting_up_took_is_said_once_and_stays(tmp_path: Path) -> None:
+    assert visit.setup_seconds(tmp_path) is None
+    (tmp_path / "began").write_text(f"{int(time.time()) - 100}\n")
+    took = visit.setup_seconds(tmp_path)
+    assert took is not None and took >= 100
+    (tmp_path / "began").write_text("0\n")
+    assert visit.setup_seconds(tmp_path) == took, "a later call of the visit is not part of it"
+
+
 def test_outside_a_visit_nobody_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TURNS", raising=False)
     with turns.alone("rollout"):

@@ -18,9 +18,9 @@ from fp8slurm.trainer.trainer import Trainer
 EXACT = {"model": {"dtype": "bfloat16", "exact": True}, "fp8": {"backend": "emulated"}}
 
 
-def sampled(ranks: Ranks, temperature: float) -> list[SampleGroup]:
+def sampled(ranks: Ranks, temperature: float, source: str = "samples") -> list[SampleGroup]:
     """What the engine decoded at this temperature (0: greedy), a group each."""
-    rows = json.loads((ranks.paths["samples"]).read_text())
+    rows = json.loads((ranks.paths[source]).read_text())
     return [
         SampleGroup(
             Prompt(i, tuple(r["prompt"]), ""), [Sample(r["ids"], r["logprobs"], [0] * len(r["ids"]), r["finish"])]
@@ -64,14 +64,16 @@ def unequal_in_training(trainer: Trainer, batches: list[PackedBatch], lr: float)
     return int(result.metrics["tokens"]), int(result.metrics["differ"]), result.grad_norm
 
 
-def layout(ranks: Ranks, budgets: tuple[int, ...] = (2048,), **sections: dict[str, Any]) -> dict[str, Any]:
+def layout(
+    ranks: Ranks, budgets: tuple[int, ...] = (2048,), source: str = "samples", **sections: dict[str, Any]
+) -> dict[str, Any]:
     """What the check says at every temperature and size of a pack, and what a training step sees."""
     said: list[str] = []
     with ranks.trainer("model", **EXACT | sections) as trainer:
         for temperature in (0.7, 1.0, 0.0):
-            groups = sampled(ranks, temperature)
+            groups = sampled(ranks, temperature, source)
             said += [compared(trainer, groups, packed(trainer, groups, temperature, size)) for size in budgets]
-        training = unequal_in_training(trainer, packed(trainer, sampled(ranks, 0.7), 0.7), 0.0)
+        training = unequal_in_training(trainer, packed(trainer, sampled(ranks, 0.7, source), 0.7), 0.0)
     return {"said": said, "training": list(training)}
 
 
@@ -89,6 +91,15 @@ def two_stages(ranks: Ranks) -> dict[str, Any]:
 
 def two_replicas(ranks: Ranks) -> dict[str, Any]:
     return layout(ranks)
+
+
+def two_shards(ranks: Ranks) -> dict[str, Any]:
+    """Against an engine of two tensor-parallel ranks."""
+    return layout(ranks, source="samples_tp2", parallel={"tensor_parallel_size": 2})
+
+
+def two_shards_of_sequences(ranks: Ranks) -> dict[str, Any]:
+    return layout(ranks, source="samples_tp2", parallel={"tensor_parallel_size": 2, "sequence_parallel": True})
 
 
 def gradients(ranks: Ranks) -> list[list[float]]:

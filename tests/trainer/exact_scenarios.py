@@ -25,9 +25,10 @@ class StandIns:
         return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight
 
     @classmethod
-    def add_norm(cls, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
-        residual.add_(x)
-        x.copy_(cls.norm(residual, weight, eps))
+    def add_norm(cls, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> Any:
+        total = x + residual
+        x.copy_(cls.norm(total, weight, eps))
+        return x, total
 
     @classmethod
     def norm_backward(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from trainer_reference import AUX_LOSS, LR, cross_entropy, pack, routing
 from trainer_scenarios import (
     BF16,
@@ -48,11 +49,13 @@ def train_replayed(ranks: Ranks, **sections: Any) -> dict[str, Any]:
     with ranks.trainer(folder="moe", **REPLAY, **sections) as trainer:
         before = trainer.logprobs(replayed(trainer, 0))
         history = []
+        first: list[torch.Tensor] = []
         for seed in range(3):
-            result = trainer.train_step(replayed(trainer, seed), cross_entropy, LR)
+            keep = None if seed else first.extend
+            result = trainer.train_step(replayed(trainer, seed), cross_entropy, LR, before_update=keep)
             history.append([result.loss, result.grad_norm, result.metrics["tokens"]])
         after = trainer.logprobs(replayed(trainer, 0))
-        return {"before": before, "steps": history, "after": after}
+        return {"before": before, "first": first, "steps": history, "after": after}
 
 
 def train_balanced(ranks: Ranks, **sections: Any) -> dict[str, Any]:

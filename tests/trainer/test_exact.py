@@ -19,6 +19,7 @@ from fp8slurm.engine.server import Engine, EngineSettings
 
 pytestmark = pytest.mark.slow
 
+TOGETHER = ["two_stages", "two_replicas", "two_shards", "two_shards_of_sequences"]
 SECTION = EngineSection(max_running_requests=96, max_total_tokens=16384, context_length=256, ready_timeout_s=180)
 
 
@@ -28,24 +29,20 @@ def requests_at(temperature: float, n: int) -> list[GenerateRequest]:
     return [GenerateRequest(p, 20 + 13 * i % 40, temperature, seed=i) for i, p in enumerate(prompts)]
 
 
-@pytest.fixture(scope="session")
-def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A model, and what an exact engine of two threads decoded from it: in one batch, one by one, and as it came."""
-    folder = tmp_path_factory.mktemp("exact")
-    (folder / "model").mkdir()
-    write_model(folder / "model", seed=5)
-    hf_to_fp8(folder / "model", folder / "fp8")
-    engine = Engine(folder / "fp8", folder, EngineSettings(SECTION, cpu=True, cpu_threads=2, exact=True))
+def decoded(folder: Path, ranks: int, counts: dict[float, int]) -> list[dict[str, Any]]:
+    """What an exact engine decoded at these temperatures: half in one batch, the others as they come, five one by one."""
+    section = SECTION.model_copy(update={"tensor_parallel_size": ranks})
+    settings = EngineSettings(section, cpu=True, cpu_threads=3 - ranks, exact=True)
+    engine = Engine(folder / "fp8", folder, settings, f"tp{ranks}")
     engine.start()
     rows = []
     try:
         engine.wait_ready()
         client = EngineClient(engine.url, engine.api_key, timeout_s=300)
-        for temperature, n in ((0.7, 80), (1.0, 80), (0.0, 20)):
+        for temperature, n in counts.items():
             requests = requests_at(temperature, n)
-            half = n // 2
-            done = client.generate(requests[:half], one_batch=True)
-            done += client.generate(requests[half:-5])
+            done = client.generate(requests[: n // 2], one_batch=True)
+            done += client.generate(requests[n // 2 : -5])
             done += [client.generate([request])[0] for request in requests[-5:]]
             rows += [
                 {"prompt": r.token_ids, "ids": d.token_ids, "logprobs": d.logprobs, "finish": d.finish_reason,
@@ -54,10 +51,27 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             ]  # fmt: skip
     finally:
         engine.stop()
-    decoded = sum(len(row["ids"]) - 1 for row in rows)  # the first token of a response is prefill's
-    assert decoded >= 5_000, decoded
-    (folder / "samples.json").write_text(json.dumps(rows))
-    return {"model": folder / "model", "samples": folder / "samples.json"}
+    return rows
+
+
+@pytest.fixture(scope="session")
+def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A model, and what engines of one rank (with two threads) and of two ranks decoded from it."""
+    folder = tmp_path_factory.mktemp("exact")
+    (folder / "model").mkdir()
+    write_model(folder / "model", seed=5)
+    hf_to_fp8(folder / "model", folder / "fp8")
+    found = {"model": folder / "model"}
+    for name, ranks, counts in (
+        ("samples", 1, {0.7: 80, 1.0: 80, 0.0: 20}),
+        ("samples_tp2", 2, {0.7: 16, 1.0: 12, 0.0: 12}),
+    ):
+        rows = decoded(folder, ranks, counts)
+        tokens = sum(len(row["ids"]) - 1 for row in rows)  # the first token of a response is prefill's
+        assert tokens >= (5_000 if ranks == 1 else 700), tokens
+        found[name] = folder / f"{name}.json"
+        found[name].write_text(json.dumps(rows))
+    return found
 
 
 @pytest.fixture(scope="session")
@@ -67,16 +81,17 @@ def alone(launch: Callable[..., Any], paths: dict[str, Path]) -> Any:
 
 @pytest.fixture(scope="session")
 def together(launch: Callable[..., Any], paths: dict[str, Path]) -> Any:
-    return launch("together", 2, ["two_stages", "two_replicas"], "decoded_scenarios", **paths)
+    return launch("together", 2, TOGETHER, "decoded_scenarios", **paths)
 
 
-@pytest.mark.parametrize("scenario", ["one_rank", "recomputed", "two_stages", "two_replicas"])
+@pytest.mark.parametrize("scenario", ["one_rank", "recomputed", *TOGETHER])
 def test_every_decoded_token_is_the_trainers(scenario: str, request: pytest.FixtureRequest, paths: Any) -> None:
     """At 0.7, at 1 and greedy, in packs of several sizes, in the pass before training and in training itself."""
     result = request.getfixturevalue("together" if scenario.startswith("two") else "alone").result(scenario)
     assert set(result["said"]) == {""}
     tokens, differ, grad_norm = result["training"]
-    rows = [row for row in json.loads(paths["samples"].read_text()) if row["temperature"] == 0.7]
+    source = paths["samples_tp2" if "shards" in scenario else "samples"]
+    rows = [row for row in json.loads(source.read_text()) if row["temperature"] == 0.7]
     assert (tokens, differ) == (sum(len(row["ids"]) for row in rows), 0) and grad_norm > 0
 
 

@@ -232,6 +232,17 @@ def test_llamas_scaled_frequencies_show_in_these_sequences(models: dict[str, Pat
 
 
 @pytest.mark.parametrize(
+    ("ranks", "scenario"),
+    [(1, "one_rank_fp8"), (1, "one_rank_bf16"), (1, "one_rank_bf16_fp8"), (2, "tp2_fp8"),
+     (2, "tp2_sequence_parallel_fp8")],
+)  # fmt: skip
+def test_a_steps_own_forward_is_the_separate_one(one: Any, two: Any, ranks: int, scenario: str) -> None:
+    """In other layouts `check` compares them."""
+    got = (one if ranks == 1 else two).result(scenario)
+    assert got["first"] and all(torch.equal(a, b) for a, b in zip(got["first"], got["before"], strict=True))
+
+
+@pytest.mark.parametrize(
     ("scenario", "alone"),
     [("tp2_fp8", "one_rank"), ("tp2_sequence_parallel_fp8", "one_rank"), ("tp2_qwen2_fp8", "one_rank_qwen2")],
 )

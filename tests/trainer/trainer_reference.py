@@ -219,6 +219,8 @@ def check(got: dict[str, Any], wanted: dict[str, Any], share: slice = slice(None
     steps are as large for a gradient that is next to nothing, whose sign is a matter of rounding."""
     for mine, theirs in zip(got["before"], wanted["before"][share], strict=True):
         torch.testing.assert_close(mine[: len(theirs)], theirs, atol=1e-5, rtol=0)
+    for mine, alone in zip(got["first"], got["before"], strict=True):
+        assert torch.equal(mine, alone), "the step's own forward is the separate one to the bit"
     assert abs(got["steps"][0][0] - wanted["steps"][0][0]) < 1e-5
     assert got["steps"][0][1] == pytest.approx(wanted["steps"][0][1], rel=1e-5)
     for mine, theirs in zip(got["steps"], wanted["steps"], strict=True):

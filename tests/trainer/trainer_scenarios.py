@@ -87,11 +87,12 @@ def batches(trainer: Trainer, seed: int = 0) -> list[PackedBatch]:
     return packs[trainer.data_parallel_rank :: trainer.data_parallel_size]
 
 
-def steps(trainer: Trainer, seeds: range) -> list[list[float]]:
-    """[loss, grad norm] of a step on every seed's data."""
+def steps(trainer: Trainer, seeds: range, first: list[torch.Tensor] | None = None) -> list[list[float]]:
+    """[loss, grad norm] of a step on every seed's data. `first` gets the log-probabilities of the first one's forward."""
     out = []
     for seed in seeds:
-        result = trainer.train_step(batches(trainer, seed), cross_entropy, LR)
+        keep = first.extend if first is not None and seed == seeds[0] else None
+        result = trainer.train_step(batches(trainer, seed), cross_entropy, LR, before_update=keep)
         assert result.ok
         out.append([result.loss, result.grad_norm, result.metrics["tokens"]])
     return out
@@ -102,11 +103,12 @@ def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
 
 
 def train(ranks: Ranks, **sections: Any) -> dict[str, Any]:
-    """Log-probabilities before and after three steps, and what the steps said."""
+    """Log-probabilities before and after three steps, those of the first step's own forward, what the steps said."""
     with ranks.trainer(**sections) as trainer:
         before = trainer.logprobs(batches(trainer))
-        history = steps(trainer, range(3))
-        return {"before": before, "steps": history, "after": trainer.logprobs(batches(trainer))}
+        first: list[torch.Tensor] = []
+        history = steps(trainer, range(3), first)
+        return {"before": before, "first": first, "steps": history, "after": trainer.logprobs(batches(trainer))}
 
 
 # One rank.

@@ -24,7 +24,7 @@ FIGURES: dict[str, Callable[[Record], float]] = {
     "gap, mean |d|": lambda r: r["gap/mean_abs"],
     "gap, 99th percentile": lambda r: r["gap/p99"],
     "gap, KL (k3)": lambda r: r["gap/k3"],
-    "clipped, low + high": lambda r: r["ratio/clipped_low"] + r["ratio/clipped_high"],
+    "clipped, low + high": lambda r: r.get("ratio/clipped_low", 0) + r.get("ratio/clipped_high", 0),
     "reward": lambda r: r["reward/mean"],
 }
 LOGARITHMIC = ("gap",)

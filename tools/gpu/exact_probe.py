@@ -3,7 +3,6 @@
 
 usage: exact_probe.py WORK JSON [--shape Qwen3-0.6B] [--layers N] PART...
 
-    kernels     log-probabilities by the kernel against those in chunks: values, gradients, ms
     bits        an engine's decoded log-probabilities against the trainer's packed forward, at three temperatures, behind
                 short and long prompts; and again with SGLang's quantizer put back into the trainer
     gradients   against TransformerEngine's layer and against BF16, and against themselves
@@ -198,38 +197,6 @@ def bits(probe: Probe) -> None:
     _stop()
 
 
-def kernels(probe: Probe) -> None:
-    from fp8slurm.trainer import logprobs
-
-    generator = torch.Generator("cuda").manual_seed(0)
-    logits = (3 * torch.randn(2048, 151936, device="cuda", generator=generator)).bfloat16()
-    labels = torch.randint(0, logits.shape[-1], (len(logits),), device="cuda", generator=generator)
-    made: dict[str, list[torch.Tensor]] = {}
-    found: dict[str, Any] = {}
-    ways: dict[str, Any] = {
-        "kernel": lambda z: logprobs._FusedLogprobs.apply(z, labels, None, 0.7),
-        "chunks": lambda z: logprobs._VocabParallelLogprobs.apply(z, labels, None, True, 0.7),
-        "exact": lambda z: logprobs._ExactLogprobs.apply(z, labels, True, 0.7),
-    }
-    for name, way in ways.items():
-        for _ in range(3):
-            leaf = logits.detach().requires_grad_()
-            times = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
-            times[0].record()
-            values, entropy = way(leaf)
-            times[1].record()
-            (values.sum() + 0.1 * entropy.sum()).backward()
-            times[2].record()
-            torch.cuda.synchronize()
-        assert leaf.grad is not None
-        made[name] = [values.detach(), entropy.detach(), leaf.grad.float()]
-        found[f"{name} ms"] = [times[0].elapsed_time(times[1]), times[1].elapsed_time(times[2])]
-    for name in ("kernel", "exact"):
-        found[f"{name} apart"] = [float((a - b).abs().max()) for a, b in zip(made[name][:2], made["chunks"][:2])]
-        found[f"{name} gradient"] = float((made[name][2] - made["chunks"][2]).norm() / made["chunks"][2].norm())
-    probe.put("kernels", found)
-
-
 def _stop() -> None:
     import gc
 
@@ -283,22 +250,10 @@ def gradients(probe: Probe) -> None:
 
 
 def step(probe: Probe) -> None:
-    from fp8slurm.trainer import logprobs
-
-    class Chunked:
-        """Log-probabilities as they are computed without a GPU."""
-
-        @staticmethod
-        def apply(logits: torch.Tensor, labels: torch.Tensor, group: Any, temperature: float) -> Any:
-            return logprobs._VocabParallelLogprobs.apply(logits, labels, group, False, temperature)
-
     batches = _random_batches(probe, 16384, 1024)
     for name, how in (("exact", {"exact": True}), ("fp8", {}), ("bf16", {"backend": "off"})):
         trainer = probe.trainer(recompute="full", **how)
         probe.put(f"step/{name}", _seconds(trainer, batches) | {"kernels": _kernels(trainer, batches)})
-        if name != "exact":
-            with patch.object(logprobs, "_FusedLogprobs", Chunked):
-                probe.put(f"step/{name}, log-probabilities in chunks", _seconds(trainer, batches))
         del trainer
         _stop()
 
@@ -365,14 +320,7 @@ def engine(probe: Probe) -> None:
         )
 
 
-PARTS = {
-    "kernels": kernels,
-    "bits": bits,
-    "gradients": gradients,
-    "step": step,
-    "engine": engine,
-    "model": lambda probe: None,
-}
+PARTS = {"bits": bits, "gradients": gradients, "step": step, "engine": engine, "model": lambda probe: None}
 
 
 def main() -> None:
@@ -391,8 +339,6 @@ def main() -> None:
         for part in args.parts:
             if part in ("gradients", "step"):
                 probe.stop_engines()
-            elif part == "kernels" and "bits" in args.parts:
-                probe.begin("exact")  # it compiles meanwhile
             PARTS[part](probe)
     finally:
         probe.stop_engines()

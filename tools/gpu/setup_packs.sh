@@ -52,6 +52,7 @@ _packs_link() {  # libraries of CUDA that torch looks for beside itself
 }
 
 mkdir -p "$GPU_SITE/site/nvidia"
+[ -e "$GPU_SITE/began" ] || date +%s > "$GPU_SITE/began"  # visit.py says what setting up has taken
 _packs_unpack "$(dirname "${BASH_SOURCE[0]}" | sed 's/[0-9]*$//')" && _packs_link || echo "packs: FAILED" >&2
 
 export PYTHONPATH=$GPU_SITE/site:$PWD PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1

@@ -22,6 +22,7 @@ usage: visit.py WORK OUT [--seconds 550] PART...
     exact-0.6b, exact-4b   RL steps of these shapes
     0.6b         RL steps of Qwen3-0.6B's shape on one GPU in FP8, on the next in BF16: is the plan right for another model?
     4b-one, 4b-one-bf16   RL steps of the 4B on one GPU, samples of 256 tokens, three records
+    4b-one-always   4b-one with the separate log-probability pass: its seconds, and (ratio/kl) how far it is from the step's own
     model-4b     the 4B's folders, made beside other jobs
     rollout      tokens/s of the 4B at batch 1, 32, 256: FP8 and BF16 with FlashAttention 3, FP8 with Triton's attention, in turns
     update       weight updates of the 4B over CUDA IPC, ours and the way of others, in turns
@@ -33,6 +34,9 @@ usage: visit.py WORK OUT [--seconds 550] PART...
 
 Models and recipes are made in WORK. OUT gets every run's records, errors and the ends of its logs, what each job said, and
 results.json. A job that does not fit at the moment waits for those before it.
+
+Seconds that parts took on one H200 with 16 cores, nothing compiled before (2026-11-30): tiny 285, rollout 150, seeds 160 (beside small-0), moe-train
+more than 105, 4b-one more than 160, small-0 more than 175 beside seeds.
 """
 
 from __future__ import annotations
@@ -343,8 +347,8 @@ def four_b(v: Visit, precision: str = "fp8-fp8", split: bool = False, name: str 
         v.jobs.append(Job("4b-export", ["bash", "-c", wait], 1, 0.0))
 
 
-def four_b_one(v: Visit, precision: str, name: str) -> None:
-    four_b(v, precision, name=name, gpus=1, until=2, rollout={"max_tokens": 256}, run={"steps": 3})
+def four_b_one(v: Visit, precision: str, name: str, **more: dict[str, Any]) -> None:
+    four_b(v, precision, name=name, gpus=1, until=2, rollout={"max_tokens": 256}, run={"steps": 3}, **more)
 
 
 def model_4b(v: Visit) -> None:
@@ -435,6 +439,7 @@ PARTS: dict[str, Callable[[Visit], None]] = {
     "exact-0.6b": lambda v: exact_steps(v, "Qwen3-0.6B", 0.3), "exact-4b": lambda v: exact_steps(v, "Qwen3-4B", 0.9),
     "small-0": lambda v: small(v, (0,)), "small-1": lambda v: small(v, (1,)), "small-2": lambda v: small(v, (2,)),
     "4b-one": lambda v: four_b_one(v, "fp8-fp8", "4b-one"), "4b-one-bf16": lambda v: four_b_one(v, "bf16-bf16", "4b-one-bf16"),
+    "4b-one-always": lambda v: four_b_one(v, "fp8-fp8", "4b-one-always", train={"recompute_logprobs": "always"}),
     "model-4b": model_4b, "rollout": rollout, "update": update, "moe-train": moe_train, "seeds": seeds, "grouped": grouped, "doctor": doctor,
 }  # fmt: skip
 
@@ -563,6 +568,16 @@ def collect(v: Visit) -> None:
     (v.out / "results.json").write_text(json.dumps(rows, indent=1))
 
 
+def setup_seconds(site: Path) -> int | None:
+    """From the first pack's arrival (setup_packs.sh) to the first visit on this machine; None without packs."""
+    if not (site / "began").exists():
+        return None
+    took = site / "setup_seconds"
+    if not took.exists():
+        took.write_text(str(int(time.time()) - int((site / "began").read_text())))
+    return int(took.read_text())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path)
@@ -577,6 +592,10 @@ def main() -> None:
     v = Visit(args.work.resolve(), args.out.resolve(), torch.cuda.device_count())
     names = [torch.cuda.get_device_name(i) for i in range(v.gpus)]
     print(f"{v.gpus} GPUs: {', '.join(sorted(set(names)))}; torch {torch.__version__}", flush=True)
+    setup_s = setup_seconds(Path(os.environ.get("GPU_SITE", "/opt/fp8slurm-gpu")))
+    if setup_s is not None:
+        print(f"setting up took {setup_s} s from the first pack on", flush=True)
+        (v.out / "setup.json").write_text(json.dumps({"seconds": setup_s}))
     v.tiny()
     for part in args.parts:
         PARTS[part](v)

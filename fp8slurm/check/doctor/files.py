@@ -98,7 +98,7 @@ def paths(config: RunConfig) -> list[tuple[str, Path]]:
         section, name = key.split(".")
         if values[section][name] is not None:
             out.append((f"--{key.replace('_', '-')}", Path(values[section][name])))
-    return out
+    return out + [(f"--data.sources {name}.file", source.file) for name, source in config.data.sources.items()]
 
 
 def digest(path: Path) -> str:

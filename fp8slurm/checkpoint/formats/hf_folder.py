@@ -16,12 +16,13 @@ log = logging.getLogger(__name__)
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+LONGEST_NAME = 256
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt", ".distcp")
 
 
 def natural(name: str) -> list[tuple[int, int, str]]:
     """Sort key that puts layers.2 before layers.10."""
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name)]
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", name)]
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -37,7 +38,8 @@ def _read_index(folder: Path) -> tuple[dict[str, str], Any]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise BadCheckpoint(f"{path}: no weight_map")
     for name, file in weight_map.items():
-        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+        fits = isinstance(file, str) and Path(file).name == file and len(file) < LONGEST_NAME
+        if not fits or not file.endswith(".safetensors"):
             raise BadCheckpoint(f"{path}: {name} lies in {file!r}, which is no safetensors file of this folder")
     metadata = index.get("metadata", {})
     return weight_map, metadata.get("total_size") if isinstance(metadata, dict) else None

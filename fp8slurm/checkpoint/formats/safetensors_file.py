@@ -35,6 +35,7 @@ DTYPES = {
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 MAX_HEADER_BYTES = 100_000_000
 MAX_DIMENSIONS = 16
+MAX_NAME = 1000
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,14 @@ def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return unique
 
 
+def _is_text(value: Any) -> bool:
+    """JSON can write half of a character (\\ud83d), which the safetensors library refuses."""
+    return isinstance(value, str) and not any("\ud800" <= c <= "\udfff" for c in value)
+
+
 def _parse_entry(name: str, entry: Any) -> tuple[TensorInfo, int, int]:
+    if len(name) > MAX_NAME or not _is_text(name):
+        raise BadCheckpoint(f"{name!r:.80} is no name of at most {MAX_NAME} characters")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise BadCheckpoint(f"{name}: the entry must have dtype, shape and data_offsets, and nothing else")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -108,7 +116,7 @@ def _parse(raw: bytes) -> tuple[list[tuple[TensorInfo, int, int]], dict[str, str
     if not isinstance(header, dict):
         raise BadCheckpoint("the header is no JSON object")
     metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+    if not isinstance(metadata, dict) or not all(map(_is_text, [*metadata, *metadata.values()])):
         raise BadCheckpoint("__metadata__ must map text to text")
     return [_parse_entry(name, entry) for name, entry in header.items()], metadata
 

@@ -285,11 +285,11 @@ class TorchDistReader:
                 record = archive.getinfo(f"{pickled.removesuffix('data.pkl')}data/{number}")
             header = bytearray(30)
             self._files.read_into(chunk.path, chunk.offset + record.header_offset, memoryview(header))
-        except OSError:
-            raise
         except BadCheckpoint as error:
             raise BadCheckpoint(f"{chunk.path}: {tensor.key}: {error}") from None
         except Exception as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise  # the file system's; one without a number is of an impossible place in the archive
             raise BadCheckpoint(f"{chunk.path}: {tensor.key} is damaged: {type(error).__name__}") from None
         contiguous = torch.empty(chunk.sizes, device="meta").stride()
         itemsize = tensor.dtype.itemsize

@@ -87,7 +87,7 @@ def _finish_before_release() -> None:
     """Unmap memory when the GPU is done with it: a scheduler without requests may have queued work that is not
     finished.
 
-    SGLang (0.5.16 to 0.5.21) waits for the GPU only afterwards; by then its last batch may have died of an illegal
+    SGLang (0.5.16 to 0.5.23) waits for the GPU only afterwards; by then its last batch may have died of an illegal
     access."""
     import torch
     from sglang.srt.utils.torch_memory_saver_adapter import _TorchMemorySaverAdapterReal as Adapter
