@@ -9,7 +9,10 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from tiny_runs import TIMEOUT_S, TinyRuns
+import torch
+from tiny_runs import TIMEOUT_S, TinyRuns, weights
+
+from fp8slurm.observe.metrics import read_metrics, without_times
 
 ERRORS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOSPC, errno.EAGAIN)
 
@@ -77,3 +80,16 @@ def run_through(runs: TinyRuns, name: str, environment: dict[str, str], starts: 
         assert status == 1 and not is_permanent(newest), said[-1]
         assert "Traceback (most recent call last)" not in said[-1].partition("the run failed")[0], said[-1]
         assert len(said) < starts, "\n".join(said)
+
+
+def check_same(run: Path, reference: Path, folder: Path) -> None:
+    """The same records (times and failed saves left out), and weights equal in every byte; `folder` for the exports."""
+
+    def records(path: Path) -> list[dict[str, object]]:
+        return [{k: v for k, v in without_times(r).items() if k != "checkpoint/failed"} for r in read_metrics(path)]
+
+    assert records(run) == records(reference)
+    got, want = weights(run, folder / "got"), weights(reference, folder / "want")
+    assert got.keys() == want.keys()
+    differ = [name for name in want if not torch.equal(got[name].view(torch.uint8), want[name].view(torch.uint8))]
+    assert not differ, differ

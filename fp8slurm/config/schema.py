@@ -454,7 +454,7 @@ class SyncSection(Section):
     """Compare a digest of the bytes in the engine with what was sent: never, after the first two updates, after all."""
     pause_mode: Literal["retract", "abort", "in_place"] = "retract"
     """What an update does to running requests: back to the queue (they go on under the new weights), end now, or go on
-    with the old weights' KV cache. (While rollouts do not run ahead of the trainer, none runs then.)"""
+    with the old weights' KV cache. (No request runs then today: rollouts one step ahead are waited for.)"""
     transport: Literal["auto", "gloo", "cuda-ipc", "nccl", "shared-memory", "gloo-direct"] = "auto"
     """How weights reach the engines: through the host (gloo), mapped on the GPU that trainer and engine share
     (cuda-ipc), or broadcast from GPU to GPU where each have their own (nccl). shared-memory and gloo-direct stand in

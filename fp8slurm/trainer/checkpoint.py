@@ -16,6 +16,7 @@ import io
 import json
 import queue
 import random
+import sys
 import weakref
 import zlib
 from collections.abc import Callable, Iterator
@@ -214,10 +215,17 @@ def _restrict_torch() -> None:
 
 def _check_object(name: str, saved: io.BytesIO) -> None:
     try:
-        torch.load(saved, weights_only=True)
+        with torch.serialization.safe_globals(_optimizers()):
+            torch.load(saved, weights_only=True)
     except Exception as error:  # a damaged pickle raises anything
         raise BadCheckpoint(f"{name} is no data that can be read: {error}") from None
     saved.seek(0)
+
+
+def _optimizers() -> list[Any]:
+    """Classes that Megatron saves with optim.cpu_offload: which optimizer steps on the host, and which on the GPU."""
+    engine = sys.modules.get("transformer_engine.pytorch.optimizers")
+    return [torch.optim.AdamW, torch.optim.Adam, *([engine.FusedAdam] if engine is not None else [])]
 
 
 def _load(trainer: Trainer, path: Path) -> bool:

@@ -12,8 +12,8 @@ pytestmark = pytest.mark.slow
 
 def test_a_running_job_writes_its_next_step(tiny_runs) -> None:
     runs = tiny_runs(
-        16, "--observe.no-plot", "--observe.no-tensorboard", data__eval=None, run__steps=4, sft__max_steps=2,
-        sft__batch_size=64, rollout__prompts_per_step=6, rollout__n_samples=4, rollout__max_replacements=0,
+        16, "--rollout.no-drop-no-signal", "--observe.no-plot", "--observe.no-tensorboard", data__eval=None,
+        run__steps=4, sft__max_steps=14, rollout__truncated="keep", sft__batch_size=64, rollout__prompts_per_step=6, rollout__n_samples=4, rollout__max_replacements=0,
         checkpoint__every=10, eval__every=0,
     )  # fmt: skip
     process = runs.start("traced")

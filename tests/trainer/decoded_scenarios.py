@@ -43,7 +43,7 @@ def packed(trainer: Trainer, groups: list[SampleGroup], temperature: float, toke
 
 def compared(trainer: Trainer, groups: list[SampleGroup], batches: list[PackedBatch]) -> str:
     """What the check of a run says of these batches, "" if it passes."""
-    recompute(trainer, batches, with_reference=False)
+    recompute(trainer, batches)
     try:
         check_equal(trainer, batches, groups, 3)
     except ImpossibleGap as error:

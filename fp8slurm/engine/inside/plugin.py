@@ -26,6 +26,7 @@ def apply() -> None:
     _finish_loads()
     _finish_before_release()
     _clear_padding_after_waking()
+    _load_block_scales()
     _record_loads()
 
 
@@ -111,6 +112,16 @@ def _clear_padding_after_waking() -> None:
         if self.memory_saver_adapter.enabled and (not recv_req.tags or "kv_cache" in recv_req.tags):
             self.scheduler.req_to_token_pool.req_to_token.zero_()
         return result
+
+
+def _load_block_scales() -> None:
+    """SGLang's Llama (0.5.21) looks for a block's scales under another name, warns that there is none, and serves
+    without them; its Qwen2 has the same parameters and finds them."""
+    from sglang.srt.models.llama import LlamaForCausalLM
+    from sglang.srt.models.qwen2 import Qwen2ForCausalLM
+
+    if hasattr(LlamaForCausalLM, "_legacy_load_weights"):  # versions before it have not been looked at
+        patch(LlamaForCausalLM, "_legacy_load_weights", Qwen2ForCausalLM._legacy_load_weights)
 
 
 def _record_loads() -> None:
