@@ -6,7 +6,8 @@ import importlib
 import inspect
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from fp8slurm.core.errors import InputError
@@ -48,3 +49,14 @@ def load_user_function(name: str, flag: str, *arguments: str) -> Callable[..., A
         wanted = ", ".join(arguments)
         raise InputError(f"{flag} {name} is called as {function_name}({wanted}): {error}") from None
     return function
+
+
+@contextmanager
+def tried(what: str, on: str) -> Iterator[None]:
+    """A call of a user's function on something made up, before a run depends on it. InputError: it raises."""
+    try:
+        yield
+    except (InputError, OSError):
+        raise
+    except Exception as error:  # whatever the user's function raises
+        raise InputError(f"{what} fails on {on}: {type(error).__name__}: {error}") from error

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from fp8slurm.config.schema import AlgorithmSection
 from fp8slurm.core.errors import InputError
 from fp8slurm.core.types import Prompt, Sample, SampleGroup
-from fp8slurm.core.user_code import is_user_function, load_user_function
+from fp8slurm.core.user_code import is_user_function, load_user_function, tried
 
 STD_EPSILON = 1e-6
 FLAG = "--algorithm.advantage"
@@ -86,15 +86,8 @@ def try_advantages(algorithm: AlgorithmSection) -> None:
         return
     function = advantages_of(algorithm)
     samples = [Sample([3, 4], [-1.0, -0.5], [0, 0], "stop", "x", reward) for reward in (0.0, 1.0, 0.5)]
-    try:
+    with tried(f"{FLAG} {algorithm.advantage}", "two made-up groups of 2 and 1 samples"):
         function([SampleGroup(Prompt(0, (1, 2), "x"), samples[:2]), SampleGroup(Prompt(1, (1,), "y"), samples[2:])])
-    except (InputError, OSError):
-        raise
-    except Exception as error:  # whatever the user's function raises
-        raise InputError(
-            f"{FLAG} {algorithm.advantage} fails on two made-up groups of 2 and 1 samples: "
-            f"{type(error).__name__}: {error}"
-        ) from error
 
 
 def _of_trained(groups: list[SampleGroup], algorithm: AlgorithmSection) -> list[list[float]]:

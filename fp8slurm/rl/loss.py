@@ -14,7 +14,7 @@ from torch import Tensor
 from fp8slurm.config.schema import AlgorithmSection
 from fp8slurm.core.errors import InputError
 from fp8slurm.core.types import PackedBatch
-from fp8slurm.core.user_code import is_user_function, load_user_function
+from fp8slurm.core.user_code import is_user_function, load_user_function, tried
 from fp8slurm.rl.objectives import LOSSES, Loss, LossInput, Metrics
 
 LossFn = Callable[[Tensor, Tensor | None, PackedBatch], tuple[Tensor, Metrics]]
@@ -89,16 +89,9 @@ def try_loss(algorithm: AlgorithmSection) -> None:
     )  # fmt: skip
     logprobs = numbers.clone().requires_grad_()
     loss = loss_of(algorithm)
-    try:
+    with tried(f"{FLAG} {algorithm.loss}", "a made-up micro-batch of 2 sequences and 8 tokens"):
         values, _ = loss(LossInput.of(logprobs, batch, algorithm))
         values.sum().backward()
-    except (InputError, OSError):
-        raise
-    except Exception as error:  # whatever the user's function raises
-        raise InputError(
-            f"{FLAG} {algorithm.loss} fails on a made-up micro-batch of 2 sequences and 8 tokens: "
-            f"{type(error).__name__}: {error}"
-        ) from error
     if logprobs.grad is None or not torch.isfinite(logprobs.grad).all():
         raise InputError(f"{FLAG} {algorithm.loss}: on a made-up micro-batch its gradient to logprobs is not finite")
 
