@@ -47,7 +47,8 @@ def read_names() -> dict[str, set[str]]:
     """By name: how it is read (get, wait, check)."""
     found: dict[str, set[str]] = {}
     for path in sorted(PACKAGE.rglob("*.py")):
-        if str(path.relative_to(PACKAGE)) == CONNECTION or "check" in path.parts:  # the doctor has a store of its own
+        inside = path.relative_to(PACKAGE)
+        if str(inside) == CONNECTION or "check" in inside.parts:  # the doctor has a store of its own
             continue
         tree = ast.parse(path.read_text())
         assigned: dict[str, list[ast.expr]] = {}
@@ -91,11 +92,17 @@ def stores(tmp_path):
     return SignedStore(plain, read_key(tmp_path / "store.json")), stranger
 
 
+def arrived(stranger, name: str) -> None:
+    """Return when the store has what this connection wrote: set() does not wait for an answer."""
+    assert stranger.check([name])
+
+
 @pytest.mark.parametrize("name", sorted(NAMES))
 def test_no_name_is_taken_from_a_stranger(stores, name):
     mine, stranger = stores
     for number, forge in enumerate((stranger.set, SignedStore(stranger, new_key()).set)):
         forge(name, "1")
+        arrived(stranger, name)
         for how in sorted(NAMES[name]):
             with pytest.raises(ForgedError, match="was not written by this run"):
                 getattr(mine, how)(name if how == "get" else [name])
@@ -117,6 +124,7 @@ def test_a_stranger_does_not_stop_a_run(stores):
     boundary = StepBoundary(mine, True, policy, saver, StepTimes())
     boundary.cross()
     stranger.set("noticed", "")
+    arrived(stranger, "noticed")
     with pytest.raises(ForgedError, match="noticed"):
         boundary.cross()
     mine.set("noticed", "")  # another rank's
@@ -147,9 +155,11 @@ def test_a_stranger_keeps_no_hung_job_alive(stores, monkeypatch):
     assert looks(2) == "enough" and len(beats) == 2
     for value in kept * 3:
         stranger.set("progress/0", value)
+        arrived(stranger, "progress/0")
         assert looks(1) == "enough"
     assert len(beats) == 2
     stranger.set("progress/0", "1000")
+    arrived(stranger, "progress/0")
     with pytest.raises(ForgedError, match="progress/0"):
         looks(1)
 
