@@ -140,8 +140,7 @@ def _train_here(config: RunConfig) -> int:
     patiently(lambda: run.check_free(holder))
     patiently(lambda: check_configuration(config, run))
     if patiently(lambda: finished(config, run, verify=True)):  # what it was made with stays in its config.json
-        print(_is_finished(config))
-        return 0
+        return _is_finished(config)
     run = open_run(config)
     try:
         display, watch = _display(config)
@@ -162,7 +161,7 @@ def _train_under_slurm(config: RunConfig) -> int:
 
     job_id = _submit(config, "train")
     if job_id is None:
-        return 0
+        return _is_finished(config)
     display, watch = _display(config)
     try:
         with display:
@@ -176,12 +175,16 @@ def _train_under_slurm(config: RunConfig) -> int:
     return _draw(config)
 
 
-def _is_finished(config: RunConfig) -> str:
+def _is_finished(config: RunConfig) -> int:
+    """Say that there is nothing to do; 0. InputError: the settings ask for something else than was made."""
     from fp8slurm.run.directory import RunDirectory, rl_step
+    from fp8slurm.slurm.attempt import refuse_vain_changes
 
-    path = config.run.root / config.run.name
-    steps = rl_step(RunDirectory(path).newest_checkpoint())
-    return f"{path} is finished: {steps} steps (--run.steps more of them to go on, --run.name for another run)"
+    run = RunDirectory(config.run.root / config.run.name)
+    steps = rl_step(run.newest_checkpoint())
+    print(f"{run.path} is finished: {steps} steps (--run.steps more of them to go on, --run.name for another run)")
+    patiently(lambda: refuse_vain_changes(config, run))
+    return 0
 
 
 def _draw(config: RunConfig) -> int:
@@ -203,9 +206,7 @@ def _submit(config: RunConfig, command: str) -> str | None:
 
     _warn(command, check_cluster(config))
     job_id = submit(config)
-    if job_id is None:
-        print(_is_finished(config))
-    else:
+    if job_id is not None:
         folder = config.run.root / config.run.name
         print(
             f"job {job_id}: {config.run.name}, in {folder}; its log is {folder / SLURM_FOLDER / f'{job_id}_0_log.err'}"
@@ -227,8 +228,7 @@ def submit(argv: list[str]) -> int:
     if own.dry_run:
         return _dry_run(config, "submit")
     _check(config, "submit")
-    _submit(config, "submit")
-    return 0
+    return _is_finished(config) if _submit(config, "submit") is None else 0
 
 
 def worker(argv: list[str]) -> int:
@@ -248,8 +248,17 @@ def after(argv: list[str]) -> int:
 def convert(argv: list[str]) -> int:
     """`fp8slurm convert NAME IN OUT`."""
     from fp8slurm.checkpoint.converters.cli import main as convert_main
+    from fp8slurm.eval.checkpoints import pick_checkpoint
+    from fp8slurm.run.directory import RunDirectory, is_run
 
-    return convert_main(argv)
+    return convert_main(argv, lambda path: pick_checkpoint(RunDirectory(path), None)[0] if is_run(path) else None)
+
+
+def export(argv: list[str]) -> int:
+    """`fp8slurm export RUN [OUT] [--fp8]`."""
+    from fp8slurm.chain.export import main as export_main
+
+    return export_main(argv)
 
 
 def evaluate(argv: list[str]) -> int:
@@ -327,6 +336,7 @@ COMMANDS = {
     "report": (report, "a run as one HTML file, or as Markdown"),
     "eval": (evaluate, "accuracy of a checkpoint in FP8, BF16 or both"),
     "compare": (compare, "two evaluations of the same questions"),
+    "export": (export, "a run's checkpoint as a folder that transformers, vLLM and SGLang serve"),
     "convert": (convert, "checkpoints between Hugging Face, FP8 Hugging Face and torch_dist"),
     "worker": (worker, "in a job script of your own (sbatch/): one task, started by srun"),
     "after": (after, "in a job script of your own: its last line, requeues the job if its tasks died"),

@@ -1,1 +1,1 @@
-"""Convert, train, export and evaluate as one chain of Slurm jobs. Runs on a login node."""
+"""Convert, train, export and evaluate, each a command or all as one chain of Slurm jobs. Runs on a login node."""

@@ -2,13 +2,13 @@
 
     hf-to-torch-dist   HF folder        -> RUN/torch_dist              (Megatron's format, for other Megatron programs)
     hf-to-fp8          HF folder        -> RUN/engine_model            (what the engines load)
-    train              RUN/checkpoints/step_N, after both
-    torch-dist-to-hf   that checkpoint  -> RUN/export/step_N-hf
-    export-to-fp8      that             -> RUN/export/step_N-fp8
-    eval               that             -> RUN/eval/step_N-fp8
+    train              RUN/checkpoints/step_N, after hf-to-fp8
+    export-hf          that checkpoint  -> RUN/export/step_N-hf        (as fp8slurm export)
+    export-fp8         that checkpoint  -> RUN/export/step_N-fp8
+    eval               that FP8 folder  -> RUN/eval/step_N-fp8
 
-Every job starts with `afterok` on those before it and `--kill-on-invalid-dep=yes`: where one fails, Slurm cancels what
-waits for it, and what waits for that.
+Every job starts with `afterok` on those whose results it reads and `--kill-on-invalid-dep=yes`: where one fails, Slurm
+cancels what waits for it, and what waits for that.
 """
 
 from __future__ import annotations
@@ -20,9 +20,7 @@ from pathlib import Path
 
 from fp8slurm.config import RunConfig
 from fp8slurm.core.errors import InputError
-from fp8slurm.core.files import read_json
 from fp8slurm.core.processes import PACKAGE_ROOT
-from fp8slurm.models.spec import listed_modules
 from fp8slurm.run.directory import RunDirectory
 from fp8slurm.slurm.attempt import WAITING, last_checkpoint
 from fp8slurm.slurm.script import SAFE_PATH, gpus_per_node, task_python
@@ -82,24 +80,27 @@ def links(
     on_cpu = _with(on_cpu, parse_sbatch("--convert-sbatch", convert_sbatch))
     on_gpu = _with(_eval_directives(config), parse_sbatch("--eval-sbatch", eval_sbatch))
 
-    def convert(name: str, kind: str, source: Path, out: Path, after: tuple[str, ...], *flags: str) -> Link:
-        return Link(name, ("convert", kind, str(source), str(out), *flags), out, after, on_cpu)
+    def conversion(name: str, out: Path) -> Link:
+        return Link(name, ("convert", name, str(hf), str(out)), out, (), on_cpu)
 
-    chain = [convert("hf-to-torch-dist", "hf-to-torch-dist", hf, run / "torch_dist", ())]
-    if rollout is None:  # the rollout workers look for it here, and would make it themselves
-        chain.append(convert("hf-to-fp8", "hf-to-fp8", hf, run / "engine_model", ()))
-    chain.append(Link(TRAIN, (), checkpoint, tuple(x.name for x in chain), {}))
-    as_hf, as_fp8 = exported / f"{last}-hf", exported / f"{last}-fp8"
-    skip = _exclusions(rollout)
-    keep = ("--modules-to-not-convert", *skip) if skip else ()
-    chain += [
-        convert("torch-dist-to-hf", "torch-dist-to-hf", checkpoint, as_hf, (TRAIN,), f"--origin-hf-dir={hf}"),
-        convert("export-to-fp8", "hf-to-fp8", as_hf, as_fp8, ("torch-dist-to-hf",), *keep),
+    def export(name: str, form: str, *flags: str) -> Link:
+        out = exported / f"{last}-{form}"
+        return Link(name, ("export", str(run), str(out), f"--checkpoint={last}", *flags), out, (TRAIN,), on_cpu)
+
+    # The rollout workers look for the engine's checkpoint there, and would make it themselves.
+    engine_model = [conversion("hf-to-fp8", run / "engine_model")] if rollout is None else []
+    as_fp8 = export("export-fp8", "fp8", "--fp8")
+    chain = [
+        conversion("hf-to-torch-dist", run / "torch_dist"),
+        *engine_model,
+        Link(TRAIN, (), checkpoint, tuple(x.name for x in engine_model), {}),
+        export("export-hf", "hf"),
+        as_fp8,
         Link(
             "eval",
-            ("eval", f"--run={run}", f"--checkpoint={last}", f"--fp8-checkpoint={as_fp8}"),
+            ("eval", f"--run={run}", f"--checkpoint={last}", f"--fp8-checkpoint={as_fp8.output}"),
             run / "eval" / f"{last}-fp8" / "summary.json",
-            ("export-to-fp8",),
+            (as_fp8.name,),
             on_gpu,
         ),
     ]
@@ -189,14 +190,6 @@ def _eval_directives(config: RunConfig) -> dict[str, str]:
         directives["gpus-per-node"] = gpus
     memory = {key.replace("_", "-"): value for key, value in s.sbatch.items()} | ({"mem": s.memory} if s.memory else {})
     return directives | {key: str(memory[key]) for key in MEMORY if key in memory}
-
-
-def _exclusions(rollout: Path | None) -> tuple[str, ...]:
-    """Modules that the given rollout checkpoint keeps in high precision: the exported one keeps the same."""
-    if rollout is None:
-        return ()
-    quantization = read_json(rollout / "config.json").get("quantization_config")
-    return listed_modules(quantization, str(rollout / "config.json")) if isinstance(quantization, dict) else ()
 
 
 def dependency(job_ids: Sequence[str]) -> list[str]:

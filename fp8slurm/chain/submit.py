@@ -20,7 +20,7 @@ from fp8slurm.run.directory import RunDirectory
 from fp8slurm.run.status import Facts, size_damage
 from fp8slurm.scheduler.job import SlurmError, ask, environment_for_a_job, one_line, sbatch
 from fp8slurm.scheduler.queue import jobs, jobs_of_scripts
-from fp8slurm.slurm.attempt import finished, same_path
+from fp8slurm.slurm.attempt import finished, refuse_vain_changes, same_path
 
 LATE_S = 5.0
 """A controller that did not answer in time may take a job as much later than it answers again."""
@@ -66,6 +66,7 @@ def main(argv: list[str]) -> int:
         print(f"fp8slurm chain: warning: {warning}", file=sys.stderr)
     if all(p.done for p in planned):
         print(f"{run}: every job of the chain is done; the evaluation is {planned[-1].link.output}")
+        refuse_vain_changes(config, RunDirectory(run))
         return 0
     from fp8slurm.check.cluster import check_cluster
     from fp8slurm.check.doctor.quick import quick

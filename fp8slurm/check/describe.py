@@ -6,6 +6,7 @@ from fp8slurm.config import RunConfig
 from fp8slurm.config.placement import place
 from fp8slurm.models.precision import engine_in_fp8
 from fp8slurm.plan import make_plan
+from fp8slurm.plan.parameters import Layout
 from fp8slurm.plan.report import summary
 
 
@@ -16,7 +17,7 @@ def describe(config: RunConfig) -> str:
     """
     placement = place(config)
     p, r = config.parallel, config.rollout
-    data = placement.world_size // (p.tensor_parallel_size * p.pipeline_parallel_size)
+    layout = Layout.of(p, placement.world_size)
     trainer = (
         config.model.dtype
         if config.fp8.backend == "off"
@@ -25,7 +26,7 @@ def describe(config: RunConfig) -> str:
     lines = [
         f"tasks        {placement.nodes} node(s) x ({placement.ranks_per_node} ranks + 1 rollout worker), "
         f"executor {config.slurm.executor}",
-        f"layout       tensor {p.tensor_parallel_size} x pipeline {p.pipeline_parallel_size} x data {data}",
+        f"layout       {layout}",
         f"precision    trainer {trainer}, engine {'block FP8' if engine_in_fp8(config) else config.engine.dtype}",
         f"a step       {r.prompts_per_step} prompts x {r.n_samples} samples of at most {r.max_tokens} tokens, "
         f"{config.train.updates_per_step} update(s) of micro-batches of {config.train.tokens_per_micro_batch} tokens",

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from fp8slurm.config import RunConfig
 from fp8slurm.core.errors import InputError
+from fp8slurm.rewards.pool import GENERATE
 from fp8slurm.rl.advantages import advantages_of, try_advantages
 from fp8slurm.rl.loss import loss_of, try_loss
+from fp8slurm.sessions.runner import FLAG, load_generate
 
 
 def check_objective(config: RunConfig) -> None:
@@ -53,6 +55,17 @@ def check_objective(config: RunConfig) -> None:
         )
     try_loss(a)
     try_advantages(a)
+
+
+def check_generate(config: RunConfig) -> None:
+    """InputError: rollout.generate cannot be called, or other settings need it."""
+    if config.rollout.generate is not None:
+        load_generate(config.rollout.generate)
+        return
+    kinds = {"--reward.kind": config.reward.kind}
+    kinds |= {f"--data.sources {name}.reward": s.reward or "" for name, s in config.data.sources.items()}
+    for flag in (flag for flag, kind in kinds.items() if kind == GENERATE):
+        raise InputError(f"{flag} {GENERATE} without {FLAG}: nothing gives samples a reward; allowed: another kind")
 
 
 def check_teacher(config: RunConfig) -> None:

@@ -6,17 +6,21 @@ import importlib.util
 import math
 import shutil
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
+from fp8slurm.check.data import check_data
 from fp8slurm.check.dry_run import Refusal
-from fp8slurm.check.objective import check_objective, check_teacher
+from fp8slurm.check.objective import check_generate, check_objective, check_teacher
+from fp8slurm.check.values import unmeant, unusual
+from fp8slurm.checkpoint.contents import check_weights
 from fp8slurm.config import RunConfig
 from fp8slurm.config.derived import transport_of
+from fp8slurm.config.load import build
 from fp8slurm.config.placement import place
 from fp8slurm.core.errors import InputError
-from fp8slurm.core.types import Prompt
+from fp8slurm.core.files import read_json
+from fp8slurm.engine.arguments import check_extra_arguments
 from fp8slurm.fp8.environment import set_fp32_scales
 from fp8slurm.models.engine_layout import check_engine_layout
 from fp8slurm.models.exact import check_exact
@@ -35,8 +39,6 @@ OURS = frozenset(
     "cpus-per-task gpus-per-node mem output error job-name".split()
 )
 """Options of sbatch that have a setting of their own, or follow from others."""
-ROWS_CHECKED = 20_000
-"""Rows of each data file that are read before a job is queued; the job itself reads all of them."""
 
 
 def preflight(config: RunConfig, dry_run: bool = False) -> list[str]:
@@ -73,16 +75,57 @@ def preflight(config: RunConfig, dry_run: bool = False) -> list[str]:
     check(check_exact, config, spec)
     check(_gpus, config)
     if not refusals:
-        check(_trainer_weights, config.model.hf_checkpoint, spec)
+        check(_weights, config, spec)
+    begun = _begun_with(config)
+    check(_meant, config, begun, warnings)
     paths = len(refusals)
     for path, flag, what in _data_files(config):
         check(_folder, path, flag, what)
     if len(refusals) == paths and (config.model.hf_checkpoint or Path()).is_dir():
-        check(_data, config, warnings)
+        check(check_data, config, begun, warnings)
         check(check_teacher, config)
+    if _packages_are_here(config):
+        check(_engine_arguments, config, warnings)
     if dry_run:  # a start looks itself, under the run's lock
         check(check_configuration, config, RunDirectory(config.run.root / config.run.name))
     return refusals + warnings + _warnings(config) + _room(config, spec)
+
+
+def _begun_with(config: RunConfig) -> RunConfig | None:
+    """The settings that the run was begun with; None: it has not begun."""
+    path = config.run.root / config.run.name / "config.json"
+    try:
+        return build(read_json(path), str(path)) if path.is_file() else None
+    except InputError:  # torn, a model's, or another version's; who looks at the run's folder says so
+        return None
+
+
+def _meant(config: RunConfig, begun: RunConfig | None, warnings: list[str]) -> None:
+    """Values that cannot be meant; the run goes on with those that it was begun with."""
+    before = unmeant(begun) if begun is not None else []
+    found = unmeant(config)
+    if new := [text for text in found if text not in before]:
+        raise InputError("\n".join(new))
+    warnings += found
+
+
+def _weights(config: RunConfig, spec: ModelSpec) -> None:
+    """What the trainer and a teacher's engine will look for in their folders, from the headers."""
+    assert config.model.hf_checkpoint is not None
+    check_weights(config.model.hf_checkpoint, spec, "--model.hf-checkpoint")
+    teacher = config.teacher.checkpoint
+    if teacher is not None and (teacher / "config.json").is_file():  # check_teacher says what else it needs
+        check_weights(teacher, ModelSpec.from_hf_dir(teacher), "--teacher.checkpoint")
+
+
+def _packages_are_here(config: RunConfig) -> bool:
+    """A job in a container has packages of its own: there ranks and engines look for themselves."""
+    return config.slurm.executor != "slurm" or config.slurm.container_image is None
+
+
+def _engine_arguments(config: RunConfig, warnings: list[str]) -> None:
+    if warning := check_extra_arguments(config.engine.extra_args):
+        warnings.append(warning)
 
 
 def _folder(path: Path | None, flag: str, what: str) -> Path:
@@ -155,9 +198,8 @@ def _fp8(config: RunConfig) -> None:
             "--fp8.param-gather with an engine in BF16: weight updates send the FP8 weights as they are; allowed: "
             "--fp8.engine fp8 (or an FP8 --model.rollout-checkpoint), or --fp8.no-param-gather"
         )
-    # A job in a container has packages of its own: there every rank looks for itself when it starts (trainer/start.py).
-    checkable = config.slurm.executor != "slurm" or config.slurm.container_image is None
-    if fp8.backend == "transformer_engine" and checkable and importlib.util.find_spec("transformer_engine") is None:
+    missing = importlib.util.find_spec("transformer_engine") is None
+    if fp8.backend == "transformer_engine" and missing and _packages_are_here(config):
         raise InputError(
             "--fp8.backend transformer_engine: it is not installed, and Megatron would ignore FP8 silently; "
             "install it (requirements/gpu.txt), or ask for --fp8.backend emulated (CPU) or --fp8.backend off (no FP8)"
@@ -255,6 +297,13 @@ def _lengths(config: RunConfig, spec: ModelSpec) -> None:
     room = e.context_length or spec.max_position_embeddings
     whose = f"{flag} {room}" if e.context_length else f"the model's {room} positions"
     prompt = config.data.max_prompt_tokens
+    context, longest = config.parallel.context_parallel_size, prompt + config.rollout.max_tokens
+    if context > 1 and 2 * context > longest:
+        raise InputError(
+            f"--parallel.context-parallel-size {context} cuts every sequence into {2 * context} pieces; the longest "
+            f"has {longest} tokens (--data.max-prompt-tokens {prompt}, --rollout.max-tokens "
+            f"{config.rollout.max_tokens}); allowed: at most {longest // 2}"
+        )
     for key, response in (("rollout", config.rollout.max_tokens), ("eval", config.eval.max_tokens)):
         if response is not None and prompt + response > room:
             raise InputError(
@@ -301,8 +350,8 @@ def _experts(config: RunConfig, spec: ModelSpec) -> None:
         for flag in (f for f, is_changed in changed.items() if is_changed):
             raise InputError(f"{flag}: the model has no experts; leave it out")
         return
-    if config.slurm.executor == "slurm" and config.slurm.container_image is not None:
-        return  # the container has packages of its own: the ranks and the engine look for themselves
+    if not _packages_are_here(config):
+        return
     check_dispatcher(config.moe.dispatcher, config.fp8.backend != "emulated", _installed("deep_ep", "."))
     if replay and not _installed("sglang", "srt/state_capturer/routed_experts.py"):
         raise InputError(
@@ -319,6 +368,7 @@ def _installed(package: str, file: str) -> bool:
 
 def _algorithm(config: RunConfig) -> None:
     check_objective(config)
+    check_generate(config)
     _one_ahead(config)
     if config.run.steps and config.rollout.temperature == 0:
         raise InputError("--rollout.temperature 0: greedy samples are equal; allowed: above 0 (evaluation has its own)")
@@ -366,73 +416,6 @@ def _data_files(config: RunConfig) -> list[tuple[Path | None, str, str]]:
     return files
 
 
-def _data(config: RunConfig, warnings: list[str]) -> None:
-    """The rows of the data files, which are there, and the tokens that end responses."""
-    from fp8slurm.data.prompts import load_prompts, load_sft, load_tokenizer
-    from fp8slurm.data.sources import cycle_of, training_sources
-    from fp8slurm.rewards.graders import label_error
-    from fp8slurm.rewards.pools import RewardPools
-
-    assert config.model.hf_checkpoint is not None
-    tokenizer = load_tokenizer(config.model.hf_checkpoint)
-    _end_tokens(config.model.hf_checkpoint, tokenizer, warnings)
-    prompts: dict[str, list[Prompt]] = {}
-    if config.run.steps:
-        sources = training_sources(config.data, config.reward.kind)
-        cycle_of([source.weight for source in sources])
-        prompts = {source.flag: source.load(tokenizer, label_error, ROWS_CHECKED) for source in sources}
-        RewardPools(config.reward, {source.name: source.reward for source in sources}, workers=1).close()
-    if config.data.eval is not None:
-        unanswerable = partial(label_error, config.reward.kind)
-        prompts["--data.eval"] = load_prompts(config.data, tokenizer, config.data.eval, ROWS_CHECKED, unanswerable)
-    warnings += _plain_prompts(prompts, tokenizer)
-    _eval_tasks(config, tokenizer)
-    if config.sft.data is not None:
-        load_sft(config.data, config.sft, tokenizer, config.sft.data, limit=ROWS_CHECKED)
-        if config.sft.eval_every and config.data.eval is None:
-            raise InputError(f"--sft.eval-every {config.sft.eval_every} needs --data.eval to evaluate on")
-    if not config.run.steps and config.sft.data is None:
-        raise InputError("--run.steps 0 without --sft.data: there is nothing to do")
-
-
-def _plain_prompts(prompts: dict[str, list[Prompt]], tokenizer: Any) -> list[str]:
-    """One warning for all text prompts: a model tuned to chat is asked as no user would ask it."""
-    plain = {flag: sum(isinstance(p.content, str) for p in found) for flag, found in prompts.items()}
-    if not tokenizer.chat_template or not any(plain.values()):
-        return []
-    shares = ", ".join(f"{n} of {len(prompts[flag])} of {flag}" for flag, n in plain.items() if n)
-    return [
-        f"prompts that are text ({shares}) are tokenized as they stand, without the tokenizer's chat template; "
-        f"messages, a list of objects with role and content, go through it"
-    ]
-
-
-def _end_tokens(folder: Path, tokenizer: Any, warnings: list[str]) -> None:
-    from fp8slurm.data.prompts import end_token_ids, unlisted_ends
-
-    end_token_ids(folder, tokenizer)
-    for token, why in unlisted_ends(folder, tokenizer).items():
-        warnings.append(
-            f"token {token} ({tokenizer.convert_ids_to_tokens(token)}) ends responses too: {why}, and eos_token_id of "
-            f"{folder}/generation_config.json and config.json leaves it out"
-        )
-
-
-def _eval_tasks(config: RunConfig, tokenizer: Any) -> None:
-    from fp8slurm.eval.questions import load_questions
-    from fp8slurm.eval.tasks import grader_section, run_tasks
-    from fp8slurm.rewards.pool import RewardPool
-
-    if config.eval.n_samples > 1 and config.eval.temperature == 0:
-        raise InputError(
-            f"--eval.n-samples {config.eval.n_samples} with --eval.temperature 0: greedy samples of a question "
-            f"are all the same; set a temperature, or --eval.n-samples 1"
-        )
-    for task in run_tasks(config) if config.eval.tasks else []:
-        load_questions(task, tokenizer, config.data, rows=ROWS_CHECKED)
-        RewardPool(grader_section(task, config.reward), workers=1).close()
-
-
 def _room(config: RunConfig, spec: ModelSpec) -> list[str]:
     """Whether run.root has room for the checkpoints that are kept, and for the one that is being written."""
     from fp8slurm.models.names import NameTable
@@ -454,6 +437,9 @@ def _idle_settings(config: RunConfig) -> list[str]:
     """Settings that do nothing beside the others."""
     a, o, r, c, steps = config.algorithm, config.optim, config.rollout, config.checkpoint, config.run.steps
     warnings = {
+        f"rollout.on_error {r.on_error} without rollout.generate: a response does not fail": (
+            r.generate is None and r.on_error != "error"
+        ),
         f"sft.max_steps {config.sft.max_steps} without sft.data: there is no supervised phase": (
             config.sft.data is None and config.sft.max_steps
         ),
@@ -491,7 +477,7 @@ def _time_to_work(config: RunConfig) -> list[str]:
 
 
 def _warnings(config: RunConfig) -> list[str]:
-    warnings = _idle_settings(config) + _time_to_work(config)
+    warnings = unusual(config) + _idle_settings(config) + _time_to_work(config)
     s = config.sft
     node_samples = -(-config.rollout.prompts_per_step // config.slurm.nodes) * config.rollout.n_samples
     samples = -(-node_samples // config.engine.per_node)

@@ -136,6 +136,8 @@ class ParallelSection(Section):
     """Ranks that share every layer's matrices."""
     pipeline_parallel_size: int = Field(1, ge=1)
     """Stages that share the layers."""
+    context_parallel_size: int = Field(1, ge=1)
+    """Ranks that share the tokens of every sequence; each gathers the others' keys and values (docs/context.md)."""
     expert_parallel_size: int = Field(1, ge=1)
     """Ranks that share the experts of a mixture-of-experts layer."""
     expert_tensor_parallel_size: int = Field(1, ge=1)
@@ -281,7 +283,7 @@ class RolloutSection(Section):
     n_samples: int = Field(8, ge=1)
     """Samples per prompt."""
     max_tokens: int = Field(1024, ge=1)
-    """Longest response in tokens."""
+    """Longest response in tokens; with rollout.generate what the model may say in all turns of a conversation."""
     temperature: float = Field(1.0, ge=0)
     """Sampling temperature."""
     top_p: float = Field(1.0, gt=0, le=1)
@@ -312,6 +314,13 @@ class RolloutSection(Section):
     max_gap: float | None = Field(None, ge=0)
     """Mean |trainer - engine| of a step's log-probabilities, in nats, above which the run ends before it trains on them
     (0: never). Left out: 0.5 with FP8 on either side, 0.3 in BF16, far above what any run of one policy has shown."""
+    generate: str | None = None
+    """A function of your own that holds the conversation about a prompt, with tools or in several turns:
+    module:function(session, prompt) -> samples (docs/agents.md). Left out: one response."""
+    on_error: Literal["error", "leave_out"] = "error"
+    """Where rollout.generate raises or takes too long: end the run, or leave the conversation out and count it."""
+    tool_timeout_s: float = Field(60.0, gt=0)
+    """Longest time that rollout.generate may take between two turns: an engine's work does not count."""
     save_every: int = Field(0, ge=0)
     """Steps between files rollouts/step_N.jsonl, with the trainer's log-probabilities for the report (0: none)."""
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import resource
+import signal
 import socket
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,20 @@ PACKAGE_ROOT = str(Path(__file__).parents[2])
 def python_path() -> str:
     """PYTHONPATH for a process that imports this package from where this one has it."""
     return os.pathsep.join(filter(None, (PACKAGE_ROOT, os.environ.get("PYTHONPATH"))))
+
+
+def limit_memory(mib: int) -> None:
+    """Limit this process's address space from now on, for it and what it starts; 0: no limit."""
+    if mib:
+        resource.setrlimit(resource.RLIMIT_AS, (mib << 20, mib << 20))
+
+
+def kill_group(process: subprocess.Popen[bytes]) -> None:
+    """End a child that was started in a session of its own, and whatever of that session it started, and reap it.
+
+    Before the child is reaped its id is its own. A process that has begun another session is not reached."""
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def process_start(pid: int) -> str | None:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 import torch
+
+NOT_GENERATED = -2
+"""In Sample.weight_versions: of a token that no model generated, such as a tool's output."""
 
 
 @dataclass(frozen=True)
@@ -30,18 +35,19 @@ class Prompt:
 
 @dataclass
 class Sample:
-    """One generated response. The per-token lists, loss_mask where it is one, are all as long as `response_ids`."""
+    """One generated response, or one branch of a conversation (rollout.generate): what the model said, and between it
+    what tools said. The per-token lists, loss_mask where it is one, are all as long as `response_ids`."""
 
     response_ids: list[int]
-    """Generated tokens, the end token included where there is one."""
+    """Tokens behind the prompt, in the order in which the engine has seen them; end tokens included."""
     logprobs: list[float]
-    """Log-probability of every generated token under the engine's weights at that moment (natural log)."""
+    """Log-probability of every generated token under the engine's weights at that moment (natural log); else 0."""
     weight_versions: list[int]
-    """Version of the weights that generated every token."""
+    """Version of the weights that generated every token, or NOT_GENERATED."""
     finish_reason: str
-    """"stop" (an end token), "length" (max_tokens reached) or "abort"."""
+    """"stop" (an end token), "length" (no room for more), "abort", or "error" (see `error`)."""
     text: str = ""
-    """The response decoded, end token left out."""
+    """The response decoded, end token left out; of a conversation what the model said last."""
     reward: float = 0.0
     """What the reward function returned."""
     routing: torch.Tensor | None = field(default=None, compare=False)
@@ -55,6 +61,27 @@ class Sample:
     """Which response tokens are trained on; None: all."""
     teacher_logprobs: list[float] | None = None
     """Log-probability of every generated token under the teacher (teacher.checkpoint), at temperature 1."""
+    prompt_ids: list[int] | None = None
+    """Tokens before `response_ids`, where they are not the group's prompt: of a branch of a conversation."""
+    rollout: int | None = None
+    """Number of its conversation in the group. Samples with the same number, which follow one another, are branches of
+    one: they have one reward, which the group's mean counts once. None: a response without turns."""
+    error: str = ""
+    """Why rollout.generate ended before its time. It stays with the rollout worker."""
+
+    def prompt_of(self, prompt: Prompt) -> Sequence[int]:
+        """The tokens before `response_ids`; `prompt`: the group's."""
+        return prompt.token_ids if self.prompt_ids is None else self.prompt_ids
+
+    @property
+    def turns(self) -> list[tuple[int, int]]:
+        """(first token, the one behind the last) of each run of generated tokens in `response_ids`."""
+        spans, at = [], 0
+        for generated, run in groupby(self.weight_versions, lambda version: version != NOT_GENERATED):
+            start, at = at, at + sum(1 for _ in run)
+            if generated:
+                spans.append((start, at))
+        return spans
 
     @property
     def trained_tokens(self) -> int:
@@ -70,6 +97,17 @@ class SampleGroup:
 
     prompt: Prompt
     samples: list[Sample] = field(default_factory=list)
+
+    @property
+    def rollouts(self) -> list[list[int]]:
+        """Numbers of the samples of each conversation; a sample without a `rollout` is one by itself."""
+        out: list[list[int]] = []
+        for i, sample in enumerate(self.samples):
+            if i and sample.rollout is not None and sample.rollout == self.samples[i - 1].rollout:
+                out[-1].append(i)
+            else:
+                out.append([i])
+        return out
 
 
 @dataclass

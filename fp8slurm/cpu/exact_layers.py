@@ -15,7 +15,7 @@ from torch.distributed import ProcessGroup
 
 from fp8slurm.cpu import exact
 from fp8slurm.cpu.fp8_linear import FP8ColumnParallelLinear, FP8RowParallelLinear, gather_sequence
-from fp8slurm.cpu.packed_attention import PackedDotProductAttention, rectangles
+from fp8slurm.cpu.packed_attention import PackedDotProductAttention
 from fp8slurm.cpu.rms_norm import RMSNorm
 from fp8slurm.fp8.quantize import quantize
 
@@ -84,25 +84,22 @@ class ExactRowParallelLinear(_ExactFP8, FP8RowParallelLinear):
 class ExactAttention(PackedDotProductAttention):
     """Causal attention inside every segment of a pack, with exact values."""
 
-    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """query [T, heads, d], key and value [T, groups, d] -> [T, heads * d]."""
-        packed = kwargs.get("packed_seq_params")
-        assert packed is not None, "exact attention is for packed sequences"
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, groups: Any) -> torch.Tensor:
+        """As PackedDotProductAttention's."""
 
         def values() -> torch.Tensor:
             out = query.new_zeros(query.shape)
-            for r in rectangles(packed.cu_seqlens_q):
+            for r in groups:
                 parts = []
-                for x in (query, key, value):
-                    laid_out = x.new_zeros((r.segments * r.length, *x.shape[1:]))
-                    laid_out[r.slots] = x[r.tokens]
-                    parts.append(laid_out.view(r.segments, r.length, *x.shape[1:]))
+                for x, grid in ((query, r.queries), (key, r.keys), (value, r.keys)):
+                    laid_out = x.new_zeros((r.segments * grid.length, *x.shape[1:]))
+                    laid_out[grid.slots] = x[grid.tokens]
+                    parts.append(laid_out.view(r.segments, grid.length, *x.shape[1:]))
                 q, k, v = parts
-                positions = torch.arange(r.length).expand(r.segments, -1)
-                out[r.tokens] = exact.attention(q, k, v, positions).flatten(0, 1)[r.slots]
+                out[r.queries.tokens] = exact.attention(q, k, v, r.query_positions).flatten(0, 1)[r.queries.slots]
             return out.flatten(1)
 
-        return with_gradient_of(lambda: super(ExactAttention, self).forward(query, key, value, *args, **kwargs), values)
+        return with_gradient_of(lambda: super(ExactAttention, self).attend(query, key, value, groups), values)
 
 
 class ExactRotary(RotaryEmbedding):

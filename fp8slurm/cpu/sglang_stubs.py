@@ -1,4 +1,4 @@
-"""What SGLang's import asks of a GPU machine: stand-ins for its kernels, for triton and for torchvision's operators.
+"""What SGLang's import asks of a GPU machine: stand-ins for its kernels, for triton and for torchvision.
 
 All of it lives in this process: no installed file is changed. `install` runs before sglang is imported, in every
 process of the server.
@@ -6,13 +6,12 @@ process of the server.
 
 from __future__ import annotations
 
+import enum
 import importlib.abc
 import importlib.machinery
-import importlib.util
 import os
 import sys
 import types
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,10 +33,11 @@ def install() -> None:
         return
     # answers `import sgl_kernel` (its wheel is for CUDA) and `import triton`: SGLang decorates its GPU kernels with it
     # at import time. A real triton is shadowed as well: without a driver it runs none of them, and is slow to import.
+    # torchvision is imported for pictures, which no model here has. The CPU set leaves it out: a wheel built for CUDA
+    # does not load beside a CPU build of torch, and transformers then imports no model.
     sys.meta_path.insert(0, _StubFinder())
-    note("sgl_kernel")
-    note("triton")
-    declare_torchvision_operators()
+    for name in ("sgl_kernel", *_PACKAGES):
+        note(name)
 
 
 class _StubClass:
@@ -70,7 +70,9 @@ class _StubModule(types.ModuleType):
         return lambda decorated: decorated
 
 
-_TRITON_NAMES: dict[str, dict[str, object]] = {
+_PACKAGES = ("triton", "torchvision")
+"""Packages any part of which can be imported."""
+_NAMES: dict[str, dict[str, object]] = {
     "triton": {
         "__version__": "3.0.0+stub",
         "cdiv": lambda a, b: -(-a // b),
@@ -81,8 +83,14 @@ _TRITON_NAMES: dict[str, dict[str, object]] = {
     },
     "triton.compiler.compiler": {"triton_key": lambda: "stub"},
     "triton.runtime.cache": {"triton_key": lambda: "stub"},
+    "torchvision": {"__version__": "0.28.0+stub"},
+    "torchvision.transforms": {
+        "InterpolationMode": enum.Enum(
+            "InterpolationMode", "NEAREST NEAREST_EXACT BOX BILINEAR HAMMING BICUBIC LANCZOS"
+        )
+    },
 }
-"""By module, the few names of triton that are called, not only decorated with, while SGLang and torch are imported."""
+"""By module, the few names that are used, not only decorated with, while SGLang and what it needs are imported."""
 
 
 class _Kernels(types.ModuleType):
@@ -109,7 +117,7 @@ class _StubFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
         if fullname == "sgl_kernel":
             return importlib.machinery.ModuleSpec(fullname, self)
-        if fullname.partition(".")[0] == "triton":
+        if fullname.partition(".")[0] in _PACKAGES:
             return importlib.machinery.ModuleSpec(fullname, self, is_package=True)
         return None
 
@@ -117,31 +125,4 @@ class _StubFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return _Kernels(spec.name) if spec.name == "sgl_kernel" else _StubModule(spec.name)
 
     def exec_module(self, module: types.ModuleType) -> None:
-        vars(module).update(_TRITON_NAMES.get(module.__name__, {}))
-
-
-_declared: list[torch.library.Library] = []  # a Library takes its operators along when it is collected
-
-
-def declare_torchvision_operators() -> None:
-    """Answers torchvision's import: it registers fake kernels for two operators of its C++ library.
-
-    A torchvision linked against CUDA does not load its library beside a CPU build of torch and then fails on them;
-    declaring the two is enough for it to import.
-    """
-    spec = importlib.util.find_spec("torchvision")
-    if spec is None or not spec.submodule_search_locations or _declared:
-        return
-    library = next(Path(spec.submodule_search_locations[0]).glob("_C*.so"), None)
-    try:
-        if library is not None:
-            torch.ops.load_library(str(library))
-            return
-    except OSError:
-        pass
-    fragment = torch.library.Library("torchvision", "FRAGMENT")
-    fragment.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    fragment.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    _declared.append(fragment)
-    note("torchvision.nms")
-    note("torchvision.qnms")
+        vars(module).update(_NAMES.get(module.__name__, {}))

@@ -58,21 +58,25 @@ class SftExample:
 
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of a local Hugging Face folder; InputError if there is none."""
-    import torch
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
-    from fp8slurm.cpu.sglang_stubs import declare_torchvision_operators
-
-    if not torch.cuda.is_available():
-        declare_torchvision_operators()  # transformers imports torchvision for some models' config, such as Llama's
     if not Path(folder).is_dir():
         raise TransientInputError(f"model folder {folder} does not exist (model.hf_checkpoint)")
     if (vocabulary := Path(folder) / "tokenizer.json").is_file():
         _check_numbers(vocabulary)
     try:
+        if (config := Path(folder) / "config.json").is_file():
+            AutoConfig.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise TransientInputError(
+            f"{config}: transformers refuses it, with which SGLang and the tokenizer read it: {_on_one_line(error)}"
+        ) from None
+    try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-        tokenizer.decode(tokenizer(["1"], add_special_tokens=False)["input_ids"][0])  # what is damaged may show in use
-        return tokenizer
+        tokens = tokenizer(["a 1"], add_special_tokens=False)["input_ids"][0]
+        tokenizer.decode(tokens)  # what is damaged may show in use
     except BaseException as error:  # damaged files raise anything, the library's own parser a BaseException
         # An OSError without a number is how transformers says that a file is missing.
         if isinstance(error, OSError) and error.errno is not None:
@@ -80,9 +84,20 @@ def load_tokenizer(folder: Path) -> Any:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise TransientInputError(
-            f"{folder}: no tokenizer that can be read (tokenizer.json, tokenizer_config.json): "
-            f"{type(error).__name__}: {error}"
+            f"{folder}: no tokenizer that can be read (tokenizer.json, tokenizer_config.json): {_on_one_line(error)}"
         ) from None
+    if not tokens:
+        gone = ", ".join(n for n in ("tokenizer.json", "tokenizer_config.json") if not (Path(folder) / n).is_file())
+        raise TransientInputError(
+            f"{folder}: its tokenizer has no vocabulary, and makes no token of 'a 1' "
+            f"({f'{gone} is not there' if gone else f'{vocabulary}: model.vocab is empty'}); allowed: the tokenizer's "
+            f"files of the model"
+        )
+    return tokenizer
+
+
+def _on_one_line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def _check_numbers(path: Path) -> None:
@@ -483,6 +498,40 @@ def prompt_content(row: dict, key: str) -> Content:
         if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
             raise BadRow(f"a message is an object with the texts role and content, not {reprlib.repr(message)}")
     return [{k: v for k, v in message.items() if v is not None} for message in prompt]
+
+
+@dataclass(frozen=True)
+class Doubts:
+    """What contradicts itself in prompts or questions, in words."""
+
+    unmeant: list[str]
+    """Nobody can have meant."""
+    unusual: list[str]
+    """Somebody may have meant."""
+
+
+def last_turns(prompts: Sequence[tuple[str, Content]]) -> Doubts:
+    """Prompts, each with the name of its place, whose messages do not end with a turn that asks for something."""
+    found: dict[str, list[str]] = {}
+    for where, content in prompts:
+        if isinstance(content, str):
+            continue
+        role = content[-1]["role"]
+        if role not in ("user", "tool"):
+            found.setdefault(f"end with a turn of {role!r}", []).append(where)
+        elif not content[-1]["content"].strip():
+            found.setdefault("end with an empty turn", []).append(where)
+    doubts = Doubts([], [])
+    for what, places in found.items():
+        text = f"{len(places)} of {len(prompts)} prompts {what} ({places[0]} first)"
+        if what == "end with a turn of 'assistant'":
+            doubts.unmeant.append(
+                f"{text}: the model would be asked for another answer behind it; allowed: a last turn of 'user' (in "
+                f"--sft.data the last turn is the response)"
+            )
+        else:
+            doubts.unusual.append(f"{text}, not with one of 'user'")
+    return doubts
 
 
 def render(content: Content, data: DataSection, tokenizer: Any) -> str:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Literal
 
+import aiohttp
 import numpy as np
 import requests
 
@@ -121,26 +122,40 @@ class EngineClient:
         )
         return [[entry[0] for entry in one["meta_info"]["input_token_logprobs"][1:]] for one in answer]
 
+    async def complete(self, http: aiohttp.ClientSession, request: GenerateRequest) -> Generation:
+        """`generate` of one request, from an asyncio loop; `http` is the loop's, for all clients."""
+        self._refuse_in_quarantine()
+        begun, headers = self.weight_version, {"Authorization": f"Bearer {self._api_key}"}
+        timeout = aiohttp.ClientTimeout(total=self.timeout_s)
+        url = self.url + "/generate"
+        try:
+            async with http.post(url, json=_body([request]), headers=headers, timeout=timeout) as response:
+                status, text = response.status, await response.text()
+        except TimeoutError as error:
+            raise EngineError(f"{url} did not answer within {self.timeout_s:g} s") from error
+        except aiohttp.ClientError as error:
+            raise EngineError(f"{url}: the connection broke: {error}") from error
+        _check_status("/generate", url, status, text, (200,))
+        (answer,) = json.loads(text)
+        return self._generation(answer, begun)
+
+    def abort_all(self) -> None:
+        """End all requests: they are answered with the tokens so far."""
+        self._post("/abort_request", {"rid": "", "abort_all": True})
+
     def _generate(self, batch: Sequence[GenerateRequest]) -> list[Generation]:
-        body = {
-            # a list of prompts is scheduled as one; one prompt with n > 1 is not
-            "input_ids": [list(request.token_ids) for request in batch],
-            "sampling_params": [_sampling_params(request) for request in batch],
-            "return_logprob": True,
-        }
-        if any(request.routing for request in batch):
-            body["return_routed_experts"] = True
         begun = self.weight_version
-        return [self._generation(one, begun) for one in self._post("/generate", body)]
+        return [self._generation(one, begun) for one in self._post("/generate", _body(batch))]
 
     def _generation(self, answer: dict[str, Any], begun: int) -> Generation:
         """begun: the version when the request was sent; stands in where the server does not stamp its tokens."""
         meta = answer["meta_info"]
-        logprobs = meta["output_token_logprobs"]
+        logprobs = meta.get("output_token_logprobs") or []  # none where a request was ended before it began
         ids = [entry[1] for entry in logprobs]
         versions = [begun] * len(ids)
         for span in meta.get("weight_versions") or ():
-            versions[span["start"] : span["end"]] = [_version(span["version"])] * (span["end"] - span["start"])
+            for i in range(span["start"], min(span["end"], len(ids))):
+                versions[i] = _version(span["version"])
         routing = meta.get("routed_experts")
         experts = None if routing is None else np.frombuffer(base64.b64decode(routing), dtype="<i4")
         return Generation(ids, [entry[0] for entry in logprobs], meta["finish_reason"]["type"], versions, experts)
@@ -273,11 +288,27 @@ class EngineClient:
             raise EngineError(f"{self.url}{path} did not answer within {timeout_s:g} s") from error
         except requests.exceptions.RequestException as error:
             raise EngineError(f"{self.url}{path}: the connection broke: {error}") from error
-        if response.status_code == 400 and path == "/generate":
-            raise TransientInputError(f"the engine refused a request: {response.text[:1000]}")
-        if response.status_code not in accept:
-            raise EngineError(f"{self.url}{path} answered {response.status_code}: {response.text[:1000]}")
+        _check_status(path, self.url + path, response.status_code, response.text, accept)
         return response
+
+
+def _check_status(path: str, url: str, status: int, text: str, accept: tuple[int, ...]) -> None:
+    if status == 400 and path == "/generate":
+        raise TransientInputError(f"the engine refused a request: {text[:1000]}")
+    if status not in accept:
+        raise EngineError(f"{url} answered {status}: {text[:1000]}")
+
+
+def _body(batch: Sequence[GenerateRequest]) -> dict[str, Any]:
+    body = {
+        # a list of prompts is scheduled as one; one prompt with n > 1 is not
+        "input_ids": [list(request.token_ids) for request in batch],
+        "sampling_params": [_sampling_params(request) for request in batch],
+        "return_logprob": True,
+    }
+    if any(request.routing for request in batch):
+        body["return_routed_experts"] = True
+    return body
 
 
 def _sampling_params(request: GenerateRequest) -> dict[str, Any]:

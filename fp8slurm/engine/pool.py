@@ -142,6 +142,8 @@ class EnginePool(Generic[M]):
         self.members, self.section, self.one_by_one = list(members), section, one_by_one
         self.on_progress, self.silent_s = on_progress, silent_s
         self.restarts = 0
+        self.control = threading.RLock()
+        """Held by who changes what engines run with: an update, or a restart beside requests (completions.py)."""
         self._lock = threading.Lock()
         self._stopped = threading.Event()
 
@@ -179,6 +181,10 @@ class EnginePool(Generic[M]):
         self._stopped.set()
         for engine in self.engines:
             engine.stop()
+
+    @property
+    def stopped(self) -> bool:
+        return self._stopped.is_set()
 
     def client(self, engine: Engine) -> EngineClient:
         return EngineClient(engine.url, engine.api_key, self.section.request_timeout_s)
@@ -233,7 +239,8 @@ class EnginePool(Generic[M]):
             try:
                 scores = member.client.score(sequences)
             except EngineError as error:
-                self.restart_failed({member: error})
+                with self.control:
+                    self.restart_failed({member: error})
             else:
                 member.done()
                 return scores
@@ -260,7 +267,7 @@ class EnginePool(Generic[M]):
             threading.Thread(target=self._drive, args=(m, queue, request, answered), name=m.title, daemon=True)
             for m in self.members
         ]
-        with self._watched():
+        with self.watched():
             for thread in threads:
                 thread.start()
             for thread in threads:
@@ -332,7 +339,7 @@ class EnginePool(Generic[M]):
     # -- progress ------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def _watched(self) -> Iterator[None]:
+    def watched(self) -> Iterator[None]:
         """While this is open progress is reported, and an engine without any is ended: its requests then fail."""
         over = threading.Event()
         watcher = threading.Thread(target=self._watch, args=(over,), name="engines-progress", daemon=True)

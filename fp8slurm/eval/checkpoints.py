@@ -70,9 +70,12 @@ def recognize(
         return _of_run(run.parent.parent, resolved.name, eval_dir)
     eval_dir = eval_dir or Path("runs/eval")
     if (path / "config.json").is_file():
+        from fp8slurm.checkpoint.contents import check_weights
         from fp8slurm.checkpoint.converters.convert_hf import is_fp8
         from fp8slurm.checkpoint.formats.hf_folder import open_hf
+        from fp8slurm.models.spec import ModelSpec
 
+        check_weights(path, ModelSpec.from_hf_dir(path), "--checkpoint")
         kind: Kind = "Hugging Face, block FP8" if is_fp8(open_hf(path)) else "Hugging Face"
         return Checkpoint(kind, path, resolved.name, eval_dir)
     if (path / ".metadata").is_file() or (path / "latest_checkpointed_iteration.txt").is_file():

@@ -9,7 +9,7 @@ import shlex
 import shutil
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,9 +19,10 @@ from fp8slurm.config.schema import DataSection, EngineSection, RewardSection
 from fp8slurm.config.template import from_words
 from fp8slurm.core.errors import InputError
 from fp8slurm.core.signals import ended_is_interrupted
+from fp8slurm.engine.arguments import check_extra_arguments
 from fp8slurm.eval.checkpoints import Checkpoint, Precision, prepare, recognize
 from fp8slurm.eval.flags import WORSE, check, engine_section, parser, tasks_of
-from fp8slurm.eval.questions import load_questions
+from fp8slurm.eval.questions import load_questions, task_doubts
 from fp8slurm.eval.records import Records, choose_folder
 from fp8slurm.eval.tasks import EvalTask
 
@@ -49,6 +50,8 @@ def main(argv: list[str]) -> int:
         print(checkpoint.describe(), flush=True)
     engine = engine_section(checkpoint.config, rest)
     tasks = tasks_of(args, checkpoint.config)
+    if warning := check_extra_arguments(engine.extra_args):
+        _warn([warning])
     plan = _Plan.make(args, checkpoint, tasks, engine)
     command = step_command(args.nodes, args.srun, argv) if starts_step else None
     if args.dry_run:
@@ -113,6 +116,19 @@ def _run_on_nodes(plan: _Plan, place: Place) -> int:
             rendezvous.remove()
 
 
+def _warn(texts: Sequence[str]) -> None:
+    for text in texts:
+        print(f"fp8slurm eval: warning: {text}", file=sys.stderr)
+
+
+def _meant(args: argparse.Namespace, unmeant: Mapping[str, Sequence[str]]) -> None:
+    """InputError: what the command line says cannot be meant. What a run says it was trained with: a warning."""
+    given = {"--chat-template-kwargs": args.chat_template_kwargs, "--tasks": args.tasks or args.data}
+    if wrong := [f"{flag} {text}" for flag, texts in unmeant.items() if given[flag] for text in texts]:
+        raise InputError("\n".join(wrong))
+    _warn([text for texts in unmeant.values() for text in texts])
+
+
 @dataclass(frozen=True)
 class _Plan:
     """A checked command, before anything is converted or started."""
@@ -126,6 +142,7 @@ class _Plan:
     def make(
         cls, args: argparse.Namespace, checkpoint: Checkpoint, tasks: list[EvalTask], section: EngineSection
     ) -> _Plan:
+        from fp8slurm.data.chat_template import unused_arguments
         from fp8slurm.data.prompts import end_token_ids, load_tokenizer
         from fp8slurm.engine.server import EngineSettings
         from fp8slurm.engine.settings import engine_settings
@@ -143,8 +160,16 @@ class _Plan:
         tokenizer = load_tokenizer(folder)
         more = config.rollout.stop_token_ids if config is not None else []
         questions, left_out = {}, {}
+        unmeant: dict[str, list[str]] = {"--chat-template-kwargs": [], "--tasks": []}
+        if unused := unused_arguments(tokenizer, data.chat_template_kwargs):
+            unmeant["--chat-template-kwargs"].append(unused)
         for task in tasks:
-            questions[task.name], left_out[task.name] = load_questions(task, tokenizer, data, args.limit)
+            found, left_out[task.name] = load_questions(task, tokenizer, data, args.limit)
+            questions[task.name] = found
+            doubts = task_doubts(task, found, None if args.limit else len(found) + left_out[task.name])
+            unmeant["--tasks"] += doubts.unmeant
+            _warn(doubts.unusual)
+        _meant(args, unmeant)
         seed = args.seed if args.seed is not None else config.run.seed if config is not None else 0
         settings = engine_settings(config) if config is not None else EngineSettings()
         deterministic = settings.deterministic or args.deterministic

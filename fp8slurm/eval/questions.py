@@ -17,17 +17,19 @@ from fp8slurm.data.prompts import (
     MISSING,
     WARNINGS,
     BadRow,
+    Doubts,
     check_template_arguments,
     check_tokens,
     encode,
     label_text,
+    last_turns,
     lookup,
     prompt_content,
     read_rows,
     render,
     whole_text,
 )
-from fp8slurm.eval.tasks import EvalTask
+from fp8slurm.eval.tasks import EvalTask, shipped
 from fp8slurm.rewards.graders import label_error
 
 log = logging.getLogger(__name__)
@@ -97,6 +99,33 @@ def load_questions(
     if long:
         log.warning("%s: %d questions left out, longer than %d tokens", task.data, long, data.max_prompt_tokens)
     return questions[:limit], bad + long
+
+
+def task_doubts(task: EvalTask, questions: list[Question], rows: int | None) -> Doubts:
+    """Whether a file is that of its task, and questions ask for something. rows: of the file; None: not all were read.
+
+    A shipped definition says what the labels of its task look like and how many questions it has: with other data its
+    name would stand beside a figure that is not its.
+    """
+    found = last_turns([(f"question {q.id}", q.content) for q in questions])
+    unmeant, unusual = ([f"{task.name}={task.data}: {text}" for text in of] for of in (found.unmeant, found.unusual))
+    if task.label_form is not None:
+        foreign = [q for q in questions if not re.fullmatch(task.label_form, q.label.strip())]
+        if foreign:
+            unmeant.append(
+                f"{task.name}={task.data}: question {foreign[0].id} has the label {foreign[0].label!r:.80}, which no "
+                f"question of {task.name} has ({len(foreign)} of {len(questions)} are such): the file is another "
+                f"task's; allowed: {task.name}'s questions, or a definition of your own (docs/eval.md)"
+            )
+    stem = task.file.stem.lower().replace("_", "-")
+    if task.name in shipped() and stem in shipped() and stem != task.name:
+        unmeant.append(f"{task.name}={task.data}: that is the name of another task; allowed: {stem}={task.data}")
+    if task.published_questions is not None and rows is not None and rows != task.published_questions:
+        unusual.append(
+            f"{task.name}={task.data}: {task.name} has {task.published_questions} questions, the file has {rows}: the "
+            f"accuracy is not {task.name}'s"
+        )
+    return Doubts(unmeant, unusual)
 
 
 def _question(task: EvalTask, row: dict, index: int, data: DataSection, tokenizer: Any) -> Question:

@@ -39,6 +39,10 @@ class EvalTask(Section):
     """Keys of the question's id; a row without one has the number of the row, from 0."""
     label_pattern: str | None = None
     """Regular expression; its last match's group 1 is the label. A label without a match stays as it is."""
+    label_form: str | None = Field(None, exclude=True)
+    """Regular expression that every label of the task fits as a whole; a file with another one is another task's."""
+    published_questions: int | None = Field(None, ge=1, exclude=True)
+    """Questions of the published task; another number in the file is said."""
     choices_keys: list[str] = []
     """Keys of a list of choices; the label is then a letter, or a number from 0."""
     choice_columns: list[str] = []
@@ -95,12 +99,13 @@ def _checked(values: Mapping[str, Any], origin: str) -> EvalTask:
     if not _NAME.fullmatch(task.name):
         raise InputError(f"{origin}: name {task.name!r} may hold letters, digits, '.', '_' and '-' only")
     check_kind(task.grader, f"{origin}: grader")
-    if task.label_pattern is not None:
+    for key in ("label_pattern", "label_form"):
+        pattern = getattr(task, key)
         try:
-            groups = re.compile(task.label_pattern).groups
+            groups = re.compile(pattern or "()").groups
         except re.error as error:
-            raise InputError(f"{origin}: label_pattern {task.label_pattern!r}: {error}") from None
-        if groups < 1:
+            raise InputError(f"{origin}: {key} {pattern!r}: {error}") from None
+        if key == "label_pattern" and groups < 1:
             raise InputError(f"{origin}: label_pattern {task.label_pattern!r} has no group (...) for the label")
     if "{prompt}" not in task.template:
         raise InputError(f"{origin}: template {task.template!r} has no {{prompt}}")
@@ -142,8 +147,10 @@ def parse_task(text: str, data: Path | None = None, grader: str | None = None, f
         raise InputError(f"{flag} {text}: give its questions: {name}=FILE{or_data} (nothing is downloaded)")
     if not where.is_file():
         raise TransientInputError(f"{flag} {text}: there is no file {where}")
-    changes: dict[str, Any] = {"data": where} | ({"grader": grader} if grader is not None else {})
-    return _checked(task.model_dump() | changes, f"{flag} {text}")
+    changes: dict[str, Any] = {"data": where}
+    if grader is not None:  # who grades otherwise knows that the file is another
+        changes |= {"grader": grader, "label_form": None, "published_questions": None}
+    return _checked(dict(task) | changes, f"{flag} {text}")
 
 
 def held_out(config: RunConfig, data: Path | None = None) -> EvalTask | None:

@@ -56,6 +56,11 @@ def _obstacles(config: RunConfig, spec: ModelSpec) -> Iterator[tuple[str, str]]:
             "one side would round where the other does not; allowed: the same on both",
         )
     yield from _tensor_parallel(c, device)
+    if device == "cuda" and c.parallel.context_parallel_size > 1:
+        yield (
+            f"--parallel.context-parallel-size {c.parallel.context_parallel_size}",
+            "it is not there yet on GPUs, whose exact attention has no keys of other ranks; allowed: 1",
+        )
     if c.rollout.max_staleness:
         yield (
             f"--rollout.max-staleness {c.rollout.max_staleness}",

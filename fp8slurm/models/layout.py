@@ -35,9 +35,10 @@ def check_layout(spec: ModelSpec, parallel: Any, fp8: bool, world_size: int | No
     `parallel` is a config.schema.ParallelSection; `fp8` says whether the trainer multiplies in FP8; `world_size`, if
     given, is the number of Megatron ranks. InputError names the value, what is allowed and the flag.
     """
-    tp, pp = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
+    tp, pp, cp = parallel.tensor_parallel_size, parallel.pipeline_parallel_size, parallel.context_parallel_size
     ep, etp = parallel.expert_parallel_size, parallel.expert_tensor_parallel_size
     tp_flag, pp_flag = "--parallel.tensor-parallel-size", "--parallel.pipeline-parallel-size"
+    cp_flag = "--parallel.context-parallel-size"
     ep_flag, etp_flag = "--parallel.expert-parallel-size", "--parallel.expert-tensor-parallel-size"
     _divides("key-value heads", spec.num_kv_heads, tp, tp_flag)  # first: its sizes divide the attention heads, too
     _divides("attention heads", spec.num_heads, tp, tp_flag)
@@ -56,10 +57,11 @@ def check_layout(spec: ModelSpec, parallel: Any, fp8: bool, world_size: int | No
     if parallel.sequence_parallel and tp == 1:
         raise InputError(f"--parallel.sequence-parallel needs {tp_flag} of at least 2; it is 1")
     if world_size is not None:
-        if world_size % (tp * pp):
+        if world_size % (tp * pp * cp):
+            shares = f"{tp_flag} {tp} x {pp_flag} {pp}" + (f" x {cp_flag} {cp}" if cp > 1 else "")
             raise InputError(
-                f"{world_size} ranks cannot be shared out over {tp_flag} {tp} x {pp_flag} {pp}; "
-                f"allowed: a multiple of {tp * pp} (--slurm.nodes, --slurm.ranks-per-node)"
+                f"{world_size} ranks cannot be shared out over {shares}; "
+                f"allowed: a multiple of {tp * pp * cp} (--slurm.nodes, --slurm.ranks-per-node)"
             )
         if world_size % (ep * etp * pp):
             raise InputError(

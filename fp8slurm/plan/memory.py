@@ -16,7 +16,7 @@ from typing import Literal
 from fp8slurm.config import RunConfig
 from fp8slurm.models.names import NameTable
 from fp8slurm.models.spec import ModelSpec
-from fp8slurm.plan.parameters import StageParameters
+from fp8slurm.plan.parameters import Layout, StageParameters
 from fp8slurm.trainer.logprobs import CHUNK_LOGITS
 
 Basis = Literal["exact", "estimate", "assumed"]
@@ -38,6 +38,9 @@ RESERVE = {(False, False): 0.02, (False, True): 0.10, (True, False): 0.15, (True
 measured on H100s with expandable segments and full recomputation (docs/perf.md)."""
 PASSING = ("gradients", "FP8 copies")
 """State that a trainer's rank gives back while engines work on its GPU (Trainer.make_room)."""
+GATHERED_COPIES = 4
+"""Of a layer's gathered keys and values while its backward pass runs: as the ranks have them and in the order of the
+sequences, and gradients of both (read in TransformerEngine 2.18's AttnFuncWithCPAndKVAllGather, not measured)."""
 HOST_PROCESS = 4_000_000_000
 """Assumed: host memory of a rank's, a rollout worker's or an engine's process apart from what is counted here."""
 EXPERT_IMBALANCE = 1.5
@@ -183,7 +186,8 @@ def layer_activations(
 
 
 def _working(config: RunConfig, spec: ModelSpec, p: StageParameters, micro_batches: int) -> list[Item]:
-    tokens, layout = config.train.tokens_per_micro_batch, p.layout
+    layout = p.layout
+    tokens = -(-config.train.tokens_per_micro_batch // layout.context)
     a = layer_activations(config, spec, layout.tensor, layout.expert_tensor, layout.sequence_parallel)
     flying = min(
         micro_batches, layout.pipeline - p.stage
@@ -206,7 +210,9 @@ def _working(config: RunConfig, spec: ModelSpec, p: StageParameters, micro_batch
             )
         ]
         one = a.passing
-    layer = Item("one layer's backward", int(one * tokens), "estimate", f"{one:.0f} B a token")
+    gathered = GATHERED_COPIES * gathered_bytes(config, spec, layout)
+    note = f"{one:.0f} B a token" + (f", and {gathered / 1e9:.2f} GB of gathered keys and values" if gathered else "")
+    layer = Item("one layer's backward", int(one * tokens) + gathered, "estimate", note)
     if p.stage < layout.pipeline - 1:
         return [*items, layer]
     logits = tokens * spec.vocab_size // layout.tensor
@@ -220,6 +226,23 @@ def _working(config: RunConfig, spec: ModelSpec, p: StageParameters, micro_batch
     )
     # The output layer's backward is over before the layers' begins: only the larger of the two counts.
     return [*items, max(head, layer, key=lambda i: i.bytes)]
+
+
+def gathered_bytes(config: RunConfig, spec: ModelSpec, layout: Layout) -> int:
+    """Keys and values of one layer and a whole micro-batch, which context-parallel ranks gather; 0 without them."""
+    if layout.context == 1:
+        return 0
+    width = 2 * spec.num_kv_heads * spec.head_dim // layout.tensor
+    return config.train.tokens_per_micro_batch * width * weight_bytes(config)
+
+
+def context_traffic(config: RunConfig, spec: ModelSpec, layout: Layout) -> int:
+    """Bytes that a rank takes in for context parallelism in a micro-batch's forward and backward pass: keys and values
+    are gathered for each, and once more where layers are recomputed, and their gradients are summed to the ranks that
+    own them."""
+    times = 4 if config.train.recompute == "full" else 3
+    each = gathered_bytes(config, spec, layout) * (layout.context - 1) // layout.context
+    return times * each * spec.num_layers // layout.pipeline
 
 
 def checkpoint_bytes(config: RunConfig, table: NameTable) -> int:

@@ -25,19 +25,25 @@ class Layout:
     expert: int
     expert_tensor: int
     sequence_parallel: bool
+    context: int = 1
 
     @classmethod
     def of(cls, parallel: ParallelSection, world: int) -> Layout:
         """The layout of `world` ranks; check_layout has accepted it."""
         return cls(
             world, parallel.tensor_parallel_size, parallel.pipeline_parallel_size, parallel.expert_parallel_size,
-            parallel.expert_tensor_parallel_size, parallel.sequence_parallel,
+            parallel.expert_tensor_parallel_size, parallel.sequence_parallel, parallel.context_parallel_size,
         )  # fmt: skip
 
     @property
-    def data(self) -> int:
-        """Ranks that hold the same dense parameters."""
+    def replicas(self) -> int:
+        """Ranks that hold the same dense parameters: over them gradients are reduced and the optimizer is sharded."""
         return self.world // (self.tensor * self.pipeline)
+
+    @property
+    def data(self) -> int:
+        """Groups of ranks that work on different sequences."""
+        return self.replicas // self.context
 
     @property
     def expert_data(self) -> int:
@@ -51,7 +57,8 @@ class Layout:
 
     def __str__(self) -> str:
         sequence = " + sequence" if self.sequence_parallel else ""
-        text = f"tensor {self.tensor}{sequence} x pipeline {self.pipeline} x data {self.data}"
+        context = f" x context {self.context}" if self.context > 1 else ""
+        text = f"tensor {self.tensor}{sequence}{context} x pipeline {self.pipeline} x data {self.data}"
         if self.expert > 1 or self.expert_tensor > 1:
             text += f"; experts: {self.expert} x tensor {self.expert_tensor} x data {self.expert_data}"
         return text
@@ -131,7 +138,7 @@ class StageParameters:
             shared.append(self.numel(self.head_copy))
         out = []
         for apart, sizes in groups.items():
-            data = self.layout.expert_data if apart else self.layout.data
+            data = self.layout.expert_data if apart else self.layout.replicas
             more = [] if apart else shared
             padded = sum(_pad(n, math.lcm(data, 128)) for n in [sum(_pad(s, 64) for s in sizes), *more])
             out.append(Buffer(sum(sizes) + sum(more), padded, data, apart))

@@ -124,6 +124,8 @@ class Plan:
     """0: the run asks for no GPU; the figures are what it would take on one."""
     samples_per_engine: int
     """Samples of a step for each engine."""
+    context_traffic: int = 0
+    """Bytes that context parallelism moves to a rank in a micro-batch."""
 
     def to_json(self) -> dict[str, Any]:
         """The plan as plain values; bytes are integers."""
@@ -186,6 +188,7 @@ def make_plan(config: RunConfig, gpu_memory: dict[str, int] | None = None) -> Pl
         checkpoint_bytes=checkpoint_bytes(config, table),
         gpus_per_node=config.slurm.gpus_per_node,
         samples_per_engine=-(-config.rollout.prompts_per_step * config.rollout.n_samples // len(placement.engines)),
+        context_traffic=memory.context_traffic(config, spec, layout),
     )
 
 

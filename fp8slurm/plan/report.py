@@ -268,6 +268,11 @@ def _pipeline(plan: Plan) -> RenderableType:
     ]
     if plan.layout.pipeline == 1:
         lines.append("one stage: no pipeline bubble")
+    if plan.context_traffic:
+        lines.append(
+            f"context parallelism moves {gb(plan.context_traffic)} GB of keys, values and their gradients to a rank "
+            f"in a micro-batch"
+        )
     return _spaced(Group(Text("Pipeline", style="bold"), *map(Text, lines)))
 
 

@@ -22,7 +22,7 @@ def rank_bytes(config: RunConfig, parts: list[StageParameters], rank: int) -> in
     of the state, and the first then takes in one FP32 tensor of all parameters after the other, in pieces."""
     layout = parts[0].layout
     p = parts[rank // (layout.world // layout.pipeline)]
-    dense = rank // layout.tensor % layout.data == 0
+    dense = rank // layout.tensor % layout.replicas == 0
     experts = rank // (layout.expert_tensor * layout.expert) % layout.expert_data == 0
     copied = p.numel(p.head_copy) if p.head_copy else 0  # the first stage writes it
     weights = (p.dense - copied) * dense + p.experts * experts

@@ -10,6 +10,7 @@ from fp8slurm.report import content, curves
 from fp8slurm.report.blocks import Block, Browser, Charts, Fold, Head, Intervals, Items, Table, Text, Times
 from fp8slurm.report.safe import DASH, figure, one_line, seconds, when
 from fp8slurm.report.samples import Samples
+from fp8slurm.run.attempts import Attempt
 from fp8slurm.run.evaluations import Comparison, Evaluation, Interval
 from fp8slurm.run.reader import Run
 
@@ -189,7 +190,7 @@ def _attempts(run: Run) -> list[Block]:
             seconds(a.ended - a.started) if a.ended and a.started and a.ended >= a.started else DASH,
             a.began_at or ("the start" if a.recorded else "not recorded"),
             f"{a.last[0]} {a.last[1]}" if a.last else "not recorded", a.state,
-            a.why.strip() or DASH, str(a.engine_restarts) if a.recorded else "not recorded",
+            _why(a, run.attempts[-1]), str(a.engine_restarts) if a.recorded else "not recorded",
         ))  # fmt: skip
         items = [*a.faults, *(f"changed setting: {c}" for c in a.changed)]
         if a.stacks:
@@ -207,6 +208,12 @@ def _attempts(run: Run) -> list[Block]:
     elif not any(a.faults for a in run.attempts):
         out.append(Text("No checkpoint was skipped and no engine was restarted."))
     return [Table("attempts", heads, rows, "twwnttpln"), Text(note, True), *out]
+
+
+def _why(a: Attempt, newest: Attempt) -> str:
+    """Why an attempt ended; a failure that the run has left behind says so."""
+    left_behind = a.state == "failed" and a.number != newest.number and newest.state != "failed"
+    return ("earlier: " if left_behind else "") + a.why.strip() or DASH
 
 
 def _configuration(run: Run) -> list[Block]:

@@ -79,7 +79,8 @@ def runs_table(runs: list[RunStatus], error_width: int) -> Table:
     for title in ("run", "state", *figures, "checkpoint", "last error")[: None if error_width else -1]:
         table.add_column(title, justify="left" if title in left else "right", no_wrap=True, overflow="ellipsis")
     for s in runs:
-        error = Text(gist(s.error or ""), style="red" if s.error_attempt == s.attempt else "dim")
+        earlier = s.error_attempt != s.attempt
+        error = Text(("earlier: " if earlier and s.error else "") + gist(s.error or ""), "dim" if earlier else "red")
         error.truncate(error_width, overflow="ellipsis")
         cells = (
             Text(s.name),
@@ -138,7 +139,8 @@ def show_one(s: RunStatus, console: Console) -> None:
     if s.error:
         console.print()
         newest = s.error_attempt == s.attempt
-        console.print(Text(f"last error (attempt {s.error_attempt})", style="bold red" if newest else "dim"))
+        title = "last error" if newest else f"earlier error, the run went on in attempt {s.attempt}"
+        console.print(Text(f"{title} (attempt {s.error_attempt})", style="bold red" if newest else "dim"))
         for line in s.error.splitlines()[-ERROR_LINES:]:
             console.print(Text(line, style="" if newest else "dim"), soft_wrap=True)
 

@@ -26,7 +26,7 @@ def markdown(run: Run, samples: Samples, others: list[Run], names: list[str]) ->
         out += [f"> {content.CONTROL}: {', '.join(switched)}.", ""]
     if run.notes:
         out += ["> Not everything could be read:", *(f"> - {one_line(n, 300)}" for n in run.notes[:30]), ""]
-    out += _table(("figure", "value", ""), [(h.title, h.value, h.detail) for h in content.headlines(run)])
+    out += table_lines(("figure", "value", ""), [(h.title, h.value, h.detail) for h in content.headlines(run)])
     for _, title, blocks in sections(run, samples, others, names):
         out += [f"## {title}", "", *(line for block in blocks for line in _block(block))]
     return "\n".join(out).rstrip() + "\n"
@@ -45,7 +45,7 @@ def _block(block: Block) -> list[str]:
                 [gist(c) if kind == "l" else c.partition("\n")[0] for c, kind in zip(row, block.kinds.ljust(len(row)))]
                 for row in block.rows
             ]
-            return _table(block.heads, cells)
+            return table_lines(block.heads, cells)
         case Fold(summary, table, _, is_open):
             return [f"{summary}:", "", *_block(table)] if is_open else [f"{summary}: see the HTML report.", ""]
         case Charts(charts, _):
@@ -55,7 +55,7 @@ def _block(block: Block) -> list[str]:
                 (p.name, seconds(p.total), f"{100 * p.share:.1f}%", seconds(p.median), "\u2588" * round(20 * p.share))
                 for p in block.parts
             ]
-            return _table(("phase", "total", "share", "median of a step", ""), times)
+            return table_lines(("phase", "total", "share", "median of a step", ""), times)
         case Browser(samples):
             return [line for s in samples.shown for line in _sample(s)]
     return []
@@ -69,7 +69,7 @@ def cell(text: str) -> str:
     return line
 
 
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def table_lines(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Padded, so that it reads well without being rendered too."""
     lines = [[cell(str(c)) for c in row] for row in (heads, *rows)]
     width = [max(3, *map(len, column)) for column in zip(*lines)]
@@ -97,7 +97,7 @@ def _curves(charts: list[Chart]) -> list[str]:
                 name = chart.title if len(chart.lines) == 1 else f"{chart.title}, {line.name}"
                 ends = map(figure, (known[0], min(known), max(known), known[-1]))
                 rows.append((name, chart.unit, *ends, spark(line.points)))
-    return _table(("curve", "unit", "first", "smallest", "largest", "last", ""), rows) if rows else []
+    return table_lines(("curve", "unit", "first", "smallest", "largest", "last", ""), rows) if rows else []
 
 
 def _sample(s: ShownSample) -> list[str]:

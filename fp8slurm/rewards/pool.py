@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import selectors
-import signal
 import subprocess
 import sys
 import time
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from fp8slurm.config.schema import RewardSection
 from fp8slurm.core.errors import InputError, TransientInputError, bounded
-from fp8slurm.core.processes import python_path
+from fp8slurm.core.processes import kill_group, python_path
 from fp8slurm.rewards.graders import answer_part, choice, digits, exact, numeric
 from fp8slurm.rewards.signature import MATH, OF_SAMPLE, Form, is_answer
 from fp8slurm.rewards.worker import no_answer
@@ -44,6 +43,8 @@ class RewardError(RuntimeError):
 
 OWN = {"exact": exact, "numeric": numeric, "choice": choice}
 """Kinds that are computed here; `digits`, with its weight, is too."""
+GENERATE = "generate"
+"""The kind that keeps what rollout.generate gave its samples."""
 SEARCHING = ("numeric", "choice", "math")
 """Kinds that look for the answer in a response."""
 MATH_MEMORY_MIB = 2048
@@ -54,8 +55,8 @@ START = -1
 
 def check_kind(kind: str, flag: str = "--reward.kind") -> None:
     """InputError: no such kind of reward."""
-    if kind not in (*OWN, "digits", "math") and not all(kind.partition(":")):
-        raise InputError(f"{flag} {kind!r} is not one of {', '.join(OWN)}, digits, math, module:function")
+    if kind not in (*OWN, "digits", "math", GENERATE) and not all(kind.partition(":")):
+        raise InputError(f"{flag} {kind!r} is not one of {', '.join(OWN)}, digits, math, generate, module:function")
 
 
 class RewardPool:
@@ -75,7 +76,7 @@ class RewardPool:
         """Calls that failed since the start and counted as 0."""
         self._workers: list[_Worker] = []
         self._form = MATH
-        if reward.kind not in (*OWN, "digits"):
+        if reward.kind not in (*OWN, "digits", GENERATE):
             try:
                 self._start(workers if workers is not None else reward.workers or 2)
             except BaseException:
@@ -102,18 +103,25 @@ class RewardPool:
         A user's function that fails is a RewardError, which names function, prompt, sample and reason. With
         reward.on_error "zero", and always for math, where the response is to blame, the sample gets 0, is counted in
         `failures`, and the first few are logged.
+
+        Of a conversation's branches the last one is scored, and the others get the same; one that failed gets 0.
         """
-        calls = [_Call(g, range(i, i + 1)) for g in groups for i in range(len(g.samples))]
+        last = {id(g): [r[-1] for r in g.rollouts if g.samples[r[-1]].finish_reason != "error"] for g in groups}
+        calls = [_Call(g, [i]) for g in groups for i in last[id(g)]]
         if self.reward.kind in OWN:
             for group, sample in ((c.group, s) for c in calls for s in c.samples):
                 sample.reward = OWN[self.reward.kind](self._text(group, sample), group.prompt.label)
         elif self.reward.kind == "digits":
             for group, sample in ((c.group, s) for c in calls for s in c.samples):
                 sample.reward = digits(sample.text, group.prompt.label, self.reward.digits_weight)
-        else:
+        elif self.reward.kind != GENERATE:
             if self._form.group:
-                calls = [_Call(g, range(len(g.samples))) for g in groups if g.samples]
+                calls = [_Call(g, last[id(g)]) for g in groups if last[id(g)]]
             self._score_in_workers(calls, heartbeat)
+        for group in groups:
+            for *others, i in group.rollouts:
+                for branch in others:
+                    group.samples[branch].reward = group.samples[i].reward
 
     def _text(self, group: SampleGroup, sample: Sample) -> str:
         """What the function is given: the whole response, or of a kind that looks for an answer in it, answer_part."""
@@ -211,7 +219,9 @@ def _take(samples: list[Sample], answer: dict[str, Any]) -> list[tuple[int, str]
         if mask is not None and len(mask) != tokens:
             scored = {"error": f"returned a loss mask of {len(mask)} for {tokens} response_ids"}
         sample.reward, sample.parts = scored.get("reward", 0.0), scored.get("parts", {})
-        sample.loss_mask = scored.get("loss_mask")
+        if mask is not None and "error" not in scored:  # what a tool said stays masked
+            own = sample.loss_mask or [True] * tokens
+            sample.loss_mask = [a and b for a, b in zip(own, mask)]
         if "error" in scored and "error" not in answer:
             failed.append((i, scored["error"]))
     return failed
@@ -313,11 +323,10 @@ class _Worker:
         return lost
 
     def kill(self) -> None:
-        """End the child and whatever it started, its process group; before the child is reaped, its id is its own."""
+        """End the child and whatever it started."""
         if not self.killed:
             self.killed = True
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
+            kill_group(self.process)
             for pipe in (self._stdin, self._stdout):
                 try:
                     pipe.close()

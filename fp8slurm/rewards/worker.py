@@ -17,13 +17,13 @@ import importlib
 import json
 import os
 import queue
-import resource
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
+from fp8slurm.core.processes import limit_memory
 from fp8slurm.rewards.signature import MATH, Form, assess, assess_group, form_of
 
 Answer = Callable[[dict[str, Any]], None]
@@ -111,8 +111,7 @@ def main(kind: str, memory_mib: int) -> None:
     An error with "spent" says that memory ran out: this process is to be replaced. memory_mib: limit of the address
     space, 0 for none.
     """
-    if memory_mib:
-        resource.setrlimit(resource.RLIMIT_AS, (memory_mib << 20, memory_mib << 20))
+    limit_memory(memory_mib)
     channel = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
     os.dup2(2, 1)  # what the function prints must not get into the answers
 

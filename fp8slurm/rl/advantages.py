@@ -91,10 +91,12 @@ def try_advantages(algorithm: AlgorithmSection) -> None:
 
 
 def _of_trained(groups: list[SampleGroup], algorithm: AlgorithmSection) -> list[list[float]]:
-    """0 for samples that are not trained on, which no mean counts."""
-    rewards = [[s.reward for s in group.samples if s.train] for group in groups]
+    """0 for samples that are not trained on, which no mean counts. Branches of a conversation have one advantage, and
+    count once."""
+    rollouts = [[r for r in group.rollouts if any(group.samples[i].train for i in r)] for group in groups]
+    rewards = [[group.samples[r[-1]].reward for r in own] for group, own in zip(groups, rollouts)]
     result = []
-    for group, values in zip(groups, ADVANTAGES[algorithm.advantage](rewards, algorithm.divide_by_std)):
-        trained = iter(values)
-        result.append([next(trained) if s.train else 0.0 for s in group.samples])
+    for group, own, values in zip(groups, rollouts, ADVANTAGES[algorithm.advantage](rewards, algorithm.divide_by_std)):
+        of_sample = {i: value for r, value in zip(own, values) for i in r}
+        result.append([of_sample[i] if s.train else 0.0 for i, s in enumerate(group.samples)])
     return result

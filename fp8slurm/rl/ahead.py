@@ -23,7 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from fp8slurm.core.gap import gap_metrics
-from fp8slurm.core.types import PackedBatch, SampleGroup
+from fp8slurm.core.types import NOT_GENERATED, PackedBatch, SampleGroup
 from fp8slurm.rl.recompute import all_logprob_rows
 from fp8slurm.rl.weights import Answers, EngineWeights
 
@@ -107,11 +107,11 @@ class RolloutAhead:
 def scored_sequences(groups: list[SampleGroup]) -> dict[int, list[list[int]]]:
     """Up to SCORED of the samples of which every token is trained on, evenly from all of them: number -> [prompt,
     response] ids."""
-    samples = [(g.prompt.token_ids, s) for g in groups for s in g.samples]
+    samples = [(g.prompt, s) for g in groups for s in g.samples]
     trained = [n for n, (_, s) in enumerate(samples) if s.train and s.loss_mask is None]
     count = min(SCORED, len(trained))
     chosen = [trained[i * len(trained) // count] for i in range(count)]
-    return {n: [list(samples[n][0]), list(samples[n][1].response_ids)] for n in chosen}
+    return {n: [list(s.prompt_of(prompt)), list(s.response_ids)] for n in chosen for prompt, s in samples[n : n + 1]}
 
 
 def gap_of_scored(trainer: Any, scored: dict[int, torch.Tensor], batches: list[PackedBatch]) -> dict[str, float]:
@@ -129,7 +129,7 @@ def gap_of_scored(trainer: Any, scored: dict[int, torch.Tensor], batches: list[P
 
 def staleness(groups: list[SampleGroup], version: int) -> float:
     """Versions that the weights behind the tokens are older than `version`, on average."""
-    versions = [v for g in groups for s in g.samples for v in s.weight_versions]
+    versions = [v for g in groups for s in g.samples for v in s.weight_versions if v != NOT_GENERATED]
     return version - sum(versions) / len(versions) if versions else 0.0
 
 

@@ -33,6 +33,8 @@ class _Row:
     routing: torch.Tensor | None = None
     """uint8 or int16 [length - 1, layers, k]"""
     teacher_logprobs: Sequence[float] | None = None
+    rollout: tuple[int, int] | None = None
+    """(group, conversation) that it is a branch of; None: a response by itself."""
 
     @property
     def trained(self) -> int:
@@ -77,13 +79,14 @@ def pack(
         group_rows = [
             _Row(
                 number,
-                group.prompt.token_ids,
+                sample.prompt_of(group.prompt),
                 sample.response_ids,
                 sample.logprobs,
                 advantage,
                 [True] * len(sample.response_ids) if sample.loss_mask is None else sample.loss_mask,
                 sample.routing,
                 sample.teacher_logprobs,
+                None if sample.rollout is None else (first, sample.rollout),
             )
             for number, (sample, advantage) in enumerate(zip(group.samples, values, strict=True), first)
             if sample.trained_tokens
@@ -134,13 +137,18 @@ def _pack_update(
 
 def _token_weights(rows: list[_Row], loss_mean: LossMean, constant: int) -> list[float]:
     """The weight of each trained token of each row; times their number they sum to 1, but for "constant": Dr. GRPO
-    (arXiv 2503.20783) divides the sum over a sequence's tokens by a constant, whatever its length."""
+    (arXiv 2503.20783) divides the sum over a sequence's tokens by a constant, whatever its length. The branches of a
+    conversation count as one sequence."""
+    of_sequence: dict[Any, int] = {}
+    sequences = [n if row.rollout is None else row.rollout for n, row in enumerate(rows)]
+    for sequence, row in zip(sequences, rows):
+        of_sequence[sequence] = of_sequence.get(sequence, 0) + row.trained
     if loss_mean == "constant":
-        return [1 / (len(rows) * constant)] * len(rows)
+        return [1 / (len(of_sequence) * constant)] * len(rows)
     if loss_mean == "token":
         total = sum(row.trained for row in rows)
         return [1 / total] * len(rows) if total else []
-    return [1 / (len(rows) * row.trained) for row in rows]
+    return [1 / (len(of_sequence) * of_sequence[sequence]) for sequence in sequences]
 
 
 def balanced_bins(lengths: list[int], budget: int, multiple: int) -> list[list[int]]:

@@ -50,7 +50,8 @@ def check_equal(trainer: Any, batches: list[PackedBatch], groups: list[SampleGro
         differ = b.loss_mask & (own != engine) & ~(own.isnan() & engine.isnan())
         for number, start, end in zip(b.samples, b.cu_seqlens.tolist(), b.cu_seqlens.tolist()[1:]):
             at = differ[start:end].nonzero().flatten()
-            before = len(samples[number][0].prompt.token_ids) - 1
+            group, k = samples[number]
+            before = len(group.samples[k].prompt_of(group.prompt)) - 1
             columns = (torch.full_like(at, number), at - before, b.labels[start:end][at])
             found.append(torch.stack([*(c.float() for c in columns), own[start:end][at], engine[start:end][at]], 1))
     rows = gather_rows(_once(trainer, torch.cat(found)))

@@ -58,7 +58,7 @@ class EngineWeights:
         self._stream = WeightStream(
             NameTable(t.spec), t.named_shards, engine_quantization(c), c.sync.bucket_bytes,
             getattr(torch, c.engine.dtype),
-            Cut(t.tensor_parallel_rank, t.tensor_parallel_size, t.tensor_parallel_group, t.data_parallel_rank == 0),
+            Cut(t.tensor_parallel_rank, t.tensor_parallel_size, t.tensor_parallel_group, t.replica_rank == 0),
             t.pipeline_parallel_rank,
             Cut(rank, size, group, t.expert_data_parallel_rank == 0), t.expert_parallel_rank,
         )  # fmt: skip

@@ -9,22 +9,25 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 from fp8slurm.config import RunConfig
 from fp8slurm.core.errors import InputError
 from fp8slurm.core.files import write_atomic
 from fp8slurm.engine.client import GenerateRequest, Generation
+from fp8slurm.engine.completions import Completions, Session, run_in_turns, run_sessions
 from fp8slurm.engine.pool import EnginePool, Member, WeightsLost, engine_errors, pieces, shares
 from fp8slurm.engine.server import Engine, EngineError, EngineSettings, visible_gpus
 from fp8slurm.engine.settings import engine_settings
 from fp8slurm.sync import paths
 from fp8slurm.sync.bucket import WeightBucket
-from fp8slurm.sync.direct import DirectTransport, GroupGeneration
 from fp8slurm.sync.engine_link import EngineLink, Expected
 from fp8slurm.sync.fan_out import FanOut
+from fp8slurm.sync.transport import Transport
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 SILENT_SHARE = 0.5
 """An engine that has work and computes nothing for this share of watchdog.timeout_s is restarted: before the watchdog
 ends the job."""
@@ -35,15 +38,10 @@ class RunEngine(Member):
 
     link: EngineLink
 
-    @property
-    def direct(self) -> DirectTransport:
-        """What carries its weights where ranks send them straight into it."""
-        assert isinstance(self.link.transport, DirectTransport)
-        return self.link.transport
-
 
 class EngineSet(EnginePool[RunEngine]):
-    """All engines of one node. start, connect, then update and generate, from one thread; stop from any.
+    """All engines of one node. start, connect, then update, generate and run_sessions, from one thread; stop from any;
+    complete from coroutines (completions.py).
 
     An engine that fails is restarted and gets `held` (the last whole update) before it gets a request again, while
     the others go on. Where nothing is held it stays out until the next update; WeightsLost where all of them are out.
@@ -64,6 +62,7 @@ class EngineSet(EnginePool[RunEngine]):
         silent_s = SILENT_SHARE * config.watchdog.timeout_s
         super().__init__(members, config.engine, config.run.deterministic, on_progress, silent_s)
         self.config, self.at_work, self._gpus = config, at_work, list(gpus)
+        self.completions = Completions(self)
         self.version = -1
         self.asleep: set[RunEngine] = set()
         self.held: Callable[[], Sequence[WeightBucket]] = lambda: ()
@@ -107,8 +106,9 @@ class EngineSet(EnginePool[RunEngine]):
             member.client.release_memory()
             self.asleep.add(member)
 
-        while awake := [m for m in self.members if m not in self.asleep]:  # one that is restarted here comes back awake
-            self.restart_failed(self.each(release, awake))
+        with self.control:
+            while awake := [m for m in self.members if m not in self.asleep]:  # one restarted here comes back awake
+                self.restart_failed(self.each(release, awake))
 
     def wake(self) -> None:
         """Take the memory again, for an update."""
@@ -128,32 +128,30 @@ class EngineSet(EnginePool[RunEngine]):
                 ) from error
             self.asleep.discard(member)
 
-        self.restart_failed(self.each(resume))
+        with self.control:
+            self.restart_failed(self.each(resume))
 
-    # -- weight groups (sync/direct.py) ---------------------------------------------------------------------------
+    def stop(self) -> None:
+        """End all of them, and what waits for them."""
+        super().stop()
+        self.completions.close()
 
-    def linked(self, generation: int) -> bool:
-        """Whether all engines are members of this generation, and nobody in it has failed. One that died unnoticed is
-        restarted here: in an update it would take the others with it."""
-        self.restart_failed({m: EngineError("it is gone") for m in self.members if not m.engine.alive()})
-        joined = [member.direct.generation for member in self.members]
-        return all(g is not None and g.number == generation and not g.failed() for g in joined)
+    # -- what a path of the weights may ask for (sync/receiver.py, Engines) --------------------------------------
 
-    def link(self, generation: GroupGeneration, sources: Sequence[str], address: str, port: int, node: int) -> None:
-        """Have all engines join; those that cannot are restarted. address, port: of the job's store. EngineError."""
-        ranks = self.config.engine.tensor_parallel_size
-        size = 1 + self.config.slurm.nodes * len(self.members) * ranks
-        backend = "nccl" if any(self._gpus) else "gloo"
+    @property
+    def transports(self) -> list[Transport]:
+        """How each engine is told of an update."""
+        return [member.link.transport for member in self.members]
 
-        def join(member: RunEngine) -> None:
-            first = 1 + (node * len(self.members) + self.members.index(member)) * ranks
-            try:
-                member.direct.join(generation, sources, address, port, first, size, backend)
-            except EngineError as error:
-                generation.fail(f"{member.title} did not join: {error}")
-                raise
+    def restart_dead(self) -> None:
+        """Restart engines whose process has ended."""
+        with self.control:
+            self.restart_failed({m: EngineError("it is gone") for m in self.members if not m.engine.alive()})
 
-        self.restart_failed(self.each(join))
+    def tell(self, call: Callable[[Transport, int], None]) -> None:
+        """call(transport, number of the engine) for all at once; one where it raises EngineError is restarted."""
+        with self.control:
+            self.restart_failed(self.each(lambda m: call(m.link.transport, self.members.index(m))))
 
     # -- weights -------------------------------------------------------------------------------------------------
 
@@ -163,15 +161,19 @@ class EngineSet(EnginePool[RunEngine]):
         Those that fail in it are restarted from `held` afterwards. Raises WeightsLost where no engine has the weights
         then; what `incoming` raises; EngineError: one failed engine.max_restarts + 1 times in a row.
         """
-        self.version = version
-        fan, expected = FanOut(len(self.members)), Expected()
-        with ThreadPoolExecutor(len(self.members)) as pool:
-            loading = {
-                m: pool.submit(self._load_shared, m, fan, number, verify, expected)
-                for number, m in enumerate(self.members)
-            }
-            fan.produce(incoming)
-        self.restart_failed(engine_errors(loading))
+        with self.control:
+            self.version = version
+            fan, expected = FanOut(len(self.members)), Expected()
+            if self.config.sync.pause_mode == "abort":
+                self.completions.interrupted()
+            with ThreadPoolExecutor(len(self.members)) as pool:
+                loading = {
+                    m: pool.submit(self._load_shared, m, fan, number, verify, expected)
+                    for number, m in enumerate(self.members)
+                }
+                fan.produce(incoming)
+            self.restart_failed(engine_errors(loading))
+        self.completions.updated()
         if all(m.behind for m in self.members):
             raise WeightsLost
 
@@ -207,6 +209,18 @@ class EngineSet(EnginePool[RunEngine]):
         return max((member.link.counts for member in self.members), key=lambda c: c.get("loaded", 0))
 
     # -- samples -------------------------------------------------------------------------------------------------
+
+    async def complete(self, request: GenerateRequest, number: int | None = None) -> Generation:
+        """One response, from a coroutine that `completions` or `run_sessions` runs (Completions.complete)."""
+        return await self.completions.complete(request, number)
+
+    def run_sessions(self, sessions: Sequence[Session[T]]) -> list[T | Exception]:
+        """What every session returns or raises, in their order. Each is `async def session(complete)`, and awaits
+        `complete(request)` as often as it likes; thousands run at once. With run.deterministic their requests are
+        computed in batches (completions.run_in_turns). EngineError, InputError, WeightsLost: as in `ask`."""
+        if self.config.run.deterministic:
+            return self.completions.run(run_in_turns(sessions, self.generate))
+        return self.completions.run(run_sessions(sessions, self.completions))
 
     def generate(self, requests: Sequence[GenerateRequest]) -> list[Generation]:
         """Responses in the requests' order. With run.deterministic every engine gets a fixed share as one batch."""

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import torch
 
-from fp8slurm.core.types import SampleGroup
+from fp8slurm.core.types import NOT_GENERATED, SampleGroup
 from fp8slurm.rollout.serialization import decode_groups
 from fp8slurm.rollout.tally import LENGTH, REWARD, TRUNCATED, means
 
@@ -21,14 +21,18 @@ def apply_truncation_policy(groups: list[SampleGroup], truncated: Literal["mask"
     """Decide on samples that hit max_tokens (`rollout.truncated`); after scoring, before advantages.
 
     mask: out of the loss and out of the group's mean (DAPO's overlong filtering, arXiv 2503.14476 section 3.4, masks
-    the loss). penalize: reward 0. keep: as any other. An aborted sample is never trained on.
+    the loss). penalize: reward 0. keep: as any other. One that was aborted or failed is never trained on. How the last
+    branch of a conversation ended goes for all of them.
     """
     for group in groups:
-        for sample in group.samples:
-            if sample.finish_reason == "abort" or (sample.finish_reason == "length" and truncated == "mask"):
-                sample.train = False
-            elif sample.finish_reason == "length" and truncated == "penalize":
-                sample.reward = 0.0
+        for numbers in group.rollouts:
+            branches = [group.samples[i] for i in numbers]
+            reason = branches[-1].finish_reason
+            for sample in branches:
+                if reason in ("abort", "error") or (reason == "length" and truncated == "mask"):
+                    sample.train = False
+                elif reason == "length" and truncated == "penalize":
+                    sample.reward = 0.0
 
 
 def merge_scores(payloads: list[torch.Tensor], lengths: list[int]) -> list[torch.Tensor]:
@@ -49,13 +53,13 @@ def merge(
     """
     groups = [g for _, payload in answers for g in decode_groups(payload)]
     values = [a for a, _ in answers]
-    stale = {v for g in groups for s in g.samples for v in s.weight_versions} - {sent_version}
+    stale = {v for g in groups for s in g.samples for v in s.weight_versions} - {sent_version, NOT_GENERATED}
     if stale:
         raise RuntimeError(
             f"tokens were generated under weight versions {sorted(stale)}; the engines were sent {sent_version}"
         )
     figures = means(a["figures"] for a in values)
-    trained = sum(len(g.prompt.token_ids) + len(s.response_ids) for g in groups for s in g.samples)
+    trained = sum(len(s.prompt_of(g.prompt)) + len(s.response_ids) for g in groups for s in g.samples)
     return groups, {
         "cursor": values[0]["cursor"],
         REWARD: figures.pop(REWARD),

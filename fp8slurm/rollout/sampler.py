@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-import torch
 
 from fp8slurm.config import RunConfig
 from fp8slurm.core.types import Prompt, Sample, SampleGroup
 from fp8slurm.data.prompts import end_token_ids, load_tokenizer, sample_seed
 from fp8slurm.engine.client import GenerateRequest, Generation
 from fp8slurm.models.spec import ModelSpec
+from fp8slurm.sessions.runner import Asked
+from fp8slurm.sessions.session import Model, routing_of
 
 Generate = Callable[[list[GenerateRequest]], list[Generation]]
 
@@ -27,6 +25,8 @@ class Sampler:
     config: RunConfig
     tokenizer: Any
     stop_ids: list[int]
+    converse: Callable[[list[Asked]], list[list[Sample]]] | None = None
+    """With rollout.generate: conversations, in place of single responses."""
 
     @classmethod
     def load(cls, config: RunConfig) -> Sampler:
@@ -55,6 +55,11 @@ class Sampler:
         ]  # fmt: skip
         if not requests:
             return []
+        if self.converse is not None:
+            asked = [Asked(prompts[i // n][1], i % n, request) for i, request in enumerate(requests)]
+            held = self.converse(asked)
+            of_prompts = [held[i * n : (i + 1) * n] for i in range(len(prompts))]
+            return [SampleGroup(p, [s for one in own for s in one]) for (_, p), own in zip(prompts, of_prompts)]
         done = generate(requests)
         texts = self.tokenizer.batch_decode([self._without_end(g.token_ids) for g in done])
         samples = [
@@ -72,19 +77,9 @@ class Sampler:
         return ids[:-1] if ids and ids[-1] in self.stop_ids else ids
 
 
-def routing_of(generation: Generation, prompt_tokens: int, spec: ModelSpec) -> torch.Tensor:
-    """The experts of every token but the last: uint8 (int16 above 256 experts) [tokens - 1, layers, k].
-
-    RuntimeError where the engine returned none, or those of another number of tokens.
-    """
-    tokens = prompt_tokens + len(generation.token_ids) - 1
-    shape = (tokens, spec.num_layers, spec.experts_per_token)
-    if generation.routing is None:
-        raise RuntimeError("rollout.routing_replay: the engine returned no experts with a sample")
-    if generation.routing.size != math.prod(shape):
-        raise RuntimeError(
-            f"rollout.routing_replay: the engine returned {generation.routing.size} experts for {tokens} tokens of "
-            f"{spec.num_layers} layers with {spec.experts_per_token} experts each; {math.prod(shape)} were expected"
-        )
-    small = np.uint8 if spec.num_experts <= 256 else np.int16
-    return torch.from_numpy(generation.routing.reshape(shape).astype(small))
+def model_of(config: RunConfig, tokenizer: Any, stop_ids: Sequence[int]) -> Model:
+    """What conversations have to know of a run's model. Their context is the engine's, or all of its KV cache."""
+    assert config.model.hf_checkpoint is not None
+    spec, e = ModelSpec.from_hf_dir(config.model.hf_checkpoint), config.engine
+    context = min(e.context_length or spec.max_position_embeddings, e.max_total_tokens or spec.max_position_embeddings)
+    return Model(tokenizer, stop_ids, spec, context, config.data.chat_template_kwargs)

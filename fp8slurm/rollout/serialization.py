@@ -5,6 +5,7 @@
     routing/N                   uint8 or int16 [tokens - 1, layers, k]: of sample N, if it has one
     teacher                     float32, as response: where a teacher has scored the samples
     mask/N                      uint8 [response tokens], 1 where a token is trained on: of sample N, if it has one
+    prompt/N                    int32, tokens before the response of sample N, where they are not its group's prompt
     metadata                    "groups": JSON of what else groups and samples have, and how many tokens
 
 All ranks decode the same bytes.
@@ -47,6 +48,9 @@ def encode_groups(groups: list[SampleGroup]) -> torch.Tensor:
         for n, s in enumerate(samples)
         if s.loss_mask is not None
     }
+    tensors |= {
+        f"prompt/{n}": _flat([s.prompt_ids], "int32") for n, s in enumerate(samples) if s.prompt_ids is not None
+    }
     data = save(tensors, {"groups": json.dumps([_header(g) for g in groups])})
     return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
@@ -59,7 +63,8 @@ def decode_groups(data: torch.Tensor) -> list[SampleGroup]:
     try:
         tensors = load(raw)
         for name, tensor in tensors.items():
-            if tensor.dtype not in ([DTYPES[name]] if name in DTYPES else [torch.uint8, torch.int16]):
+            kind = "prompt" if name.startswith("prompt/") else name
+            if tensor.dtype not in ([DTYPES[kind]] if kind in DTYPES else [torch.uint8, torch.int16]):
                 raise ValueError(f"{name} is {tensor.dtype}")
         header_bytes = int.from_bytes(raw[:8], "little")
         header = json.loads(json.loads(raw[8 : 8 + header_bytes])["__metadata__"]["groups"])
@@ -75,7 +80,10 @@ def decode_groups(data: torch.Tensor) -> list[SampleGroup]:
             if mask is not None and mask.shape != (len(ids),):
                 raise ValueError(f"mask/{n} is {tuple(mask.shape)} for {len(ids)} tokens")
             loss_mask = None if mask is None else mask.bool().tolist()
-            samples.append(Sample(ids, logprobs, versions, *scored, routing, bool(s["train"]), parts, loss_mask))
+            sample = Sample(ids, logprobs, versions, *scored, routing, bool(s["train"]), parts, loss_mask)
+            sample.rollout = None if s.get("rollout") is None else int(s["rollout"])
+            sample.prompt_ids = tensors[f"prompt/{n}"].tolist() if f"prompt/{n}" in tensors else None
+            samples.append(sample)
         if "teacher" in tensors:
             for sample, values in zip(samples, _split(tensors["teacher"], of_samples)):
                 sample.teacher_logprobs = values
@@ -106,6 +114,7 @@ def _header(group: SampleGroup) -> dict[str, Any]:
         {"tokens": len(s.response_ids)}
         | {key: getattr(s, key) for key in ("finish_reason", "text", "reward", "train")}
         | ({"parts": s.parts} if s.parts else {})
+        | ({"rollout": s.rollout} if s.rollout is not None else {})
         for s in group.samples
     ]
     prompt = group.prompt

@@ -15,12 +15,19 @@ SHORT = {REWARD: "reward", LENGTH: "response_length", TRUNCATED: "truncated"}
 
 
 def figures_of(groups: list[SampleGroup]) -> list[Figure]:
-    """What counts of each sample: before its group is dropped and before rollout.truncated takes its reward."""
+    """What counts of each sample, or of each conversation: before its group is dropped and before rollout.truncated
+    takes its reward."""
     out: list[Figure] = []
     for group in groups:
-        for s in group.samples:
-            of_sample = {REWARD: s.reward, LENGTH: len(s.response_ids), TRUNCATED: int(s.finish_reason == "length")}
+        for branches in ([group.samples[i] for i in numbers] for numbers in group.rollouts):
+            s, turns = branches[-1], [turn for branch in branches for turn in branch.turns]
+            said = sum(end - start for start, end in turns)
+            of_sample = {REWARD: s.reward, LENGTH: said, TRUNCATED: int(s.finish_reason == "length")}
             out += of_sample.items()
+            if s.rollout is not None:
+                given = sum(len(branch.response_ids) for branch in branches) - said
+                out += [("rollout/turns", len(turns)), ("rollout/given_tokens", given)]
+                out += [("rollout/branches", len(branches)), ("rollout/failed", int(s.finish_reason == "error"))]
             if group.prompt.source:
                 out += ((f"source/{group.prompt.source}/{SHORT[key]}", value) for key, value in of_sample.items())
             out += ((f"reward/parts/{name}", part) for name, part in s.parts.items())

@@ -31,7 +31,7 @@ class Teacher(EnginePool[Member]):
 
     def fill_in(self, groups: list[SampleGroup]) -> None:
         """`teacher_logprobs` of every sample."""
-        pairs = [(list(g.prompt.token_ids), s) for g in groups for s in g.samples if s.response_ids]
+        pairs = [(list(s.prompt_of(g.prompt)), s) for g in groups for s in g.samples if s.response_ids]
         for start in range(0, len(pairs), AT_ONCE):
             part = pairs[start : start + AT_ONCE]
             scores = self.score([prompt + s.response_ids for prompt, s in part])

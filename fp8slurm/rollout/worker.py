@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from fp8slurm.config import RunConfig
 from fp8slurm.config.derived import engines_start_after_trainer, reward_workers
-from fp8slurm.core.types import Prompt, SampleGroup
+from fp8slurm.core.types import Prompt, Sample, SampleGroup
 from fp8slurm.data.sources import order_of, training_sources
 from fp8slurm.engine.pool import WeightsLost
 from fp8slurm.models.precision import engine_in_fp8
@@ -31,14 +30,14 @@ from fp8slurm.rollout.engines import EngineSet
 from fp8slurm.rollout.evaluation import TrainingEval
 from fp8slurm.rollout.files import is_saved, rollout_file, trainer_file, write_rollout
 from fp8slurm.rollout.groups import apply_truncation_policy, has_signal
-from fp8slurm.rollout.sampler import Sampler
+from fp8slurm.rollout.sampler import Sampler, model_of
 from fp8slurm.rollout.serialization import encode_groups
 from fp8slurm.rollout.tally import Figure, Tally, figures_of
 from fp8slurm.rollout.teacher import Teacher
 from fp8slurm.run.directory import RunDirectory
+from fp8slurm.sessions.runner import Asked, SessionRunner, through
 from fp8slurm.sync import paths
 from fp8slurm.sync.check import check_engine_checkpoint
-from fp8slurm.sync.direct import GroupGeneration
 from fp8slurm.sync.groups import Group
 from fp8slurm.sync.signed_store import SignedStore
 from fp8slurm.sync.stream import parse_description
@@ -86,6 +85,11 @@ class RolloutWorker:
         sources = training_sources(c.data, c.reward.kind) if c.run.steps else []
         loaded = [source.load(self.sampler.tokenizer, label_error) for source in sources]
         self.train_prompts = [prompt for prompts in loaded for prompt in prompts]
+        if c.rollout.generate is not None:
+            model = model_of(c, self.sampler.tokenizer, self.sampler.stop_ids)
+            self.sessions = SessionRunner(c.rollout, model, lambda: self.channel.progress())
+            self._started.append(self.sessions.close)
+            self.sampler.converse = self._converse
         self.evaluation = TrainingEval(c, self.run, self.sampler, self.number, self.workers)
         self._started.append(self.evaluation.close)
         self.order = order_of(loaded, sources, c.run.seed, c.data.shuffle) if sources else None
@@ -106,11 +110,10 @@ class RolloutWorker:
         groups = {n: Group(store, f"sync/{n}", 1 + self.number, 1 + self.workers, address) for n in names}
         sources = [(name, groups[name], plans[name]) for name in names]
         self.receiver = paths.receiver(self.config, self.number, store, sources)
-        self.sources = names
         self._bring_up()
         commands: dict[str, Callable[..., tuple[dict, torch.Tensor | None]]] = {
             "rollout": self.do_rollout, "score": self.do_score, "evaluate": self.do_evaluate, "update": self.do_update,
-            "linked": self.do_linked, "link": self.do_link, "sleep": self.do_sleep, "stop": lambda: ({}, None),
+            "prepare": self.do_prepare, "sleep": self.do_sleep, "stop": lambda: ({}, None),
         }  # fmt: skip
         while True:
             command = channel.next()
@@ -148,19 +151,10 @@ class RolloutWorker:
         self.engines.sleep()
         return {}, None
 
-    def do_linked(self, generation: int) -> tuple[dict, None]:
-        """Whether the node's engines and all others are in this generation of the weight groups (sync/direct.py)."""
-        return {"linked": self.engines.linked(generation)}, None
-
-    def do_link(self, generation: int) -> tuple[dict, None]:
-        """Have the engines join a new generation of them; those that fail are restarted."""
-        plain = self.store.plain
-        assert isinstance(plain, dist.TCPStore)
-        with self.channel.at_work():
-            self.engines.link(
-                GroupGeneration(self.store, generation), self.sources, plain.host, plain.port, self.number
-            )
-        return {}, None
+    def do_prepare(self, **asked: Any) -> tuple[dict, None]:
+        """Answer what the weights' path asks before an update (sync/paths.py)."""
+        with self.channel.at_work():  # engines that join something or restart have a deadline of their own
+            return self.receiver.prepare(self.engines, asked), None
 
     def do_update(self, version: int, verify: bool, number: int) -> tuple[dict, None]:
         """Take update `number` from every source, for all engines of the node; answers the seconds by part."""
@@ -251,6 +245,13 @@ class RolloutWorker:
         )
         self.rewarder.score(groups, self.channel.progress)
         return groups, figures_of(groups)
+
+    def _converse(self, asked: list[Asked]) -> list[list[Sample]]:
+        """The conversations of rollout.generate, with this node's engines."""
+        if self.config.run.deterministic:
+            return self.sessions.converse(asked, batch=self.engines.generate)
+        completions = self.engines.completions
+        return self.sessions.converse(asked, through(completions), check=completions.check)
 
     def _save(self, step: int, groups: list[SampleGroup]) -> None:
         trainer_file(self.run.path, step).unlink(missing_ok=True)  # an earlier attempt's belongs to other samples

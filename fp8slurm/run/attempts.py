@@ -14,7 +14,7 @@ from fp8slurm.core.processes import process_start
 from fp8slurm.run.directory import rl_step
 from fp8slurm.run.events import CONTINUED, RESTART, read_events
 from fp8slurm.run.read_json import read_json
-from fp8slurm.run.task_errors import STOPPED, VERDICT
+from fp8slurm.run.task_errors import ENDED, STOPPED, VERDICT
 
 FAULTS_SHOWN = 50
 
@@ -37,7 +37,7 @@ class Attempt:
     state: str = "unknown"
     """running, held (by a job, or by a process of another machine), done, stopped, failed or unknown."""
     stop: str = ""
-    """How it stopped as planned, and what follows."""
+    """How it stopped as planned, and what follows; or who ended it, where nothing was wrong with it."""
     resubmitted: str = ""
     """The job that follows."""
     error: str = ""
@@ -105,7 +105,8 @@ def read_attempt(run: Path, number: int, newest: bool, notes: list[str], job_ove
         a.began_at = owner["checkpoint"]
     stopped = read_json(folder / STOPPED, notes)
     a.stop, a.resubmitted = stop_words(stopped), str(stopped.get("resubmitted") or "")
-    a.error, a.primary, gone = _error(folder, tasks, errors, notes)
+    a.error, a.primary, gone, ended = _error(folder, tasks, errors, notes, "Slurm" if a.job else "a signal")
+    a.stop = a.stop or ended
     held = "" if job_over and a.job else holder_state(owner)
     if held and not errors and len(done) < max(1, len(tasks)):
         a.state = held
@@ -145,20 +146,31 @@ def stop_words(stopped: dict[str, Any]) -> str:
     return "; ".join(str(x) for x in (stopped.get("why"), saved, stopped.get("next") or stopped.get("why_not")) if x)
 
 
-def _error(folder: Path, tasks: list[Path], errors: list[Path], notes: list[str]) -> tuple[str, bool, str]:
-    """(text, primary, gone) of what brought an attempt down, in the order of task_errors.first_error: the job script's
-    verdict, a task that ended without a word (gone: where the attempt is over), the first error of a task."""
-    verdict = read_json(folder / "errors" / VERDICT, notes).get("text")
-    if isinstance(verdict, str):
-        return verdict.strip(), True, ""
+def _error(
+    folder: Path, tasks: list[Path], errors: list[Path], notes: list[str], by: str
+) -> tuple[str, bool, str, str]:
+    """(text, primary, gone, ended) of what brought an attempt down, in the order of task_errors.first_error: the job
+    script's verdict, a task that ended without a word (gone: where the attempt is over), the first error of a task.
+    ended: where nothing did, and it was told to end; by: who tells an attempt so."""
+    verdict = read_json(folder / "errors" / VERDICT, notes)
+    text = verdict.get("text")
+    if isinstance(text, str):
+        text = text.strip()
+        if "primary" not in verdict and ENDED.fullmatch(text):  # of a version that took this for the reason
+            return "", False, "", f"ended by {by}"
+        return ("", False, "", text) if verdict.get("primary") is False else (text, True, "", "")
     left = [e for p in errors if isinstance((e := read_json(p, notes)).get("text"), str)]
     ended = {str(e.get("task")) for e in left} | {p.stem for p in tasks if p.with_suffix(".done").exists()}
     silent = [p.stem for p in tasks if p.stem not in ended]
     gone = f"task {silent[0]} was killed or ended without a word" if silent else ""
     if not left:
-        return "", False, gone
+        return "", False, gone, ""
+    if not gone and not any(e.get("primary", True) for e in left):
+        earliest = min(left, key=lambda e: number(e.get("time")) or 0.0)
+        if ENDED.fullmatch(earliest["text"].strip()):
+            return "", False, "", f"ended by {by}"
     first = min(left, key=lambda e: (not e.get("primary", True), number(e.get("time")) or 0.0))
-    return f"task {first.get('task', '?')}: {first['text'].strip()}", bool(first.get("primary", True)), gone
+    return f"task {first.get('task', '?')}: {first['text'].strip()}", bool(first.get("primary", True)), gone, ""
 
 
 def _read_events(folder: Path, a: Attempt, notes: list[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 import traceback
 from pathlib import Path
@@ -17,6 +18,8 @@ FRAMES = 20
 STOPPED = "stopped.json"
 
 VERDICT = "verdict.json"
+ENDED = re.compile(r"(task \S+: )?(ended by SIG(TERM|INT)|the process that started it \(\d+\) is gone)")
+"""What a task says of itself (process/monitor.py) where it was told to end, and nothing was wrong with it."""
 
 
 def is_permanent(error: BaseException) -> bool:

@@ -72,6 +72,17 @@ def check_configuration(config: RunConfig, run: RunDirectory) -> list[str]:
     return _changed_settings(config, run) + _changed_data(config, run)[0]
 
 
+def refuse_vain_changes(config: RunConfig, run: RunDirectory) -> None:
+    """A finished run is not made again. InputError: it was made with other settings than these; how it is started
+    (slurm, where the folder is) is no part of it."""
+    changes = [c for c in check_configuration(config, run) if not c.startswith(("slurm.", "run.root:"))]
+    if changes:
+        raise InputError(
+            f"{run.path} is finished, and other settings than its own change nothing: {'; '.join(changes)}. Leave it "
+            f"out, or choose another name with --run.name"
+        )
+
+
 def _changed_settings(config: RunConfig, run: RunDirectory) -> list[str]:
     saved = run.path / "config.json"
     changes: list[str] = []

@@ -18,7 +18,7 @@ from fp8slurm.config import RunConfig
 from fp8slurm.core.errors import InputError, TransientInputError
 from fp8slurm.core.files import names_in, patiently, read_json, write_atomic
 from fp8slurm.run.directory import RunDirectory
-from fp8slurm.run.task_errors import STOPPED, VERDICT, first_error, left_out
+from fp8slurm.run.task_errors import ENDED, STOPPED, VERDICT, first_error, left_out, task_errors
 from fp8slurm.scheduler import job as slurm
 from fp8slurm.scheduler.job import Job, SlurmError
 from fp8slurm.slurm import attempt, bad_nodes
@@ -31,6 +31,8 @@ LOOKS_AGAIN_S = (2.0, 10.0, 60.0, 120.0)
 FAILED = re.compile(r"srun: error: (\S+): tasks? ([\d,-]+): (.*)")
 LOST = re.compile(r"srun: error: (Aborting, io error.*|Node failure on .*)")
 """srun has lost a node, and ends the tasks of the others for it."""
+CANCELLED = re.compile(r"slurmstepd\S*: error: \*\*\* (?:STEP|JOB) .* CANCELLED AT \S+(?: DUE TO (.+?))? \*\*\*")
+"""Slurm ends the tasks: DUE TO JOB REQUEUE, PREEMPTION or TIME LIMIT; scancel gives no reason."""
 OTHERS = re.compile(r"srun: |slurmstepd\S*: |submitit ")
 """Begins a line that is not the task's own."""
 
@@ -66,6 +68,9 @@ def _after(status: int, path: Path, job: Job, config: RunConfig | None) -> int:
     if status == 0:
         return 0
     shown = slurm.show_job(job.id) or {}
+    if shown.get("JobState") != "RUNNING" and (ended := patiently(lambda: _ended_by_slurm(run, shown))):
+        _say(f"attempt {run.attempt} was {ended}")
+        return status
     try:
         text = patiently(lambda: _verdict(run, shown))
     except TransientInputError as error:  # a file that stays torn: it is named, and the run goes on
@@ -170,6 +175,32 @@ def _said(run: RunDirectory, job: dict[str, str]) -> list[str]:
     return lines[max((i for i, line in enumerate(lines) if begun in line), default=0) :]
 
 
+def _ended_by_slurm(run: RunDirectory, job: dict[str, str]) -> str:
+    """Who ended the tasks of a job that does not run any more, in words, kept for readers of the attempt; "" where a
+    task had failed before that."""
+    reason: str | None = None
+    for line in _said(run, job):
+        if cancelled := CANCELLED.search(line):
+            reason = (cancelled[1] or "cancelled").lower()
+            break
+        failed = FAILED.search(line)
+        if LOST.search(line) or (failed and not re.search("exit code 143|Terminated", failed[3])):
+            return ""
+    errors = task_errors(run.attempt_dir)
+    if "fail" in (reason or "") or (
+        errors and not ENDED.fullmatch(min(errors, key=lambda e: e.get("time", 0.0))["text"].strip())
+    ):
+        return ""
+    text = f"ended by Slurm ({reason or 'requeued or cancelled'})"
+    _keep_verdict(run, {"text": text, "primary": False})
+    return text
+
+
+def _keep_verdict(run: RunDirectory, verdict: dict[str, Any]) -> None:
+    (run.attempt_dir / "errors").mkdir(exist_ok=True)
+    write_atomic(run.attempt_dir / "errors" / VERDICT, json.dumps({"time": time.time(), **verdict}))
+
+
 def _verdict(run: RunDirectory, job: dict[str, str]) -> str:
     """Who failed first, by srun's word, and that task's own last words; kept for first_error."""
     first = next((m for line in _said(run, job) if (m := LOST.search(line) or FAILED.search(line))), None)
@@ -185,8 +216,7 @@ def _verdict(run: RunDirectory, job: dict[str, str]) -> str:
             text = f"task {first[2]} on {first[1]}: {first[3]}{_last_words(run, task)}"
         elif error["primary"]:
             text = f"task {task}: {error['text']}"
-    (run.attempt_dir / "errors").mkdir(exist_ok=True)
-    write_atomic(run.attempt_dir / "errors" / VERDICT, json.dumps({"time": time.time(), "text": text}))
+    _keep_verdict(run, {"text": text, "primary": True})
     return text
 
 

@@ -3,7 +3,7 @@
 For every source (sync/stream.py) there is one group: the source is its rank 0, the ranks of all engines of all nodes
 follow.
 
-    rank 0   link            rollout workers have their engines join the groups while the sources make their end
+    rank 0   prepare         rollout workers have their engines join the groups while the sources make their end
     source   fills a bucket, one broadcast to all engine ranks           (NCCL; gloo without GPUs)
     rollout worker    tells its engines what comes next, all of them at once      (HTTP)
 
@@ -28,7 +28,7 @@ import torch.distributed as dist
 from fp8slurm.engine.server import EngineError
 from fp8slurm.sync.bucket import WeightBucket
 from fp8slurm.sync.groups import TIMEOUT
-from fp8slurm.sync.receiver import PastTheHost
+from fp8slurm.sync.receiver import Engines, PastTheHost, Source
 from fp8slurm.sync.stream import Ask, HostCopy, Sender, WeightStream
 from fp8slurm.sync.transport import Transport, engine_group
 
@@ -108,9 +108,9 @@ class DirectSender(Sender):
     def prepare(self, ask: Ask) -> None:
         """Have all engines in the sources' groups; where one is missing (the start, a restart), all make new ones."""
         number = self.generation.number
-        while not all(answer["linked"] for answer in ask("linked", generation=number)):
+        while not all(answer["linked"] for answer in ask("prepare", generation=number, join=False)):
             number += 1
-            ask("link", partial(self.link, number), generation=number)
+            ask("prepare", partial(self.link, number), generation=number, join=True)
 
     def send(self, number: int, version: int, stream: WeightStream, to_hosts: HostCopy, verify: bool) -> None:
         """A broken group does not end it: then the engines say that they lost their weights."""
@@ -183,6 +183,38 @@ class DirectBucket(WeightBucket):
 class DirectReceiver(PastTheHost):
     """A rollout worker's end: what comes, in the order in which it comes."""
 
+    def __init__(self, store: Any, sources: Sequence[Source], node: int, nodes: int, engine_ranks: int) -> None:
+        """store: the job's (sync/signed_store.py). engine_ranks: of one engine."""
+        super().__init__(store, sources)
+        self.store, self.node, self.nodes, self.engine_ranks = store, node, nodes, engine_ranks
+        self.sources = list(dict.fromkeys(name for name, _ in self.plan))
+
+    def prepare(self, engines: Engines, asked: dict[str, Any]) -> dict[str, Any]:
+        """Asked with join False: whether the node's engines are in this generation, and nobody in it has failed. True:
+        have them join it.
+
+        An engine that died unnoticed is restarted first: in an update it would take the others with it. So are those
+        that do not join. EngineError: one failed engine.max_restarts + 1 times in a row.
+        """
+        there = GroupGeneration(self.store, asked["generation"])
+        if not asked["join"]:
+            engines.restart_dead()
+            joined = [_direct(transport).generation for transport in engines.transports]
+            return {"linked": all(g is not None and g.number == there.number and not g.failed() for g in joined)}
+        plain, each = self.store.plain, len(engines.transports)
+        size = 1 + self.nodes * each * self.engine_ranks
+
+        def joining(transport: Transport, number: int) -> None:
+            first = 1 + (self.node * each + number) * self.engine_ranks
+            try:
+                _direct(transport).join(there, self.sources, plain.host, plain.port, first, size)
+            except EngineError as error:
+                there.fail(f"engine {number} of node {self.node} did not join: {error}")
+                raise
+
+        engines.tell(joining)
+        return {}
+
     def receive(self, version: int, number: int, verify: bool) -> Iterator[WeightBucket]:
         """As Receiver.receive; without verify the buckets have no payloads."""
         payloads = self.payloads(version, number, verify)
@@ -194,21 +226,16 @@ class DirectReceiver(PastTheHost):
 class DirectTransport(Transport):
     """An engine's end: it is told what comes and takes part in the broadcast."""
 
-    def __init__(self) -> None:
+    def __init__(self, backend: str) -> None:
+        """backend: nccl where the engine has GPUs, else gloo."""
         super().__init__()
+        self.backend = backend
         self.generation: GroupGeneration | None = None
         """The groups that the engine is a member of."""
         self._sources: tuple[str, ...] = ()
 
     def join(
-        self,
-        generation: GroupGeneration,
-        sources: Sequence[str],
-        address: str,
-        port: int,
-        first: int,
-        size: int,
-        backend: str,
+        self, generation: GroupGeneration, sources: Sequence[str], address: str, port: int, first: int, size: int
     ) -> None:
         """Have the engine leave its groups and join those of `generation`, one for every source, as ranks `first` and
         following of `size`. address and port are the job store's. Raises EngineError."""
@@ -220,7 +247,7 @@ class DirectTransport(Transport):
         self.generation = None
         for source in self._sources:
             name = generation.group(source)
-            joining = self._pool.submit(client.join_group, name, port, size, backend, address, first)
+            joining = self._pool.submit(client.join_group, name, port, size, self.backend, address, first)
             self._wait(generation, joining)
         self.generation = generation
 
@@ -251,3 +278,8 @@ class DirectTransport(Transport):
     def failed(self, why: str) -> None:
         if self.generation is not None:
             self.generation.fail(why)
+
+
+def _direct(transport: Transport) -> DirectTransport:
+    assert isinstance(transport, DirectTransport), type(transport)
+    return transport

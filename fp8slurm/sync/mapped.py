@@ -17,6 +17,7 @@ import json
 import math
 import os
 import pickle
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -28,10 +29,12 @@ import torch
 import torch.distributed as dist
 
 from fp8slurm.core.gpu_memory import mappable
+from fp8slurm.engine.client import EngineClient
 from fp8slurm.engine.inside.recorded import Form
 from fp8slurm.sync.bucket import WeightBucket, WeightSpec, payload_bytes
 from fp8slurm.sync.receiver import PastTheHost, Source
 from fp8slurm.sync.stream import BUFFERS, HostCopy, Pending, Sender, WeightStream
+from fp8slurm.sync.transport import Transport
 
 Buckets = Sequence[tuple[WeightSpec, ...]]
 
@@ -195,6 +198,41 @@ class MappedReceiver(PastTheHost):
                 self.store.delete_key(key)
             yield MappedBucket(version, specs, next(payloads), handles)
         next(payloads, None)
+
+
+class MappedTransport(Transport):
+    """The engine maps the payload where it lies: on a GPU that it shares with a training rank, or in a file."""
+
+    def __init__(self, ranks: Sequence[int] = (0,)) -> None:
+        """ranks: for every rank of the engine the number on its node of the training rank that shares its GPU."""
+        super().__init__()
+        self._ranks = tuple(ranks)
+
+    def open(self, client: EngineClient, tensor_parallel_size: int) -> None:
+        assert tensor_parallel_size == len(self._ranks), (tensor_parallel_size, self._ranks)
+        super().open(client, tensor_parallel_size)
+
+    def start(self, bucket: WeightBucket) -> None:
+        """A MappedBucket, or one on this process's GPU."""
+        assert self._client is not None, "open() comes first"
+        start = time.perf_counter()
+        if isinstance(bucket, MappedBucket):
+            memory = [bucket.handles[rank] for rank in self._ranks]
+        else:
+            torch.cuda.current_stream().synchronize()  # the payload is finished before another process reads it
+            memory = [memory_handle(bucket.payload)] * len(self._ranks)
+        forms = self.announce(bucket.specs)
+        handles = [flat_bucket(handle, forms) for handle in memory]
+        self.seconds["handover"] += time.perf_counter() - start
+        self._loading = self._pool.submit(self._load, self._client, handles)
+
+    def _load(self, client: EngineClient, handles: list[str]) -> None:
+        start = time.perf_counter()
+        client.receive_handles(handles)  # the engine's plugin answers once its copies are done
+        self.seconds["load"] += time.perf_counter() - start
+
+    def finish(self) -> None:
+        self._loading.result()
 
 
 def _map_file(path: Path, size: int) -> torch.Tensor:

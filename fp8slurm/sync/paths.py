@@ -3,6 +3,12 @@
 host     sources -> rollout workers -> their engines, over gloo; a rollout worker can keep the last update
 mapped   engines map the memory of the ranks whose GPUs they share (sync/mapped.py)
 direct   sources -> engines (sync/direct.py)
+
+A path is three ends, and nobody else knows which one a run takes:
+
+    a rank             Sender     prepare (may ask the rollout workers), send
+    a rollout worker   Receiver   prepare (the answer), receive
+    an engine          Transport  start and finish of a bucket
 """
 
 from __future__ import annotations
@@ -16,10 +22,10 @@ import torch.distributed as dist
 from fp8slurm.config import RunConfig
 from fp8slurm.config.derived import transport_of
 from fp8slurm.sync.direct import DirectReceiver, DirectSender, DirectTransport
-from fp8slurm.sync.mapped import MappedReceiver, MappedSender
-from fp8slurm.sync.receiver import Receiver, Source
+from fp8slurm.sync.mapped import MappedReceiver, MappedSender, MappedTransport
+from fp8slurm.sync.receiver import HostReceiver, Receiver, Source
 from fp8slurm.sync.stream import Sender, WeightStream, parse_description
-from fp8slurm.sync.transport import BroadcastTransport, MappedTransport, Transport
+from fp8slurm.sync.transport import BroadcastTransport, Transport
 
 PATHS = {"gloo": "host", "cuda-ipc": "mapped", "shared-memory": "mapped", "nccl": "direct", "gloo-direct": "direct"}
 
@@ -38,23 +44,21 @@ def sender(config: RunConfig, store: Any, stream: WeightStream, address: str, fo
     return Sender()
 
 
-def receiver(
-    config: RunConfig, node: int, store: dist.Store, sources: Sequence[Source]
-) -> Receiver | MappedReceiver | DirectReceiver:
+def receiver(config: RunConfig, node: int, store: dist.Store, sources: Sequence[Source]) -> Receiver:
     """The end of the rollout worker of `node`."""
     path, ranks = PATHS[transport_of(config)], config.slurm.ranks_per_node
     if path == "direct":
-        return DirectReceiver(store, sources)
+        return DirectReceiver(store, sources, node, config.slurm.nodes, config.engine.tensor_parallel_size)
     if path == "mapped":
         return MappedReceiver(store, range(node * ranks, (node + 1) * ranks), sources)
-    return Receiver(store, sources, config.sync.keep_last_update is not False)
+    return HostReceiver(store, sources, config.sync.keep_last_update is not False)
 
 
 def transport(config: RunConfig, gpus: Sequence[int]) -> Transport:
     """How an engine on these GPUs of its node (none: on the CPU) is told."""
     path = PATHS[transport_of(config)]
     if path == "direct":
-        return DirectTransport()
+        return DirectTransport("nccl" if gpus else "gloo")
     if path == "mapped":  # without GPUs all map the first rank's
         return MappedTransport(gpus or (0,) * config.engine.tensor_parallel_size)
     return BroadcastTransport()

@@ -1,16 +1,19 @@
-"""A rollout worker's end of the broadcasts from the trainer's sources."""
+"""A rollout worker's end of an update: what every path's has, and the one of the broadcasts from the sources."""
 
 from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 
 from fp8slurm.sync.bucket import WeightBucket, WeightSpec, payload_bytes
 from fp8slurm.sync.groups import Group
+from fp8slurm.sync.transport import Transport
 
 Source = tuple[str, Group, Sequence[tuple[WeightSpec, ...]]]
 """Name, the group whose rank 0 is the source, and its buckets."""
@@ -30,14 +33,44 @@ def publish_checksums(store: dist.Store, number: int, source: str, checksums: li
     store.set(f"sync/checksums/{number}/{source}", json.dumps(checksums))
 
 
-class Receiver:
-    """Takes updates, one after the other; while a bucket is worked on, the next one arrives."""
+class Engines(Protocol):
+    """The engines of a node, as far as a path may have to do with them before an update."""
+
+    @property
+    def transports(self) -> Sequence[Transport]:
+        """How each of them is told."""
+
+    def restart_dead(self) -> None:
+        """Restart those whose process has ended."""
+
+    def tell(self, call: Callable[[Transport, int], None]) -> None:
+        """call(transport, number of the engine) for all at once; those for which it raises EngineError are restarted.
+        EngineError: one failed too often."""
+
+
+class Receiver(ABC):
+    """A rollout worker's end of one path."""
+
+    held: Sequence[WeightBucket] = ()
+    """The last update where it is kept and has wholly arrived, else nothing."""
+
+    def prepare(self, engines: Engines, asked: dict[str, Any]) -> dict[str, Any]:
+        """The answer to what the path's sender asks before an update (Sender.prepare); most ask nothing."""
+        raise AssertionError(f"{type(self).__name__}: no sender asks {asked}")
+
+    @abstractmethod
+    def receive(self, version: int, number: int, verify: bool) -> Iterator[WeightBucket]:
+        """The buckets of update `number`, which gets `version`. Each is good until the next but one is asked for; with
+        verify all of them last, and at the end they are compared with what the sources say they sent
+        (CorruptUpdate)."""
+
+
+class HostReceiver(Receiver):
+    """Takes updates through this process; while a bucket is worked on, the next one arrives."""
 
     def __init__(self, store: dist.Store, sources: Sequence[Source], keep: bool) -> None:
         """keep: hold the last update in host memory (the bytes of all buckets together) instead of three buckets."""
         self.store, self.sources, self.keep = store, sources, keep
-        self.held: list[WeightBucket] = []
-        """The last update where it is kept and has wholly arrived, else nothing."""
         sizes = [payload_bytes(specs) for _, _, plan in sources for specs in plan]
         self._payloads = self._allocate(sizes) if keep else []
         self._turns: list[torch.Tensor] = []
@@ -48,9 +81,7 @@ class Receiver:
         return [torch.empty(n, dtype=torch.uint8) for n in sizes]
 
     def receive(self, version: int, number: int, verify: bool) -> Iterator[WeightBucket]:
-        """The buckets of update `number`, which gets `version`. Each is good until the next but one is asked for; with
-        verify all of them last, and at the end they are compared with what the sources say they sent
-        (CorruptUpdate)."""
+        """As Receiver.receive."""
         self.held = []
         if self.keep:
             payloads = self._payloads
@@ -84,13 +115,12 @@ class Receiver:
                     )
 
 
-class PastTheHost:
-    """A rollout worker's end that weights do not pass through, but for copies to compare with: it holds no update."""
+class PastTheHost(Receiver):
+    """An end that weights do not pass through, but for copies to compare with: it holds no update."""
 
     def __init__(self, store: dist.Store, sources: Sequence[Source]) -> None:
         self.plan = [(name, specs) for name, _, plan in sources for specs in plan]
-        self.held: list[WeightBucket] = []
-        self._host = Receiver(store, sources, keep=False)
+        self._host = HostReceiver(store, sources, keep=False)
 
     def payloads(self, version: int, number: int, verify: bool) -> Iterator[torch.Tensor]:
         """For each bucket in turn an empty payload, or with verify a copy, which lasts; taken once more, compares."""

@@ -1,8 +1,5 @@
-"""How a bucket gets from this node into one engine (a third way, past this process: sync/direct.py).
-
-broadcast  one group on loopback: this process is rank 0, the engine's ranks are 1 to tensor_parallel_size.
-mapped     the engine maps the payload where it lies, on a GPU that it shares with a training rank (sync/mapped.py).
-"""
+"""How an engine is told of a bucket, and the way through the host: one group on loopback, in which this process is rank
+0 and the engine's ranks are 1 to tensor_parallel_size. The other ways: sync/mapped.py, sync/direct.py."""
 
 from __future__ import annotations
 
@@ -10,11 +7,9 @@ import itertools
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 
-import torch
 import torch.distributed as dist
 
 from fp8slurm.engine.client import EngineClient
@@ -22,7 +17,6 @@ from fp8slurm.engine.inside.recorded import KNOWN, Form, bucket_id
 from fp8slurm.engine.server import EngineError
 from fp8slurm.sync.bucket import WeightBucket, WeightSpec, payload_bytes
 from fp8slurm.sync.groups import listen
-from fp8slurm.sync.mapped import MappedBucket, flat_bucket, memory_handle
 
 LOOPBACK = "127.0.0.1"
 JOIN_TIMEOUT = timedelta(seconds=120)
@@ -153,38 +147,3 @@ def engine_group(
     options._timeout = timeout
     options._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
     return dist.ProcessGroupGloo(store, 0, size, options)  # type: ignore[return-value]
-
-
-class MappedTransport(Transport):
-    """The engine maps the payload where it lies: on a GPU that it shares with a training rank, or in a file."""
-
-    def __init__(self, ranks: Sequence[int] = (0,)) -> None:
-        """ranks: for every rank of the engine the number on its node of the training rank that shares its GPU."""
-        super().__init__()
-        self._ranks = tuple(ranks)
-
-    def open(self, client: EngineClient, tensor_parallel_size: int) -> None:
-        assert tensor_parallel_size == len(self._ranks), (tensor_parallel_size, self._ranks)
-        super().open(client, tensor_parallel_size)
-
-    def start(self, bucket: WeightBucket) -> None:
-        """A MappedBucket, or one on this process's GPU."""
-        assert self._client is not None, "open() comes first"
-        start = time.perf_counter()
-        if isinstance(bucket, MappedBucket):
-            memory = [bucket.handles[rank] for rank in self._ranks]
-        else:
-            torch.cuda.current_stream().synchronize()  # the payload is finished before another process reads it
-            memory = [memory_handle(bucket.payload)] * len(self._ranks)
-        forms = self.announce(bucket.specs)
-        handles = [flat_bucket(handle, forms) for handle in memory]
-        self.seconds["handover"] += time.perf_counter() - start
-        self._loading = self._pool.submit(self._load, self._client, handles)
-
-    def _load(self, client: EngineClient, handles: list[str]) -> None:
-        start = time.perf_counter()
-        client.receive_handles(handles)  # the engine's plugin answers once its copies are done
-        self.seconds["load"] += time.perf_counter() - start
-
-    def finish(self) -> None:
-        self._loading.result()

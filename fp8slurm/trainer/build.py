@@ -32,6 +32,8 @@ def transformer_config(config: RunConfig, spec: ModelSpec) -> Any:
     arguments |= {
         "tensor_model_parallel_size": p.tensor_parallel_size,
         "pipeline_model_parallel_size": p.pipeline_parallel_size,
+        "context_parallel_size": p.context_parallel_size,
+        "cp_comm_type": "all_gather",
         "expert_model_parallel_size": p.expert_parallel_size,
         "expert_tensor_parallel_size": p.expert_tensor_parallel_size,
         "sequence_parallel": p.sequence_parallel,

@@ -43,6 +43,9 @@ METADATA = {
     "chained_optim_avoid_prefix": True,
 }
 
+SIZES = ("tensor", "context", "pipeline", "data", "expert", "expert_tensor")
+"""Of the groups in `layout`."""
+
 
 class Snapshot:
     """This rank's part of a checkpoint as it is now: training may go on while it is written."""
@@ -231,8 +234,8 @@ def _optimizers() -> list[Any]:
 def _load(trainer: Trainer, path: Path) -> bool:
     from megatron.core import dist_checkpointing
 
-    saved = {"moments": "float32"} | dist_checkpointing.load_common_state_dict(str(path))["layout"]
-    now = layout(trainer)
+    saved = {"moments": "float32", "context": 1} | dist_checkpointing.load_common_state_dict(str(path))["layout"]
+    now = {"context": 1} | layout(trainer)
     for key, flag in (
         ("distributed_optimizer", "--optim.distributed"),
         ("dtype", "--model.dtype"),
@@ -240,7 +243,7 @@ def _load(trainer: Trainer, path: Path) -> bool:
     ):
         if saved[key] != now[key]:
             raise InputError(f"{path} was saved with {flag} {saved[key]}, this run has {now[key]}: they must be equal")
-    same = all(saved[k] == now[k] for k in ("tensor", "pipeline", "data", "expert", "expert_tensor"))
+    same = all(saved[k] == now[k] for k in SIZES)
     if not trainer.config.optim.distributed and not same:
         raise InputError(
             f"{path} was saved with {_shown(saved)}, this run has {_shown(now)}: without --optim.distributed only the "
@@ -286,9 +289,10 @@ def _regrouped(trainer: Trainer, loaded: dict[Any, Any]) -> Any:
 
 
 def layout(trainer: Trainer) -> dict[str, Any]:
-    """What `load` compares."""
+    """What `load` compares; without "context" there is no context parallelism."""
     p = trainer.config.parallel
-    return {
+    context = {"context": p.context_parallel_size} if p.context_parallel_size > 1 else {}
+    return context | {
         "tensor": p.tensor_parallel_size,
         "pipeline": p.pipeline_parallel_size,
         "data": trainer.data_parallel_size,
@@ -302,7 +306,7 @@ def layout(trainer: Trainer) -> dict[str, Any]:
 
 
 def _shown(saved: dict[str, Any]) -> str:
-    return ", ".join(f"{k} {saved[k]}" for k in ("tensor", "pipeline", "data", "expert", "expert_tensor"))
+    return ", ".join(f"{k} {saved[k]}" for k in SIZES)
 
 
 def _inner(model: Any) -> Any:

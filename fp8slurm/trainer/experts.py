@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from fp8slurm.core.types import PackedBatch
+from fp8slurm.trainer.context_parallel import ModelInput
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
@@ -62,12 +62,12 @@ class RoutingReplay:
         for router in self._routers:
             router.register_forward_pre_hook(self._choose)
 
-    def set(self, batch: PackedBatch) -> None:
-        """To be called before the forward pass of every micro-batch (its routing: uint8 or int16 [T, layers, k])."""
-        self._active = batch.routing is not None
-        if batch.routing is None:
+    def set(self, given: ModelInput) -> None:
+        """To be called before the forward pass of every micro-batch."""
+        self._active = given.routing is not None
+        if given.routing is None:
             return
-        part = batch.routing.chunk(self._size)[self._rank]
+        part = given.routing.chunk(self._size)[self._rank]
         for router in self._routers:
             router.router_replay.set_target_indices(part[:, router.layer_number - 1].long())
 
@@ -89,15 +89,16 @@ class RoutingReplay:
         router.router_replay.set_router_replay_action(action)
 
 
-def scale_aux_loss(transformer_config: Any, micro_batches: list[PackedBatch], group: dist.ProcessGroup) -> None:
+def scale_aux_loss(transformer_config: Any, tokens: int, group: dist.ProcessGroup) -> None:
     """Make the load-balancing loss of an update the mean over its tokens, to be called on all ranks before it.
 
     Megatron multiplies each micro-batch's by its number of tokens, expecting gradients to be divided by the tokens of
-    the batch, which the trainer does not do: its losses are summed as they are. `group`: the data-parallel ranks.
+    the batch, which the trainer does not do: its losses are summed as they are. tokens: of this rank's micro-batches,
+    padding included; `group`: the data-parallel ranks.
     """
-    tokens = torch.tensor(sum(len(b.tokens) for b in micro_batches), device=torch.cuda.current_device())
-    dist.all_reduce(tokens, group=group)
-    transformer_config.moe_grad_scale_func = lambda: 1.0 / tokens.float()
+    total = torch.tensor(tokens, device=torch.cuda.current_device())
+    dist.all_reduce(total, group=group)
+    transformer_config.moe_grad_scale_func = lambda: 1.0 / total.float()
 
 
 def take_aux_loss(layers: int, micro_batches: int, data_parallel_size: int) -> float:

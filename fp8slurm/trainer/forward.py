@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from fp8slurm.core.types import PackedBatch
+from fp8slurm.trainer.context_parallel import ModelInput, whole
 from fp8slurm.trainer.experts import RoutingReplay
 from fp8slurm.trainer.logprobs import vocab_parallel_logprobs
 
+D = TypeVar("D", PackedBatch, ModelInput)
 Outputs = tuple[torch.Tensor, "torch.Tensor | None"]
 """(logprobs fp32 [T], entropy fp32 [T] or None) of a micro-batch, on the last pipeline stage."""
 
@@ -20,31 +22,36 @@ Outputs = tuple[torch.Tensor, "torch.Tensor | None"]
 def run_schedule(
     model: Any, micro_batches: list[PackedBatch], loss: Callable[[Outputs, PackedBatch], tuple[torch.Tensor, Any]], *,
     with_entropy: bool, forward_only: bool, replay: RoutingReplay | None = None, exact: bool = False,
+    multiple: int = 1,
 ) -> list[Any]:  # fmt: skip
     """Forward, and backward of the sum of all losses, over the micro-batches.
 
     `loss` gives (scalar, anything to keep). Returns what was kept of every micro-batch on the last pipeline stage,
-    and nothing on the others. `replay`: of this model's routers; `exact`: with the engine's bits (model.exact).
+    and nothing on the others. `replay`: of this model's routers; `exact`: with the engine's bits (model.exact);
+    `multiple`: what a context-parallel rank's number of tokens has to be a multiple of.
     """
     from megatron.core import parallel_state
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    group = parallel_state.get_tensor_model_parallel_group()
+    group, context = parallel_state.get_tensor_model_parallel_group(), parallel_state.get_context_parallel_group()
 
-    def loss_of(outputs: Outputs, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor, Any]:
+    def loss_of(outputs: Outputs, batch: PackedBatch, given: ModelInput) -> tuple[torch.Tensor, torch.Tensor, Any]:
+        logprobs, entropy = outputs
+        outputs = whole(logprobs, given, context), None if entropy is None else whole(entropy, given, context)
         value, kept = loss(outputs, batch)
         # Megatron takes three values for a loss that it is to leave as it is; the middle one counts tokens.
         return value, torch.tensor(1, dtype=torch.int), kept
 
     def forward_step(batches: Iterator[PackedBatch], model: Any) -> tuple[Any, Callable[..., Any]]:
-        batch = _on_device(next(batches))
+        batch = next(batches)
+        given, batch = _on_device(ModelInput.of(batch, context, multiple)), _on_device(batch)
         if replay is not None:
-            replay.set(batch)
-        context = batch.labels, batch.temperature, group, with_entropy, exact
-        instead_of_logits = {"output_processor": _logprobs_of, "output_processor_context": context}
-        tokens, positions = batch.tokens[None], batch.position_ids[None]
-        outputs = model(tokens, positions, None, packed_seq_params=_packed(batch), **instead_of_logits)
-        return outputs, partial(loss_of, batch=batch)
+            replay.set(given)
+        needed = given.labels, batch.temperature, group, with_entropy, exact
+        instead_of_logits = {"output_processor": _logprobs_of, "output_processor_context": needed}
+        tokens, positions = given.tokens[None], given.position_ids[None]
+        outputs = model(tokens, positions, None, packed_seq_params=_packed(given), **instead_of_logits)
+        return outputs, partial(loss_of, batch=batch, given=given)
 
     kept = get_forward_backward_func()(
         forward_step_func=forward_step,
@@ -79,17 +86,20 @@ def _logprobs_of(
     return vocab_parallel_logprobs(logits, labels, group, with_entropy, temperature, exact)
 
 
-def _packed(batch: PackedBatch) -> Any:
+def _packed(given: ModelInput) -> Any:
     from megatron.core.packed_seq_params import PackedSeqParams
 
-    ends = batch.cu_seqlens
-    longest = int((ends[1:] - ends[:-1]).max())
-    sizes = {"cu_seqlens_q": ends, "cu_seqlens_kv": ends, "max_seqlen_q": longest, "max_seqlen_kv": longest}
+    ends, longest = given.cu_seqlens, given.longest
+    sizes: dict[str, Any] = {
+        "cu_seqlens_q": ends, "cu_seqlens_kv": ends, "max_seqlen_q": longest, "max_seqlen_kv": longest,
+    }  # fmt: skip
+    if given.gathered is not None:  # TransformerEngine asks for both; what pads a sequence is a part of it here
+        sizes |= {"cu_seqlens_q_padded": ends, "cu_seqlens_kv_padded": ends, "pad_between_seqs": False}
     return PackedSeqParams(qkv_format="thd", **sizes)
 
 
-def _on_device(batch: PackedBatch) -> PackedBatch:
+def _on_device(batch: D) -> D:
     device = torch.cuda.current_device()
     values: dict[str, Any] = {f.name: getattr(batch, f.name) for f in fields(batch)}
     values |= {k: v.to(device) for k, v in values.items() if isinstance(v, torch.Tensor)}
-    return PackedBatch(**values)
+    return type(batch)(**values)

@@ -11,17 +11,21 @@ import os
 import random
 import warnings
 from datetime import timedelta
+from importlib import metadata
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from packaging.version import Version
 
 from fp8slurm.config.schema import RunConfig
 from fp8slurm.core.errors import InputError
 from fp8slurm.core.gpu_memory import use_expandable_segments
 from fp8slurm.fp8.environment import set_fp32_scales
 
+GATHERS_PACKED = Version("2.18")
+"""The first TransformerEngine whose cp_comm_type "all_gather" takes qkv_format "thd": 2.17.1 asserts that it is not."""
 TIMEOUT = timedelta(hours=24)
 """Of collectives: ranks may wait long for one another, and hangs are the watchdog's business."""
 
@@ -137,6 +141,19 @@ def check_param_gather(config: RunConfig, gpu_engine: bool) -> None:
         )
 
 
+def check_context_parallel(config: RunConfig, transformer_engine: str) -> None:
+    """Refuse context parallelism with a TransformerEngine that cannot gather the keys of packed sequences; InputError.
+
+    transformer_engine: its version.
+    """
+    size = config.parallel.context_parallel_size
+    if size > 1 and Version(transformer_engine) < GATHERS_PACKED:
+        raise InputError(
+            f"--parallel.context-parallel-size {size} with TransformerEngine {transformer_engine}: it gathers keys and "
+            f"values of packed sequences from {GATHERS_PACKED} on; allowed here: 1, or install requirements/gpu.txt"
+        )
+
+
 def check_dispatcher(dispatcher: str, cuda: bool, deep_ep: bool) -> None:
     """Refuse a token dispatcher that this machine does not have. `deep_ep`: the package can be imported."""
     if dispatcher != "flex":
@@ -156,6 +173,8 @@ def start(config: RunConfig, rank: int, world_size: int, store: dist.Store, loca
     """
     cuda = torch.cuda.is_available()
     check_machine(config, cuda, importlib.util.find_spec("transformer_engine") is not None)
+    if cuda:
+        check_context_parallel(config, metadata.version("transformer_engine"))
     set_fp32_scales()
     if cuda:
         torch.cuda.set_device(local_rank)
@@ -176,6 +195,7 @@ def start(config: RunConfig, rank: int, world_size: int, store: dist.Store, loca
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=p.tensor_parallel_size,
         pipeline_model_parallel_size=p.pipeline_parallel_size,
+        context_parallel_size=p.context_parallel_size,
         expert_model_parallel_size=p.expert_parallel_size,
         expert_tensor_parallel_size=p.expert_tensor_parallel_size,
         distributed_timeout_minutes=int(TIMEOUT.total_seconds() // 60),

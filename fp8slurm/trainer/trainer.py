@@ -21,6 +21,7 @@ from fp8slurm.models.layout import check_layout
 from fp8slurm.models.names import NameTable
 from fp8slurm.models.spec import ModelSpec
 from fp8slurm.trainer import build, checkpoint, primary_fp8
+from fp8slurm.trainer.context_parallel import ModelInput
 from fp8slurm.trainer.experts import RoutingReplay, choose_grouped_products, scale_aux_loss, take_aux_loss
 from fp8slurm.trainer.forward import Outputs, run_schedule
 from fp8slurm.trainer.optimizer_sleep import OptimizerSleep
@@ -92,6 +93,9 @@ class Trainer:
             ps.get_data_parallel_rank(),
             ps.get_data_parallel_world_size(),
         )
+        self.replica_rank = ps.get_data_parallel_rank(with_context_parallel=True)
+        """Number of this rank among those that hold the same dense weights: data- and context-parallel ones."""
+        self.context_parallel_group: dist.ProcessGroup = ps.get_context_parallel_group()
         self.tensor_parallel_group: dist.ProcessGroup = ps.get_tensor_model_parallel_group()
         self.tensor_parallel_rank = ps.get_tensor_model_parallel_rank()
         self.tensor_parallel_size = ps.get_tensor_model_parallel_world_size()
@@ -103,11 +107,14 @@ class Trainer:
         rank_and_size = ps.get_expert_tensor_parallel_rank(), ps.get_expert_tensor_parallel_world_size()
         self.expert_tensor_parallel: tuple[int, int, dist.ProcessGroup] = (*rank_and_size, experts)
         """(rank, size, group) of the ranks that cut each expert."""
-        self.is_data_parallel_leader = self.tensor_parallel_rank == 0 and ps.is_pipeline_last_stage()
+        first = self.tensor_parallel_rank == 0 == ps.get_context_parallel_rank()
+        self.is_data_parallel_leader = first and ps.is_pipeline_last_stage()
         """One rank, the first of the last stage, for every data-parallel rank."""
         sequence = self.tensor_parallel_size if self.config.parallel.sequence_parallel else 1
-        self.pad_multiple = sequence * (128 if self.config.fp8.backend == "transformer_engine" else 1)
-        """The length of every micro-batch has to be a multiple of this."""
+        self._part_multiple = sequence * (128 if self.config.fp8.backend == "transformer_engine" else 1)
+        """What the number of tokens that a rank's model is given has to be a multiple of."""
+        self.pad_multiple = self._part_multiple if self.context_parallel_group.size() == 1 else 1
+        """The length of every micro-batch has to be a multiple of this; one that is cut among ranks is padded here."""
 
     # Weights.
 
@@ -273,7 +280,10 @@ class Trainer:
 
         balance = self.spec.is_moe and self.config.moe.aux_loss_coef > 0
         if balance:
-            scale_aux_loss(self.transformer_config, micro_batches, self._ps.get_data_parallel_group())
+            context = self.context_parallel_group
+            given = (ModelInput.of(b, context, self._part_multiple) for b in micro_batches)
+            tokens = sum(len(g.tokens) for g in given) * context.size()
+            scale_aux_loss(self.transformer_config, tokens, self._ps.get_data_parallel_group())
         how = {"with_entropy": with_entropy, "forward_only": False, "replay": self.replay}
         sums = self._sum(self._run(self.ddp, micro_batches, loss, **how))
         total = sums.pop("loss")
@@ -287,7 +297,8 @@ class Trainer:
         for size in (len(b.tokens) for b in micro_batches):
             if size % self.pad_multiple:
                 raise ValueError(f"a micro-batch of {size} tokens; allowed here: multiples of {self.pad_multiple}")
-        return run_schedule(model, micro_batches, loss, exact=self.config.model.exact, **how)
+        how |= {"exact": self.config.model.exact, "multiple": self._part_multiple}
+        return run_schedule(model, micro_batches, loss, **how)
 
     def _update(self, lr: float, loss_is_finite: bool) -> tuple[float, bool]:
         """Clip and step; (gradient norm, whether the step was made). Every rank comes to the same verdict."""

@@ -93,8 +93,11 @@ def test_the_end_of_a_turn_that_no_config_lists_is_said(tiny, tmp_path):
 def test_text_where_a_chat_template_is_gets_one_warning(tiny, tmp_path):
     plain, mixed = tmp_path / "plain.jsonl", tmp_path / "mixed.jsonl"
     plain.write_text(json.dumps({"prompt": "1|1=", "label": "1"}) + "\n")
-    mixed.write_text(plain.read_text() + (tiny / "data" / "eval.jsonl").read_text().splitlines()[0] + "\n")
+    mixed.write_text(
+        plain.read_text().replace("1|1", "2|1") + (tiny / "data" / "eval.jsonl").read_text().splitlines()[0] + "\n"
+    )
     more = ["--data.train", str(plain), "--data.eval", str(mixed)]
+    more += ["--rollout.prompts-per-step", "1", "--train.updates-per-step", "1"]
     (warning,) = preflight(parse("tiny-fp8", flags(tiny, *more)))
     assert warning.startswith("prompts that are text (1 of 1 of --data.train, 1 of 2 of --data.eval) are tokenized as")
 
@@ -121,6 +124,14 @@ def test_the_recipe_passes(tiny):
         (["--parallel.tensor-parallel-size", "4", "--slurm.ranks-per-node", "4"], ["4"]),
         (["--parallel.pipeline-parallel-size", "4", "--slurm.ranks-per-node", "4"], ["4", "layers"]),
         (["--parallel.tensor-parallel-size", "2", "--slurm.ranks-per-node", "3"], ["3"]),
+        (
+            ["--parallel.context-parallel-size", "2", "--slurm.ranks-per-node", "3"],
+            ["3 ranks", "--parallel.context-parallel-size 2", "a multiple of 2", "--slurm.ranks-per-node"],
+        ),
+        (
+            ["--parallel.context-parallel-size", "64", "--slurm.ranks-per-node", "64", "--rollout.max-tokens", "32"],
+            ["--parallel.context-parallel-size 64", "128 pieces", "longest has 96 tokens", "allowed: at most 48"],
+        ),
         (["--parallel.expert-parallel-size", "2"], ["--parallel.expert-parallel-size"]),
         (["--engine.tensor-parallel-size", "8"], ["--engine.tensor-parallel-size 8", "128"]),
         (["--engine.expert-parallel-size", "2"], ["--engine.expert-parallel-size 2", "without experts"]),

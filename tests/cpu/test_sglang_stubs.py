@@ -34,16 +34,19 @@ try:
     sgl_kernel.rmsnorm(1)
 except NotImplementedError as error:
     assert "sgl_kernel.rmsnorm" in str(error)
-import torch
-assert "nms(" in str(torch.ops.torchvision.nms.default._schema)
+from torchvision.transforms import InterpolationMode
+from transformers.utils import is_torchvision_available
+assert InterpolationMode.BICUBIC.name == "BICUBIC" and is_torchvision_available()
 print("imported")
 """
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the stand-ins are for machines without a GPU")
-def test_imports_beside_a_real_triton(tmp_path: Path) -> None:
+def test_imports_beside_a_real_triton_and_a_torchvision_for_cuda(tmp_path: Path) -> None:
     (tmp_path / "triton").mkdir()
     (tmp_path / "triton/__init__.py").write_text("raise ImportError('the real triton wants a driver')")
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision/__init__.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
     env = {**os.environ, "SGLANG_USE_CPU_ENGINE": "1", "PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[2]}"}
     run = subprocess.run([sys.executable, "-c", IMPORTS], env=env, capture_output=True, text=True)
     assert run.stdout == "imported\n", run.stderr

@@ -69,8 +69,9 @@ def test_prompts_without_answers_need_a_reward_that_reads_the_row(model, write, 
     (tmp_path / "by_row.py").write_text("def reward(response, row): return len(response.split()) <= row['most_words']")
     monkeypatch.chdir(tmp_path)
     path = str(write(BARE))
-    more = ["--model.hf-checkpoint", str(model), "--data.train", path, "--data.eval", path, "--sft.data", "None",
-            "--sft.max-steps", "0", "--data.max-prompt-tokens", "100", *BARE_FLAGS]  # fmt: skip
+    more = ["--model.hf-checkpoint", str(model), "--data.train", path, "--sft.data", "None", "--sft.max-steps", "0",
+            "--data.eval", "None", "--rollout.prompts-per-step", "1", "--train.updates-per-step", "1",
+            "--data.max-prompt-tokens", "100", *BARE_FLAGS]  # fmt: skip
     assert preflight(parse("tiny-fp8", [*more, "--reward.kind", "by_row:reward"])) == []
     with pytest.raises(ValueError, match=r"rows.\w+:1: the label is empty, and exact compares the answer with it"):
         preflight(parse("tiny-fp8", [*more, "--reward.kind", "exact"]))

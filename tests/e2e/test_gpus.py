@@ -71,7 +71,7 @@ def test_weights_by_nccl_from_several_ranks_into_several_engines(start: Callable
     runs = start(**split())
     run = runs.run("nccl")
     check_end(run)
-    assert log(run).count("command link {") == 1
+    assert log(run).count("'join': True}") == 1
     assert len(list((run / "attempts" / "0").glob("digests_*.json"))) == split()["engine"]["per_node"]
 
 
@@ -91,7 +91,7 @@ def test_an_engine_that_dies_takes_the_nccl_groups_with_it(
     finally:
         runs.stop(process)
     check_end(run)
-    assert log(run).count("command link {") == 2
+    assert log(run).count("'join': True}") == 2
     wanted = split()["engine"]["per_node"] if restarted is None else restarted
     assert len(re.findall(r"engine 0(?:\.[01])? failed .*; restart 1", log(run))) == wanted
 

@@ -3,7 +3,7 @@ import json
 import pytest
 import tiny
 
-from fp8slurm.check.preflight import _eval_tasks
+from fp8slurm.check.data import check_eval_tasks
 from fp8slurm.config import RunConfig
 from fp8slurm.config.schema import DataSection, RewardSection
 from fp8slurm.data.prompts import load_prompts, load_tokenizer, sample_seed
@@ -259,7 +259,7 @@ def test_a_sample_is_asked_for_as_its_task_says():
 
 def test_a_runs_tasks_are_checked_before_it_starts(tmp_path, tokenizer):
     file = write(tmp_path / "t.jsonl", {"prompt": "1+1=", "label": "2"})
-    _eval_tasks(RunConfig(eval={"tasks": [str(file)]}), tokenizer)
+    check_eval_tasks(RunConfig(eval={"tasks": [str(file)]}), tokenizer)
     for section, complaint in [
         ({"tasks": ["gsm9"]}, "no such task"),
         ({"tasks": [str(tmp_path / "none.jsonl")]}, "--eval.tasks .*none.jsonl: there is no such file"),
@@ -267,9 +267,9 @@ def test_a_runs_tasks_are_checked_before_it_starts(tmp_path, tokenizer):
         ({"n_samples": 2}, "--eval.n-samples 2 with --eval.temperature 0"),
     ]:
         with pytest.raises(ValueError, match=complaint):
-            _eval_tasks(RunConfig(eval=section), tokenizer)
+            check_eval_tasks(RunConfig(eval=section), tokenizer)
     with pytest.raises(ValueError, match="cannot be loaded"):
-        _eval_tasks(RunConfig(eval={"tasks": [str(file)]}, reward={"kind": "no_such_module:f"}), tokenizer)
+        check_eval_tasks(RunConfig(eval={"tasks": [str(file)]}, reward={"kind": "no_such_module:f"}), tokenizer)
 
 
 def test_a_runs_limits_of_graders_are_its_evaluations():

@@ -47,6 +47,7 @@ def checked(folder, *flags: str, exact: bool = True, moe: bool = False) -> None:
             "--parallel.tensor-parallel-size 2 --engine.tensor-parallel-size 2 --slurm.gpus-per-node 2",
             "size 2: sums over .* allowed here: 1 on both",
         ),
+        (f"{GPU} --parallel.context-parallel-size 2", "--parallel.context-parallel-size 2: .*on GPUs.*allowed: 1"),
         ("--rollout.max-staleness 1", "--rollout.max-staleness 1: samples come from older weights"),
         ("--engine.tensor-parallel-size 2", "size 1 and --engine.tensor-parallel-size 2: sums over"),
         (f"{GPU} --engine.extra-args=--attention-backend triton", "allowed here: fa3"),

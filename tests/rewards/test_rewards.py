@@ -391,7 +391,7 @@ def test_a_signature_that_cannot_be_served_is_refused_before_anything_is_scored(
 
 @pytest.mark.parametrize("kind", ["exacts", "module:", ":f", ""])
 def test_an_unknown_kind_is_refused(kind):
-    with pytest.raises(ValueError, match="not one of exact, numeric, choice, digits, math, module:function"):
+    with pytest.raises(ValueError, match="not one of exact, numeric, choice, digits, math, generate, module:function"):
         RewardPool(RewardSection(kind=kind))
 
 

@@ -13,8 +13,8 @@ from fp8slurm.core.types import Prompt, Sample, SampleGroup
 from fp8slurm.engine.client import Generation
 from fp8slurm.models.spec import ModelSpec
 from fp8slurm.rl.packing import pack
-from fp8slurm.rollout.sampler import routing_of
 from fp8slurm.rollout.serialization import decode_groups, encode_groups
+from fp8slurm.sessions.session import routing_of
 
 LAYERS, K = 3, 2
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ import torch
 
 from fp8slurm.config import RunConfig
 from fp8slurm.engine.client import GenerateRequest
+from fp8slurm.engine.completions import continued, joined
 from fp8slurm.engine.inside.digest import expected_digests, first_difference
 from fp8slurm.engine.server import EngineError
 from fp8slurm.rollout.engines import EngineSet, settings_of_engines
@@ -295,3 +297,49 @@ def test_an_engine_that_hangs_is_restarted_and_one_that_dies_in_an_update_distur
     assert [d["version"] for d in node.digests()] == [6, 6] and node.digests()[0] == node.digests()[1]
     after = node.engines.generate(LONG)
     assert {v for g in after for v in g.weight_versions} == {6} and after != whole
+
+
+@pytest.mark.slow
+def test_single_requests_go_on_over_an_update_a_dead_engine_and_a_stop(node):
+    """Tokens from before an update keep their version; what a dead engine had is asked of the other; what a stop ends
+    goes on from its tokens."""
+    engines = node.engines
+    node.update(7, node.first)
+
+    async def ask(requests):
+        return await asyncio.gather(*(engines.complete(request) for request in requests))
+
+    def ended(g):
+        return g.finish_reason == "stop" or g.finish_reason == "length" and len(g.token_ids) == 100
+
+    def begun(requests):
+        work = engines.completions.start(ask(requests))
+        node._act_when_busy(lambda: None)
+        return work
+
+    work = begun(LONG)
+    node.update(8, node.second)
+    over = engines.completions.wait(work)
+    assert all(ended(g) and len(g.token_ids) == len(g.logprobs) == len(g.weight_versions) for g in over)
+    assert {v for g in over for v in g.weight_versions} == {7, 8}
+    assert all(g.weight_versions == sorted(g.weight_versions) for g in over)
+
+    restarts, work = engines.restarts, begun(LONG)
+    os.kill(node.scheduler(1).pid, signal.SIGKILL)
+    assert all(ended(g) for g in engines.completions.wait(work))
+    assert engines.restarts == restarts + 1 and all(m.busy == 0 for m in engines.members)
+    deadline = time.monotonic() + PATIENCE
+    while engines.completions._failed and time.monotonic() < deadline:  # the other one did all of it meanwhile
+        time.sleep(0.05)
+
+    work = begun(LONG)
+    engines.completions.stop(work)
+    parts = work.result()
+    cut = [(r, g) for r, g in zip(LONG, parts) if g.finish_reason == "abort" and g.token_ids]
+    assert len(cut) > 8 and all(len(g.token_ids) == len(g.logprobs) < 100 for _, g in cut)
+    rest = engines.completions.run(ask([continued(r, g) for r, g in cut]))
+    together = [joined(part, more) for (_, part), more in zip(cut, rest)]
+    assert all(ended(g) for g in together)
+    prompt, whole = cut[0][0].token_ids, together[0]
+    scores = engines.score([prompt + whole.token_ids])[0][len(prompt) - 1 :]
+    assert torch.allclose(torch.tensor(scores), torch.tensor(whole.logprobs), atol=0.1)

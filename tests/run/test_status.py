@@ -15,6 +15,7 @@ import pytest
 
 from fp8slurm.core.processes import process_start
 from fp8slurm.report.status import main
+from fp8slurm.run.attempts import read_attempt
 from fp8slurm.run.status import find_runs, statuses
 from fp8slurm.scheduler.queue import parse_sacct, parse_squeue
 
@@ -231,11 +232,40 @@ def test_the_first_cause_is_the_error_that_is_shown(run, slurm):
     assert one(run).error == "task 1 on node2: Killed"
 
 
-def test_a_requeue_is_no_error_once_the_next_attempt_has_begun(run, slurm):
-    run.attempt(0).error(0, 0, "broken").attempt(1).error(1, 0, "ended by SIGTERM", primary=False)
-    assert one(run).error == "task 0: ended by SIGTERM"
-    run.attempt(2)
-    assert (one(run).error, one(run).error_attempt) == ("task 0: broken", 0)
+@pytest.mark.parametrize(
+    "verdict, stop",
+    [
+        (None, "ended by Slurm"),
+        ({"text": "task 2: ended by SIGTERM"}, "ended by Slurm"),  # as earlier versions left it
+        ({"text": "ended by Slurm (job requeue)", "primary": False}, "ended by Slurm (job requeue)"),
+    ],
+)
+def test_what_slurm_ended_has_no_error(run, slurm, capsys, verdict, stop):
+    """A requeue or a scancel is nobody's fault: the last error is the one before it, if there is any."""
+    run.attempt(0).error(0, 0, "broken").attempt(1, job="7", host="n", pid=1, start="1")
+    run.error(1, 2, "ended by SIGTERM", primary=False, at=1.0)
+    run.error(1, 0, "task 2 (process 5) ended; this task ends with it", primary=False, at=2.0)
+    if verdict:
+        run.write("attempts/1/errors/verdict.json", verdict)
+    slurm("squeue", 'echo "7|PENDING|BeginTime|0:00|30:00||N/A"')
+    s = one(run)
+    assert (s.state, s.stop, s.error, s.error_attempt) == ("pending", stop, "task 0: broken", 0)
+    assert main([str(run.path)]) == 0 and main(["--root", str(run.path.parent)]) == 0
+    shown = capsys.readouterr().out
+    assert "SIGTERM" not in shown and "earlier: task 0: broken" in shown and "earlier error" in shown
+    assert read_attempt(run.path, 1, True, [], job_over=True).state == "stopped"
+
+
+def test_a_real_error_is_not_put_down_to_slurm(run, slurm):
+    """Where a task failed first, the rest are ended for it."""
+    run.attempt(0, job="7", host="n", pid=1, start="1").error(0, 1, "CUDA error", at=1.0)
+    run.error(0, 0, "ended by SIGTERM", primary=False, at=2.0)
+    assert (one(run).error, one(run).stop) == ("task 1: CUDA error", None)
+
+
+def test_an_interrupted_run_of_this_machine_has_stopped(run, slurm):
+    run.config().attempt(0).error(0, 0, "ended by SIGTERM", primary=False)
+    assert (one(run).state, one(run).stop, one(run).error) == ("stopped", "ended by a signal", None)
 
 
 def test_only_the_end_of_long_metrics_is_read(run, slurm):

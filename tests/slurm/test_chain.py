@@ -22,7 +22,7 @@ from fp8slurm.scheduler.job import SlurmError
 from fp8slurm.slurm.attempt import settle_configuration
 from fp8slurm.slurm.requeue import follow
 
-ORDER = ["hf-to-torch-dist", "hf-to-fp8", "train", "torch-dist-to-hf", "export-to-fp8", "eval"]
+ORDER = ["hf-to-torch-dist", "hf-to-fp8", "train", "export-hf", "export-fp8", "eval"]
 TIMEOUT_S = 600.0
 
 
@@ -62,25 +62,25 @@ def test_every_job_waits_for_what_it_reads(tmp_path):
         made[link.name] = before
         read = {x.name for x in found if str(x.output) in " ".join(link.command) and x is not link}
         assert read <= before | {link.name}, f"{link.name} reads what it does not wait for"
-    assert set(found[2].after) == set(ORDER[:2]) and found[2].output == tmp_path / "checkpoints" / "step_000007"
+    chain = {x.name: x for x in found}
+    assert chain["train"].after == ("hf-to-fp8",), "it does not read what hf-to-torch-dist makes"
+    for name in ("export-hf", "export-fp8"):
+        assert chain[name].after == ("train",) and "--checkpoint=step_000007" in chain[name].command
+    assert found[2].output == tmp_path / "checkpoints" / "step_000007"
     assert found[1].output == tmp_path / "engine_model", "where the rollout workers look for the engine's checkpoint"
 
 
-def test_a_given_rollout_checkpoint_is_not_made_and_its_exclusions_are_kept(tmp_path):
-    rollout = tmp_path / "fp8"
-    rollout.mkdir()
-    (rollout / "config.json").write_text(json.dumps({"quantization_config": {"modules_to_not_convert": ["a.b", "c"]}}))
-    found = links(config(model={"rollout_checkpoint": str(rollout)}), tmp_path / "run")
+def test_a_given_rollout_checkpoint_is_not_made(tmp_path):
+    found = links(config(model={"rollout_checkpoint": "fp8"}), tmp_path / "run")
     assert [x.name for x in found] == [n for n in ORDER if n != "hf-to-fp8"]
-    export = next(x for x in found if x.name == "export-to-fp8")
-    assert export.command[-3:] == ("--modules-to-not-convert", "a.b", "c")
+    assert found[1].name == "train" and found[1].after == ()
 
 
 def test_directives_follow_the_settings(tmp_path):
     settings = {"partition": "gpu", "account": "me", "gpus_per_node": 8, "ranks_per_node": 8, "requeue": False}
     c = config(slurm=settings)
     chain = {x.name: x for x in links(c, tmp_path, ["--partition=cpu", "--exclusive"], ["--time=5"])}
-    convert, evaluation = chain["export-to-fp8"].directives, chain["eval"].directives
+    convert, evaluation = chain["export-fp8"].directives, chain["eval"].directives
     assert (convert["partition"], convert["account"], convert["exclusive"]) == ("cpu", "me", "")
     assert "gpus-per-node" not in convert
     assert (evaluation["partition"], evaluation["gpus-per-node"], evaluation["time"]) == ("gpu", "8", "5")
@@ -88,7 +88,7 @@ def test_directives_follow_the_settings(tmp_path):
     text = script(several, 6, c, tmp_path)
     assert "#SBATCH --nodes=3\n" in text and "#SBATCH --ntasks-per-node=1\n" in text and "#SBATCH --ntasks=" not in text
     assert " srun --ntasks-per-node=1 --kill-on-bad-exit=1 " in text
-    text = script(chain["export-to-fp8"], 5, c, tmp_path)
+    text = script(chain["export-fp8"], 5, c, tmp_path)
     assert "#SBATCH --exclusive\n" in text and "#SBATCH --no-requeue\n" in text and "#SBATCH --requeue\n" not in text
     with pytest.raises(ValueError, match="--convert-sbatch -p: sbatch flags are written --name=value"):
         parse_sbatch("--convert-sbatch", ["-p"])
@@ -101,14 +101,12 @@ def test_one_way_of_asking_for_memory(tmp_path, way):
         x.name: x.directives for x in links(config(slurm={"memory": "64G"}), tmp_path, [f"--{way}=2G"], [f"--{way}=3G"])
     }
     memory = {name: {k: v for k, v in d.items() if k.startswith("mem")} for name, d in directives.items()}
-    assert memory["export-to-fp8"] == {way: "2G"} and memory["eval"] == {way: "3G"}
+    assert memory["export-fp8"] == {way: "2G"} and memory["eval"] == {way: "3G"}
     directives = {
         x.name: x.directives for x in links(config(slurm={"sbatch": {way.replace("-", "_"): "4G"}}), tmp_path)
     }
     assert (
-        directives["eval"][way] == "4G"
-        and "mem" not in directives["eval"]
-        and directives["export-to-fp8"]["mem"] == "8G"
+        directives["eval"][way] == "4G" and "mem" not in directives["eval"] and directives["export-fp8"]["mem"] == "8G"
     )
 
 
@@ -149,7 +147,7 @@ def test_what_is_done_is_left_out(tmp_path):
     found = plan(config(), run, [], [])
     assert [bool(p.done) for p in found] == [True, False, True, True, False, False]
     text = describe(found, config(), run)
-    assert "# ---- 3 train: nothing to do" in text and "# ---- 5 export-to-fp8: sbatch\n" in text
+    assert "# ---- 3 train: nothing to do" in text and "# ---- 5 export-fp8: sbatch\n" in text
     (checkpoint / "data").write_text("12")
     with pytest.raises(
         ValueError, match="step_000007, the run's last checkpoint, is damaged .data has 2 bytes instead of 3"
@@ -276,14 +274,14 @@ def test_what_a_job_waits_for_is_no_setting_of_its_run(tmp_path):
 
 def test_dependencies_reach_sbatch(tmp_path, slurm):
     slurm.command("sbatch", "echo '42;cluster'")
-    link = Link("export-to-fp8", ("convert", "hf-to-fp8", "a", "b"), tmp_path / "b", ("x",), {"nodes": "1"})
+    link = Link("export-fp8", ("export", "a", "b"), tmp_path / "b", ("x",), {"nodes": "1"})
     (tmp_path / "chain").mkdir()
     planned = plan(config(), tmp_path, [], [])[4]
     assert planned.link.name == link.name
     job_id, log = queue(planned, ["7", "8"], config(), tmp_path)
-    assert job_id == "42" and log.endswith("chain/5-export-to-fp8.log")
+    assert job_id == "42" and log.endswith("chain/5-export-fp8.log")
     assert slurm.calls() == [
-        f"sbatch --parsable --dependency=afterok:7:8 --kill-on-invalid-dep=yes {tmp_path}/chain/5-export-to-fp8.sbatch"
+        f"sbatch --parsable --dependency=afterok:7:8 --kill-on-invalid-dep=yes {tmp_path}/chain/5-export-fp8.sbatch"
     ]
 
 

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from fp8slurm.config import parse
+from fp8slurm.core.errors import InputError
 from fp8slurm.run.directory import RunDirectory
 from fp8slurm.slurm import attempt
 
@@ -36,14 +37,41 @@ def test_looking_writes_nothing(done):
     assert (run.path / "config.json").read_text() == before
 
 
+@pytest.mark.parametrize(
+    "flags, status",
+    [
+        ([], 0),
+        (["--slurm.time=60", "--slurm.partition=x"], 0),
+        (["--rollout.n-samples=16"], 2),
+        (["--run.steps=30"], 2),
+    ],
+)
+def test_a_finished_run_submitted_with_other_settings_says_that_they_change_nothing(
+    done, monkeypatch, capsys, flags, status
+):
+    """How a job is asked for is no setting of what was made."""
+    from fp8slurm import cli
+    from fp8slurm.check import cluster
+
+    config, _ = done
+    monkeypatch.setattr(cli, "_check", lambda *_: None)
+    monkeypatch.setattr(cluster, "check_cluster", lambda _: [])
+    run = [f"--run.root={config.run.root}", "--run.name=r", "--run.steps=60"]
+    assert cli.main(["submit", "--recipe=tiny-fp8", *run, *flags]) == status
+    said = capsys.readouterr()
+    assert "is finished: 60 steps" in said.out and ("change nothing" in said.err) == (status == 2)
+
+
 def test_a_second_start_changes_no_record(done, monkeypatch, capsys):
     from fp8slurm import cli
 
     config, run = done
     monkeypatch.setattr(attempt, "damage", lambda _: None)
     other = config.model_copy(update={"rollout": config.rollout.model_copy(update={"n_samples": 16})})
-    assert cli._train_here(other) == 0
+    assert cli._train_here(config) == 0
     assert "is finished: 60 steps" in capsys.readouterr().out
+    with pytest.raises(InputError, match=r"change nothing: rollout.n_samples: 8 -> 16\. .*--run.name"):
+        cli._train_here(other)
     assert json.loads((run.path / "config.json").read_text())["rollout"]["n_samples"] == 8
     assert not run.attempts.exists()
     foreign = config.model_copy(update={"run": config.run.model_copy(update={"seed": 5})})

@@ -466,6 +466,35 @@ def test_a_job_that_slurm_has_ended_is_left_alone(config, slurm, state):
     assert after.after(143, run.path) == 143 and slurm.requeued == []
 
 
+STEP = "slurmstepd: error: *** STEP 7.0 ON node1 CANCELLED AT 2026-11-30T20:00:00"
+
+
+@pytest.mark.parametrize(
+    "log, state, told",
+    [
+        (f"{STEP} DUE TO JOB REQUEUE ***\n", "COMPLETING", "ended by Slurm (job requeue)"),
+        (f"{STEP} DUE TO PREEMPTION ***\n", "COMPLETING", "ended by Slurm (preemption)"),
+        (
+            f"{STEP} ***\nsrun: error: node2: task 2: Exited with exit code 143\n",
+            "CANCELLED",
+            "ended by Slurm (cancelled)",
+        ),
+        ("", "COMPLETING", "ended by Slurm (requeued or cancelled)"),
+        (f"srun: error: node1: task 1: Killed\n{STEP} ***\n", "COMPLETING", "task 1 on node1: Killed"),
+        (f"srun: error: node2: task 2: Exited with exit code 143\n{STEP} ***\n", "RUNNING", "task 2: ended by SIGTERM"),
+    ],
+)
+def test_who_ended_the_tasks(config, slurm, tmp_path, capsys, log, state, told):
+    """A job that Slurm has taken away is nobody's failure, unless a task had failed before; a task that somebody
+    ended in a job that runs is one."""
+    run = begin(config)
+    slurm.state, slurm.log = state, tmp_path / "log"
+    slurm.log.write_text(log)
+    record_error(_errors(run), 2, "ended by SIGTERM", primary=False)
+    after.after(143, run.path)
+    assert told in capsys.readouterr().err and first_error(run.attempt_dir) == told
+
+
 def test_a_mistake_is_not_started_again(config, slurm, capsys):
     run = begin(config)
     record_error(_errors(run), 2, "--data.train: no such file", permanent=True)

@@ -21,7 +21,7 @@ from fp8slurm.sync.bucket import WeightBucket, WeightSpec, layout, payload_bytes
 from fp8slurm.sync.check import check_engine_checkpoint, check_rollout_checkpoint
 from fp8slurm.sync.groups import host_store
 from fp8slurm.sync.plan import source_plans, stage_names
-from fp8slurm.sync.receiver import CorruptUpdate, Receiver, checksum, publish_checksums
+from fp8slurm.sync.receiver import CorruptUpdate, HostReceiver, checksum, publish_checksums
 from fp8slurm.sync.traffic import traffic
 
 
@@ -127,7 +127,7 @@ class Sender:
         forms = [[(f"t{i}", torch.uint8, (n,))] for i, n in enumerate(sizes)]
         self.plan = layout(forms, 1)
         self.group = Pipe()
-        self.receiver = Receiver(self.store, [("stage0", self.group, self.plan)], keep)
+        self.receiver = HostReceiver(self.store, [("stage0", self.group, self.plan)], keep)
 
     def send(self, number: int, value: int, damaged: int | None = None) -> None:
         sums = []

@@ -27,7 +27,7 @@ from fp8slurm.models.spec import ModelSpec, QuantizationSpec
 from fp8slurm.sync.engine_link import EngineLink
 from fp8slurm.sync.groups import Group, host_store, publish
 from fp8slurm.sync.plan import source_names
-from fp8slurm.sync.receiver import Receiver
+from fp8slurm.sync.receiver import HostReceiver
 from fp8slurm.sync.stream import parse_description
 from fp8slurm.sync.traffic import traffic
 
@@ -101,7 +101,7 @@ class Trainers:
         names = source_names(self.pp, self.ep if self.table.spec.is_moe else 0)
         plans = {n: parse_description(self._get(f"sync/plan/{n}")) for n in names}
         groups = {n: Group(self.store, f"sync/{n}", 1, 2, "127.0.0.1") for n in names}
-        self.receiver = Receiver(self.store, [(n, groups[n], plans[n]) for n in names], keep=True)
+        self.receiver = HostReceiver(self.store, [(n, groups[n], plans[n]) for n in names], keep=True)
 
     def _get(self, key: str) -> str:
         while not self.store.check([key]):

@@ -14,8 +14,7 @@ from torch.multiprocessing import reductions
 
 from fp8slurm.engine.inside.recorded import KNOWN
 from fp8slurm.sync.bucket import WeightSpec
-from fp8slurm.sync.mapped import MappedBucket, flat_bucket, memory_handle
-from fp8slurm.sync.transport import MappedTransport
+from fp8slurm.sync.mapped import MappedBucket, MappedTransport, flat_bucket, memory_handle
 
 FORMS = [("a.weight", "float8_e4m3fn", (4, 8), 0), ("a.weight_scale_inv", "float32", (1, 1), 32)]
 

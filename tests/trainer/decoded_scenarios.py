@@ -93,6 +93,11 @@ def two_replicas(ranks: Ranks) -> dict[str, Any]:
     return layout(ranks)
 
 
+def two_contexts(ranks: Ranks) -> dict[str, Any]:
+    """Each rank has a part of every sequence, and gathers the keys of the other."""
+    return layout(ranks, parallel={"context_parallel_size": 2})
+
+
 def two_shards(ranks: Ranks) -> dict[str, Any]:
     """Against an engine of two tensor-parallel ranks."""
     return layout(ranks, source="samples_tp2", parallel={"tensor_parallel_size": 2})

@@ -31,6 +31,7 @@ TP2 = {"parallel": {"tensor_parallel_size": 2, "sequence_parallel": True}}
 ETP2 = {"parallel": TP2["parallel"] | {"expert_tensor_parallel_size": 2}}
 TP2EP2 = {"parallel": TP2["parallel"] | EP2["parallel"]}
 PP2EP2 = {"parallel": EP2["parallel"] | {"pipeline_parallel_size": 2}}
+CP2EP2 = {"parallel": EP2["parallel"] | {"context_parallel_size": 2}}
 REPLAY = {"rollout": {"routing_replay": True}}
 BALANCED = {"moe": {"aux_loss_coef": AUX_LOSS}}
 RECOMPUTED = {"train": {"recompute": "full"}}
@@ -193,6 +194,14 @@ def ep2_balanced(ranks: Ranks) -> dict[str, Any]:
     return train_balanced(ranks, **EP2)
 
 
+def cp2ep2(ranks: Ranks) -> dict[str, Any]:
+    return train(ranks, folder="moe", **CP2EP2)
+
+
+def cp2ep2_balanced(ranks: Ranks) -> dict[str, Any]:
+    return train_balanced(ranks, **CP2EP2)
+
+
 def ep2_resume(ranks: Ranks) -> dict[str, Any]:
     return resume_exactly(ranks, folder="moe", **EP2, **FP8, **BF16)
 
@@ -240,6 +249,10 @@ def tp2ep2_replayed(ranks: Ranks) -> dict[str, Any]:
 
 def pp2ep2_replayed_recomputed(ranks: Ranks) -> dict[str, Any]:
     return train_replayed(ranks, **PP2EP2, **RECOMPUTED)
+
+
+def cp2dp2ep2_replayed_recomputed(ranks: Ranks) -> dict[str, Any]:
+    return train_replayed(ranks, **CP2EP2, **RECOMPUTED)
 
 
 def tp2ep2_balanced(ranks: Ranks) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from fp8slurm.engine.server import Engine, EngineSettings
 
 pytestmark = pytest.mark.slow
 
-TOGETHER = ["two_stages", "two_replicas", "two_shards", "two_shards_of_sequences"]
+TOGETHER = ["two_stages", "two_replicas", "two_contexts", "two_shards", "two_shards_of_sequences"]
 SECTION = EngineSection(max_running_requests=96, max_total_tokens=16384, context_length=256, ready_timeout_s=180)
 
 

@@ -21,6 +21,7 @@ from trainer_reference import (
     packs,
     replayed_logprobs,
     transformers_model,
+    with_ends_repeated,
     write_model,
 )
 
@@ -39,11 +40,11 @@ ONE = [
 TWO = [
     "ep2", "ep2_plain_optimizer", "etp2", "ep2_fp8", "ep2_fp8_layers", "ep2_balanced", "ep2_resume", "save_ep2",
     "one_to_ep2", "one_to_tp2", "ep2_to_tp2", "ep2_to_etp2", "ep2_offloaded_resume", "one_to_ep2_offloaded",
-    "one_to_ep2_ordinary", "ep2_snapshot_bytes",
+    "cp2ep2", "cp2ep2_balanced", "one_to_ep2_ordinary", "ep2_snapshot_bytes",
 ]  # fmt: skip
 FOUR = [
     "tp2ep2", "pp2ep2", "tp2ep2_replayed", "pp2ep2_replayed_recomputed", "tp2ep2_balanced", "pp2ep2_balanced",
-    "ep2_to_tp2ep2", "save_pp2ep2",
+    "ep2_to_tp2ep2", "save_pp2ep2", "cp2dp2ep2_replayed_recomputed",
 ]  # fmt: skip
 BACK = ["ep2_to_one", "pp2ep2_to_one"]
 
@@ -94,17 +95,21 @@ def expected_replayed(models: dict[str, Path]) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def expected_balanced(models: dict[str, Path]) -> dict[int, list[float]]:
-    """[loss, grad norm, mean load-balancing loss of a layer] of the first step, by the pads' multiple."""
+    """[loss, grad norm, mean load-balancing loss of a layer] of the first step, by the pads' multiple; 4: of every
+    segment, of two context-parallel ranks."""
     out = {}
-    for multiple in (1, 2):
+    for multiple in (1, 2, 4):
 
-        def aux(model: Any, step: int, multiple: int = multiple) -> torch.Tensor:
-            return AUX_LOSS * load_balancing_loss(model, packs(step, multiple))
+        def balanced(step: int, multiple: int = multiple) -> list[Any]:
+            return [with_ends_repeated(b, 4) for b in packs(step)] if multiple == 4 else packs(step, multiple)
+
+        def aux(model: Any, step: int, balanced: Any = balanced) -> torch.Tensor:
+            return AUX_LOSS * load_balancing_loss(model, balanced(step))
 
         wanted = expected_training(models["moe"], further_loss=aux, steps=1)
         model = transformers_model(models["moe"])
         with torch.no_grad():
-            each = [float(load_balancing_loss(model, [b])) / 2 for b in packs(0, multiple)]
+            each = [float(load_balancing_loss(model, [b])) / 2 for b in balanced(0)]
         out[multiple] = [*wanted["steps"][0][:2], sum(each) / len(each)]
     return out
 
@@ -126,8 +131,11 @@ def test_ep2_is_transformers_and_adamw(two: Any, expected: Any, scenario: str, r
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_etp2_is_transformers_and_adamw(two: Any, expected: Any, rank: int) -> None:
-    check(two.result("etp2", rank), expected())
+@pytest.mark.parametrize("scenario", ["etp2", "cp2ep2"])
+def test_ranks_with_the_same_sequences_are_transformers_and_adamw(
+    two: Any, expected: Any, scenario: str, rank: int
+) -> None:
+    check(two.result(scenario, rank), expected())
 
 
 @pytest.mark.parametrize("rank", range(4))
@@ -185,8 +193,9 @@ def test_experts_without_tokens(one: Any) -> None:
 
 @pytest.mark.parametrize(
     ("size", "scenario", "multiple"),
-    [(1, "one_rank_balanced", 1), (2, "ep2_balanced", 1), (4, "tp2ep2_balanced", 2), (4, "pp2ep2_balanced", 1)],
-)
+    [(1, "one_rank_balanced", 1), (2, "ep2_balanced", 1), (4, "tp2ep2_balanced", 2), (4, "pp2ep2_balanced", 1),
+     (2, "cp2ep2_balanced", 4)],
+)  # fmt: skip
 def test_load_balancing_loss(
     one: Any, two: Any, four: Any, expected: Any, expected_balanced: Any, size: int, scenario: str, multiple: int
 ) -> None:
@@ -205,7 +214,7 @@ def test_load_balancing_loss(
 @pytest.mark.parametrize(
     ("size", "scenario"),
     [(1, "one_rank_replayed"), (1, "one_rank_replayed_recomputed"), (4, "tp2ep2_replayed"),
-     (4, "pp2ep2_replayed_recomputed")],
+     (4, "pp2ep2_replayed_recomputed"), (4, "cp2dp2ep2_replayed_recomputed")],
 )  # fmt: skip
 def test_replayed_routing(one: Any, four: Any, expected: Any, expected_replayed: Any, size: int, scenario: str) -> None:
     assert (torch.cat(expected()["before"]) - torch.cat(expected_replayed["before"])).abs().mean() > 1e-2

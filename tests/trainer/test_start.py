@@ -25,7 +25,7 @@ from fp8slurm.rl.schedule import learning_rate
 from fp8slurm.trainer import optimizer_state
 from fp8slurm.trainer.build import allocate_fused_state
 from fp8slurm.trainer.logprobs import vocab_parallel_logprobs
-from fp8slurm.trainer.start import check_machine
+from fp8slurm.trainer.start import check_context_parallel, check_machine
 from fp8slurm.trainer.weights import HfReader, ParameterShards
 
 
@@ -88,6 +88,14 @@ def test_optimizer_and_dispatcher_that_this_machine_does_not_have(sections: dict
     config = run_config(**{"model": {"dtype": "bfloat16"}} | sections)
     with pytest.raises(ValueError, match=re.escape(message)):
         check_machine(config, False, False)
+
+
+def test_context_parallelism_needs_a_transformer_engine_that_gathers_packed_keys() -> None:
+    two = run_config(parallel={"context_parallel_size": 2})
+    check_context_parallel(two, "2.20.2")
+    check_context_parallel(run_config(), "2.16.1")
+    with pytest.raises(ValueError, match=r"context-parallel-size 2 with TransformerEngine 2.17.1.*allowed here: 1"):
+        check_context_parallel(two, "2.17.1")
 
 
 def test_optimizer_and_dispatcher_of_a_gpu() -> None:

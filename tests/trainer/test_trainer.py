@@ -38,8 +38,10 @@ TWO_RANKS = [
     "save_pp2", "one_to_dp2", "one_to_tp2", "one_to_pp2", "tp2_full_disk", "dp2_snapshot_bytes",
     "tp2_snapshot_bytes", "dp2_optimizer_sleep", "tp2_warm_up", "tp2_qwen2", "tp2_sequence_parallel_qwen2",
     "tp2_qwen2_fp8", "pp2_qwen2_untied", "tp2_sequence_parallel_llama", "pp2_llama",
+    "cp2", "cp2_recompute", "cp2_fp8", "cp2_resume", "save_cp2", "one_to_cp2",
 ]  # fmt: skip
-BACK_TO_ONE = ["dp2_to_one", "tp2_to_one", "pp2_to_one"]
+FOUR_RANKS = ["cp2tp2", "cp2pp2", "cp2dp2", "cp2_to_cp2tp2"]
+BACK_TO_ONE = ["dp2_to_one", "tp2_to_one", "pp2_to_one", "cp2_to_one"]
 
 
 @pytest.fixture(scope="module")
@@ -81,8 +83,13 @@ def two(launch: Callable[..., Any], models: dict[str, Path], one: Any) -> Any:
 
 
 @pytest.fixture(scope="module")
+def four(launch: Callable[..., Any], models: dict[str, Path], two: Any) -> Any:
+    return launch("four", 4, FOUR_RANKS, **models, cp2=two.folder / "cp2")
+
+
+@pytest.fixture(scope="module")
 def back(launch: Callable[..., Any], models: dict[str, Path], two: Any) -> Any:
-    return launch("back", 1, BACK_TO_ONE, **models, **{n: two.folder / n for n in ("dp2", "tp2", "pp2")})
+    return launch("back", 1, BACK_TO_ONE, **models, **{n: two.folder / n for n in ("dp2", "tp2", "pp2", "cp2")})
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +112,7 @@ def test_one_rank_is_transformers_and_adamw(one: Any, expected: Any, scenario: s
     ("scenario", "model"),
     [("tp2", "dense"), ("tp2_sequence_parallel", "dense"), ("pp2", "dense"), ("pp2_untied", "untied"),
      ("tp2_qwen2", "qwen2"), ("tp2_sequence_parallel_qwen2", "qwen2"), ("pp2_qwen2_untied", "qwen2_untied"),
-     ("tp2_sequence_parallel_llama", "llama"), ("pp2_llama", "llama")],
+     ("tp2_sequence_parallel_llama", "llama"), ("pp2_llama", "llama"), ("cp2", "dense"), ("cp2_recompute", "dense")],
 )  # fmt: skip
 @pytest.mark.parametrize("rank", [0, 1])
 def test_model_parallel_ranks_are_transformers_and_adamw(
@@ -120,6 +127,15 @@ def test_data_parallel_ranks_are_transformers_and_adamw(
     two: Any, expected: Any, scenario: str, model: str, rank: int
 ) -> None:
     check(two.result(scenario, rank), expected(model), slice(rank, None, 2))
+
+
+@pytest.mark.parametrize(("scenario", "replicas"), [("cp2tp2", 1), ("cp2pp2", 1), ("cp2dp2", 2)])
+@pytest.mark.parametrize("rank", range(4))
+def test_context_parallel_ranks_are_transformers_and_adamw(
+    four: Any, expected: Any, scenario: str, replicas: int, rank: int
+) -> None:
+    """Packs have sequences that are shorter than a rank's part, as long as it, and longer."""
+    check(four.result(scenario, rank), expected("dense"), slice(rank * replicas // 4, None, replicas))
 
 
 def test_entropy_and_its_gradient(one: Any, models: dict[str, Path]) -> None:
@@ -244,9 +260,10 @@ def test_a_steps_own_forward_is_the_separate_one(one: Any, two: Any, ranks: int,
 
 @pytest.mark.parametrize(
     ("scenario", "alone"),
-    [("tp2_fp8", "one_rank"), ("tp2_sequence_parallel_fp8", "one_rank"), ("tp2_qwen2_fp8", "one_rank_qwen2")],
-)
-def test_tensor_parallel_fp8_is_one_rank_fp8(one: Any, two: Any, scenario: str, alone: str) -> None:
+    [("tp2_fp8", "one_rank"), ("tp2_sequence_parallel_fp8", "one_rank"), ("tp2_qwen2_fp8", "one_rank_qwen2"),
+     ("cp2_fp8", "one_rank")],
+)  # fmt: skip
+def test_model_parallel_fp8_is_one_rank_fp8(one: Any, two: Any, scenario: str, alone: str) -> None:
     """Sums over ranks differ in the last bit of fp32, which can move a value to the next e4m3 code, rarely."""
     single = one.result(f"{alone}_fp8")
     gap_to_fp32 = (torch.cat(one.result(alone)["before"]) - torch.cat(single["before"])).abs().mean()
@@ -309,9 +326,10 @@ def test_resume_to_the_bit_on_one_rank(one: Any) -> None:
     assert_same(**got)
 
 
+@pytest.mark.parametrize("scenario", ["dp2_resume", "cp2_resume"])
 @pytest.mark.parametrize("rank", [0, 1])
-def test_resume_to_the_bit_on_two_ranks(two: Any, rank: int) -> None:
-    assert_same(**two.result("dp2_resume", rank))
+def test_resume_to_the_bit_on_two_ranks(two: Any, scenario: str, rank: int) -> None:
+    assert_same(**two.result(scenario, rank))
 
 
 def test_a_resume_runs_nothing_that_is_in_a_checkpoint(one: Any) -> None:
@@ -326,14 +344,21 @@ def test_save_before_any_step(one: Any) -> None:
     assert got["straight"] == got["resumed"]
 
 
-@pytest.mark.parametrize(("scenario", "shares"), [("one_to_dp2", True), ("one_to_tp2", False), ("one_to_pp2", False)])
+@pytest.mark.parametrize(
+    ("scenario", "shares"), [("one_to_dp2", True), ("one_to_tp2", False), ("one_to_pp2", False), ("one_to_cp2", False)]
+)
 @pytest.mark.parametrize("rank", [0, 1])
 def test_one_rank_continues_on_two(one: Any, two: Any, scenario: str, shares: bool, rank: int) -> None:
     share = slice(rank, None, 2) if shares else slice(None)
     check_continued(two.result(scenario, rank), one.result("save_one_rank"), share)
 
 
-@pytest.mark.parametrize("layout", ["dp2", "tp2", "pp2"])
+@pytest.mark.parametrize("rank", range(4))
+def test_two_ranks_continue_on_four(one: Any, four: Any, rank: int) -> None:
+    check_continued(four.result("cp2_to_cp2tp2", rank), one.result("save_one_rank"))
+
+
+@pytest.mark.parametrize("layout", ["dp2", "tp2", "pp2", "cp2"])
 def test_two_ranks_continue_on_one(one: Any, back: Any, layout: str) -> None:
     check_continued(back.result(f"{layout}_to_one"), one.result("save_one_rank"))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +178,16 @@ def load_balancing_loss(model: Any, step: list[PackedBatch]) -> torch.Tensor:
             share = F.one_hot(logits.topk(2).indices, 4).sum((0, 1)) / (2 * len(logits))
             total = total + 4 * (share * p.mean(0)).sum() * len(batch.tokens) / tokens
     return total
+
+
+def with_ends_repeated(batch: PackedBatch, multiple: int) -> PackedBatch:
+    """Tokens and segments of a pack whose segments are padded to a multiple by repeats of their last tokens: what the
+    experts see of it with context parallelism. Everything else is as it was."""
+    cu, tokens = batch.cu_seqlens.tolist(), []
+    for s, e in zip(cu, cu[1:]):
+        tokens.append(torch.cat([batch.tokens[s:e], batch.tokens[e - 1].expand(-(e - s) % multiple)]))
+    segments = torch.tensor([0, *map(len, tokens)]).cumsum(0).to(torch.int32)
+    return replace(batch, tokens=torch.cat(tokens), cu_seqlens=segments)
 
 
 def packs(seed: int, pad_multiple: int = 1) -> list[PackedBatch]:

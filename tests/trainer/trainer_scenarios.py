@@ -28,6 +28,9 @@ OFFLOAD = {"optim": {"cpu_offload": True}}
 TP2 = {"parallel": {"tensor_parallel_size": 2}}
 TP2SP = {"parallel": {"tensor_parallel_size": 2, "sequence_parallel": True}}
 PP2 = {"parallel": {"pipeline_parallel_size": 2}}
+CP2 = {"parallel": {"context_parallel_size": 2}}
+CP2TP2SP = {"parallel": CP2["parallel"] | TP2SP["parallel"]}
+CP2PP2 = {"parallel": CP2["parallel"] | PP2["parallel"]}
 
 
 def save(trainer: Trainer, path: Path) -> None:
@@ -642,6 +645,10 @@ def save_pp2(ranks: Ranks) -> dict[str, Any]:
     return save_here(ranks, "pp2", **PP2)
 
 
+def save_cp2(ranks: Ranks) -> dict[str, Any]:
+    return save_here(ranks, "cp2", **CP2)
+
+
 def one_to_dp2(ranks: Ranks) -> dict[str, Any]:
     return continue_here(ranks, "one")
 
@@ -654,6 +661,10 @@ def one_to_pp2(ranks: Ranks) -> dict[str, Any]:
     return continue_here(ranks, "one", **PP2)
 
 
+def one_to_cp2(ranks: Ranks) -> dict[str, Any]:
+    return continue_here(ranks, "one", **CP2)
+
+
 def dp2_to_one(ranks: Ranks) -> dict[str, Any]:
     return continue_here(ranks, "dp2")
 
@@ -664,6 +675,10 @@ def tp2_to_one(ranks: Ranks) -> dict[str, Any]:
 
 def pp2_to_one(ranks: Ranks) -> dict[str, Any]:
     return continue_here(ranks, "pp2")
+
+
+def cp2_to_one(ranks: Ranks) -> dict[str, Any]:
+    return continue_here(ranks, "cp2")
 
 
 def one_rank_qwen2(ranks: Ranks) -> dict[str, Any]:
@@ -733,6 +748,22 @@ def pp2_untied(ranks: Ranks) -> dict[str, Any]:
     return train(ranks, folder="untied", **PP2)
 
 
+def cp2(ranks: Ranks) -> dict[str, Any]:
+    return train(ranks, **CP2)
+
+
+def cp2_recompute(ranks: Ranks) -> dict[str, Any]:
+    return train(ranks, train={"recompute": "full"}, **CP2)
+
+
+def cp2_fp8(ranks: Ranks) -> dict[str, Any]:
+    return train(ranks, **CP2, **FP8)
+
+
+def cp2_resume(ranks: Ranks) -> dict[str, Any]:
+    return resume_exactly(ranks, **FP8, **BF16, **CP2)
+
+
 def tp2_fp8(ranks: Ranks) -> dict[str, Any]:
     return train(ranks, **TP2, **FP8)
 
@@ -751,3 +782,22 @@ def dp2_bad_loss(ranks: Ranks) -> dict[str, Any]:
 
 def dp2_resume(ranks: Ranks) -> dict[str, Any]:
     return resume_exactly(ranks, **FP8, **BF16)
+
+
+# Four ranks.
+
+
+def cp2tp2(ranks: Ranks) -> dict[str, Any]:
+    return train(ranks, **CP2TP2SP)
+
+
+def cp2pp2(ranks: Ranks) -> dict[str, Any]:
+    return train(ranks, **CP2PP2)
+
+
+def cp2dp2(ranks: Ranks) -> dict[str, Any]:
+    return train(ranks, **CP2)
+
+
+def cp2_to_cp2tp2(ranks: Ranks) -> dict[str, Any]:
+    return continue_here(ranks, "cp2", **CP2TP2SP)

@@ -119,7 +119,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from fp8slurm.sync.engine_link import EngineLink
     from fp8slurm.sync.groups import Group, host_store, publish
     from fp8slurm.sync.plan import source_names
-    from fp8slurm.sync.receiver import Receiver
+    from fp8slurm.sync.receiver import HostReceiver
     from fp8slurm.sync.stream import parse_description
     from fp8slurm.sync.traffic import traffic
 
@@ -150,7 +150,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         names = source_names(1, 1 if spec.is_moe else 0)
         plans = {n: parse_description(store.get(f"sync/plan/{n}").decode()) for n in names}
         groups = {n: Group(store, f"sync/{n}", 1, 2, "127.0.0.1") for n in names}
-        receiver = Receiver(store, [(n, groups[n], plans[n]) for n in names], keep=True)
+        receiver = HostReceiver(store, [(n, groups[n], plans[n]) for n in names], keep=True)
         expected = traffic(NameTable(spec), spec.quantization, bucket_bytes, tensor_parallel_size=args.tp)
         store.set("bytes", str(expected.payload))
         flat = torch.zeros(expected.payload, dtype=torch.uint8)

@@ -48,9 +48,10 @@ from fp8slurm.models.names import NameTable  # noqa: E402
 from fp8slurm.models.spec import ModelSpec  # noqa: E402
 from fp8slurm.sync.bucket import WeightBucket  # noqa: E402
 from fp8slurm.sync.engine_link import EngineLink  # noqa: E402
+from fp8slurm.sync.mapped import MappedTransport  # noqa: E402
 from fp8slurm.sync.stream import WeightStream  # noqa: E402
 from fp8slurm.sync.traffic import traffic  # noqa: E402
-from fp8slurm.sync.transport import BroadcastTransport, MappedTransport  # noqa: E402
+from fp8slurm.sync.transport import BroadcastTransport  # noqa: E402
 
 
 class NcclTransport(BroadcastTransport):

@@ -48,8 +48,9 @@ from fp8slurm.fp8.quantize import quantize  # noqa: E402
 from fp8slurm.models.names import NameTable  # noqa: E402
 from fp8slurm.models.spec import ModelSpec, QuantizationSpec  # noqa: E402
 from fp8slurm.sync.engine_link import EngineLink  # noqa: E402
+from fp8slurm.sync.mapped import MappedTransport  # noqa: E402
 from fp8slurm.sync.stream import WeightStream  # noqa: E402
-from fp8slurm.sync.transport import BroadcastTransport, MappedTransport  # noqa: E402
+from fp8slurm.sync.transport import BroadcastTransport  # noqa: E402
 
 Parts = dict[str, float]
 

@@ -6,6 +6,7 @@ import argparse
 import re
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from fp8slurm.checkpoint.converters.convert_hf import decisions, plan_fp8_to_hf, plan_hf_to_fp8
@@ -66,8 +67,12 @@ def add_origin(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--origin-hf-dir", required=True, metavar="HF", help=origin)
 
 
-def convert(name: str, args: argparse.Namespace) -> int:
-    """Run one converter with parsed flags; 0 done, 1 the disk failed, 2 bad input (nothing was written)."""
+def convert(name: str, args: argparse.Namespace, command: str = "") -> int:
+    """Run one converter with parsed flags; 0 done, 1 the disk failed, 2 bad input (nothing was written).
+
+    command: the one that the user gave, where it is not `convert NAME`.
+    """
+    command = command or f"convert {name}"
     try:
         if getattr(args, "list", False):
             return list_decisions(args)
@@ -81,7 +86,7 @@ def convert(name: str, args: argparse.Namespace) -> int:
             overwrite=args.overwrite,
             progress=not args.quiet and sys.stderr.isatty(),
         )
-        keys = ("origin_hf_dir", "modules_to_not_convert", "power_of_two")
+        keys = ("origin_hf_dir", "modules_to_not_convert", "power_of_two", "texts")
         planned = CONVERTERS[name][0](
             args.input, args.output, options=options, **{k: getattr(args, k) for k in keys if hasattr(args, k)}
         )
@@ -91,13 +96,13 @@ def convert(name: str, args: argparse.Namespace) -> int:
         print(f"{name}: {planned.run()}")
         return 0
     except (InputError, FileNotFoundError) as error:
-        print(f"fp8slurm convert {name}: {error}", file=sys.stderr)
+        print(f"fp8slurm {command}: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # of --list | head: the caller's to handle
         raise
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        print(f"fp8slurm convert {name}: {where}{error.strerror or error}", file=sys.stderr)
+        print(f"fp8slurm {command}: {where}{error.strerror or error}", file=sys.stderr)
         return 1
 
 
@@ -111,8 +116,11 @@ def list_decisions(args: argparse.Namespace) -> int:
     return 0
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of `fp8slurm convert`; returns the exit status."""
+def main(argv: Sequence[str] | None = None, checkpoint_of: Callable[[Path], Path | None] = lambda run: None) -> int:
+    """Entry point of `fp8slurm convert`; returns the exit status.
+
+    checkpoint_of: the checkpoint that is meant where IN is a run, None for any other folder.
+    """
     parser = argparse.ArgumentParser(
         prog="fp8slurm convert",
         description="Convert checkpoints: streamed, verified, resumable. OUT appears complete or not at all; the same "
@@ -131,6 +139,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             command.add_argument("--list", action="store_true", help="print what would be quantized and why")
         add_options(command)
     args = parser.parse_args(argv)
+    if args.name.startswith("torch-dist") and (newest := checkpoint_of(Path(args.input))) is not None:
+        print(f"{args.input} is a run: {newest.name}, its newest complete checkpoint, is converted", file=sys.stderr)
+        args.input = str(newest)
     return convert(args.name, args)
 
 

@@ -6,8 +6,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +87,8 @@ class Conversion:
     """Files that are read, wherever their links lead."""
     output: OutputFolder
     options: ConvertOptions
+    texts: Mapping[str, bytes] = field(default_factory=dict)
+    """Small files by name, written as given, in place of companions of the same names."""
 
     @property
     def read_bytes(self) -> int:
@@ -157,13 +159,14 @@ class Conversion:
         index = self.index()
         if index is not None:
             files[INDEX] = index
+        files.update(self.texts)
         names = set(files)
         self.output.check_owner()
         try:
             for name, data in files.items():
                 write_durably(self.output.tmp / name, data)
             for path in self.companions:
-                if path.name in OURS:  # an input's own file of that name would take our mark's place
+                if path.name in OURS or path.name in files:  # OURS: an input's own would take our mark's place
                     continue
                 shutil.copyfile(path, self.output.tmp / path.name)
                 names.add(path.name)
@@ -191,6 +194,7 @@ def plan(
     input_files: Iterable[Path],
     dst: str | Path,
     options: ConvertOptions,
+    texts: Mapping[str, bytes] | None = None,
 ) -> Conversion:
     """Pack the works and tie the output folder to what it is made from."""
     input_files = list(input_files)
@@ -206,4 +210,4 @@ def plan(
         "plan": digest.hexdigest(),
     }
     output = OutputFolder(dst, fingerprint, options.overwrite)
-    return Conversion(kind, source, shards, config, companions, inputs, input_files, output, options)
+    return Conversion(kind, source, shards, config, companions, inputs, input_files, output, options, texts or {})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,7 @@ def _plan_from_torch_dist(
     origin_hf_dir: str | Path,
     options: ConvertOptions,
     fp8: dict[str, Any] | None,
+    texts: Mapping[str, bytes] | None,
 ) -> Conversion:
     origin = _open_origin(origin_hf_dir)
     source = TorchDistSource(src, origin.spec, origin.tied_head)
@@ -77,14 +78,19 @@ def _plan_from_torch_dist(
         config = fp8_config(config, made, fp8["power_of_two"])
     inputs = [Path(src), origin.folder.path]
     files = [origin.folder.path / "config.json", *source.files]
-    return plan(kind, source, works, config, origin.folder.companions, inputs, files, dst, options)
+    return plan(kind, source, works, config, origin.folder.companions, inputs, files, dst, options, texts)
 
 
 def plan_torch_dist_to_hf(
-    src: str | Path, dst: str | Path, *, origin_hf_dir: str | Path, options: ConvertOptions = ConvertOptions()
+    src: str | Path,
+    dst: str | Path,
+    *,
+    origin_hf_dir: str | Path,
+    options: ConvertOptions = ConvertOptions(),
+    texts: Mapping[str, bytes] | None = None,
 ) -> Conversion:
-    """What `torch_dist_to_hf` will do."""
-    return _plan_from_torch_dist("torch-dist-to-hf", src, dst, origin_hf_dir, options, None)
+    """What `torch_dist_to_hf` will do. texts: files by name, in place of origin_hf_dir's of the same names."""
+    return _plan_from_torch_dist("torch-dist-to-hf", src, dst, origin_hf_dir, options, None, texts)
 
 
 def torch_dist_to_hf(src: str | Path, dst: str | Path, *, origin_hf_dir: str | Path, **settings: Any) -> Report:
@@ -104,10 +110,11 @@ def plan_torch_dist_to_fp8(
     modules_to_not_convert: Sequence[str] = (),
     power_of_two: bool = False,
     options: ConvertOptions = ConvertOptions(),
+    texts: Mapping[str, bytes] | None = None,
 ) -> Conversion:
-    """What `torch_dist_to_fp8` will do."""
+    """What `torch_dist_to_fp8` will do. texts: as above."""
     fp8 = {"modules_to_not_convert": modules_to_not_convert, "power_of_two": power_of_two}
-    return _plan_from_torch_dist("torch-dist-to-fp8", src, dst, origin_hf_dir, options, fp8)
+    return _plan_from_torch_dist("torch-dist-to-fp8", src, dst, origin_hf_dir, options, fp8, texts)
 
 
 def torch_dist_to_fp8(

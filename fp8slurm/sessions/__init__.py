@@ -1,0 +1,1 @@
+"""Conversations: what rollout.generate is handed, and how many of them go on at the same time."""
