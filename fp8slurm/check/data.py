@@ -44,10 +44,10 @@ def check_data(config: RunConfig, begun: RunConfig | None, warnings: list[str]) 
     if config.run.steps:
         sources = training_sources(config.data, config.reward.kind)
         cycle_of([source.weight for source in sources])
-        prompts = {source.flag: source.load(tokenizer, label_error, ROWS_CHECKED) for source in sources}
+        prompts = {source.flag: list(source.load(tokenizer, label_error, ROWS_CHECKED)) for source in sources}
         RewardPools(config.reward, {source.name: source.reward for source in sources}, workers=1).close()
         warnings += _repeated(config.rollout.prompts_per_step, sources, prompts)
-        learned = {p.token_ids for found in prompts.values() for p in found}
+        learned = {tuple(p.token_ids) for found in prompts.values() for p in found}
     if config.data.eval is not None:
         unanswerable = partial(label_error, config.reward.kind)
         prompts["--data.eval"] = load_prompts(config.data, tokenizer, config.data.eval, ROWS_CHECKED, unanswerable)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import chain, groupby, repeat
 from typing import Any
 
 import torch
@@ -13,14 +13,48 @@ NOT_GENERATED = -2
 """In Sample.weight_versions: of a token that no model generated, such as a tool's output."""
 
 
+class Elsewhere(Sequence[Any]):
+    """A list whose values another rank has: here only its length is known."""
+
+    def __init__(self, length: int) -> None:
+        self._length = length
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: Any) -> Any:
+        raise LookupError("these values are with the rank that trains on the sample; here only their number is known")
+
+
+class Runs(Sequence[Any]):
+    """A list of few different values in long runs, as [(value, how many)]."""
+
+    def __init__(self, runs: Sequence[Sequence[Any]]) -> None:
+        self.runs = [(value, int(count)) for value, count in runs]
+
+    def __len__(self) -> int:
+        return sum(count for _, count in self.runs)
+
+    def __getitem__(self, index: Any) -> Any:
+        return list(self)[index]
+
+    def __iter__(self) -> Iterator[Any]:
+        return chain.from_iterable(repeat(value, count) for value, count in self.runs)
+
+
+def runs(values: Sequence[Any]) -> list[tuple[Any, int]]:
+    """[(value, how many in a row)]."""
+    return values.runs if isinstance(values, Runs) else [(value, len(list(row))) for value, row in groupby(values)]
+
+
 @dataclass(frozen=True)
 class Prompt:
     """A tokenized prompt."""
 
     index: int
     """Position in the data file: identifies the prompt across epochs and restarts."""
-    token_ids: tuple[int, ...]
-    """Prompt tokens, the chat template applied."""
+    token_ids: Sequence[int]
+    """Prompt tokens, the chat template applied: a tuple, or Elsewhere as those of a sample."""
     label: str
     """Reference answer, handed to the reward function."""
     thinking: bool = False
@@ -36,13 +70,17 @@ class Prompt:
 @dataclass
 class Sample:
     """One generated response, or one branch of a conversation (rollout.generate): what the model said, and between it
-    what tools said. The per-token lists, loss_mask where it is one, are all as long as `response_ids`."""
+    what tools said. The per-token lists, loss_mask where it is one, are all as long as `response_ids`.
 
-    response_ids: list[int]
+    On a training rank that does not train on it the lists are Elsewhere or Runs, `routing` is a meta tensor, and text
+    and parts are empty (rollout/dealing.py).
+    """
+
+    response_ids: Sequence[int]
     """Tokens behind the prompt, in the order in which the engine has seen them; end tokens included."""
-    logprobs: list[float]
+    logprobs: Sequence[float]
     """Log-probability of every generated token under the engine's weights at that moment (natural log); else 0."""
-    weight_versions: list[int]
+    weight_versions: Sequence[int]
     """Version of the weights that generated every token, or NOT_GENERATED."""
     finish_reason: str
     """"stop" (an end token), "length" (no room for more), "abort", or "error" (see `error`)."""
@@ -57,11 +95,11 @@ class Sample:
     """False where the sample stays out of the loss (a truncated one, by setting)."""
     parts: dict[str, float] = field(default_factory=dict)
     """Named parts that the reward function returned beside the reward; they only become metrics."""
-    loss_mask: list[bool] | None = None
+    loss_mask: Sequence[bool] | None = None
     """Which response tokens are trained on; None: all."""
-    teacher_logprobs: list[float] | None = None
+    teacher_logprobs: Sequence[float] | None = None
     """Log-probability of every generated token under the teacher (teacher.checkpoint), at temperature 1."""
-    prompt_ids: list[int] | None = None
+    prompt_ids: Sequence[int] | None = None
     """Tokens before `response_ids`, where they are not the group's prompt: of a branch of a conversation."""
     rollout: int | None = None
     """Number of its conversation in the group. Samples with the same number, which follow one another, are branches of
@@ -84,11 +122,16 @@ class Sample:
         return spans
 
     @property
+    def here(self) -> bool:
+        """Whether its tokens are, and not only how many there are."""
+        return not isinstance(self.response_ids, Elsewhere)
+
+    @property
     def trained_tokens(self) -> int:
         """Tokens that the loss counts."""
         if not self.train:
             return 0
-        return len(self.response_ids) if self.loss_mask is None else sum(self.loss_mask)
+        return len(self.response_ids) if self.loss_mask is None else sum(n for mask, n in runs(self.loss_mask) if mask)
 
 
 @dataclass
@@ -97,6 +140,8 @@ class SampleGroup:
 
     prompt: Prompt
     samples: list[Sample] = field(default_factory=list)
+    worker: int = field(default=0, compare=False)
+    """Number of the rollout worker that has it."""
 
     @property
     def rollouts(self) -> list[list[int]]:

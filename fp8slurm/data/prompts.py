@@ -22,7 +22,7 @@ from fp8slurm.config.schema import DataSection, SftSection
 from fp8slurm.core.errors import InputError, TransientInputError
 from fp8slurm.core.files import read_json
 from fp8slurm.core.types import Prompt
-from fp8slurm.data import SUFFIXES
+from fp8slurm.data import SUFFIXES, reasoning_gym
 from fp8slurm.models.spec import ModelSpec
 
 log = logging.getLogger(__name__)
@@ -187,12 +187,12 @@ def load_prompts(
         return prompt_content(row, data.prompt_key), label
 
     return [
-        Prompt(r.index, tuple(r.token_ids), r.value, _opens_thinking(tokenizer, r.token_ids), r.content, r.row)
+        Prompt(r.index, tuple(r.token_ids), r.value, opens_thinking(tokenizer, r.token_ids), r.content, r.row)
         for r in _rows(path, data, tokenizer, read, limit)
     ]
 
 
-def _opens_thinking(tokenizer: Any, ids: Sequence[int]) -> bool:
+def opens_thinking(tokenizer: Any, ids: Sequence[int]) -> bool:
     """Whether a prompt ends inside <think>, as Qwen3-Thinking's template leaves it."""
     return tokenizer.decode(ids[-4:]).rstrip().endswith("<think>")
 
@@ -349,6 +349,9 @@ def read_rows(path: Path) -> Iterator[tuple[int, Callable[[], dict]]]:
     if not path.is_file():
         what = "is a folder; allowed: a .jsonl or .parquet file" if path.is_dir() else "does not exist"
         raise TransientInputError(f"data file {path} {what}")
+    if path.suffix == reasoning_gym.SUFFIX:
+        yield from ((number, partial(dict, row)) for number, row in enumerate(reasoning_gym.read_task(path).rows()))
+        return
     if path.suffix not in SUFFIXES:
         raise InputError(f"data file {path}: {path.suffix or 'no suffix'!r} is not one of {', '.join(SUFFIXES)}")
     if path.suffix == ".parquet":

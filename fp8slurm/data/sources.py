@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
@@ -14,6 +14,8 @@ from typing import Any
 from fp8slurm.config.schema import DataSection
 from fp8slurm.core.errors import InputError
 from fp8slurm.core.types import Prompt
+from fp8slurm.data import reasoning_gym
+from fp8slurm.data.endless import EndlessPrompts, InOrder
 from fp8slurm.data.prompts import PromptOrder, load_prompts
 
 LONGEST_CYCLE = 10_000
@@ -37,8 +39,13 @@ class Source:
 
     def load(
         self, tokenizer: Any, label_error: Callable[[str, str], str | None], limit: int | None = None
-    ) -> list[Prompt]:
+    ) -> Sequence[Prompt]:
         """Its prompts, as load_prompts; label_error is asked with the kind of reward and the label."""
+        if self.path.suffix == reasoning_gym.SUFFIX and self.path.is_file():
+            task = reasoning_gym.read_task(self.path)
+            if task.size is None:
+                endless = EndlessPrompts(task, self.data, tokenizer, self.name)
+                return endless if limit is None else endless[:limit]
         found = load_prompts(self.data, tokenizer, self.path, limit, partial(label_error, self.reward))
         return [replace(p, source=self.name) for p in found] if self.name else found
 
@@ -73,9 +80,14 @@ class MixedOrder:
     PromptOrder's, at the number of prompts that were taken of it.
     """
 
-    def __init__(self, sizes: list[int], weights: list[Fraction], seed: int, shuffle: bool = True) -> None:
-        """sizes: prompts of each source. InputError: weights whose cycle is too long."""
-        self.orders = [PromptOrder(n, seed, shuffle, source) for source, n in enumerate(sizes)]
+    def __init__(
+        self, sizes: list[int], weights: list[Fraction], seed: int, shuffle: bool = True, endless: Sequence[int] = ()
+    ) -> None:
+        """sizes: prompts of each source; endless: numbers of those that have no end. InputError: weights whose cycle is
+        too long."""
+        self.orders: list[PromptOrder | InOrder] = [
+            InOrder() if source in endless else PromptOrder(n, seed, shuffle, source) for source, n in enumerate(sizes)
+        ]
         self.first = [sum(sizes[:i]) for i in range(len(sizes))]
         self.cycle = cycle_of(weights)
         self.per_cycle = Counter(self.cycle)
@@ -92,12 +104,13 @@ class MixedOrder:
         return [self.first[s] + next(taken[s]) for s in sources], cursor + k
 
 
-def order_of(prompts: Iterable[list[Prompt]], sources: list[Source], seed: int, shuffle: bool) -> Any:
-    """PromptOrder of the only source, MixedOrder of several; prompts: of each source."""
+def order_of(prompts: Sequence[Sequence[Prompt]], sources: list[Source], seed: int, shuffle: bool) -> Any:
+    """PromptOrder of the only source (InOrder where it has no end), MixedOrder of several; prompts: of each source."""
     sizes = [len(p) for p in prompts]
+    endless = [n for n, p in enumerate(prompts) if isinstance(p, EndlessPrompts)]
     if len(sources) == 1:
-        return PromptOrder(sizes[0], seed, shuffle)
-    return MixedOrder(sizes, [s.weight for s in sources], seed, shuffle)
+        return InOrder() if endless else PromptOrder(sizes[0], seed, shuffle)
+    return MixedOrder(sizes, [s.weight for s in sources], seed, shuffle, endless)
 
 
 def cycle_of(weights: list[Fraction]) -> list[int]:

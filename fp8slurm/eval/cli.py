@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fp8slurm.config.derived import spare_cores
-from fp8slurm.config.schema import DataSection, EngineSection, RewardSection
+from fp8slurm.config.schema import DataSection, EngineSection, RewardSection, RolloutSection
 from fp8slurm.config.template import from_words
 from fp8slurm.core.errors import InputError
 from fp8slurm.core.signals import ended_is_interrupted
@@ -27,6 +27,7 @@ from fp8slurm.eval.records import Records, choose_folder
 from fp8slurm.eval.tasks import EvalTask
 
 if TYPE_CHECKING:
+    from fp8slurm.config import RunConfig
     from fp8slurm.eval.nodes import Place, StepRendezvous
     from fp8slurm.eval.run import EvalSpec, Serving
 
@@ -67,6 +68,21 @@ def main(argv: list[str]) -> int:
     except EngineError as error:
         print(f"fp8slurm eval: {error}\nThe same command goes on with the samples that are there.", file=sys.stderr)
         return 1
+
+
+def _conversations(args: argparse.Namespace, config: RunConfig | None) -> RolloutSection | None:
+    """The settings of rollout.generate, the run's or --generate's. InputError: it cannot be called, or not there."""
+    from fp8slurm.eval.nodes import Place
+    from fp8slurm.sessions.runner import load_generate
+
+    rollout = config.rollout if config is not None else RolloutSection()
+    name = args.generate if args.generate is not None else rollout.generate
+    if name in (None, "none"):
+        return None
+    load_generate(name, "--generate")
+    if args.nodes is not None or Place.here() is not None:
+        raise InputError(f"--generate {name} on several nodes: conversations are held on one; leave --nodes out")
+    return rollout.model_copy(update={"generate": name})
 
 
 def _start_step(command: list[str]) -> int:
@@ -188,6 +204,7 @@ class _Plan:
             sorted({*end_token_ids(folder, tokenizer), *more}),
             tokenizer,
             dict(data.chat_template_kwargs),
+            _conversations(args, config),
         )
         limits = config.reward if config is not None else RewardSection()
         limits = limits.model_copy(update={"workers": limits.workers or spare_cores(max(1, engines))})

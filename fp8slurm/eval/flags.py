@@ -49,6 +49,8 @@ def parser() -> argparse.ArgumentParser:
     sampling.add_argument("--top-p", type=float, metavar="P", help="nucleus sampling; 1 is off")
     sampling.add_argument("--max-tokens", type=int, metavar="N", help="longest response")
     sampling.add_argument("--seed", type=int, help="default: the run's, or 0")
+    talk = "module:function that holds a conversation for each answer, or none (default: the run's rollout.generate)"
+    sampling.add_argument("--generate", metavar="F", help=talk)
     p.add_argument("--limit", type=int, metavar="N", help="only the first N questions of each task")
     longest = "longer questions are left out (default: the run's, or none)"
     p.add_argument("--max-prompt-tokens", type=int, metavar="N", help=longest)

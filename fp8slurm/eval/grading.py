@@ -88,7 +88,8 @@ class Graders:
         thinking = row.get("prompt", "").rstrip().endswith("<think>")
         prompt = Prompt(i, asked.token_ids, row["label"], thinking, asked.content, asked.row)
         ids = row.get("response_ids", [])
-        return SampleGroup(prompt, [Sample(ids, [], [], row.get("finish_reason", "stop"), text=row["response"])])
+        sample = Sample(ids, [], [], row.get("finish_reason", "stop"), row["response"], row.get("reward", 0.0))
+        return SampleGroup(prompt, [sample])
 
     def _work(self) -> None:
         try:

@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fp8slurm.config.schema import RewardSection
+from fp8slurm.config.schema import RewardSection, RolloutSection
 from fp8slurm.core.errors import InputError
 from fp8slurm.core.files import read_json, sha256
+from fp8slurm.engine.client import GenerateRequest, Generation
+from fp8slurm.engine.completions import Completions
 from fp8slurm.engine.server import EngineSettings
 from fp8slurm.eval import compare
-from fp8slurm.eval.asking import EvalRequest, batches, rows_of
+from fp8slurm.eval.asking import EvalRequest, batches, rows_of, rows_of_conversations
 from fp8slurm.eval.checkpoints import Checkpoint, files_stamp
 from fp8slurm.eval.display import Meter, count, waiting
 from fp8slurm.eval.engines import Engines
@@ -26,6 +28,12 @@ from fp8slurm.eval.questions import Question
 from fp8slurm.eval.records import FORMAT, SUMMARY, Key, Records, append_rows, key_of, node_file
 from fp8slurm.eval.summary import RIGHT, document, speed, summarize
 from fp8slurm.eval.tasks import EvalTask
+from fp8slurm.models.spec import ModelSpec
+from fp8slurm.sessions.runner import SessionRunner, through
+from fp8slurm.sessions.session import Model
+
+AT_ONCE = 1024
+"""Conversations that go on at the same time; they are on disk when all of them have ended."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +47,8 @@ class EvalSpec:
     stop_ids: list[int]
     tokenizer: Any
     chat_template_kwargs: dict[str, Any]
+    rollout: RolloutSection | None = None
+    """Whose `generate` holds conversations in place of single responses."""
 
     @property
     def samples(self) -> int:
@@ -57,7 +67,8 @@ class EvalSpec:
 
     def settings(self, checkpoint: Checkpoint, precision: str, model: Path, engine: EngineSettings) -> dict[str, Any]:
         """settings.json: two evaluations with the same ask the same of the same weights."""
-        return {
+        conversations = {} if self.rollout is None else {"generate": self.rollout.generate}
+        return conversations | {
             "format": FORMAT,
             "checkpoint": str(checkpoint.path.resolve()),
             "weights": hashlib.sha256(json.dumps(files_stamp(checkpoint.path)).encode()).hexdigest(),
@@ -171,7 +182,7 @@ def _ask(
         meter.scores = graders.scores
 
         def seen(rows: list[dict[str, Any]]) -> None:
-            meter.advance(len(rows), sum(len(r["response_ids"]) for r in rows))
+            meter.advance(len(rows), sum(r.get("said", len(r["response_ids"])) for r in rows))
             graders.submit(rows)
 
         def kept(rows: list[dict[str, Any]]) -> None:
@@ -185,7 +196,8 @@ def _ask(
                 seen(rows)
 
         if rendezvous is None:
-            _drive(spec, work, pool, context, records.attempt, kept)
+            drive = _drive if spec.rollout is None else _converse
+            drive(spec, work, pool, context, records.attempt, kept)
             return []
         with ResultCollector(rendezvous, records.folder, others) as collector:
             _drive(spec, work, pool, context, records.attempt, kept)
@@ -204,6 +216,38 @@ def _drive(
         keep([row | {"attempt": attempt, "at": at} for row in rows])
 
     pool.ask(work, lambda w: w.request(spec.seed, spec.stop_ids, context), answered)
+
+
+def _converse(
+    spec: EvalSpec, work: Work, pool: Engines, context: int, attempt: int, keep: Callable[[list[dict[str, Any]]], None]
+) -> None:
+    """The same by conversations. On the CPU those of a batch go on together, and their turns are batches, so that the
+    same are had each time."""
+    assert spec.rollout is not None
+    started, engine = time.monotonic(), pool.engines[0]
+    model = ModelSpec.from_hf_dir(engine.model_dir)
+    runner = SessionRunner(
+        spec.rollout, Model(spec.tokenizer, spec.stop_ids, model, context, spec.chat_template_kwargs)
+    )
+    completions = Completions(pool)
+
+    def turn(requests: list[GenerateRequest]) -> list[Generation]:
+        found: list[Generation] = []
+        pool.ask([requests], lambda request: request, lambda _, generations: found.extend(generations))
+        return found
+
+    how: dict[str, Any] = {"batch": turn} if engine.cpu else {"complete": through(completions)}
+    if not engine.cpu:  # their requests are single ones: batches are of no use to them
+        left = [w for batch in work for w in batch]
+        work = [left[i : i + AT_ONCE] for i in range(0, len(left), AT_ONCE)]
+    try:
+        for batch in work:
+            held = runner.converse([w.asked(spec.seed, spec.stop_ids, context) for w in batch], **how)
+            at = round(time.monotonic() - started, 3)
+            keep([r | {"attempt": attempt, "at": at} for r in rows_of_conversations(batch, held, spec.tokenizer)])
+    finally:
+        completions.close()
+        runner.close()
 
 
 def assist(spec: EvalSpec, serving: Serving, precision: str, rendezvous: StepRendezvous) -> None:

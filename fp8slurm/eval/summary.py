@@ -33,7 +33,7 @@ def summarize(
     n = task.n_samples
     right = [sum(r["correct"] for r in q) for q in questions.values()]
     assert all(len(q) == n for q in questions.values())
-    lengths = np.array([r.get("tokens", len(r.get("response_ids", ()))) for r in rows])
+    lengths = np.array([r.get("said", r.get("tokens", len(r.get("response_ids", ())))) for r in rows])
     reasons = [r["finish_reason"] for r in rows]
     return {
         "grader": task.grader,
@@ -84,4 +84,4 @@ def speed(rows: Sequence[dict[str, Any]]) -> tuple[int, float]:
     seconds: dict[int, float] = defaultdict(float)
     for row in rows:
         seconds[row["attempt"]] = max(seconds[row["attempt"]], row["at"])
-    return sum(len(row["response_ids"]) for row in rows), sum(seconds.values())
+    return sum(row.get("said", len(row["response_ids"])) for row in rows), sum(seconds.values())

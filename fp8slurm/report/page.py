@@ -177,6 +177,7 @@ def _sample(s: ShownSample) -> dict[str, Any]:
         "response": "" if s.pieces else s.response,
         "reward": s.reward, "finish": s.finish, "mean": short(s.mean_gap), "max": short(s.max_gap), "cut": s.cut,
         "tokens": [
-            [p.text, short(p.trainer), short(p.engine), short(p.gap), *([1] if p.masked else [])] for p in s.pieces
+            [p.text, short(p.trainer), short(p.engine), short(p.gap), *([2] if p.given else [1] if p.masked else [])]
+            for p in s.pieces
         ],
     }  # fmt: skip

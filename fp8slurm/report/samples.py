@@ -37,6 +37,8 @@ class Piece:
     """trainer - engine of the token of the piece where it is largest in size."""
     masked: bool = False
     """None of its tokens was trained on, though the sample was (loss_mask)."""
+    given: bool = False
+    """A tool said it, or whoever else: no token of it is the model's."""
 
 
 @dataclass
@@ -193,6 +195,7 @@ def _sample(step: int, row: dict[str, Any], trainer: list[float | None] | None, 
     tokens, engine = row.get("tokens"), _numbers(row.get("logprobs"))
     gaps = _gaps(row, trainer)
     mask = row["loss_mask"] if isinstance(row.get("loss_mask"), list) else []
+    turns = _spans(row.get("turns"))
     pieces: list[Piece] = []
     cut = 0
     if isinstance(tokens, list) and engine is not None and len(tokens) == len(engine):
@@ -207,12 +210,17 @@ def _sample(step: int, row: dict[str, Any], trainer: list[float | None] | None, 
             ds = [d for d in gaps[a:b] if d is not None]
             own, worst = (_sum(known[a:b]) if known else None), (max(ds, key=abs) if ds else None)
             masked = bool(mask) and not any(mask[a:b])
-            pieces.append(Piece(text, own, _sum(engine[a:b]), worst, masked))
+            given = bool(turns) and not any(start < b and a < end for start, end in turns)
+            pieces.append(Piece(text, own, _sum(engine[a:b]), worst, masked, given))
     sizes = [abs(d) for d in gaps if d is not None]
     index = number(row.get("index"))
+    prompt = row.get("prompt", "")
+    if isinstance(row.get("prompt_tokens"), list):  # a branch: what was said before is in its prompt
+        prompt = decode.text(row["prompt_tokens"])
+    finish = row.get("finish_reason", "") if not row.get("error") else f"error: {row['error']}"
     return ShownSample(
-        step, None if index is None else int(index), clip(row.get("prompt", "")), clip(row.get("label", ""), 500),
-        clip(row.get("response", "")), number(row.get("reward")), visible(row.get("finish_reason", ""))[:40], pieces,
+        step, None if index is None else int(index), clip(prompt), clip(row.get("label", ""), 500),
+        clip(row.get("response", "")), number(row.get("reward")), visible(finish)[:200], pieces,
         sum(sizes) / len(sizes) if sizes else None, max(sizes) if sizes else None, cut,
     )  # fmt: skip
 
@@ -226,6 +234,12 @@ def clip(text: Any, limit: int = TEXT) -> str:
 
 def _numbers(value: Any) -> list[float | None] | None:
     return [number(v) for v in value] if isinstance(value, list) else None
+
+
+def _spans(value: Any) -> list[tuple[int, int]]:
+    """turns of a saved sample, [first token, the one behind the last] of each; nothing where they cannot be read."""
+    spans = value if isinstance(value, list) else []
+    return [(s[0], s[1]) for s in spans if isinstance(s, list) and len(s) == 2 and all(type(x) is int for x in s)]
 
 
 def _sum(values: list[float | None]) -> float | None:
@@ -254,18 +268,19 @@ class Decoder:
         out, at = [], 0
         while at < len(ids):
             end = at + 1
-            text = self._text(ids[at:end])
+            text = self.text(ids[at:end])
             while "\ufffd" in text and end < len(ids) and end - at < 4:
-                longer = self._text(ids[at : end + 1])
+                longer = self.text(ids[at : end + 1])
                 end += 1
                 text = longer
             if "\ufffd" in text:  # bytes that make no character at all
-                end, text = at + 1, self._text(ids[at : at + 1])
+                end, text = at + 1, self.text(ids[at : at + 1])
             out.append((visible(text).replace("\n", "\u21b5\n"), at, end))
             at = end
         return out
 
-    def _text(self, ids: list[Any]) -> str:
+    def text(self, ids: list[Any]) -> str:
+        """All of them in one."""
         if self._tokenizer is not None:
             try:
                 return self._tokenizer.decode(ids, skip_special_tokens=False)

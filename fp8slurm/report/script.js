@@ -121,10 +121,10 @@
     const text = make("div", "text");
     const detail = make("div", "detail-line");
     detail.setAttribute("aria-live", "polite");
-    const describe = (t) => t[4] ? `“${t[0].trim() || t[0]}”  engine ${show(t[2])}; left out of the loss` : `“${t[0].trim() || t[0]}”  trainer ${show(t[1])}, engine ${show(t[2])}, d ${t[3] > 0 ? "+" : ""}${show(t[3])}`;
+    const describe = (t) => t[4] === 2 ? `“${t[0].trim() || t[0]}”  said by a tool, not by the model` : t[4] ? `“${t[0].trim() || t[0]}”  engine ${show(t[2])}; left out of the loss` : `“${t[0].trim() || t[0]}”  trainer ${show(t[1])}, engine ${show(t[2])}, d ${t[3] > 0 ? "+" : ""}${show(t[3])}`;
     if (s.tokens.length) {
       for (const t of s.tokens) {
-        const span = make("span", t[4] ? "soft" : t[3] === null ? "" : gapClass(t[3]), t[0]);
+        const span = make("span", t[4] === 2 ? "tool" : t[4] ? "soft" : t[3] === null ? "" : gapClass(t[3]), t[0]);
         span.title = describe(t);
         span.addEventListener("click", () => { detail.textContent = describe(t); });
         text.append(span);

@@ -105,6 +105,8 @@ def _sample(s: ShownSample) -> list[str]:
     out = [f"**Step {s.step}**, reward {figure(s.reward)}, label {cell(s.label)}, gap |d| {gap}", ""]
     for text in (s.prompt, s.response):
         out += ["    " + line for line in visible(text)[:1500].splitlines() or [""]] + [""]
+    if given := "".join(p.text for p in s.pieces if p.given):
+        out += [f"Said by tools: {cell(one_line(given, 200))}", ""]
     if left_out := sum(p.masked for p in s.pieces):
         out += [f"Left out of the loss: {left_out} of {len(s.pieces)} pieces", ""]
     worst = sorted((p for p in s.pieces if p.gap is not None), key=lambda p: -abs(p.gap or 0.0))[:WORST]

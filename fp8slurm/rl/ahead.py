@@ -11,7 +11,6 @@ for and kept (`finish`); a checkpoint has it (`write`), so that a resumed run tr
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,16 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save
 
 from fp8slurm.core.gap import gap_metrics
-from fp8slurm.core.types import NOT_GENERATED, PackedBatch, SampleGroup
+from fp8slurm.core.types import NOT_GENERATED, PackedBatch, SampleGroup, runs
 from fp8slurm.rl.recompute import all_logprob_rows
 from fp8slurm.rl.weights import Answers, EngineWeights
 
 log = logging.getLogger(__name__)
-FILE = "next_rollout.safetensors"
 SCORED = 16
 """Samples of a step that engines score anew, under the weights that the trainer has, to measure the gap."""
 
@@ -79,39 +75,31 @@ class RolloutAhead:
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
-    def write(self, folder: Path) -> None:
-        """Put what is finished into a checkpoint. OSError."""
+    def write(self, folder: Path) -> str:
+        """Have the rollout workers put what is finished into a checkpoint; on all ranks alike why they could not, or
+        ""."""
         if self._kept is None:
-            return
-        values = [answer for answer, _ in self._kept.answers]
-        tensors = {str(i): payload for i, (_, payload) in enumerate(self._kept.answers)}
-        metadata = {"version": str(self._kept.version), "answers": json.dumps(values)}
-        (folder / FILE).write_bytes(save(tensors, metadata))
+            return ""
+        answers = self.weights.channel.call("keep", folder=str(folder), version=self._kept.version)
+        return next((a["error"] for a, _ in answers if "error" in a), "")
 
     def read(self, folder: Path) -> None:
-        """Take it from a checkpoint, where it has one; else the next step's prompts are asked anew."""
-        path = folder / FILE
-        if not path.is_file():
+        """Have them take it from a checkpoint, where it has one; else the next step's prompts are asked anew."""
+        answers = self.weights.channel.call("restore", folder=str(folder))
+        if "version" not in answers[0][0]:
             log.info("%s has no rollout of the next step: its prompts are asked under the present weights", folder)
             return
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata()
-            payloads = [file.get_tensor(str(i)) for i in range(len(file.keys()))]
-        values = json.loads(metadata["answers"])
-        self._kept = Rollout(list(zip(values, payloads, strict=True)), int(metadata["version"]))
+        self._kept = Rollout(answers, answers[0][0]["version"])
 
 
 # -- what is measured --------------------------------------------------------------------------------------------
 
 
-def scored_sequences(groups: list[SampleGroup]) -> dict[int, list[list[int]]]:
-    """Up to SCORED of the samples of which every token is trained on, evenly from all of them: number -> [prompt,
-    response] ids."""
-    samples = [(g.prompt, s) for g in groups for s in g.samples]
-    trained = [n for n, (_, s) in enumerate(samples) if s.train and s.loss_mask is None]
+def scored_numbers(groups: list[SampleGroup]) -> list[int]:
+    """Up to SCORED of the samples of which every token is trained on, evenly from all of them: their numbers."""
+    trained = [n for n, s in enumerate(s for g in groups for s in g.samples) if s.train and s.loss_mask is None]
     count = min(SCORED, len(trained))
-    chosen = [trained[i * len(trained) // count] for i in range(count)]
-    return {n: [list(s.prompt_of(prompt)), list(s.response_ids)] for n in chosen for prompt, s in samples[n : n + 1]}
+    return [trained[i * len(trained) // count] for i in range(count)]
 
 
 def gap_of_scored(trainer: Any, scored: dict[int, torch.Tensor], batches: list[PackedBatch]) -> dict[str, float]:
@@ -129,8 +117,9 @@ def gap_of_scored(trainer: Any, scored: dict[int, torch.Tensor], batches: list[P
 
 def staleness(groups: list[SampleGroup], version: int) -> float:
     """Versions that the weights behind the tokens are older than `version`, on average."""
-    versions = [v for g in groups for s in g.samples for v in s.weight_versions if v != NOT_GENERATED]
-    return version - sum(versions) / len(versions) if versions else 0.0
+    versions = [(v, n) for g in groups for s in g.samples for v, n in runs(s.weight_versions) if v != NOT_GENERATED]
+    tokens = sum(n for _, n in versions)
+    return version - sum(v * n for v, n in versions) / tokens if tokens else 0.0
 
 
 def as_lag(record: dict[str, float], versions: float) -> dict[str, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -25,11 +26,14 @@ class StepBoundary:
 
     def __init__(
         self, store: dist.Store, first: bool, policy: StopPolicy, saver: Saver, times: StepTimes,
-        attempt_dir: Path | None = None,
+        attempt_dir: Path | None = None, meet: Callable[[], None] | None = None,
+        forget: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
-        """first: whether this is rank 0. attempt_dir: where traces are asked for (None: nowhere)."""
+        """first: whether this is rank 0. attempt_dir: where traces are asked for (None: nowhere). meet: returns on a
+        rank when all ranks are there (None: names stay in the store). forget: called on rank 0 then."""
         self.attempt_dir = attempt_dir
         self.store, self.first, self.policy, self.saver, self.times = store, first, policy, saver, times
+        self.meet, self.forget = meet, forget
         self._crossed, self._crossed_at = 0, 0.0
         self.traced: list[int] = []
         """Ranks that trace the step that follows (`fp8slurm trace`)."""
@@ -40,6 +44,12 @@ class StepBoundary:
         self.saver.collect(wait=False)
         now = time.monotonic()
         key, self._crossed = f"boundary/{self._crossed}", self._crossed + 1
+        if self.meet is not None:
+            self.meet()
+            if self.first:  # what all ranks have read by now
+                self.forget()
+                self.saver.forget()
+                self.store.delete_key(f"boundary/{self._crossed - 2}")
         if self.first:
             if self._crossed > 1:
                 self.times.step_took(now - self._crossed_at)

@@ -23,15 +23,26 @@ from fp8slurm.config import RunConfig
 from fp8slurm.config.derived import engines_start_after_trainer, recomputes_logprobs
 from fp8slurm.core.stopping import NeverStop, StepAbandoned, StopPolicy, StopRequested
 from fp8slurm.core.types import PackedBatch, SampleGroup
+from fp8slurm.core.user_code import is_user_function
 from fp8slurm.data.prompts import SftExample
 from fp8slurm.models.precision import gap_bound
 from fp8slurm.rl import controls
 from fp8slurm.rl.advantages import advantages_of
-from fp8slurm.rl.ahead import RolloutAhead, as_lag, gap_of_scored, scored_sequences, staleness
+from fp8slurm.rl.ahead import RolloutAhead, as_lag, gap_of_scored, scored_numbers, staleness
 from fp8slurm.rl.boundary import StepBoundary
+from fp8slurm.rl.exchange import SampleExchange
 from fp8slurm.rl.loss import make_policy_loss
-from fp8slurm.rl.packing import pack, pack_sft, packing_of
-from fp8slurm.rl.recompute import check_equal, check_gap, compare, recompute, recompute_reference, save_logprobs
+from fp8slurm.rl.packing import Deal, deal, fill, pack_sft, packing_of
+from fp8slurm.rl.recompute import (
+    check_equal,
+    check_gap,
+    compare,
+    from_first,
+    meet,
+    recompute,
+    recompute_reference,
+    save_logprobs,
+)
 from fp8slurm.rl.recorder import Recorder
 from fp8slurm.rl.saving import Saver, first_state, load_newest
 from fp8slurm.rl.schedule import learning_rate
@@ -67,16 +78,16 @@ def run(
     recorder = Recorder(config, run_dir, watch, first, on_disk)
     ahead = RolloutAhead(weights)
     saver = Saver(config, run_dir, trainer, store, dist.get_world_size(), watch, times, on_disk, ahead.write)
-    boundary = StepBoundary(store, first, stop_policy, saver, times, run_dir.attempt_dir)
+    boundary = StepBoundary(store, first, stop_policy, saver, times, run_dir.attempt_dir, meet, channel.forget)
     state = first_state(config, on_disk)
     loop = Loop(config, run_dir, trainer, weights, recorder, saver, boundary, watch, state, ahead)
-    if config.rollout.max_staleness and state.phase == "rl" and 0 < state.step < config.run.steps:
-        ahead.read(run_dir.checkpoints / state.name)
     weights.connect()
     if engines_start_after_trainer(config):
         _take_memory(config, trainer, weights.sleeps)
         store.set(f"resident/{trainer.rank}", "true")
     weights.sync(loop.state.version)
+    if config.rollout.max_staleness and state.phase == "rl" and 0 < state.step < config.run.steps:
+        ahead.read(run_dir.checkpoints / state.name)
     workers_are_free = True
     try:
         if loop.state.phase == "sft":
@@ -106,6 +117,9 @@ class Loop:
         self.recorder, self.saver, self.boundary, self.watch = recorder, saver, boundary, watch
         self.state, self.ahead = state, ahead or RolloutAhead(weights)
         self.one_ahead = config.rollout.max_staleness > 0
+        self.scores = config.rollout.temperature == 1 and not config.rollout.routing_replay
+        """Whether engines can score for the policy that sampled: they do at temperature 1, and choose experts anew."""
+        self.exchange = SampleExchange(weights, trainer)
         self.policy_loss = make_policy_loss(config.algorithm, config.teacher.kl_coef)
         self.advantages = advantages_of(config.algorithm)
         self.recomputes = recomputes_logprobs(config)
@@ -171,15 +185,19 @@ class Loop:
             groups, record = self.rollout(step)
         self.state = replace(self.state, step=step, cursor=int(record.pop("cursor")))
         behind = staleness(groups, version) if self.one_ahead else 0.0
-        scored = self.score(groups, version) if behind else {}
+        rescored = scored_numbers(groups) if behind and self.scores else []
+        deals = self.deal(groups, c.train.updates_per_step)
+        with self.watch.timed("deal"):
+            record |= self.fetch(groups, deals, rescored)
+        scored = self.score(groups, rescored, version) if rescored else {}
         if self.one_ahead and step < c.run.steps:
             self.ahead.begin(version, **self._request(step + 1), keep_all=False)
         if c.control.shuffle_rewards:
             controls.shuffle_rewards(groups, f"{c.run.seed}/{step}")
-        values = self.advantages(groups)
+        values = self.advantages_of_all(groups)
         if c.control.negate_advantage:
             values = controls.negate(values)
-        updates = self.pack(groups, values, c.train.updates_per_step)
+        updates = self.pack(deals, groups, values)
         if not updates:
             reason = "no sample to train on" if groups else "no group with signal"
             log.warning("step %d: %s; no update", step, reason)
@@ -238,28 +256,46 @@ class Loop:
             return reason
         return None
 
-    def score(self, groups: list[SampleGroup], version: int) -> dict[int, torch.Tensor]:
-        """The engines' log-probabilities, under `version`, of some of the samples that older weights generated: number
-        of the sample -> float32 [tokens of its response]. None where the engine's scores are of another policy: it
-        scores at temperature 1, and chooses experts anew."""
-        r = self.config.rollout
-        if r.temperature != 1 or r.routing_replay:
-            return {}
-        sequences = scored_sequences(groups)
-        if not sequences:
-            return {}
+    def deal(self, groups: list[SampleGroup], updates: int) -> list[Deal]:
+        """Who trains on what: the same on all ranks."""
+        how: dict[str, Any] = {"loss_mean": self.config.algorithm.loss_mean, "constant": self.config.rollout.max_tokens}
+        return deal(groups, updates=updates, **how, **packing_of(self.config, self.trainer))
+
+    def fetch(self, groups: list[SampleGroup], deals: list[Deal], also: list[int]) -> dict[str, float]:
+        """This rank's samples; on rank 0 `also` these, and all of them where a user's advantage wants to see them."""
+        everything = is_user_function(self.config.algorithm.advantage)
+        if everything:
+            also = list(range(sum(len(g.samples) for g in groups)))
+        return self.exchange.fetch(groups, deals, also, texts=everything)
+
+    def advantages_of_all(self, groups: list[SampleGroup]) -> list[list[float]]:
+        """An advantage for every sample, on all ranks; a user's function is called on rank 0, which has all samples."""
+        if not is_user_function(self.config.algorithm.advantage) or dist.get_world_size() == 1:
+            return self.advantages(groups)
+        sizes = [len(g.samples) for g in groups]
+        flat = torch.zeros(sum(sizes), dtype=torch.float64)
+        if self.trainer.rank == 0:
+            flat = torch.tensor([a for values in self.advantages(groups) for a in values], dtype=torch.float64)
+        return [part.tolist() for part in from_first(flat).split(sizes)]
+
+    def score(self, groups: list[SampleGroup], numbers: list[int], version: int) -> dict[int, torch.Tensor]:
+        """The engines' log-probabilities, under `version`, of samples that older weights generated: number of the
+        sample -> float32 [tokens of its response]. Rank 0 has these samples."""
+        samples = [(g.prompt, s) for g in groups for s in g.samples]
+        chosen = [samples[n] for n in numbers]
+        sequences = []
+        if self.trainer.rank == 0:
+            sequences = [[list(s.prompt_of(prompt)), list(s.response_ids)] for prompt, s in chosen]
         self.weights.sync(version)
         with self.watch.timed("score"):
-            answers = self.weights.ask("score", version, sequences=list(sequences.values()))
-        scores = merge_scores([payload for _, payload in answers], [len(r) for _, r in sequences.values()])
-        return dict(zip(sequences, scores, strict=True))
+            answers = self.weights.ask("score", version, sequences=sequences)
+        scores = merge_scores([payload for _, payload in answers], [len(s.response_ids) for _, s in chosen])
+        return dict(zip(numbers, scores, strict=True))
 
-    def pack(self, groups: list[SampleGroup], values: list[list[float]], updates: int) -> list[list[PackedBatch]]:
+    def pack(self, deals: list[Deal], groups: list[SampleGroup], values: list[list[float]]) -> list[list[PackedBatch]]:
         """This data-parallel rank's [update][micro-batch], for the policy that the engines sampled from."""
         c, t = self.config, self.trainer
-        how: dict[str, Any] = {"loss_mean": c.algorithm.loss_mean, "constant": c.rollout.max_tokens}
-        packed = pack(groups, values, updates=updates, **how, **packing_of(c, t))
-        own = [ranks[t.data_parallel_rank] for ranks in packed]
+        own = [fill(each, t.data_parallel_rank, groups, values, t.pad_multiple) for each in deals]
         for batch in (batch for batches in own for batch in batches):
             batch.temperature = c.rollout.temperature
             assert (batch.routing is not None) == c.rollout.routing_replay
@@ -293,7 +329,9 @@ class Loop:
     def probe_gap(self) -> dict[str, float]:
         """The gap of the present weights, on a rollout that nothing is trained on and that moves no cursor."""
         groups, _ = self.rollout(0, keep_all=True)
-        updates = self.pack(groups, [[0.0] * len(g.samples) for g in groups], 1)
+        deals = self.deal(groups, 1)
+        self.exchange.fetch(groups, deals)
+        updates = self.pack(deals, groups, [[0.0] * len(g.samples) for g in groups])
         if not updates:
             return {}
         (batches,) = updates

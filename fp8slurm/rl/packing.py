@@ -6,7 +6,7 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, Literal, NotRequired, TypedDict, Unpack
+from typing import Any, Literal, NamedTuple, NotRequired, TypedDict, Unpack
 
 import torch
 
@@ -21,7 +21,7 @@ RankBatches = list[list[PackedBatch]]
 
 @dataclass(frozen=True)
 class _Row:
-    """One sequence; the response is what is trained on."""
+    """One sequence as it goes into a micro-batch; the response is what is trained on."""
 
     sample: int
     prompt_ids: Sequence[int]
@@ -33,17 +33,34 @@ class _Row:
     routing: torch.Tensor | None = None
     """uint8 or int16 [length - 1, layers, k]"""
     teacher_logprobs: Sequence[float] | None = None
-    rollout: tuple[int, int] | None = None
-    """(group, conversation) that it is a branch of; None: a response by itself."""
-
-    @property
-    def trained(self) -> int:
-        """Tokens that are trained on."""
-        return sum(self.mask)
 
     @property
     def length(self) -> int:
         return len(self.prompt_ids) + len(self.response_ids)
+
+
+class _Size(NamedTuple):
+    """What decides where a sequence goes."""
+
+    sample: int
+    length: int
+    """Tokens, the prompt's too."""
+    trained: int
+    """Tokens that are trained on."""
+    sequence: int | tuple[int, int]
+    """What counts as one sequence: the sample, or the conversation (group, number) that it is a branch of."""
+
+
+@dataclass(frozen=True)
+class Deal:
+    """Which rank trains on what in one update, by numbers of samples, and what their tokens weigh."""
+
+    batches: list[list[list[int]]]
+    """[data-parallel rank][micro-batch]: samples, ascending."""
+    weights: dict[int, float]
+    """Of each trained token of a sample."""
+    weight_sum: float
+    """PackedBatch.weight_sum."""
 
 
 class Packing(TypedDict):
@@ -66,7 +83,19 @@ def pack(
     groups: list[SampleGroup], advantages: list[list[float]], *, updates: int, loss_mean: LossMean = "token",
     constant: int = 0, **packing: Unpack[Packing],
 ) -> list[RankBatches]:  # fmt: skip
-    """The micro-batches of every update of a step: [update][data-parallel rank][micro-batch].
+    """The micro-batches of every update of a step: [update][data-parallel rank][micro-batch]; `deal` and `fill`."""
+    multiple = packing.get("pad_multiple", 1)
+    deals = deal(groups, updates=updates, loss_mean=loss_mean, constant=constant, **packing)
+    ranks = range(packing["data_parallel_size"])
+    return [[fill(each, rank, groups, advantages, multiple) for rank in ranks] for each in deals]
+
+
+def deal(
+    groups: list[SampleGroup], *, updates: int, loss_mean: LossMean = "token", constant: int = 0,
+    **packing: Unpack[Packing],
+) -> list[Deal]:  # fmt: skip
+    """Who trains on what, for every update of a step. Nothing but lengths and what is trained on decides it: all ranks
+    come to the same, wherever the tokens are.
 
     constant: the tokens that each sequence counts as, for loss_mean "constant".
 
@@ -74,30 +103,50 @@ def pack(
     `updates` where there are fewer groups. Samples without a token to train on (`train`, `loss_mask`) are left out, and
     groups without any other. The result is a function of the arguments alone.
     """
-    rows, first = [], 0
-    for group, values in zip(groups, advantages, strict=True):
-        group_rows = [
-            _Row(
+    sizes, first = [], 0
+    for group in groups:
+        of_group = [
+            _Size(
                 number,
-                sample.prompt_of(group.prompt),
-                sample.response_ids,
-                sample.logprobs,
-                advantage,
-                [True] * len(sample.response_ids) if sample.loss_mask is None else sample.loss_mask,
-                sample.routing,
-                sample.teacher_logprobs,
-                None if sample.rollout is None else (first, sample.rollout),
+                len(s.prompt_of(group.prompt)) + len(s.response_ids),
+                s.trained_tokens,
+                number if s.rollout is None else (first, s.rollout),
             )
-            for number, (sample, advantage) in enumerate(zip(group.samples, values, strict=True), first)
-            if sample.trained_tokens
+            for number, s in enumerate(group.samples, first)
+            if s.trained_tokens
         ]
         first += len(group.samples)
-        if group_rows:
-            rows.append(group_rows)
-    updates = min(updates, len(rows))
-    boundaries = [len(rows) * u // updates for u in range(updates + 1)] if updates else [0]
-    cuts = [chain.from_iterable(rows[start:end]) for start, end in zip(boundaries, boundaries[1:])]
-    return [_pack_update(list(cut), loss_mean, constant, **packing) for cut in cuts]
+        if of_group:
+            sizes.append(of_group)
+    updates = min(updates, len(sizes))
+    boundaries = [len(sizes) * u // updates for u in range(updates + 1)] if updates else [0]
+    cuts = [chain.from_iterable(sizes[start:end]) for start, end in zip(boundaries, boundaries[1:])]
+    return [_deal_update(list(cut), loss_mean, constant, **packing) for cut in cuts]
+
+
+def fill(
+    deal: Deal, rank: int, groups: list[SampleGroup], advantages: list[list[float]], pad_multiple: int = 1
+) -> list[PackedBatch]:
+    """A data-parallel rank's micro-batches of one update. The samples that it trains on have to be `here`."""
+    samples = [(group, s, a) for group, values in zip(groups, advantages, strict=True)
+               for s, a in zip(group.samples, values, strict=True)]  # fmt: skip
+    like = next((r for n in deal.weights if (r := samples[n][1].routing) is not None), None)
+
+    def row(number: int) -> _Row:
+        group, s, advantage = samples[number]
+        mask = [True] * len(s.response_ids) if s.loss_mask is None else s.loss_mask
+        return _Row(
+            number,
+            s.prompt_of(group.prompt),
+            s.response_ids,
+            s.logprobs,
+            advantage,
+            mask,
+            s.routing,
+            s.teacher_logprobs,
+        )
+
+    return [_filled([row(n) for n in numbers], deal, pad_multiple, like) for numbers in deal.batches[rank]]
 
 
 def pack_sft(examples: list[SftExample], **packing: Unpack[Packing]) -> RankBatches:
@@ -106,49 +155,52 @@ def pack_sft(examples: list[SftExample], **packing: Unpack[Packing]) -> RankBatc
         _Row(i, e.prompt_ids, e.response_ids, [0.0] * len(e.response_ids), 0.0, [True] * len(e.response_ids))
         for i, e in enumerate(examples)
     ]
-    return _pack_update(rows, "token", 0, **packing)
+    dealt = _deal_update(
+        [_Size(row.sample, row.length, len(row.response_ids), row.sample) for row in rows], "token", 0, **packing
+    )
+    multiple = packing.get("pad_multiple", 1)
+    return [[_filled([rows[n] for n in batch], dealt, multiple, None) for batch in rank] for rank in dealt.batches]
 
 
-def _pack_update(
-    rows: list[_Row], loss_mean: LossMean, constant: int, data_parallel_size: int, tokens_per_micro_batch: int,
+def _filled(rows: list[_Row], deal: Deal, pad_multiple: int, like: torch.Tensor | None) -> PackedBatch:
+    made = _batch(rows, [deal.weights[row.sample] for row in rows], pad_multiple, like)
+    made.weight_sum = deal.weight_sum
+    return made
+
+
+def _deal_update(
+    sizes: list[_Size], loss_mean: LossMean, constant: int, data_parallel_size: int, tokens_per_micro_batch: int,
     pad_multiple: int = 1,
-) -> RankBatches:  # fmt: skip
+) -> Deal:  # fmt: skip
     ranks = data_parallel_size
-    routing = next((row.routing for row in rows if row.routing is not None), None)
-    bins = balanced_bins([row.length for row in rows], tokens_per_micro_batch, ranks)
+    bins = balanced_bins([size.length for size in sizes], tokens_per_micro_batch, ranks)
     # Largest first, dealt to and fro: sums stay even, and micro-batches that run at the same time are of like size.
-    loads = sorted(range(len(bins)), key=lambda b: (-sum(rows[i].length for i in bins[b]), b))
+    loads = sorted(range(len(bins)), key=lambda b: (-sum(sizes[i].length for i in bins[b]), b))
     dealt: list[list[int]] = [[] for _ in range(ranks)]
     for position, b in enumerate(loads):
         turn, rank = divmod(position, ranks)
         dealt[rank if turn % 2 == 0 else ranks - 1 - rank].append(b)
-    weights = _token_weights(rows, loss_mean, constant)
+    weights = _token_weights(sizes, loss_mean, constant)
     weight_sum = 1.0
-    if loss_mean == "constant" and rows:
-        weight_sum = weights[0] * sum(row.trained for row in rows)
-
-    def batch(numbers: list[int]) -> PackedBatch:
-        made = _batch([rows[i] for i in numbers], [weights[i] for i in numbers], pad_multiple, routing)
-        made.weight_sum = weight_sum
-        return made
-
-    return [[batch(sorted(bins[b])) for b in own] for own in dealt]
+    if loss_mean == "constant" and sizes:
+        weight_sum = weights[0] * sum(size.trained for size in sizes)
+    batches = [[[sizes[i].sample for i in sorted(bins[b])] for b in own] for own in dealt]
+    return Deal(batches, {size.sample: weight for size, weight in zip(sizes, weights)}, weight_sum)
 
 
-def _token_weights(rows: list[_Row], loss_mean: LossMean, constant: int) -> list[float]:
+def _token_weights(rows: list[_Size], loss_mean: LossMean, constant: int) -> list[float]:
     """The weight of each trained token of each row; times their number they sum to 1, but for "constant": Dr. GRPO
     (arXiv 2503.20783) divides the sum over a sequence's tokens by a constant, whatever its length. The branches of a
     conversation count as one sequence."""
     of_sequence: dict[Any, int] = {}
-    sequences = [n if row.rollout is None else row.rollout for n, row in enumerate(rows)]
-    for sequence, row in zip(sequences, rows):
-        of_sequence[sequence] = of_sequence.get(sequence, 0) + row.trained
+    for row in rows:
+        of_sequence[row.sequence] = of_sequence.get(row.sequence, 0) + row.trained
     if loss_mean == "constant":
         return [1 / (len(of_sequence) * constant)] * len(rows)
     if loss_mean == "token":
         total = sum(row.trained for row in rows)
         return [1 / total] * len(rows) if total else []
-    return [1 / (len(of_sequence) * of_sequence[sequence]) for sequence in sequences]
+    return [1 / (len(of_sequence) * of_sequence[row.sequence]) for row in rows]
 
 
 def balanced_bins(lengths: list[int], budget: int, multiple: int) -> list[list[int]]:

@@ -107,6 +107,23 @@ def _once(trainer: Any, rows: torch.Tensor) -> torch.Tensor:
     return rows if trainer.is_data_parallel_leader else rows[:0]
 
 
+def meet() -> None:
+    """Return when all ranks are here."""
+    gather_rows(torch.zeros(1, 1))
+
+
+def from_first(values: torch.Tensor) -> torch.Tensor:
+    """Rank 0's values (in host memory) on all ranks, whose own only say how many there are."""
+    sent = values.cuda() if dist.get_backend() == "nccl" else values
+    dist.broadcast(sent, 0)
+    return sent.cpu()
+
+
+def ranks_values(value: int) -> list[int]:
+    """A small number of every rank, in the order of the ranks."""
+    return [int(v) for (v,) in gather_rows(torch.tensor([[float(value)]])).tolist()]
+
+
 def gather_rows(rows: torch.Tensor) -> torch.Tensor:
     """float32 [N_r, C] of every rank -> [sum N_r, C], in the order of the ranks, on all of them (in host memory)."""
     world = dist.get_world_size()

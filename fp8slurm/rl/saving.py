@@ -90,16 +90,16 @@ class Saver:
 
     def __init__(
         self, config: RunConfig, run_dir: RunDirectory, trainer: Any, store: dist.Store, ranks: int, watch: Stopwatch,
-        times: StepTimes, on_disk: RunState | None, beside: Callable[[Path], None] = lambda folder: None,
+        times: StepTimes, on_disk: RunState | None, beside: Callable[[Path], str] = lambda folder: "",
     ) -> None:  # fmt: skip
-        """beside(folder): called on rank 0 for every checkpoint; puts into it what belongs to it but is no state of the
-        trainer. OSError."""
+        """beside(folder): called on all ranks for every checkpoint; puts into it what belongs to it but is no state of
+        the trainer, and says why it could not, or ""."""
         self.run_dir, self.trainer, self.store, self.watch, self.times = run_dir, trainer, store, watch, times
         self.asynchronous = config.checkpoint.asynchronous
         self.writer = CheckpointWriter(run_dir, store, trainer.rank, ranks, config.checkpoint)
         self.on_disk, self.beside = on_disk, beside
         """State of the newest checkpoint."""
-        self._saves = self._failed = 0
+        self._saves = self._forgotten = self._failed = 0
         self._due = True
         self._error = ""
         """Of the last save that has ended; "" where it was written, or another goes on."""
@@ -120,16 +120,14 @@ class Saver:
             begun = time.monotonic()
             if self.trainer.rank == 0:
                 try:
-                    folder = self.run_dir.begin_checkpoint(state)
-                    self.beside(folder)
-                    answer = {"folder": str(folder)}
+                    answer = {"folder": str(self.run_dir.begin_checkpoint(state))}
                 except OSError as error:
                     answer = {"error": str(error)}
                 self.store.set(tag, json.dumps(answer))
             self.store.wait([tag])
             answer = json.loads(self.store.get(tag))
-            if "error" in answer:
-                self._save_failed(state, answer["error"])
+            if why := answer.get("error") or self.beside(Path(answer["folder"])):
+                self._save_failed(state, why)
                 return
             snapshot = self.trainer.snapshot(answer["folder"], copy=self.asynchronous)
             self.writer.start(state, Path(answer["folder"]), snapshot, begun)
@@ -174,6 +172,14 @@ class Saver:
             raise OSError(
                 f"the run is over, but its last checkpoint, {state.name}, could not be written: {self._error}"
             )
+
+    def forget(self) -> None:
+        """Delete what older saves have left in the store. On rank 0, when all ranks are between two steps: the answers
+        to "save" are read then, and how a save ended before the next one began."""
+        for number in range(self._forgotten, self._saves):
+            self.store.delete_key(f"save/{number}")
+        self.writer.forget()
+        self._forgotten = self._saves
 
     def left_s(self) -> float:
         """Seconds that the save under way will take from now on, by the one before; 0 where there is none."""

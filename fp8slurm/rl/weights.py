@@ -27,7 +27,7 @@ from fp8slurm.sync import paths
 from fp8slurm.sync.bucket import WeightBucket
 from fp8slurm.sync.groups import Group
 from fp8slurm.sync.plan import source_names
-from fp8slurm.sync.receiver import checksum, publish_checksums
+from fp8slurm.sync.receiver import checksum, forget_checksums, publish_checksums
 from fp8slurm.sync.stream import Cut, Sender, WeightStream
 
 VERIFIED_AT_FIRST = 2
@@ -144,6 +144,8 @@ class EngineWeights:
                 self.trainer.make_room()
             self._sender.prepare(self._command)
             answers = self._command("update", send, version=version, verify=verify, number=self._sends)
+        for source in self._groups if verify else ():  # all have compared
+            forget_checksums(self.store, self._sends, source)
         self._asleep = False
         lost = any(a.get("weights_lost") for a in answers)
         self._verified += verify and not lost

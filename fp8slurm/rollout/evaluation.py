@@ -12,7 +12,7 @@ from fp8slurm.config.derived import reward_workers
 from fp8slurm.config.schema import RewardSection
 from fp8slurm.core.files import write_atomic
 from fp8slurm.engine.client import GenerateRequest, Generation
-from fp8slurm.eval.asking import batches, rows_of
+from fp8slurm.eval.asking import batches, rows_of, rows_of_conversations
 from fp8slurm.eval.grading import Graders
 from fp8slurm.eval.questions import Question, load_questions
 from fp8slurm.eval.records import SAMPLES, SUMMARY
@@ -70,15 +70,22 @@ class TrainingEval:
         rows: list[dict[str, Any]] = []
         size = c.engine.max_running_requests if c.run.deterministic else 10**9
         share = [batch for task in tasks for batch in batches(task, self.questions[task.name], size)]
-        answered = generate([[w.request(c.run.seed, self.sampler.stop_ids) for w in batch] for batch in share])
-        for batch, answers in zip(share, answered, strict=True):
-            rows += rows_of(batch, answers, self.sampler.tokenizer, self.sampler.stop_ids)
+        stop_ids, tokenizer = self.sampler.stop_ids, self.sampler.tokenizer
+        if self.sampler.converse is not None:
+            for batch in share:
+                held = self.sampler.converse([w.asked(c.run.seed, stop_ids) for w in batch])
+                rows += rows_of_conversations(batch, held, tokenizer)
+        else:
+            answered = generate([[w.request(c.run.seed, stop_ids) for w in batch] for batch in share])
+            for batch, answers in zip(share, answered, strict=True):
+                rows += rows_of(batch, answers, tokenizer, stop_ids)
         self.graders = self.graders or Graders(self.tasks, self._limits(), self.questions)
         before = dict(self.graders.failures)
         self.graders.grade(rows, heartbeat)
         for row in rows:
             score = self.graders.scores.pop((row["task"], row["id"], row["sample"]))
-            row |= {"score": score, "correct": score >= RIGHT, "tokens": len(row.pop("response_ids"))}
+            tokens = len(row.pop("response_ids"))
+            row |= {"score": score, "correct": score >= RIGHT, "tokens": row.pop("said", tokens)}
         failures = {name: count - before[name] for name, count in self.graders.failures.items()}
         if checkpoint is not None and c.eval.save_samples:
             folder = self.run.path / "eval" / folder_name(c, checkpoint)

@@ -43,6 +43,9 @@ def write_rollout(path: Path, groups: list[SampleGroup], prompts: list[str]) -> 
             row |= {"reward": s.reward, "finish_reason": s.finish_reason}
             row |= {key: value for key, value in (("parts", s.parts), ("source", group.prompt.source)) if value}
             row |= {"tokens": s.response_ids, "logprobs": s.logprobs}
+            if s.rollout is not None:
+                row |= {"rollout": s.rollout, "turns": s.turns} | ({"error": s.error} if s.error else {})
+            row |= {"prompt_tokens": s.prompt_ids} if s.prompt_ids is not None else {}
             if s.loss_mask is not None:
                 row["loss_mask"] = [int(m) for m in s.loss_mask]
             row |= {"teacher_logprobs": s.teacher_logprobs} if s.teacher_logprobs is not None else {}

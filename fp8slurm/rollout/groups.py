@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 
-from fp8slurm.core.types import NOT_GENERATED, SampleGroup
+from fp8slurm.core.types import NOT_GENERATED, SampleGroup, runs
 from fp8slurm.rollout.serialization import decode_groups
 from fp8slurm.rollout.tally import LENGTH, REWARD, TRUNCATED, means
 
@@ -51,9 +52,12 @@ def merge(
 
     RuntimeError: a token was generated under other weights than those of `sent_version`.
     """
-    groups = [g for _, payload in answers for g in decode_groups(payload)]
-    values = [a for a, _ in answers]
-    stale = {v for g in groups for s in g.samples for v in s.weight_versions} - {sent_version, NOT_GENERATED}
+    groups: list[SampleGroup] = []
+    for worker, (_, payload) in enumerate(answers):
+        groups += [replace(group, worker=worker) for group in decode_groups(payload)]
+    # of a rollout that a checkpoint had, a worker may answer for several that there were, or for none
+    values = [value for answer, _ in answers for value in answer.get("answers", [answer])]
+    stale = {v for g in groups for s in g.samples for v, _ in runs(s.weight_versions)} - {sent_version, NOT_GENERATED}
     if stale:
         raise RuntimeError(
             f"tokens were generated under weight versions {sorted(stale)}; the engines were sent {sent_version}"
@@ -70,6 +74,7 @@ def merge(
         LENGTH: figures.pop(LENGTH),
         TRUNCATED: figures.pop(TRUNCATED),
         "tokens": trained,
+        "data/metadata_bytes": float(sum(payload.numel() for _, payload in answers)),
         "time/generate": max(a["seconds"] for a in values),
         **figures,
     }

@@ -8,7 +8,8 @@
     prompt/N                    int32, tokens before the response of sample N, where they are not its group's prompt
     metadata                    "groups": JSON of what else groups and samples have, and how many tokens
 
-All ranks decode the same bytes.
+A description has the metadata alone, with what a rank has to know of samples that it does not train on: `versions` and
+`mask` as runs, and the form of `routing`.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ import numpy as np
 import torch
 from safetensors.torch import load, save
 
-from fp8slurm.core.types import Prompt, Sample, SampleGroup
+from fp8slurm.core.types import Elsewhere, Prompt, Runs, Sample, SampleGroup, runs
 
 DTYPES = {"prompt": torch.int32, "response": torch.int32, "version": torch.int32}
 DTYPES |= {"logprob": torch.float32, "teacher": torch.float32}
+EXPERTS = {"uint8": torch.uint8, "int16": torch.int16}
 
 
 def encode_groups(groups: list[SampleGroup]) -> torch.Tensor:
@@ -51,12 +53,34 @@ def encode_groups(groups: list[SampleGroup]) -> torch.Tensor:
     tensors |= {
         f"prompt/{n}": _flat([s.prompt_ids], "int32") for n, s in enumerate(samples) if s.prompt_ids is not None
     }
-    data = save(tensors, {"groups": json.dumps([_header(g) for g in groups])})
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    return _bytes(tensors, {"groups": json.dumps([_header(g) for g in groups])})
+
+
+def describe_groups(groups: list[SampleGroup]) -> torch.Tensor:
+    """uint8 [bytes]: all that ranks need of samples that others train on. Text, labels and parts are not in it."""
+    described = []
+    for g in groups:
+        header = _header(g)
+        del header["label"]
+        for s, of_sample in zip(g.samples, header["samples"]):
+            del of_sample["text"]
+            of_sample.pop("parts", None)
+            of_sample["versions"] = runs(s.weight_versions)
+            if s.loss_mask is not None:
+                of_sample["mask"] = runs(s.loss_mask)
+            if s.prompt_ids is not None:
+                of_sample["prompt"] = len(s.prompt_ids)
+            if s.routing is not None:
+                of_sample["routing"] = [str(s.routing.dtype).removeprefix("torch."), *s.routing.shape[1:]]
+        described.append(header)
+    return _bytes({}, {"described": json.dumps(described, separators=(",", ":"))})
 
 
 def decode_groups(data: torch.Tensor) -> list[SampleGroup]:
-    """The groups in an uint8 [bytes] tensor. ValueError: not what encode_groups wrote."""
+    """The groups in an uint8 [bytes] tensor; of a description with samples that are not `here`.
+
+    ValueError: not what encode_groups or describe_groups wrote.
+    """
     if data.dtype != torch.uint8 or data.dim() != 1:
         raise ValueError(f"sample groups: a flat uint8 tensor is expected, not {data.dtype} {tuple(data.shape)}")
     raw = data.contiguous().cpu().numpy().tobytes()
@@ -67,7 +91,10 @@ def decode_groups(data: torch.Tensor) -> list[SampleGroup]:
             if tensor.dtype not in ([DTYPES[kind]] if kind in DTYPES else [torch.uint8, torch.int16]):
                 raise ValueError(f"{name} is {tensor.dtype}")
         header_bytes = int.from_bytes(raw[:8], "little")
-        header = json.loads(json.loads(raw[8 : 8 + header_bytes])["__metadata__"]["groups"])
+        metadata = json.loads(raw[8 : 8 + header_bytes])["__metadata__"]
+        if "described" in metadata:
+            return [_described(g) for g in json.loads(metadata["described"])]
+        header = json.loads(metadata["groups"])
         prompts = _split(tensors["prompt"], header)
         of_samples = [s for g in header for s in g["samples"]]
         lists = [_split(tensors[name], of_samples) for name in ("response", "logprob", "version")]
@@ -97,6 +124,38 @@ def decode_groups(data: torch.Tensor) -> list[SampleGroup]:
         ]
     except Exception as error:  # whatever is wrong with the bytes
         raise ValueError(f"sample groups: {error}") from error
+
+
+def _described(group: dict[str, Any]) -> SampleGroup:
+    prompt = Prompt(int(group["index"]), Elsewhere(_count(group["tokens"])), "", source=str(group.get("source", "")))
+    samples = []
+    for s in group["samples"]:
+        length, before = _count(s["tokens"]), _count(s.get("prompt", group["tokens"]))
+        absent, versions, mask, routing = Elsewhere(length), Runs(s["versions"]), None, None
+        if "mask" in s:
+            mask = Runs(s["mask"])
+        if any(len(per_token) != length for per_token in (versions, *([] if mask is None else [mask]))):
+            raise ValueError(f"per-token lists differ in length from {length} tokens")
+        if "routing" in s:
+            dtype, layers, k = s["routing"]
+            form = max(0, before + length - 1), _count(layers), _count(k)
+            routing = torch.empty(form, dtype=EXPERTS[dtype], device="meta")
+        scored = str(s["finish_reason"]), "", float(s["reward"])
+        sample = Sample(absent, absent, versions, *scored, routing, bool(s["train"]), {}, mask)
+        sample.rollout = None if s.get("rollout") is None else int(s["rollout"])
+        sample.prompt_ids = Elsewhere(before) if "prompt" in s else None
+        samples.append(sample)
+    return SampleGroup(prompt, samples)
+
+
+def _count(value: Any) -> int:
+    if not isinstance(value, int) or value < 0:
+        raise ValueError(f"{value!r} is no count")
+    return value
+
+
+def _bytes(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> torch.Tensor:
+    return torch.frombuffer(bytearray(save(tensors, metadata)), dtype=torch.uint8)
 
 
 def _flat(lists: Iterable[Sequence[float]], dtype: str) -> torch.Tensor:

@@ -34,6 +34,6 @@ class Teacher(EnginePool[Member]):
         pairs = [(list(s.prompt_of(g.prompt)), s) for g in groups for s in g.samples if s.response_ids]
         for start in range(0, len(pairs), AT_ONCE):
             part = pairs[start : start + AT_ONCE]
-            scores = self.score([prompt + s.response_ids for prompt, s in part])
+            scores = self.score([prompt + list(s.response_ids) for prompt, s in part])
             for (prompt, sample), values in zip(part, scores, strict=True):
                 sample.teacher_logprobs = values[len(prompt) - 1 :]

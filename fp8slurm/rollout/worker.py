@@ -19,19 +19,20 @@ import torch
 from fp8slurm.config import RunConfig
 from fp8slurm.config.derived import engines_start_after_trainer, reward_workers
 from fp8slurm.core.types import Prompt, Sample, SampleGroup
+from fp8slurm.data.endless import Joined
 from fp8slurm.data.sources import order_of, training_sources
 from fp8slurm.engine.pool import WeightsLost
 from fp8slurm.models.precision import engine_in_fp8
 from fp8slurm.models.spec import ModelSpec
 from fp8slurm.rewards.graders import label_error
 from fp8slurm.rewards.pools import RewardPools
-from fp8slurm.rollout.channel import WorkerChannel
+from fp8slurm.rollout.channel import Part, WorkerChannel
+from fp8slurm.rollout.dealing import Holder
 from fp8slurm.rollout.engines import EngineSet
 from fp8slurm.rollout.evaluation import TrainingEval
 from fp8slurm.rollout.files import is_saved, rollout_file, trainer_file, write_rollout
 from fp8slurm.rollout.groups import apply_truncation_policy, has_signal
 from fp8slurm.rollout.sampler import Sampler, model_of
-from fp8slurm.rollout.serialization import encode_groups
 from fp8slurm.rollout.tally import Figure, Tally, figures_of
 from fp8slurm.rollout.teacher import Teacher
 from fp8slurm.run.directory import RunDirectory
@@ -55,6 +56,7 @@ class RolloutWorker:
         """gpus: of each of the node's engines, as indices into the node's GPUs; empty on the CPU."""
         self.config, self.run, self.number, self.workers, self.monitor = config, run, number, workers, monitor
         self.gpus = gpus
+        self.holder = Holder(number, workers)
         self.teacher: Teacher | None = None
         self.command: tuple[Any, ...] = ()
         self.computed: dict[Hashable, Any] = {}
@@ -84,7 +86,7 @@ class RolloutWorker:
         self.sampler = Sampler.load(c)
         sources = training_sources(c.data, c.reward.kind) if c.run.steps else []
         loaded = [source.load(self.sampler.tokenizer, label_error) for source in sources]
-        self.train_prompts = [prompt for prompts in loaded for prompt in prompts]
+        self.train_prompts = Joined(loaded)
         if c.rollout.generate is not None:
             model = model_of(c, self.sampler.tokenizer, self.sampler.stop_ids)
             self.sessions = SessionRunner(c.rollout, model, lambda: self.channel.progress())
@@ -111,8 +113,9 @@ class RolloutWorker:
         sources = [(name, groups[name], plans[name]) for name in names]
         self.receiver = paths.receiver(self.config, self.number, store, sources)
         self._bring_up()
-        commands: dict[str, Callable[..., tuple[dict, torch.Tensor | None]]] = {
-            "rollout": self.do_rollout, "score": self.do_score, "evaluate": self.do_evaluate, "update": self.do_update,
+        commands: dict[str, Callable[..., tuple]] = {
+            "rollout": self.do_rollout, "deal": self.do_deal, "keep": self.do_keep, "restore": self.do_restore,
+            "score": self.do_score, "evaluate": self.do_evaluate, "update": self.do_update,
             "prepare": self.do_prepare, "sleep": self.do_sleep, "stop": lambda: ({}, None),
         }  # fmt: skip
         while True:
@@ -120,10 +123,10 @@ class RolloutWorker:
             kind = command.pop("kind")
             log.debug("command %s %s", kind, command)
             try:
-                values, payload = commands[kind](**command)
+                answer = commands[kind](**command)
             except WeightsLost:
-                values, payload = {"weights_lost": True}, None
-            channel.answer(values, payload)
+                answer = {"weights_lost": True}, None
+            channel.answer(*answer)
             self.monitor.heartbeat()
             if kind == "stop":
                 return
@@ -181,14 +184,14 @@ class RolloutWorker:
                 groups, figures = self._once(tuple(p for p, _ in share), lambda: self._sample_and_score(share))
             except WeightsLost:
                 for left in range(round_, rounds):  # the other rollout workers wait for these
-                    self.store.set(f"kept/{self.channel.count}/{left}/{self.number}", "0")
+                    self.channel.tell(f"kept/{self.channel.count}/{left}/{self.number}", "0")
                 raise
             tally.add(figures)
             apply_truncation_policy(groups, r.truncated)
             good = groups if keep_all or not r.drop_no_signal else [g for g in groups if has_signal(g)]
             dropped += len(groups) - len(good)
             kept += good
-            self.store.set(f"kept/{self.channel.count}/{round_}/{self.number}", str(len(good)))
+            self.channel.tell(f"kept/{self.channel.count}/{round_}/{self.number}", str(len(good)))
             missing -= sum(self.channel.get(f"kept/{self.channel.count}/{round_}/{w}") for w in range(self.workers))
             if missing <= 0:
                 break
@@ -204,7 +207,29 @@ class RolloutWorker:
             "reward_failures": self.rewarder.failures,
         }
         answer["seconds"] = time.monotonic() - begun
-        return answer, encode_groups(kept)
+        return answer, self.holder.hold(answer, kept)
+
+    def do_deal(
+        self, wanted: list[list[int]], first: list[int], to: list[list[int]], texts: bool
+    ) -> tuple[dict, None, list[Part]]:
+        """Send samples of the last rollout to the ranks that train on them (dealing.py)."""
+        with self.channel.at_work():
+            return {}, None, self.holder.parts(wanted, first[self.number], to, texts)
+
+    def do_keep(self, folder: str, version: int) -> tuple[dict, None]:
+        """Write the last rollout, of weights `version`, into a checkpoint; a full disk is answered as "error"."""
+        with self.channel.at_work():
+            try:
+                self.holder.write(Path(folder), version)
+            except OSError as error:
+                return {"error": str(error)}, None
+        return {}, None
+
+    def do_restore(self, folder: str) -> tuple[dict, torch.Tensor | None]:
+        """Hold what a checkpoint has, and answer it as it was answered: with "version", where it has something."""
+        with self.channel.at_work():
+            payload = self.holder.read(Path(folder))
+        return ({} if payload is None else self.holder.answer), payload
 
     def do_score(self, sequences: list[list[list[int]]]) -> tuple[dict, torch.Tensor]:
         """This node's share of the log-probabilities of responses under the present weights, at temperature 1.

@@ -47,7 +47,7 @@ class CheckpointWriter:
         self.run_dir, self.rank, self.ranks, self.settings = run_dir, rank, ranks, settings
         self._store = store.clone()  # type: ignore[attr-defined]  # every store has it
         self._thread: threading.Thread | None = None
-        self._saves = 0
+        self._saves = self._forgotten = 0
         self._begun = 0.0
         self._saved: Saved | None = None
         self._failure: BaseException | None = None
@@ -75,6 +75,12 @@ class CheckpointWriter:
         if self._failure is not None:
             raise self._failure
         return self._saved
+
+    def forget(self) -> None:
+        """Rank 0, when all ranks have begun the same saves: delete how those before the newest ended."""
+        for number in range(self._forgotten + 1, self._saves):
+            self._store.delete_key(f"saver/{number}/error")
+        self._forgotten = max(self._forgotten, self._saves - 1)
 
     def left(self, usual: float) -> float:
         """Seconds until the save under way has taken `usual` seconds; 0 if there is none."""

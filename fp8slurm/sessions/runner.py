@@ -28,6 +28,7 @@ from fp8slurm.core.types import NOT_GENERATED, Prompt, Sample
 from fp8slurm.core.user_code import is_user_function, load_user_function
 from fp8slurm.engine import completions as turns
 from fp8slurm.engine.client import GenerateRequest, Generation
+from fp8slurm.sessions.endpoint import Endpoint
 from fp8slurm.sessions.session import Model, Session
 
 log = logging.getLogger(__name__)
@@ -35,6 +36,7 @@ log = logging.getLogger(__name__)
 FLAG = "--rollout.generate"
 POLL_S = 0.5
 """How often the loop is asked whether it turns."""
+CLOSE_S = 5.0
 WARNINGS = 5
 """Failed conversations that are logged one by one in each converse(); all are counted."""
 
@@ -52,13 +54,13 @@ class SessionError(RuntimeError):
     """rollout.generate raised, took too long, blocked, or returned something else than samples."""
 
 
-def load_generate(name: str) -> Generate:
+def load_generate(name: str, flag: str = FLAG) -> Generate:
     """The function that rollout.generate names. InputError: there is none, or it is not async."""
     if not is_user_function(name):
-        raise InputError(f"{FLAG} {name!r}: allowed: module:function")
-    function = load_user_function(name, FLAG, "session", "prompt")
+        raise InputError(f"{flag} {name!r}: allowed: module:function")
+    function = load_user_function(name, flag, "session", "prompt")
     if not (inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)):
-        raise InputError(f"{FLAG} {name} is not async; allowed: async def {name.partition(':')[2]}(session, prompt)")
+        raise InputError(f"{flag} {name} is not async; allowed: async def {name.partition(':')[2]}(session, prompt)")
     return function
 
 
@@ -102,13 +104,28 @@ class SessionRunner:
         self.function = load_generate(section.generate)
         self.failures = 0
         """Conversations that failed since the start and were left out."""
+        self._endpoint: Endpoint | None = None
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="sessions", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
         """End the loop. A function that blocks it stays until the process ends."""
+        if self._endpoint is not None:
+            closed = asyncio.run_coroutine_threadsafe(self._endpoint.close(), self._loop)
+            concurrent.futures.wait([closed], CLOSE_S)
         self._loop.call_soon_threadsafe(self._loop.stop)
+
+    def reach(self, session: Session) -> tuple[str, str]:
+        """Address and key of a session at the endpoint, which starts with the first that asks."""
+        if self._endpoint is None:
+            self._endpoint = Endpoint(self._loop)
+        return self._endpoint.url, self._endpoint.open(session)
+
+    def leave(self, session: Session) -> None:
+        """It is over, and its key with it."""
+        if self._endpoint is not None and session.reached:
+            self._endpoint.shut(session.api_key)
 
     def converse(
         self, asked: Sequence[Asked], complete: Complete | None = None, batch: Batch | None = None,
@@ -207,13 +224,15 @@ class _Work:
         loop, asked = asyncio.get_running_loop(), one.asked
         one.over = loop.create_future()
         ask = partial(self._ask, one, complete)
-        one.session = Session(asked.prompt, asked.number, asked.request, self.runner.model, ask)
+        session = Session(asked.prompt, asked.number, asked.request, self.runner.model, ask, self.runner.reach)
+        one.session = session
         self._start_clock(one)
-        task = loop.create_task(self._hold(one, one.session))
+        task = loop.create_task(self._hold(one, session))
         try:
             one.outcome = await one.over
         finally:
             self._stop_clock(one)
+            self.runner.leave(session)
             task.cancel()
 
     async def _hold(self, one: _Conversation, session: Session) -> None:

@@ -130,10 +130,15 @@ class _Branch:
 class Session:
     """A conversation about one prompt. complete() asks for a turn; samples() are what was said, with masks."""
 
-    def __init__(self, prompt: Prompt, number: int, request: GenerateRequest, model: Model, ask: Ask) -> None:
+    def __init__(
+        self, prompt: Prompt, number: int, request: GenerateRequest, model: Model, ask: Ask,
+        reach: Callable[[Session], tuple[str, str]] | None = None,
+    ) -> None:  # fmt: skip
         """number: which of the prompt's conversations it is. request: sampling settings and seed of its first turn;
-        its max_tokens is the sum over all turns."""
+        its max_tokens is the sum over all turns. reach: gives it an address and a key (endpoint.py)."""
         self.prompt, self.number, self.model = prompt, number, model
+        self._reach = reach
+        self._address: tuple[str, str] | None = None
         self.said = 0
         """Tokens that the model has said, in all branches."""
         self._request, self._ask = request, ask
@@ -196,6 +201,33 @@ class Session:
         branch.messages = None if messages is None else [*messages, made.message]
         return made
 
+    @property
+    def sampling(self) -> GenerateRequest:
+        """Temperature, top_p and top_k of the run's, and max_tokens of all turns."""
+        return self._request
+
+    @property
+    def base_url(self) -> str:
+        """Address of this conversation for a client of OpenAI's interface; its model is called "policy"."""
+        return self._reached()[0]
+
+    @property
+    def api_key(self) -> str:
+        """Its key, as long as the function of the user's goes on."""
+        return self._reached()[1]
+
+    @property
+    def reached(self) -> bool:
+        """Whether base_url or api_key was asked for."""
+        return self._address is not None
+
+    def _reached(self) -> tuple[str, str]:
+        if self._address is None:
+            if self._reach is None:
+                raise RuntimeError("this session has no endpoint")
+            self._address = self._reach(self)
+        return self._address
+
     def tokenize(self, text: str) -> list[int]:
         """The tokens of a text, such as a tool's output; special tokens that are spelled out are taken as such."""
         (ids,) = encode(self.model.tokenizer, [text])
@@ -254,6 +286,15 @@ class Session:
         sample.loss_mask = None if all(generated) else generated
         sample.prompt_ids = None if tuple(prompt) == tuple(self.prompt.token_ids) else prompt
         return sample
+
+
+def told(sample: Sample, tokenizer: Any) -> list[tuple[str, str]]:
+    """The conversation behind the prompt as text: ("model" or "tool", what it said), special tokens included."""
+    parts, at = [], 0
+    for start, end in [*sample.turns, (len(sample.response_ids),) * 2]:
+        parts += [("tool", sample.response_ids[at:start]), ("model", sample.response_ids[start:end])]
+        at = end
+    return [(who, str(tokenizer.decode(ids, skip_special_tokens=False))) for who, ids in parts if ids]
 
 
 def routing_of(generation: Generation, prompt_tokens: int, spec: ModelSpec) -> torch.Tensor:

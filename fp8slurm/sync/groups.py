@@ -73,6 +73,14 @@ class Group:
         """In place; blocks until this member's part is done."""
         self.start_broadcast(tensor, root).wait()
 
+    def start_send(self, tensor: torch.Tensor, to: int) -> dist.Work:
+        """Begin to send to one member; as for start_broadcast. Messages between two members arrive in order."""
+        return self._group.send([tensor], to, 0)  # type: ignore[attr-defined]
+
+    def start_receive(self, tensor: torch.Tensor, source: int) -> dist.Work:
+        """Begin to receive from one member, in place; the size has to be the sent one's."""
+        return self._group.recv([tensor], source, 0)  # type: ignore[attr-defined]
+
     def start_broadcast(self, tensor: torch.Tensor, root: int) -> dist.Work:
         """Begin a broadcast in place; the tensor is the group's until wait() returns. All start in the same order."""
         options = dist.BroadcastOptions()

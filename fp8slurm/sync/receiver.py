@@ -33,6 +33,11 @@ def publish_checksums(store: dist.Store, number: int, source: str, checksums: li
     store.set(f"sync/checksums/{number}/{source}", json.dumps(checksums))
 
 
+def forget_checksums(store: dist.Store, number: int, source: str) -> None:
+    """Delete what publish_checksums told."""
+    store.delete_key(f"sync/checksums/{number}/{source}")
+
+
 class Engines(Protocol):
     """The engines of a node, as far as a path may have to do with them before an update."""
 

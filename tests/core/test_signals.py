@@ -33,3 +33,10 @@ def test_what_nohup_ignores_stays_ignored() -> None:
     with ended_is_interrupted():
         os.kill(os.getpid(), signal.SIGHUP)
     assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+
+def test_under_nohup_a_command_is_still_ended_by_kill() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with pytest.raises(KeyboardInterrupt), ended_is_interrupted():
+        os.kill(os.getpid(), signal.SIGTERM)
+        pytest.fail("it went on")

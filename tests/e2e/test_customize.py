@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import signal
 import tomllib
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import pytest
-from tiny_runs import TinyRuns
+import torch
+from tiny_runs import TinyRuns, task_pids, weights
 
 from fp8slurm.data.sources import MixedOrder
-from fp8slurm.observe.metrics import read_metrics
+from fp8slurm.observe.metrics import read_metrics, without_times
 
 ROOT = Path(__file__).parents[2]
 
@@ -30,28 +35,24 @@ def runs(tmp_path_factory) -> TinyRuns:
     return TinyRuns(tmp_path_factory.mktemp("runs"), 8, **more)
 
 
-def test_a_reward_of_ones_own(runs):
-    run = runs.run("reward", reward__kind="examples.reward:score", rollout__save_every=1)
-    records = [r for r in read_metrics(run) if r["phase"] == "rl" and r["step"]]
-    for record in records:
-        assert record["reward/mean"] <= record["reward/parts/right"] + 1e-9 and 0 <= record["reward/parts/copied"] <= 1
-    rows = [json.loads(line) for line in (run / "rollouts" / "step_000002.jsonl").read_text().splitlines()]
-    fine = {round(row["parts"]["right"] - row["reward"], 9) for row in rows}
-    assert fine <= {0, 0.1} and len(records) == 2
-    summary = json.loads(next(run.glob("eval/step_000002-*/summary.json")).read_text())
-    assert summary["tasks"]["held_out"]["questions"] == 8, "the held-out answers are graded by it, prompt and all"
-
-
-def test_several_sources_and_tokens_that_are_left_out_of_the_loss(runs):
-    """The sources of examples/sources.toml; the second one's reward masks what comes behind the answer."""
+@pytest.fixture(scope="module")
+def several(runs) -> tuple[list[str], dict[str, Any]]:
+    """Names and flags of a run on the sources of examples/sources.toml; the second one's reward masks what comes behind
+    the answer."""
     sources = tomllib.loads((ROOT / "examples" / "sources.toml").read_text())["data"]["sources"]
     sources = {name: s | {"file": str(runs.folder / "data" / "train.jsonl")} for name, s in sources.items()}
     sources["whole"]["reward"] = "examples.reward:answer_only"
-    switches = ["--rollout.no-drop-no-signal", "--data.sources", json.dumps(sources)]
-    run = runs.run("sources", *switches, data__train="None", rollout__save_every=1, rollout__truncated="keep")
-    order = MixedOrder([8000, 8000], [Fraction(3), Fraction(1)], 0)
-    names, left_out = list(sources), 0
-    for record, cursor in zip(steps(run), (0, 8), strict=True):
+    more = {"data__train": "None", "rollout__save_every": 1, "rollout__truncated": "keep"}
+    more |= {"run__steps": 3, "checkpoint__every": 1}
+    switches = ["--rollout.no-drop-no-signal", "--observe.no-plot", "--data.sources", json.dumps(sources)]
+    runs.run("sources", *switches, **more)
+    return list(sources), {"switches": switches, "more": more}
+
+
+def test_several_sources_and_tokens_that_are_left_out_of_the_loss(runs, several):
+    names, _ = several
+    run, order, left_out = runs.path("sources"), MixedOrder([8000, 8000], [Fraction(3), Fraction(1)], 0), 0
+    for record, cursor in zip(steps(run), (0, 8, 16), strict=True):
         files = (run / folder / f"step_{record['step']:06d}.jsonl" for folder in ("rollouts", "rollouts/trainer"))
         rows, lines = ([json.loads(line) for line in file.read_text().splitlines()] for file in files)
         expected = [divmod(i, 8000) for i in order.take(cursor, 8)[0]]
@@ -65,6 +66,24 @@ def test_several_sources_and_tokens_that_are_left_out_of_the_loss(runs):
         by_source = [record[f"source/{name}/reward"] for name in names]
         assert record["reward/mean"] == pytest.approx(0.75 * by_source[0] + 0.25 * by_source[1])
     assert left_out, "some response was longer than its label"
+
+
+def test_several_sources_killed_and_resumed_are_the_same_run(runs, several, tmp_path):
+    """Every rank and the rollout worker are killed; what was taken from each source goes on where the checkpoint ends."""
+    flags = several[1]
+    process, run = runs.start("sources-killed", *flags["switches"], **flags["more"]), runs.path("sources-killed")
+    runs.wait_for_step(process, "sources-killed", 2)
+    for pid in task_pids(run, 0).values():
+        os.kill(pid, signal.SIGKILL)
+    runs.finish(process, status=1)
+    runs.run("sources-killed", *flags["switches"], **flags["more"])
+    began = "".join(p.read_text() for p in (run / "attempts" / "1" / "logs").glob("*_log.err"))
+    assert re.search("continuing from .*step_00000[12]", began)
+    whole, again = (read_metrics(runs.path(name)) for name in ("sources", "sources-killed"))
+    assert [without_times(r) for r in again] == [without_times(r) for r in whole]
+    want, got = (weights(runs.path(name), tmp_path / name) for name in ("sources", "sources-killed"))
+    assert sorted(want) == sorted(got)
+    assert not [name for name, tensor in want.items() if not torch.equal(tensor, got[name])]
 
 
 def steps(run: Path) -> list[dict[str, float]]:

@@ -7,7 +7,7 @@ import pytest
 from tiny_runs import task_pids, weights
 
 from fp8slurm.observe.metrics import read_metrics, without_times
-from fp8slurm.rl.ahead import FILE
+from fp8slurm.rollout.dealing import KEPT
 
 pytestmark = pytest.mark.slow
 
@@ -30,12 +30,14 @@ def test_every_sample_is_one_step_old_and_a_resumed_run_is_the_same_run(runs, tm
     # What engines score under the trainer's weights is as near as in any run; what the policy moved by is not in it.
     own, moved = [r["gap/mean_abs"] for r in later], [r["lag/mean_abs"] for r in later]
     assert max(own) < 0.02 and max(moved) > 2 * max(own), (own, moved)
-    assert not (whole / "checkpoints" / "step_000007" / FILE).exists(), "nothing comes behind the last step"
+    assert not (whole / "checkpoints" / "step_000007" / f"{KEPT}.safetensors").exists(), (
+        "nothing comes behind the last step"
+    )
 
     process = runs.start("broken")
     run = runs.path("broken")
     runs.wait_for_step(process, "broken", 5)
-    assert (run / "checkpoints" / "step_000003" / FILE).stat().st_size > 0
+    assert (run / "checkpoints" / "step_000003" / f"{KEPT}.safetensors").stat().st_size > 0
     os.kill(task_pids(run, 0)[0], signal.SIGKILL)
     runs.finish(process, status=1)
     runs.run("broken")

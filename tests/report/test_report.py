@@ -265,6 +265,18 @@ def test_tokens_that_are_left_out_of_the_loss_are_marked(make_run):
     assert first["mean"] == 0.125 and [len(t) for t in second["tokens"]] == [4] * 3
 
 
+def test_what_a_tool_said_is_marked(make_run, capsys):
+    run = make_run(samples=0)
+    shutil.rmtree(run / "rollouts")
+    talk = sample(0) | {"loss_mask": [1, 0, 0], "turns": [[0, 1], [2, 3]], "rollout": 0, "error": "a tool hung"}
+    damaged = sample(1) | {"turns": [[0, "x"], 7, [1, 3]], "prompt_tokens": [1, None]}
+    write_lines(run / "rollouts/step_000004.jsonl", [talk, damaged])
+    first, second = data_of(html(run))["samples"]
+    assert [t[4:] for t in first["tokens"]] == [[], [2], [1]] and first["finish"] == "error: a tool hung"
+    assert [t[4:] for t in second["tokens"]] == [[2], [], []]
+    assert "Said by tools: " in text(run, capsys)
+
+
 def test_the_gap_belongs_to_its_token(make_run):
     run = make_run(name_of_model="models/not-there")
     found = read_samples(read_run(run))

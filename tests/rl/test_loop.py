@@ -340,6 +340,7 @@ def test_a_rollouts_figures_are_those_of_all_workers() -> None:
     assert record == {
         "cursor": 9, "reward/mean": 4 / 6, "reward/failures": 3, "rollout/groups": 2, "rollout/dropped": 3,
         "rollout/tokens": 25, "rollout/response_length": 25 / 6, "rollout/truncated": 3 / 6, "tokens": 4 * 3 + 8,
+        "data/metadata_bytes": sum(float(payload.numel()) for _, payload in answers),
         "time/generate": 2.5,
         "reward/parts/tidy": 0.75,
     }  # fmt: skip  # means count groups that were dropped; `tokens` are those of the groups that are here
@@ -379,7 +380,7 @@ def gap_loop(monkeypatch: pytest.MonkeyPatch, leader: bool = True, **sections) -
 
 def test_the_gap_counts_trained_tokens_of_all_ranks_once(monkeypatch: pytest.MonkeyPatch) -> None:
     loop, groups, gathered = gap_loop(monkeypatch)
-    (batches,) = loop.pack(groups, [[0.0], [0.0]], 1)
+    (batches,) = loop.pack(loop.deal(groups, 1), groups, [[0.0], [0.0]])
     record = recompute(loop.trainer, batches)
     recompute_reference(loop.trainer, batches)
     assert [rows.shape for rows in gathered] == [(6, 2)]
@@ -389,7 +390,7 @@ def test_the_gap_counts_trained_tokens_of_all_ranks_once(monkeypatch: pytest.Mon
         assert torch.equal(b.trainer_logprobs, b.rollout_logprobs + 0.5)
         assert torch.equal(b.reference_logprobs, b.rollout_logprobs + 2)
     loop, groups, gathered = gap_loop(monkeypatch, leader=False)  # its tokens are the leader's: nothing to add
-    (batches,) = loop.pack(groups, [[0.0], [0.0]], 1)
+    (batches,) = loop.pack(loop.deal(groups, 1), groups, [[0.0], [0.0]])
     assert recompute(loop.trainer, batches)["gap/mean_abs"] == 2.5 and gathered[0].shape == (0, 2)
 
 
@@ -397,7 +398,7 @@ def test_saved_log_probabilities_are_written_once_a_sample(monkeypatch: pytest.M
     for leader, rows in ((True, 6), (False, 0)):
         loop, groups, gathered = gap_loop(monkeypatch, leader)
         loop.trainer.rank = 1
-        (batches,) = loop.pack(groups, [[0.0], [0.0]], 1)
+        (batches,) = loop.pack(loop.deal(groups, 1), groups, [[0.0], [0.0]])
         recompute(loop.trainer, batches)
         save_logprobs(loop.trainer, tmp_path / "rows", groups, batches)
         assert gathered[-1].shape == (rows, 2)
@@ -547,7 +548,7 @@ def test_an_exact_run_ends_at_one_token_that_differs_in_one_bit(monkeypatch: pyt
 def test_an_exact_run_leaves_nan_on_both_sides_to_the_optimizer(monkeypatch: pytest.MonkeyPatch) -> None:
     loop, groups, _ = gap_loop(monkeypatch)
     monkeypatch.setattr(recompute_module, "gather_rows", lambda rows: rows)
-    (batches,) = loop.pack(groups, [[0.0], [0.0]], 1)
+    (batches,) = loop.pack(loop.deal(groups, 1), groups, [[0.0], [0.0]])
     for b in batches:
         b.rollout_logprobs = torch.full_like(b.rollout_logprobs, NAN)
         b.trainer_logprobs = b.rollout_logprobs.clone()

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 
 import numpy as np
 import pytest
@@ -11,8 +12,9 @@ import torch
 from fp8slurm.config import RunConfig
 from fp8slurm.engine.client import Generation
 from fp8slurm.rollout.evaluation import TrainingEval, merge
-from fp8slurm.rollout.sampler import Sampler
+from fp8slurm.rollout.sampler import Sampler, model_of
 from fp8slurm.run.directory import RunDirectory
+from fp8slurm.sessions.runner import SessionRunner
 
 
 @pytest.fixture(scope="module")
@@ -88,3 +90,41 @@ def test_shares_make_one_summary(config, tmp_path, workers):
     assert after[0] == states[0] and (after[1] == states[1]).all() and torch.equal(after[2], states[2])
     for part in parts:
         part.close()
+
+
+async def asks_a_tool(session, prompt):
+    """Its row tells it what it is to be told; the second sample asks nothing."""
+    turn = await session.complete(prompt.token_ids)
+    if session.number == 0:
+        await session.complete(turn.ids + session.tokenize(f"[{prompt.row['label']}]"))
+    return session.sample()
+
+
+def test_conversations_are_graded_by_what_was_said_last_and_kept_whole(config, tmp_path):
+    run, sampler = RunDirectory(tmp_path / "run"), Sampler.load(config)
+    section = config.rollout.model_copy(update={"generate": f"{__name__}:asks_a_tool"})
+    runner = SessionRunner(section, model_of(config, sampler.tokenizer, sampler.stop_ids))
+    sizes = []
+
+    def batch(requests):
+        """The label where there is one, else that it does not know."""
+        sizes.append(len(requests))
+        out = []
+        for r in requests:
+            found = re.search(r"\[(.*)\]", sampler.tokenizer.decode(r.token_ids))
+            ids = [*sampler.tokenizer(found[1] if found else "no")["input_ids"], sampler.stop_ids[0]]
+            out.append(Generation(ids, [-1.0] * len(ids), "stop", [4] * len(ids)))
+        return out
+
+    sampler.converse = lambda asked: runner.converse(asked, batch=batch)
+    part = TrainingEval(config, run, sampler, 0, 1)
+    answers = [json.loads(json.dumps(part.evaluate(None, "step_000004")))]
+    found = merge(config, run, answers, "step_000004", 4, writes=True)
+    assert found["eval/accuracy"] == 0.5 and found["eval/pass_at_n"] == 1.0 and max(sizes) == 4
+    path = run.path / "eval" / "step_000004-fp8-training" / "samples.jsonl"
+    first, second = [json.loads(line) for line in path.read_text().splitlines()][2:4]
+    end = sampler.tokenizer.decode([sampler.stop_ids[0]])
+    assert first["conversation"] == [["model", f"no{end}"], ["tool", "[1]"], ["model", f"1{end}"]]
+    assert (first["response"], first["tokens"], second["conversation"]) == ("1", 5, [["model", f"no{end}"]])
+    part.close()
+    runner.close()

@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-from fp8slurm.core.types import Prompt, Sample, SampleGroup
+from fp8slurm.core.types import NOT_GENERATED, Prompt, Sample, SampleGroup
 from fp8slurm.rl.packing import pack
 from fp8slurm.rollout.files import (
     is_saved,
@@ -51,6 +51,15 @@ def test_every_token_finds_its_sample_again(tmp_path, updates, ranks, budget, mu
         mask = sample.loss_mask or [True] * len(sample.logprobs)
         of_tokens = [p + 100 if m else None for p, m in zip(sample.logprobs, mask)]
         assert line == {"index": index, "trainer_logprobs": of_tokens if trained else None}
+
+
+def test_a_conversation_says_which_tokens_are_the_models(tmp_path):
+    said = Sample([5, 6, 7], [-1.0, 0.0, -2.0], [3, NOT_GENERATED, 3], "error", rollout=1, error="a tool hung")
+    said.loss_mask, said.prompt_ids = [True, False, True], [9, 8]
+    write_rollout(tmp_path / "r.jsonl", [SampleGroup(Prompt(0, (1,), ""), [said])], ["p"])
+    row = json.loads((tmp_path / "r.jsonl").read_text())
+    assert (row["rollout"], row["turns"], row["prompt_tokens"]) == (1, [[0, 1], [2, 3]], [9, 8])
+    assert (row["loss_mask"], row["error"]) == ([1, 0, 1], "a tool hung")
 
 
 def test_rollouts_keep_the_samples_order_and_are_replaced_whole(tmp_path):

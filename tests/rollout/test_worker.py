@@ -49,7 +49,9 @@ def worker_with(store, number=0, workers=1, **rollout):
     worker.engines = SimpleNamespace(generate=None, generate_batches=None, version=3)
     worker.train_prompts = [Prompt(i, (1, 2), "l") for i in range(20)]
     worker.order = PromptOrder(20, 0, False)
-    worker.channel = SimpleNamespace(count=4, progress=lambda: None, get=lambda key: int(store.get(key)))
+    worker.channel = SimpleNamespace(
+        count=4, progress=lambda: None, tell=store.set, get=lambda key: int(store.get(key))
+    )
     return worker
 
 

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -159,7 +158,7 @@ def job(tmp_path_factory):
         yield job
     finally:
         if process.poll() is None:
-            process.send_signal(signal.SIGINT)
+            process.terminate()  # SIGINT is ignored by what a script starts in the background
         process.wait(TIMEOUT_S)
         for p, mode in opened:
             p.chmod(mode)

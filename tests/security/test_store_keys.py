@@ -77,7 +77,7 @@ NAMES = read_names()
 def test_the_names_are_found() -> None:
     """Those that stop a run, keep it alive or say what it does are among them, so the search has not gone blind."""
     some = {"noticed", "boundary/0", "resume", "save/0", "stop/saved", "progress/0", "direct/0/failed", "left/0"}
-    some |= {"answer/0/0", "taken/0/0", "resident/0", "kept/0/0/0", "sync/sources", "sync/plan/0", "saver/0/error"}
+    some |= {"answer/0/0", "taken/0", "resident/0", "kept/0/0/0", "sync/sources", "sync/plan/0", "saver/0/error"}
     missing = some - set(NAMES)
     assert missing <= {"saver/0/error"}, missing  # its first part is an argument: "0/error"
     assert "0/error" in NAMES and "command/0" not in NAMES  # WorkerChannel.get waits for what it is given: below

@@ -8,14 +8,18 @@ import pytest
 import tiny
 import torch
 
-from fp8slurm.config.schema import RolloutSection
+from fp8slurm.check.objective import check_generate
+from fp8slurm.config import RunConfig
+from fp8slurm.config.schema import RewardSection, RolloutSection
 from fp8slurm.core.errors import InputError
 from fp8slurm.core.types import NOT_GENERATED, Prompt, Sample, SampleGroup
 from fp8slurm.data.prompts import load_tokenizer, sample_seed
 from fp8slurm.engine.client import GenerateRequest, Generation
 from fp8slurm.engine.pool import WeightsLost
 from fp8slurm.models.spec import ModelSpec
+from fp8slurm.rewards.pool import RewardPool
 from fp8slurm.rollout.groups import apply_truncation_policy
+from fp8slurm.rollout.sampler import Sampler
 from fp8slurm.rollout.serialization import decode_groups, encode_groups
 from fp8slurm.rollout.tally import figures_of
 from fp8slurm.sessions.runner import Asked, SessionError, SessionRunner, load_generate
@@ -427,6 +431,57 @@ def test_functions_that_cannot_be_called_are_refused(name, message):
     with pytest.raises(InputError, match=f"--rollout.generate {name.replace('.', '[.]')}.*{message}|{message}"):
         load_generate(name)
     assert load_generate(f"{__name__}:two_turns") is not None
+
+
+def test_settings_that_need_a_conversation_are_refused_without_one():
+    with pytest.raises(InputError, match="--reward.kind generate without --rollout.generate"):
+        check_generate(RunConfig(reward={"kind": "generate"}))
+    check_generate(RunConfig(reward={"kind": "generate"}, rollout={"generate": f"{__name__}:two_turns"}))
+    with pytest.raises(InputError, match="--rollout.generate missing:f cannot be loaded"):
+        check_generate(RunConfig(rollout={"generate": "missing:f"}))
+
+
+async def one_turn(session, prompt):
+    await session.complete(prompt.token_ids)
+    return session.sample()
+
+
+def test_a_function_of_one_turn_asks_and_keeps_what_a_plain_rollout_does(model, runner):
+    config = RunConfig(run={"seed": 5}, rollout={"top_p": 0.9, "temperature": 0.3, "max_tokens": 16})
+    prompts = [(11, Prompt(3, (1, 2), "l")), (12, Prompt(0, (7,), "m"))]
+    plain, engine = Engine([10, END], [11], [12, END], [13]), Engine([10, END], [11], [12, END], [13])
+    sampler, r = Sampler(config, model.tokenizer, model.stop_ids), runner(one_turn)
+    expected = sampler.sample(plain.batch, prompts, 2, 16, 0.3)
+    sampler.converse = lambda asked: r.converse(asked, batch=engine.batch)
+    groups = sampler.sample(engine.batch, prompts, 2, 16, 0.3)
+    assert engine.asked == plain.asked and [g.rollouts for g in groups] == [[[0], [1]]] * 2
+    for group in groups:
+        for sample in group.samples:
+            sample.rollout = None
+    assert groups == expected
+
+
+SCORES = """
+def by_letter(response, label):
+    return float("_ab".index(response)), {}, [True, True, False]
+"""
+
+
+def test_rewards_are_of_conversations_and_only_take_tokens_away(tmp_path, monkeypatch):
+    """The last branch is scored, the others get the same; what a tool said stays masked; what failed is not scored."""
+    (tmp_path / "scores.py").write_text(SCORES)
+    monkeypatch.chdir(tmp_path)
+    said = [Sample([5, 6, 7], [-1.0] * 3, [1] * 3, "stop", text, rollout=n) for n, text in enumerate("aabc")]
+    said[1].rollout, said[3].finish_reason = 0, "error"
+    said[2].loss_mask = [True, False, True]
+    group = SampleGroup(PROMPT, said)
+    with RewardPool(RewardSection(kind="scores:by_letter"), workers=1) as pool:
+        pool.score([group])
+    assert [s.reward for s in said] == [1.0, 1.0, 2.0, 0.0]
+    assert [s.loss_mask for s in said] == [None, [True, True, False], [True, False, False], None]
+    given = SampleGroup(PROMPT, [Sample([5], [-1.0], [1], "stop", reward=0.25)])
+    RewardPool(RewardSection(kind="generate")).score([given])
+    assert given.samples[0].reward == 0.25
 
 
 def test_branches_travel_with_their_prompts():

@@ -11,6 +11,9 @@ from fp8slurm.check.doctor import cli, job
 from fp8slurm.check.doctor.finding import Finding
 from fp8slurm.config import RunConfig
 
+HUNG_UP = {signal.SIGHUP: signal.SIG_IGN, signal.SIGTERM: signal.SIG_DFL}
+"""Signals as nohup leaves them."""
+
 
 @pytest.fixture
 def slurm(monkeypatch):
@@ -38,10 +41,30 @@ def test_a_job_that_never_starts_is_given_up(slurm, tmp_path, reason):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_doctor_that_is_ended_takes_its_job_along(slurm, tmp_path, number):
-    before = signal.getsignal(number)
-    with pytest.raises(KeyboardInterrupt):
-        job._job(RunConfig(), tmp_path, lambda text: os.kill(os.getpid(), number))
-    assert slurm.cancelled == ["scancel 5"] and signal.getsignal(number) == before
+    before = signal.signal(number, signal.SIG_DFL)  # under nohup SIGHUP is ignored, and the doctor would wait for ever
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            job._job(RunConfig(), tmp_path, lambda text: os.kill(os.getpid(), number))
+        assert slurm.cancelled == ["scancel 5"] and signal.getsignal(number) == signal.SIG_DFL
+    finally:
+        signal.signal(number, before)
+
+
+def test_a_doctor_under_nohup_waits_on_and_still_ends(slurm, tmp_path):
+    """Its terminal is closed, then it is ended by kill."""
+    before = {number: signal.signal(number, to) for number, to in HUNG_UP.items()}
+
+    def hang_up_and_kill(text):
+        for number in HUNG_UP:
+            os.kill(os.getpid(), number)
+
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            job._job(RunConfig(), tmp_path, hang_up_and_kill)
+        assert slurm.cancelled == ["scancel 5"] and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_nothing_is_queued_where_slurm_would_refuse_it(monkeypatch):
