@@ -30,9 +30,10 @@ async def generate(session: Session, prompt: Prompt) -> Sample:
 
 
 async def generate_wrongly(session: Session, prompt: Prompt) -> Sample:
-    """The control: the tool answers from another row."""
-    keys, values = zip(*prompt.row["table"].items())
-    return await converse(session, prompt, dict(zip(keys, [*values[1:], values[0]])))
+    """The control: the tool knows nothing of the table. (From the next row of it, say, the model learns to ask for the
+    row before.)"""
+    rng = random.Random(str(prompt.row))
+    return await converse(session, prompt, {key: f"{rng.randrange(1000):03d}" for key in prompt.row["table"]})
 
 
 async def converse(session: Session, prompt: Prompt, table: dict[str, str]) -> Sample:

@@ -6,7 +6,7 @@ import argparse
 import errno
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from fp8slurm.core.errors import InputError, TransientInputError
@@ -14,7 +14,6 @@ from fp8slurm.core.files import MAY_PASS, patiently
 
 if TYPE_CHECKING:
     from fp8slurm.config import RunConfig
-    from fp8slurm.observe.console import Display
 
 
 PATH_ERRORS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR)
@@ -90,7 +89,9 @@ def _check(config: RunConfig, command: str) -> None:
     from fp8slurm.check.doctor.quick import quick
     from fp8slurm.check.preflight import preflight
 
+    _tell("checking settings, model and data")
     _warn(command, patiently(lambda: preflight(config)))
+    _tell("checking this machine")
     _warn(command, quick(config))
 
 
@@ -108,30 +109,22 @@ def _dry_run(config: RunConfig, command: str) -> int:
     return end_dry_run(command, found, lambda: print(to_toml(config), describe(config), sep="\n"))
 
 
+def _tell(text: str) -> None:
+    """What is done now, on stderr with the time: a command that is silent for a minute looks stuck."""
+    from fp8slurm.observe.console import stamp
+
+    print(f"{stamp()}  {text}", file=sys.stderr, flush=True)
+
+
 def _warn(command: str, warnings: list[str]) -> None:
     for warning in warnings:
         print(f"fp8slurm {command}: warning: {warning}", file=sys.stderr)
 
 
-def _display(config: RunConfig) -> tuple[Display, Callable[[], None]]:
-    """The progress display of a run, and what brings it up to date."""
-    from fp8slurm.observe.console import Display
-    from fp8slurm.observe.metrics import MetricsTail
-
-    totals = {"sft": config.sft.max_steps, "rl": config.run.steps}
-    display = Display(config.run.name, {k: v for k, v in totals.items() if v})
-    tail = MetricsTail(config.run.root / config.run.name / "metrics.jsonl")
-
-    def update() -> None:
-        for record in tail.poll():
-            display.update(record)
-
-    return display, update
-
-
 def _train_here(config: RunConfig) -> int:
     from contextlib import nullcontext
 
+    from fp8slurm.report.live import LiveRun
     from fp8slurm.run.directory import RunDirectory
     from fp8slurm.slurm.attempt import check_configuration, finished, holder
     from fp8slurm.slurm.launch import RunFailed, open_run, run_here
@@ -143,10 +136,11 @@ def _train_here(config: RunConfig) -> int:
         return _is_finished(config)
     run = open_run(config)
     try:
-        display, watch = _display(config)
         foreground = config.slurm.executor == "debug"  # the terminal is the tasks'
-        with nullcontext() if foreground else display:
-            run_here(config, run, (lambda: None) if foreground else watch)
+        live = patiently(lambda: LiveRun(run.path))
+        _tell(f"attempt {run.attempt} of {run.path} begins; its logs are in {run.attempt_dir / 'logs'}")
+        with nullcontext() if foreground else live:
+            run_here(config, run, (lambda: None) if foreground else live.update)
     except RunFailed as error:
         print(f"fp8slurm train: the run failed: {error}\nlogs: {run.attempt_dir}", file=sys.stderr)
         return 1
@@ -157,21 +151,25 @@ def _train_here(config: RunConfig) -> int:
 
 def _train_under_slurm(config: RunConfig) -> int:
     """Submit, and follow the job until it is over; an interrupt leaves it running."""
-    from fp8slurm.slurm.launch import RunFailed, follow
+    from fp8slurm.report.live import follow
 
     job_id = _submit(config, "train")
     if job_id is None:
         return _is_finished(config)
-    display, watch = _display(config)
+    path = config.run.root / config.run.name
     try:
-        with display:
-            follow(config, job_id, watch, lambda text: print(text, file=sys.stderr))
-    except RunFailed as error:
-        print(f"fp8slurm train: the run failed: {error}", file=sys.stderr)
-        return 1
+        status = follow(path, _tell)
     except KeyboardInterrupt:
-        print(f"\njob {job_id} goes on without this terminal; fp8slurm status shows it, scancel {job_id} ends it")
+        print(
+            f"\njob {job_id} goes on without this terminal; fp8slurm status {path} --follow shows it again, "
+            f"scancel {job_id} ends it"
+        )
         return 130
+    if status.state != "finished":
+        told = status.error or status.stop or "the reason is in its log"
+        state = status.job.state if status.job is not None else status.state
+        print(f"fp8slurm train: the run failed: job {status.job_id} is {state}: {told}", file=sys.stderr)
+        return 1
     return _draw(config)
 
 
@@ -204,7 +202,9 @@ def _submit(config: RunConfig, command: str) -> str | None:
     from fp8slurm.run.directory import SLURM_FOLDER
     from fp8slurm.slurm.submit import submit
 
+    _tell("asking Slurm whether it would take the job")
     _warn(command, check_cluster(config))
+    _tell("queueing the job")
     job_id = submit(config)
     if job_id is not None:
         folder = config.run.root / config.run.name

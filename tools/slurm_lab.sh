@@ -174,7 +174,7 @@ case ${1:-} in
     done
     ip link del "$TAG" 2> /dev/null || true
     rm -rf "$S";;
-  status) SLURM_CONF=$CONF sinfo -N -o '%N %t %G %E'; SLURM_CONF=$CONF squeue;;
+  status) SLURM_CONF=$CONF sinfo -N -p main -o '%N %t %G %E'; SLURM_CONF=$CONF squeue;;  # once a node, not once a partition
   pids) node_pids "$2";;
   kill-node) kill_node "$2";;
   start-node) start_node "$2";;

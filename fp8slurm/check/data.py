@@ -77,11 +77,13 @@ def check_data(config: RunConfig, begun: RunConfig | None, warnings: list[str]) 
 
 def _repeated(per_step: int, sources: Sequence[Source], prompts: dict[str, list[Prompt]]) -> list[str]:
     """Sources that have fewer prompts than a step takes of them."""
+    from fp8slurm.data.sources import LOOKED_AT
+
     warnings = []
     for source in sources:
         needed = round(per_step * source.weight / sum(s.weight for s in sources))
         there = prompts[source.flag]
-        if len(there) < needed and there[-1].index + 1 < ROWS_CHECKED:
+        if len(there) < min(needed, LOOKED_AT) and there[-1].index + 1 < ROWS_CHECKED:
             share = f", {needed} of them of this source," if len(sources) > 1 else ""
             warnings.append(
                 f"rollout.prompts_per_step {per_step}{share} with {len(there)} prompts in {source.flag} {source.path}: "

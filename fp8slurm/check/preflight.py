@@ -40,6 +40,14 @@ OURS = frozenset(
 )
 """Options of sbatch that have a setting of their own, or follow from others."""
 
+OF_A_JOB = ("partition", "account", "qos", "reservation", "constraint", "exclude", "memory", "container_image",
+            "setup", "sbatch", "srun")  # fmt: skip
+"""Settings of [slurm] that nothing but a job has."""
+LEAST_MB = 2000
+"""A rank of the tiny model has about so much once torch, Megatron and its neighbours are imported."""
+LEAST_GPU_MIN = 30
+"""A first start on GPUs compiles kernels for 10 to 20 minutes: a time below is mostly meant in hours."""
+
 
 def preflight(config: RunConfig, dry_run: bool = False) -> list[str]:
     """Check a configuration against files and installed packages; returns warnings.
@@ -69,6 +77,7 @@ def preflight(config: RunConfig, dry_run: bool = False) -> list[str]:
     _sync(config)
     _parallel(config, spec)
     _lengths(config, spec)
+    _overlong(config)
     _stop_tokens(config, spec)
     _algorithm(config)
     check(_experts, config, spec)
@@ -88,7 +97,7 @@ def preflight(config: RunConfig, dry_run: bool = False) -> list[str]:
         check(_engine_arguments, config, warnings)
     if dry_run:  # a start looks itself, under the run's lock
         check(check_configuration, config, RunDirectory(config.run.root / config.run.name))
-    return refusals + warnings + _warnings(config) + _room(config, spec)
+    return refusals + warnings + _warnings(config) + _yarn_warnings(config, spec) + _room(config, spec)
 
 
 def _begun_with(config: RunConfig) -> RunConfig | None:
@@ -244,10 +253,12 @@ def _parallel(config: RunConfig, spec: ModelSpec) -> None:
 
 
 def _limits(config: RunConfig) -> None:
-    """The job's time limit and the notice before it."""
+    """The job's folder, its time limit and the notice before it."""
     from fp8slurm.scheduler.job import minutes
 
-    s = config.slurm
+    s, root = config.slurm, config.run.root
+    if root.exists() and not root.is_dir():
+        raise InputError(f"--run.root {root} is a file: give the folder of the runs")
     try:
         limit = minutes(s.time)
     except InputError as error:
@@ -296,6 +307,8 @@ def _lengths(config: RunConfig, spec: ModelSpec) -> None:
         )
     room = e.context_length or spec.max_position_embeddings
     whose = f"{flag} {room}" if e.context_length else f"the model's {room} positions"
+    if spec.yarn is not None and spec.yarn.positions < room:
+        room, whose = spec.yarn.positions, f"the {spec.yarn.positions} positions that config.json's YaRN reaches"
     prompt = config.data.max_prompt_tokens
     context, longest = config.parallel.context_parallel_size, prompt + config.rollout.max_tokens
     if context > 1 and 2 * context > longest:
@@ -310,6 +323,42 @@ def _lengths(config: RunConfig, spec: ModelSpec) -> None:
                 f"--data.max-prompt-tokens {prompt} + --{key}.max-tokens {response} = {prompt + response} do not fit "
                 f"{whose}; lower one of the two{' or raise the context' if e.context_length else ''}"
             )
+
+
+def _overlong(config: RunConfig) -> None:
+    """rollout.overlong_buffer belongs to rollout.truncated = soft, and to nothing else."""
+    r, flag = config.rollout, "--rollout.overlong-buffer"
+    if (r.truncated == "soft") != (r.overlong_buffer is not None):
+        raise InputError(
+            f"--rollout.truncated {r.truncated} with {flag} {r.overlong_buffer}: the buffer is the tokens over which "
+            f"soft lowers the reward, and only soft does; allowed: both (DAPO has 4096 with --rollout.max-tokens "
+            f"20480), or neither"
+        )
+    if r.overlong_buffer is not None and r.overlong_buffer > r.max_tokens:
+        raise InputError(
+            f"{flag} {r.overlong_buffer} with --rollout.max-tokens {r.max_tokens}: it ends there; allowed: at most that"
+        )
+
+
+def _yarn_warnings(config: RunConfig, spec: ModelSpec) -> list[str]:
+    """A rope_scaling that the run cannot use, or does not need."""
+    yarn, positions = spec.yarn, spec.max_position_embeddings
+    if yarn is None:
+        return []
+    what = f"config.json's YaRN (factor {yarn.factor:g} of {yarn.original_positions} positions)"
+    longest = config.data.max_prompt_tokens + max(config.rollout.max_tokens, config.eval.max_tokens or 0)
+    warnings = []
+    if positions < yarn.positions:
+        warnings.append(
+            f"{what} reaches {yarn.positions} positions, and engines stop at its max_position_embeddings {positions}: "
+            f"raise it there for longer sequences"
+        )
+    if longest <= yarn.original_positions:
+        warnings.append(
+            f"{what} changes short texts too, and the longest sequence here has {longest} tokens: without rope_scaling "
+            f"the model is the one that was trained"
+        )
+    return warnings
 
 
 def _stop_tokens(config: RunConfig, spec: ModelSpec) -> None:
@@ -436,6 +485,8 @@ def _room(config: RunConfig, spec: ModelSpec) -> list[str]:
 def _idle_settings(config: RunConfig) -> list[str]:
     """Settings that do nothing beside the others."""
     a, o, r, c, steps = config.algorithm, config.optim, config.rollout, config.checkpoint, config.run.steps
+    s, nothing_held_out = config.slurm, config.data.eval is None and not config.eval.tasks
+    of_a_job = [k for k in OF_A_JOB if getattr(s, k) not in (None, [], {})]
     warnings = {
         f"rollout.on_error {r.on_error} without rollout.generate: a response does not fail": (
             r.generate is None and r.on_error != "error"
@@ -456,6 +507,21 @@ def _idle_settings(config: RunConfig) -> list[str]:
         f"geometric mean of its tokens', which stays near 1; the paper has 3e-4, and 4e-4 for clip_high": (
             a.loss == "gspo" and a.clip_low >= 0.1
         ),
+        f"{', '.join(f'slurm.{k}' for k in of_a_job)} with slurm.executor {s.executor}: the run starts on this machine "
+        f"(a job: --slurm.executor slurm)": of_a_job and s.executor != "slurm",
+        "slurm.container_mounts without slurm.container_image: there is no container": (
+            s.container_mounts and s.container_image is None
+        ),
+        f"slurm.memory {s.memory} is in megabytes, less than a start needs (G behind it: gigabytes)": (
+            s.executor == "slurm" and (s.memory or "").isdigit() and 0 < int(s.memory or 0) < LEAST_MB
+        ),
+        "slurm.share_gpus without slurm.gpus_per_node: no GPU is used": s.share_gpus and not s.gpus_per_node,
+        f"observe.wandb_project {config.observe.wandb_project} without observe.wandb: nothing is sent": (
+            not config.observe.wandb and config.observe.wandb_project != RunConfig().observe.wandb_project
+        ),
+        f"eval.n_samples {config.eval.n_samples} without data.eval and eval.tasks: nothing is evaluated": (
+            config.eval.n_samples > 1 and nothing_held_out
+        ),
         f"checkpoint.keep_every {c.keep_every} with checkpoint.every {c.every}: only checkpoints at multiples of "
         f"{math.lcm(c.every, c.keep_every or 1)} are kept for good": c.keep_every % c.every,
     }
@@ -468,6 +534,8 @@ def _time_to_work(config: RunConfig) -> list[str]:
 
     s = config.slurm
     left = 60 * minutes(s.time) - s.signal_delay_s
+    if s.executor == "slurm" and s.gpus_per_node and minutes(s.time) < LEAST_GPU_MIN:
+        return [f"slurm.time {s.time} are minutes: a first start on GPUs alone may take 20; hours are written 24:00:00"]
     if s.executor != "slurm" or left >= START_S:
         return []
     return [

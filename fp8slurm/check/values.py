@@ -7,6 +7,7 @@ warning. A run that was begun with a number goes on with it.
 from __future__ import annotations
 
 from fp8slurm.config import RunConfig
+from fp8slurm.config.bounds import HOTTEST, USUAL_HEAT
 
 ADAM_LR = 0.1
 """Adam moves a weight by about the learning rate in a step, and trained weights are about 0.02: at this rate one step
@@ -16,9 +17,6 @@ USUAL_RL_LR, USUAL_SFT_LR = 1e-3, 1e-2
 LEAST_LR = 1e-10
 """Masters are FP32: half a unit in the last place of a weight of 0.02 is 9e-10, so that smaller steps are rounded
 away."""
-HOTTEST, USUAL_HEAT = 10.0, (0.1, 2.0)
-"""At temperature 10 a logit that leads by 10 nats leads by 1, and a vocabulary of 150,000 is drawn from nearly evenly:
-no text comes of it. Below 0.1 sampling is greedy in all but name, and groups agree."""
 WIDEST_CLIP = 10.0
 """A ratio of 11: no token of a run that learns gets there, and 20 and 28 are 0.2 and 0.28 in percent."""
 USUAL_COEF = 1.0

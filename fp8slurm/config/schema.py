@@ -192,6 +192,9 @@ class TrainSection(Section):
 
     tokens_per_micro_batch: int = Field(4096, ge=8)
     """Token budget of one packed micro-batch; a longer sequence gets one of its own."""
+    balance: Literal["tokens", "cost"] = "tokens"
+    """What is evened out between data-parallel ranks when they are dealt micro-batches: tokens, or tokens and
+    attention's square, which pays for long sequences (docs/perf.md)."""
     updates_per_step: int = Field(1, ge=1)
     """Optimizer updates that the samples of one step are split into."""
     epochs_per_step: int = Field(1, ge=1)
@@ -301,8 +304,11 @@ class RolloutSection(Section):
     max_staleness: int = Field(0, ge=0, le=1)
     """Steps that the weights behind a sample may be older than those that train on it. 1: engines generate the next
     step's samples while the trainer works on this one's; needs engines on GPUs of their own."""
-    truncated: Literal["mask", "penalize", "keep"] = "mask"
-    """A sample that hits max_tokens: left out of the loss, given reward 0, or treated like any other."""
+    truncated: Literal["mask", "penalize", "soft", "keep"] = "mask"
+    """A sample that hits max_tokens: left out of the loss, given reward 0, or treated like any other. soft: its reward,
+    and that of the last overlong_buffer tokens before it, falls with the length by up to 1 (DAPO)."""
+    overlong_buffer: int | None = Field(None, ge=1)
+    """For truncated = soft: tokens before max_tokens over which the penalty grows from 0 to 1."""
     drop_no_signal: bool = True
     """Drop groups whose rewards are all equal; max_replacements says how often others are drawn for them."""
     max_replacements: int = Field(0, ge=0)

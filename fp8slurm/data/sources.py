@@ -18,6 +18,8 @@ from fp8slurm.data import reasoning_gym
 from fp8slurm.data.endless import EndlessPrompts, InOrder
 from fp8slurm.data.prompts import PromptOrder, load_prompts
 
+LOOKED_AT = 1000
+"""Prompts of a source without end that are made before a job is queued."""
 LONGEST_CYCLE = 10_000
 """Prompts after which the pattern of sources begins anew, at most."""
 
@@ -45,7 +47,7 @@ class Source:
             task = reasoning_gym.read_task(self.path)
             if task.size is None:
                 endless = EndlessPrompts(task, self.data, tokenizer, self.name)
-                return endless if limit is None else endless[:limit]
+                return endless if limit is None else endless[: min(limit, LOOKED_AT)]
         found = load_prompts(self.data, tokenizer, self.path, limit, partial(label_error, self.reward))
         return [replace(p, source=self.name) for p in found] if self.name else found
 

@@ -22,6 +22,8 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 POLL_S = 2.0
 """How often engines at work are asked how far they are."""
+PAUSE_S = 0.05
+"""Shorter pauses of an engine between two requests are not told."""
 DYING_S = 2.0
 """A server whose connection broke may be about to end; after this it is taken to live on."""
 
@@ -41,11 +43,32 @@ class Member:
         """In a row, without an answer in between: one that only comes back and takes its weights has not worked."""
         self.behind = False
         """It lost its weights: nothing may be asked of it until the next update."""
-        self.busy = 0
-        """Requests on their way."""
+        self._busy, self._since = 0, 0.0
+        self._spans: list[tuple[float, float]] = []
         self.answers = 0
         self._mark: tuple[Any, ...] | None = None
         self._moved = time.monotonic()
+
+    @property
+    def busy(self) -> int:
+        """Requests on their way."""
+        return self._busy
+
+    @busy.setter
+    def busy(self, requests: int) -> None:
+        now = time.time()
+        if requests and not self._busy:
+            self._since = now
+        elif self._busy and not requests:
+            if self._spans and self._since - self._spans[-1][1] < PAUSE_S:
+                self._since = self._spans.pop()[0]
+            self._spans.append((self._since, now))
+        self._busy = requests
+
+    def take_spans(self) -> list[tuple[float, float]]:
+        """When it had requests since this was last asked: begin and end, Unix seconds; what goes on is told later."""
+        spans, self._spans = self._spans, []
+        return spans
 
     def done(self) -> None:
         self.failures = 0

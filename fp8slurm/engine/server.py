@@ -23,8 +23,12 @@ import psutil
 from fp8slurm.config.schema import EngineSection
 from fp8slurm.core.errors import TransientInputError
 from fp8slurm.core.processes import python_path
+from fp8slurm.run.phases import COMPILING, enter_phase
 
 CPU_CACHE_TOKENS = 65536
+LOOKS_S = 2.0
+COMPILES = re.compile(r"DeepGEMM|CUDA graph begin|[Cc]ompil")
+"""What SGLang logs when it compiles kernels or captures graphs, minutes at a first start on a GPU."""
 _SOCKET_PATH_LIMIT = 60  # zmq appends up to 40 characters, and a socket's path ends at 107
 
 
@@ -123,7 +127,7 @@ class Engine:
         """Block until the server answers. Raises EngineError, the server stopped, if it dies or the deadline passes."""
         timeout_s = self.settings.section.ready_timeout_s if timeout_s is None else timeout_s
         try:
-            readable, _, _ = select.select([self._ready_pipe], [], [], timeout_s)
+            readable = self._wait_pipe(timeout_s)
             is_up = bool(readable) and bool(os.read(self._ready_pipe, 1))
         except (OSError, ValueError):  # another thread stopped it, and closed the pipe
             readable, is_up = [self._ready_pipe], False
@@ -140,6 +144,18 @@ class Engine:
         )
         self.stop()
         raise EngineError(f"{self.name} {what}; the end of {self.log_path}:\n{self.log_tail()}")
+
+    def _wait_pipe(self, timeout_s: float) -> list[int]:
+        """Until the server says that it is ready or ends, which makes its pipe readable; empty: it is too late. Whether
+        it compiles meanwhile stands in its log."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            left = max(0.0, deadline - time.monotonic())
+            readable, _, _ = select.select([self._ready_pipe], [], [], min(LOOKS_S, left))
+            if readable or left <= LOOKS_S:
+                return readable
+            if COMPILES.search(self.log_tail(5)):
+                enter_phase(COMPILING)
 
     def alive(self) -> bool:
         """Whether the server process runs (it takes its own children along when one of them dies)."""
@@ -374,10 +390,11 @@ def vital_of(family: list[psutil.Process]) -> list[psutil.Process]:
 
 
 def _temporary_dir(log_dir: Path, name: str) -> Path:
-    """A folder for the server's sockets: beside its log, or in the system's if that path is too long for a socket."""
+    """A folder for the server's sockets: beside its log; in TMPDIR or in /tmp where that path is too long for one."""
     folder = log_dir.resolve() / f".{name}"
     if len(str(folder)) > _SOCKET_PATH_LIMIT:
-        return Path(tempfile.mkdtemp(prefix="fp8slurm-"))
+        made = f"{tempfile.gettempdir()}/fp8slurm-12345678"
+        return Path(tempfile.mkdtemp(prefix="fp8slurm-", dir=None if len(made) <= _SOCKET_PATH_LIMIT else "/tmp"))
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(mode=0o700)
     return folder

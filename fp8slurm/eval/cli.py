@@ -21,7 +21,7 @@ from fp8slurm.core.errors import InputError
 from fp8slurm.core.signals import ended_is_interrupted
 from fp8slurm.engine.arguments import check_extra_arguments
 from fp8slurm.eval.checkpoints import Checkpoint, Precision, prepare, recognize
-from fp8slurm.eval.flags import WORSE, check, engine_section, parser, tasks_of
+from fp8slurm.eval.flags import WORSE, check, check_engine, engine_section, parser, tasks_of
 from fp8slurm.eval.questions import load_questions, task_doubts
 from fp8slurm.eval.records import Records, choose_folder
 from fp8slurm.eval.tasks import EvalTask
@@ -70,14 +70,19 @@ def main(argv: list[str]) -> int:
         return 1
 
 
-def _conversations(args: argparse.Namespace, config: RunConfig | None) -> RolloutSection | None:
+def _conversations(
+    args: argparse.Namespace, config: RunConfig | None, tasks: Sequence[EvalTask]
+) -> RolloutSection | None:
     """The settings of rollout.generate, the run's or --generate's. InputError: it cannot be called, or not there."""
     from fp8slurm.eval.nodes import Place
+    from fp8slurm.rewards.pool import GENERATE
     from fp8slurm.sessions.runner import load_generate
 
     rollout = config.rollout if config is not None else RolloutSection()
     name = args.generate if args.generate is not None else rollout.generate
     if name in (None, "none"):
+        if alone := [t.name for t in tasks if t.grader == GENERATE]:
+            raise InputError(f"task {alone[0]}: grader {GENERATE} keeps the rewards of --generate, which is not given")
         return None
     load_generate(name, "--generate")
     if args.nodes is not None or Place.here() is not None:
@@ -145,6 +150,14 @@ def _meant(args: argparse.Namespace, unmeant: Mapping[str, Sequence[str]]) -> No
     _warn([text for texts in unmeant.values() for text in texts])
 
 
+def _given_fp8(args: argparse.Namespace, checkpoint: Checkpoint) -> Checkpoint:
+    """--fp8-checkpoint. InputError: it is none."""
+    given = recognize(args.fp8_checkpoint, None, None, None, checkpoint.eval_dir)
+    if not given.kind.endswith("FP8"):
+        raise InputError(f"--fp8-checkpoint {given.path} is {given.kind}, not block FP8")
+    return given
+
+
 @dataclass(frozen=True)
 class _Plan:
     """A checked command, before anything is converted or started."""
@@ -165,6 +178,7 @@ class _Plan:
         from fp8slurm.eval.engines import gpu_shares
         from fp8slurm.eval.nodes import Place
         from fp8slurm.eval.run import EvalSpec, Serving
+        from fp8slurm.models.spec import ModelSpec
 
         config = checkpoint.config
         data = config.data if config is not None else DataSection(max_prompt_tokens=10**9)
@@ -186,6 +200,17 @@ class _Plan:
             unmeant["--tasks"] += doubts.unmeant
             _warn(doubts.unusual)
         _meant(args, unmeant)
+        most = check_engine(args, section, ModelSpec.from_hf_dir(folder))
+        _warn(
+            [
+                f"{t.name}: answers end where {most} tokens are reached with the question, not at {t.max_tokens} "
+                f"(--engine.context-length, --engine.max-total-tokens)"
+                for t in tasks
+                if t.max_tokens > most
+            ]
+        )
+        if args.fp8_checkpoint is not None:
+            _given_fp8(args, checkpoint)
         seed = args.seed if args.seed is not None else config.run.seed if config is not None else 0
         settings = engine_settings(config) if config is not None else EngineSettings()
         deterministic = settings.deterministic or args.deterministic
@@ -204,8 +229,9 @@ class _Plan:
             sorted({*end_token_ids(folder, tokenizer), *more}),
             tokenizer,
             dict(data.chat_template_kwargs),
-            _conversations(args, config),
+            _conversations(args, config, tasks),
         )
+        spec.check_context(most)
         limits = config.reward if config is not None else RewardSection()
         limits = limits.model_copy(update={"workers": limits.workers or spare_cores(max(1, engines))})
         if args.grader_timeout is not None:
@@ -267,10 +293,7 @@ class _Plan:
 
         source = self.checkpoint
         if precision == "fp8" and self.args.fp8_checkpoint is not None:
-            given = recognize(self.args.fp8_checkpoint, None, None, None, source.eval_dir)
-            if not given.kind.endswith("FP8"):
-                raise InputError(f"--fp8-checkpoint {given.path} is {given.kind}, not block FP8")
-            source = replace(given, name=source.name, step=source.step)
+            source = replace(_given_fp8(self.args, source), name=source.name, step=source.step)
         model, how = prepare(source, precision, tuple(self.args.modules_to_not_convert))
         print(f"{precision.upper()}: {model} ({how})", flush=True)
         settings = self.spec.settings(source, precision, model, self.serving.engine)
@@ -311,8 +334,8 @@ def compare_main(argv: Sequence[str]) -> int:
     )
     p.add_argument("--out", type=Path, metavar="DIR", help="of compare.json (default: compare-A-with-B beside A)")
     args = p.parse_args(argv)
-    if args.fail_if_worse is not None and not args.fail_if_worse >= 0:
-        raise InputError(f"--fail-if-worse {args.fail_if_worse}; allowed: 0 or more (0.02: two points)")
+    if args.fail_if_worse is not None and not 0 <= args.fail_if_worse <= 1:
+        raise InputError(f"--fail-if-worse {args.fail_if_worse}; allowed: 0 to 1 (0.02: two points)")
     from rich.console import Console
 
     from fp8slurm.eval.display import show_comparison

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fp8slurm.config import RunConfig
-from fp8slurm.config.schema import EngineSection, Section
+from fp8slurm.config.bounds import HOTTEST
+from fp8slurm.config.schema import EngineSection, Fp8Section, Section
 from fp8slurm.config.template import check_values, from_words
 from fp8slurm.core.errors import InputError
 from fp8slurm.eval.tasks import EvalTask, held_out, parse_task, run_tasks, shipped, unique
+
+if TYPE_CHECKING:
+    from fp8slurm.models.spec import ModelSpec
 
 WORSE = 3
 """Exit status: significantly worse than --fail-if-worse allows."""
@@ -98,8 +103,18 @@ def check(args: argparse.Namespace) -> None:
         value, least = getattr(args, flag), 0 if flag == "engines" else 1
         if value is not None and value < least:
             raise InputError(f"--{flag.replace('_', '-')} {value}; allowed: {least} or more")
-    if args.temperature is not None and not args.temperature >= 0:
-        raise InputError(f"--temperature {args.temperature}; allowed: 0 (greedy) or more")
+    if args.temperature is not None and not 0 <= args.temperature <= HOTTEST:
+        raise InputError(f"--temperature {args.temperature:g}; allowed: 0 (greedy) to {HOTTEST:g}, commonly up to 1")
+    for flag in ("seed", "score_questions"):
+        value = getattr(args, flag)
+        if value is not None and value < 0:
+            raise InputError(f"--{flag.replace('_', '-')} {value}; allowed: 0 or more")
+    for flag in ("eval_dir", "out"):
+        path = getattr(args, flag)
+        if path is not None and path.exists() and not path.is_dir():
+            raise InputError(f"--{flag.replace('_', '-')} {path} is a file: give a folder")
+    if args.run is not None and args.origin_hf_dir is not None:
+        raise InputError(f"--origin-hf-dir {args.origin_hf_dir} with --run: a run knows its model; leave it out")
     if args.top_p is not None and not 0 < args.top_p <= 1:
         raise InputError(f"--top-p {args.top_p}; allowed: above 0, at most 1")
     if args.srun and args.nodes is None:
@@ -109,8 +124,10 @@ def check(args: argparse.Namespace) -> None:
         raise InputError(f'--srun {wrong[0]}: flags of srun are written --name=value, as in --srun="--partition=gpu"')
     if args.grader_timeout is not None and not 0 < args.grader_timeout < float("inf"):
         raise InputError(f"--grader-timeout {args.grader_timeout}; allowed: above 0 seconds")
-    if args.fail_if_worse is not None and (args.precision != "both" or not args.fail_if_worse >= 0):
-        raise InputError(f"--fail-if-worse {args.fail_if_worse} needs --precision both; allowed: 0 to 1")
+    if args.fail_if_worse is not None and (args.precision != "both" or not 0 <= args.fail_if_worse <= 1):
+        raise InputError(
+            f"--fail-if-worse {args.fail_if_worse} needs --precision both; allowed: 0 to 1 (0.02: two points)"
+        )
     if args.out is not None and args.precision == "both":
         raise InputError("--out names one evaluation; with --precision both give --eval-dir")
     if args.fp8_checkpoint is not None and args.precision == "bf16":
@@ -134,6 +151,27 @@ def engine_section(config: RunConfig | None, flags: list[str]) -> EngineSection:
     default = _Flags(engine=config.engine if config is not None else EngineSection())
     with flags_named():
         return tyro.cli(_Flags, prog="fp8slurm eval", args=flags, default=default).engine
+
+
+def check_engine(args: argparse.Namespace, section: EngineSection, spec: ModelSpec) -> int:
+    """The most tokens of a question with its answer. InputError: the engine or the conversion cannot be as asked."""
+    from fp8slurm.fp8.policy import has_effect
+    from fp8slurm.models.engine_layout import check_engine_layout
+    from fp8slurm.models.names import NameTable
+
+    positions, cache = spec.max_position_embeddings, section.max_total_tokens
+    context = section.context_length or positions
+    if context > positions:
+        raise InputError(f"--engine.context-length {context}: the model has {positions} positions; allowed: so many")
+    engine = "bf16" if args.precision == "bf16" else "fp8"
+    check_engine_layout(RunConfig(engine=section, fp8=Fp8Section(backend="off", engine=engine)), spec)
+    modules = [name.rpartition(".")[0] for name in NameTable(spec).hf_tensors()]
+    if wrong := [entry for entry in args.modules_to_not_convert if not has_effect(entry, modules)]:
+        raise InputError(
+            f"--modules-to-not-convert {wrong[0]}: the model has no such module; allowed: a full name, an ancestor's, "
+            f"or last components, such as {modules[1]}"
+        )
+    return min(context, cache or context)
 
 
 def tasks_of(args: argparse.Namespace, config: RunConfig | None) -> list[EvalTask]:

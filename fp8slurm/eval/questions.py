@@ -11,6 +11,7 @@ import string
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from fp8slurm.config.bounds import USUAL_HEAT
 from fp8slurm.config.schema import DataSection
 from fp8slurm.core.errors import InputError
 from fp8slurm.data.prompts import (
@@ -109,6 +110,18 @@ def task_doubts(task: EvalTask, questions: list[Question], rows: int | None) -> 
     """
     found = last_turns([(f"question {q.id}", q.content) for q in questions])
     unmeant, unusual = ([f"{task.name}={task.data}: {text}" for text in of] for of in (found.unmeant, found.unusual))
+    keys = {*task.prompt_keys, *task.label_keys, *task.choices_keys, *task.id_keys, "question"} - {"prompt", "choices"}
+    if left := sorted(key for key in keys if f"{{{key}}}" in task.template):
+        unmeant.append(
+            f"{task.name}: its template has {{{left[0]}}}, which nothing fills in; allowed: {{prompt}}, {{choices}}"
+        )
+    if task.choice_columns and "{choices}" not in task.template:
+        unmeant.append(
+            f"{task.name}: choice_columns, and a template without {{choices}}: nobody could know the letters; allowed: "
+            f"{{prompt}} with {{choices}}"
+        )
+    if task.top_k == 0:
+        unmeant.append(f"{task.name}: top_k 0, nothing to choose from; allowed: 1 or more, or -1 (off)")
     if task.label_form is not None:
         foreign = [q for q in questions if not re.fullmatch(task.label_form, q.label.strip())]
         if foreign:
@@ -120,6 +133,10 @@ def task_doubts(task: EvalTask, questions: list[Question], rows: int | None) -> 
     stem = task.file.stem.lower().replace("_", "-")
     if task.name in shipped() and stem in shipped() and stem != task.name:
         unmeant.append(f"{task.name}={task.data}: that is the name of another task; allowed: {stem}={task.data}")
+    if task.choices_keys and "{choices}" not in task.template and not task.choice_columns:
+        unusual.append(f"{task.name}: choices_keys without {{choices}} in the template: a model sees only the question")
+    if task.temperature > USUAL_HEAT[1]:
+        unusual.append(f"{task.name}: temperature {task.temperature:g}: answers are nearly random")
     if task.published_questions is not None and rows is not None and rows != task.published_questions:
         unusual.append(
             f"{task.name}={task.data}: {task.name} has {task.published_questions} questions, the file has {rows}: the "

@@ -166,7 +166,8 @@ def evaluate(
                         compare.score(pool.client(pool.engines[0]), sequences, records.folder)
         if summary is not None:
             return summary
-        counts = {"nodes": nodes, "engines": engines, "engine_restarts": restarts}
+        emulated = precision == "fp8" and serving.engine.on_cpu
+        counts = {"nodes": nodes, "engines": engines, "engine_restarts": restarts, "emulated": emulated}
         return _finish(spec, checkpoint, precision, records, graders, counts)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from fp8slurm.core.errors import InputError
@@ -16,6 +17,22 @@ from fp8slurm.core.errors import InputError
 LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 """Of every published Llama 3.1, 3.2 and 3.3. Megatron (0.19.2, RotaryEmbedding) has no setting for others."""
 LARGEST_SIZE = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Yarn:
+    """YaRN (arXiv 2309.00071, section 3): rotary frequencies for longer contexts, those of short wavelengths as they
+    were, those of long ones divided by the factor; cos and sin times 0.1 ln(factor) + 1. Its bounds are the paper's for
+    Llama, 1 and 32 turns: the defaults of transformers and SGLang."""
+
+    factor: float
+    original_positions: int
+    """original_max_position_embeddings: how long the model's texts were in training."""
+
+    @property
+    def positions(self) -> int:
+        """How far it reaches."""
+        return int(self.factor * self.original_positions)
 
 
 class ConfigJson:
@@ -83,7 +100,6 @@ class ConfigJson:
             raise InputError(
                 f"{self.where}: layer_types = {types!r} is not supported; allowed: {layers} full_attention, or null"
             )
-        theta, scaling = self._rope(*rope)
         return {
             "vocab_size": self.size("vocab_size"),
             "hidden_size": self.size("hidden_size"),
@@ -91,14 +107,13 @@ class ConfigJson:
             "num_heads": self.size("num_attention_heads"),
             "ffn_hidden_size": self.size("intermediate_size"),
             "rms_norm_eps": self.field("rms_norm_eps", 1e-6),
-            "rope_theta": theta,
-            "rope_scaling": scaling,
+            **self._rope(*rope),
             "max_position_embeddings": self.size("max_position_embeddings", max_positions),
             "tie_word_embeddings": self.field("tie_word_embeddings", False),
         }
 
-    def _rope(self, *kinds: str) -> tuple[float, float | None]:
-        """(base, Llama 3's factor or None) of rotary embeddings of one of these kinds; anything else is refused.
+    def _rope(self, *kinds: str) -> dict[str, Any]:
+        """rope_theta, rope_scaling and yarn of a ModelSpec, of one of these kinds; anything else is refused.
 
         As transformers 5 reads it (convert_rope_params_to_dict), and SGLang through it: rope_scaling where it has keys,
         else rope_parameters, whole; the rope_theta in it, else the one beside it, else 10,000.
@@ -111,7 +126,8 @@ class ConfigJson:
         kind = rope[names[0]] if names else "default"
         if names:
             self.check(f"{key}: {names[-1]}", rope[names[-1]], kind)
-        scaled = ("factor", *LLAMA3_ROPE) if kind == "llama3" else ()
+        yarn = ("factor", "original_max_position_embeddings")
+        scaled = {"llama3": ("factor", *LLAMA3_ROPE), "yarn": yarn}.get(kind, ())
         allowed = ("rope_type", "rope_theta", *scaled)
         if more := sorted(set(rope) - {*allowed, "type"}):
             what = "plain RoPE" if kind == "default" else kind
@@ -121,14 +137,21 @@ class ConfigJson:
         self.only("partial_rotary_factor", None, 1.0)
         theta = rope.get("rope_theta", self.fields.get("rope_theta", 10000.0))
         self._positive("rope_theta", theta)
-        if kind != "llama3":
-            return float(theta), None
+        found: dict[str, Any] = {"rope_theta": float(theta), "rope_scaling": None, "yarn": None}
         for name in scaled:
             self._positive(f"{key}: {name}", rope.get(name))
+        if kind == "yarn":
+            self.only("original_max_position_embeddings", None)  # transformers would take it from beside
+            original = ConfigJson(rope, f"{self.where}: {key}").size("original_max_position_embeddings")
+            if rope["factor"] < 1:
+                raise InputError(f"{self.where}: {key}: factor = {rope['factor']!r}; allowed: 1 or more")
+            return found | {"yarn": Yarn(float(rope["factor"]), original)}
+        if kind != "llama3":
+            return found
         for name, value in LLAMA3_ROPE.items():
             if rope[name] != value:
                 self.check(f"{key}: {name}", rope[name], value)
-        return float(theta), float(rope["factor"])
+        return found | {"rope_scaling": float(rope["factor"])}
 
     def _positive(self, what: str, value: Any) -> None:
         if type(value) not in (int, float) or not 0 < value < 1e300:

@@ -46,6 +46,8 @@ def _obstacles(config: RunConfig, spec: ModelSpec) -> Iterator[tuple[str, str]]:
         yield spec.architecture, "a mixture's experts sum their outputs in another order; allowed: dense models"
     elif spec.architecture != ARCHITECTURE:
         yield spec.architecture, f"the exact layers are another family's; allowed: {ARCHITECTURE}"
+    if spec.yarn is not None:
+        yield "YaRN in config.json", "the exact layers have plain rotary embeddings; allowed: without rope_scaling"
     if c.fp8.backend == "off":
         yield "--fp8.backend off", "both sides multiply in FP8; allowed: transformer_engine (GPU), emulated (CPU)"
     if not engine_in_fp8(c):

@@ -10,7 +10,7 @@ from typing import Any
 from fp8slurm.core.errors import InputError
 from fp8slurm.core.files import read_json
 from fp8slurm.fp8 import BLOCK
-from fp8slurm.models.config_json import ConfigJson
+from fp8slurm.models.config_json import ConfigJson, Yarn
 from fp8slurm.models.families import FAMILIES, Family, family_of
 
 MOST_MATRICES = 200_000
@@ -77,6 +77,7 @@ class ModelSpec:
     tie_word_embeddings: bool
     rope_scaling: float | None = None
     """Factor of Llama 3's scaling of rotary frequencies; None: not scaled."""
+    yarn: Yarn | None = None
     num_experts: int = 0
     """0: dense."""
     experts_per_token: int = 0

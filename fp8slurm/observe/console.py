@@ -90,7 +90,14 @@ class Display:
         self._times: deque[float] = deque(maxlen=SPEED_WINDOW)
         self._status, self._accuracy, self._start = "starting", None, time.monotonic()
         self._phase, self._step = next(iter(self.totals), "rl"), 0
+        self._goes_on = False
+        """Whether a step has come since this began: until then nobody knows how long the start takes."""
         self._live = Live(get_renderable=self.render, console=self.console, refresh_per_second=2)
+
+    @property
+    def is_live(self) -> bool:
+        """Whether it is a table on a terminal, which may say how long something has been going on."""
+        return self.console.is_terminal
 
     def __enter__(self) -> Display:
         if self.console.is_terminal:
@@ -114,11 +121,16 @@ class Display:
     def update(self, record: Mapping[str, Any]) -> None:
         """Show one record of metrics.jsonl, which was written just now."""
         self._keep(record)
-        self._status = ""
+        self._status, self._goes_on = "", True
         if not self.console.is_terminal:
             left = self.remaining_s()
-            done = f"  done {clock(time.time() + left)}" if left else ""
+            done = f"  done {clock(time.time() + left)}" if left and self._is_last else ""
             self.note(f"{stamp()}  {format_line(record, self.totals.get(self._phase, 0))}{done}")
+
+    @property
+    def _is_last(self) -> bool:
+        """Whether the run ends with this phase."""
+        return self._phase == next(reversed(self.totals), self._phase)
 
     def _keep(self, record: Mapping[str, Any]) -> None:
         if record["phase"] != self._phase:
@@ -167,8 +179,9 @@ class Display:
     def _facts(self) -> list[str]:
         facts = [self._status] if self._status else []
         facts.append(f"{format_duration(time.monotonic() - self._start)} gone")
-        if left := self.remaining_s():
-            facts.append(f"about {format_duration(left)} left, done {clock(time.time() + left)}")
+        if (left := self.remaining_s()) and self._goes_on:
+            done = f", done {clock(time.time() + left)}" if self._is_last else f" of {self._phase}"
+            facts.append(f"about {format_duration(left)} left{done}")
         if self._accuracy is not None:
             facts.append(f"held-out accuracy {self._accuracy:.3f}")
         return facts

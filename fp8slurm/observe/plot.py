@@ -6,7 +6,7 @@ import argparse
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -37,6 +37,8 @@ TIMES = (
 OTHER = ("", "other")
 PHASES = (*TIMES[:-1], OTHER, TIMES[-1])
 """(key, name) in the order in which they are stacked; "" is what no phase claims."""
+BY_NAME = (("Reward by source", "source/", "/reward"), ("Parts of the reward", "reward/parts/", ""))
+"""(title, prefix, suffix): what a run's own names stand between in a key."""
 SMOOTHING = 10
 """Steps of the trailing mean of the reward."""
 
@@ -54,6 +56,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if args.out is not None:
         check_file(args.out, "--out")
+        _check_format(args.out)
     if len(args.runs) == 1:
         out = plot(args.runs[0], args.out)
     elif args.out is None:
@@ -68,6 +71,14 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def _check_format(out: Path) -> None:
+    from matplotlib.figure import Figure
+
+    known = Figure().canvas.get_supported_filetypes()
+    if out.suffix.removeprefix(".").lower() not in ("", *known):
+        raise InputError(f"--out {out}: no picture is written as {out.suffix}; allowed: {', '.join(sorted(known))}")
+
+
 def plot(run_dir: Path, out: Path | None = None) -> Path:
     """Draw one run to `out` (left out: plot.png in the run directory). InputError: nothing to draw."""
     run_dir = Path(run_dir)
@@ -75,7 +86,16 @@ def plot(run_dir: Path, out: Path | None = None) -> Path:
     if not records:
         raise InputError(f"{run_dir}: metrics.jsonl is empty")
     out = Path(out) if out is not None else run_dir / "plot.png"
-    figure, axes = _figure(run_dir.resolve().name)
+    named = [(title, lines) for title, prefix, suffix in BY_NAME if (lines := _named(records, prefix, suffix))]
+    figure, axes = _figure(run_dir.resolve().name, 3 if named else 2)
+    for empty in axes[2:].flat[len(named) :]:
+        empty.set_axis_off()
+    for place, (title, lines) in zip(axes[2:].flat, named):
+        for name, key in lines:
+            steps, values = column(records, key)
+            place.plot(steps, values, label=name.replace("$", r"\$"), **_marker(steps))
+        place.set(title=title, xlabel="RL step", ylabel="mean of the samples")
+        _legend(place)
     _accuracy(axes[0, 1], {"": records})
     if any(r["phase"] == "rl" for r in records):
         _reward(axes[0, 0], {"reward": records})
@@ -97,9 +117,10 @@ def plot_runs(runs: Mapping[str, Path], out: Path) -> Path:
     _reward(axes[0, 0], records)
     _accuracy(axes[0, 1], records)
     for label, rows in records.items():
-        steps, values = _gap_column(rows, "gap/mean_abs")
+        steps, values = column(rows, "gap/mean_abs")
         (line,) = axes[1, 0].plot(steps, values, label=label, **_marker(steps))
-        steps, values = _gap_column(rows, "gap/k3")
+        _mark_final(axes[1, 0], rows, "gap/mean_abs", line.get_color())
+        steps, values = column(rows, "gap/k3")
         axes[1, 0].plot(steps, [v or math.nan for v in values], color=line.get_color(), linestyle=":", **_marker(steps))
         steps, values = column(rows, "time/step")
         axes[1, 1].plot(steps, values, label=label)
@@ -116,13 +137,19 @@ def _records(run_dir: Path) -> list[Record]:
     return records
 
 
-def _figure(title: str) -> tuple[Figure, np.ndarray]:
+def _named(records: list[Record], prefix: str, suffix: str) -> list[tuple[str, str]]:
+    """(name, key) of the keys between whose prefix and suffix a name stands, sorted."""
+    keys = sorted({k for r in records for k in r if k.startswith(prefix) and k.endswith(suffix)})
+    return [(k[len(prefix) : len(k) - len(suffix)], k) for k in keys]
+
+
+def _figure(title: str, rows: int = 2) -> tuple[Figure, np.ndarray]:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(2, 2, figsize=(13, 9), layout="constrained")
+    figure, axes = pyplot.subplots(rows, 2, figsize=(13, 4.5 * rows), layout="constrained")
     if title:
         figure.suptitle(title, fontsize=14)
     return figure, axes
@@ -150,8 +177,9 @@ def _accuracy(axes: Axes, runs: Mapping[str, list[Record]]) -> None:
         warm = warm or bool(before)
         axes.plot([s - last for s in before] + steps, early + values, marker="o", markersize=4, label=label or None)
         if not label and values:
+            below = -14 if values[-1] > 0.1 else 6  # the axis' own figures stand there
             axes.annotate(
-                f"{values[-1]:.3f}", (steps[-1], values[-1]), xytext=(-4, -14), textcoords="offset points", ha="right"
+                f"{values[-1]:.3f}", (steps[-1], values[-1]), xytext=(-4, below), textcoords="offset points", ha="right"
             )
     if warm:
         axes.axvline(0, color="grey", linewidth=1, linestyle="--")
@@ -173,20 +201,25 @@ def _one(axes: Axes, records: list[Record], key: str, title: str, unit: str) -> 
     _legend(axes)
 
 
-def _gap_column(records: list[Record], key: str) -> tuple[list[int], list[float]]:
-    """A gap by step; the one measured after the last update stands behind the last step."""
-    steps, values = column(records, key)
-    last, final = column(records, f"final_{key}")
-    return steps + [s + 1 for s in last], values + final
+def _mark_final(axes: Axes, records: list[Record], key: str, color: Any) -> None:
+    """The gap measured after the last update, at the last step: a point beside the one before that update."""
+    steps, values = column(records, f"final_{key}")
+    if steps and values[-1]:
+        axes.plot(steps[-1:], [abs(values[-1])], color=color, marker="D", markersize=5, markerfacecolor="white")
 
 
 def _gaps(axes: Axes, records: list[Record]) -> None:
     for index, (key, label) in enumerate(GAPS):
-        steps, values = _gap_column(records, key)
+        steps, values = column(records, key)
         # k1 may be negative; on a logarithmic axis only its size can be shown
         sizes = [abs(v) or math.nan for v in values]
         if steps:
             axes.plot(steps, sizes, color=f"C{index}", label=label, **_marker(steps))
+            _mark_final(axes, records, key, f"C{index}")
+    if column(records, "final_gap/mean_abs")[0]:
+        axes.plot(
+            [], [], color="grey", linestyle="", marker="D", markerfacecolor="white", label="after the last update"
+        )
     _finish_gap(axes, "Gap: d = trainer - engine log-probability of each sampled token")
 
 

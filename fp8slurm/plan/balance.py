@@ -1,11 +1,11 @@
-"""Which placement balances engines and trainer: seconds a step of every way to use a recipe's GPUs, from measured rates.
+"""Which placement balances engines and trainer: seconds a step of each way to use a recipe's GPUs, by measured rates.
 
     shared        generate + train + update               engines and trainer take turns on all GPUs
     split         generate + train + update               on GPUs of their own, one after the other
     one ahead     max(generate, train) + update           split, with rollout.max_staleness = 1
 
 generate = generated tokens / (rate of a GPU x engine GPUs), but not less than the longest sample takes; train
-(log-probabilities too) alike. Both scale with GPUs and nothing else: engines with other batches, other cuts of the model
+(log-probabilities too) alike. Both scale with GPUs and nothing else: other batches of engines, other cuts of the model,
 and networks are not in it. Without a longest sample no GPU ever waits in "shared", so it wins by construction; long
 samples, which leave most GPUs waiting there, are what "one ahead" is for.
 """

@@ -8,6 +8,7 @@ from fp8slurm.core.deadlines import RENDEZVOUS_TIMEOUT_S
 from fp8slurm.process.environment import address_of
 from fp8slurm.process.monitor import Monitor
 from fp8slurm.run.directory import RunDirectory
+from fp8slurm.run.gpu_use import watch_gpus
 
 
 def rollout_worker_main(
@@ -19,6 +20,8 @@ def rollout_worker_main(
     from fp8slurm.sync.signed_store import SignedStore, read_key
 
     monitor.expect(config.engine.ready_timeout_s)
+    if placement.gpus_per_node:
+        watch_gpus(run.attempt_dir, task.node)
     address = address_of(placement)
     gpus = [engine.gpus for engine in placement.engines_of(task.node)]
     worker = RolloutWorker(config, run, task.number, placement.nodes, monitor, gpus)

@@ -9,6 +9,7 @@ from fp8slurm.report.charts import Chart
 from fp8slurm.report.content import Part
 from fp8slurm.report.samples import Samples
 from fp8slurm.run.evaluations import Interval
+from fp8slurm.run.timeline import Span
 
 
 class Text(NamedTuple):
@@ -66,6 +67,16 @@ class Times(NamedTuple):
     title: str
     rows: list[tuple[int, list[float]]]
     parts: list[Part]
+
+
+class Timeline(NamedTuple):
+    """Who did what in one step, drawn; the table says for how long."""
+
+    id: str
+    title: str
+    spans: list[Span]
+    seconds: float
+    """Of the step."""
 
 
 class Intervals(NamedTuple):

@@ -39,6 +39,11 @@ def main(argv: list[str]) -> int:
         raise InputError(f"--samples {args.samples} is below 0")
     if args.out is not None:
         check_file(args.out, "--out")
+        written = ("Markdown", (".md", ".txt")) if args.text else ("HTML", (".html", ".htm"))
+        if args.out.suffix.lower() in (".pdf", ".png", ".docx", ".md", ".html", ".htm", ".json") and (
+            args.out.suffix.lower() not in written[1]
+        ):
+            raise InputError(f"--out {args.out}: what is written is {written[0]}; allowed: {' or '.join(written[1])}")
     paths = [args.run, *args.compare]
     runs = [read_run(p) for p in paths]
     names = [r.name for r in runs]

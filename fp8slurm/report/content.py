@@ -12,6 +12,8 @@ from fp8slurm.core.numbers import number
 from fp8slurm.models.precision import serves_fp8
 from fp8slurm.observe.plot import PHASES, phase_seconds
 from fp8slurm.report.safe import figure, seconds, size, when
+from fp8slurm.run.alerts import alerts as run_alerts
+from fp8slurm.run.alerts import bound_of
 from fp8slurm.run.attempts import run_state
 from fp8slurm.run.reader import Run
 
@@ -97,6 +99,11 @@ CONTROL = "A control experiment, made to fail, whose figures say nothing about t
 def controls(run: Run) -> list[str]:
     """Experiments that must fail, switched on in this run."""
     return [f"control.{k}" for k, v in run.config.get("control", {}).items() if v]
+
+
+def alerts(run: Run) -> list[str]:
+    """What of the last steps somebody should look at."""
+    return run_alerts(run.records, run.records, bound_of(run.config))
 
 
 def ends(values: list[float]) -> tuple[float | None, float | None]:

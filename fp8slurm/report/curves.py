@@ -28,6 +28,15 @@ SFT: _Curves = (
     ("sft-grad", "Supervised gradient norm", "before clipping", (("norm", "grad_norm"),), "zero", ""),
 )
 
+BY_NAME = (
+    ("source-reward", "Reward by source", "mean of its samples", "source/", "/reward"),
+    ("parts", "Parts of the reward", "mean of the samples that have it", "reward/parts/", ""),
+    ("source-length", "Response length by source", "tokens, mean", "source/", "/response_length"),
+    ("source-truncated", "Truncated responses by source", "share", "source/", "/truncated"),
+)
+"""(id, title, unit, prefix, suffix): what a run's own names stand between in a key."""
+COLOURS, MOST_LINES = 6, 12
+
 
 def one_run(run: Run) -> list[Chart]:
     """The curves of a run; what it did not record is left out (`missing` names it)."""
@@ -38,8 +47,19 @@ def one_run(run: Run) -> list[Chart]:
         )
         for phase, curves in (("rl", RL), ("sft", SFT)) for id, title, unit, lines, axis, note in curves
     ]  # fmt: skip
-    charts.insert(1, _accuracy(run))
+    charts[1:1] = [_accuracy(run), *(_by_name(run, *of) for of in BY_NAME)]
     return [c for c in charts if _any(c)]
+
+
+def _by_name(run: Run, id: str, title: str, unit: str, prefix: str, suffix: str) -> Chart:
+    """A line for each name, in another dash where colours are used up."""
+    keys = [k for k in run.keys(prefix) if k.endswith(suffix)]
+    lines = [
+        Line(k[len(prefix) : len(k) - len(suffix)], run.series(k), i % COLOURS, i // COLOURS)
+        for i, k in enumerate(keys)
+    ]
+    note = f"The first {MOST_LINES} of {len(lines)} names" if len(lines) > MOST_LINES else ""
+    return Chart(id, title, unit, lines[:MOST_LINES], zero=suffix == "/truncated", note=note)
 
 
 def _accuracy(run: Run) -> Chart:

@@ -21,8 +21,10 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from fp8slurm.observe.plot import PHASES
 from fp8slurm.report.charts import POINTS, Bucket, Chart, Line, downsample
 from fp8slurm.report.content import Part
+from fp8slurm.report.lanes import lanes
 from fp8slurm.report.safe import figure, one_line, seconds, visible
 from fp8slurm.run.evaluations import Interval
+from fp8slurm.run.timeline import Span
 
 WIDTH, HEIGHT = 360, 200
 BARS = 80
@@ -114,6 +116,42 @@ def stacked(rows: list[tuple[int, list[float]]], id: str, title: str) -> str:
 
 
 @rc_context(_STYLE)
+def timeline(spans: list[Span], lasted: float, id: str, title: str) -> str:
+    """A lane below the other for whoever worked in a step, over its seconds."""
+    rows = lanes(spans)
+    axes = _axes(2 * WIDTH, 22 * len(rows) + 34, left=74, right=14, top=4, bottom=28)
+    slots = {name: slot for slot, (_, name) in enumerate(PHASES)}
+
+    def ink(what: str) -> str:
+        name = "rollout" if what == "generating" else what
+        if what.startswith("waits"):
+            return INKS["line"]
+        return INKS[f"p{slots[name]}"] if name in slots else INKS["soft"]
+
+    tips = {}
+    for row, (lane, work) in enumerate(rows.items()):
+        for i, (what, begin, end) in enumerate(work):
+            (bar,) = axes.barh(row, end - begin, 0.72, begin, color=ink(what), clip_on=True)
+            bar.set_gid(f"bar-{row}-{i}")
+            tips[f"bar-{row}-{i}"] = f"{lane}: {what} {seconds(end - begin)}, {begin:.2f} s to {end:.2f} s"
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_yticks(range(len(rows)), list(rows))
+    axes.set_xlim(0, lasted)
+    axes.grid(axis="x", clip_on=False)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g} s")
+    keys: dict[str, list[str]] = {}
+    for what in dict.fromkeys(what for work in rows.values() for what, *_ in work):
+        keys.setdefault(_VARIABLES[ink(what)], []).append(what)
+    items = [f"<li>{_box(colour)}{escape(', '.join(names))}</li>" for colour, names in keys.items()]
+    about = "what trainer, weight updates, rollout workers and engines did in the step; the table has the seconds"
+    svg = _svg(axes, id, title, about, {"class": "bars"}, tips)
+    return (
+        f'<figure class="chart"><figcaption><span>{escape(title)} <small>who did what when</small></span></figcaption>'
+        f'{svg}<ul class="legend">{"".join(items)}</ul></figure>'
+    )
+
+
+@rc_context(_STYLE)
 def share_bar(parts: list[Part], id: str) -> str:
     """All time as one bar, with a legend."""
     axes = _axes(100, 10, 0, 0, 0, 0)
@@ -123,8 +161,7 @@ def share_bar(parts: list[Part], id: str) -> str:
         tips[f"share-{p.slot}"] = f"{p.name} {100 * p.share:.1f}%"
         axes.barh(0, p.share, 1, at, color=INKS[f"p{p.slot}"], clip_on=False, gid=f"share-{p.slot}")
         at += p.share
-        box = _swatch(f'd="M0 0h20v8H0" fill="var(--p{p.slot})"')
-        items.append(f"<li>{box}{escape(p.name)} <b>{100 * p.share:.1f}%</b></li>")
+        items.append(f"<li>{_box(f'var(--p{p.slot})')}{escape(p.name)} <b>{100 * p.share:.1f}%</b></li>")
     axes.set(xlim=(0, 1), ylim=(-0.5, 0.5))
     more = {"class": "share", "preserveAspectRatio": "none"}
     svg = _svg(axes, id, "shares of all time", ", ".join(tips.values()), more, tips)
@@ -160,6 +197,10 @@ def intervals(rows: list[tuple[str, int, Interval]], id: str, title: str, zero_l
 
 def _swatch(path: str) -> str:
     return f'<svg class="swatch" viewBox="0 0 20 8" aria-hidden="true"><path {path}/></svg>'
+
+
+def _box(colour: str) -> str:
+    return _swatch(f'd="M0 0h20v8H0" fill="{colour}"')
 
 
 def _look(line: Line) -> str:

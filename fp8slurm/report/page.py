@@ -13,8 +13,9 @@ from string import Template
 from typing import Any
 
 from fp8slurm.report import content
-from fp8slurm.report.blocks import Block, Browser, Charts, Fold, Head, Intervals, Items, Table, Text, Times
-from fp8slurm.report.drawing import intervals, line_chart, share_bar, stacked
+from fp8slurm.report.blocks import Block, Browser, Charts, Fold, Head, Intervals, Items, Table, Text, Timeline, Times
+from fp8slurm.report.drawing import intervals, line_chart, share_bar, stacked, timeline
+from fp8slurm.report.lanes import LANE_HEADS, lane_rows
 from fp8slurm.report.safe import gist, seconds, visible
 from fp8slurm.report.samples import Samples, ShownSample
 from fp8slurm.report.sections import sections
@@ -72,6 +73,8 @@ def _header(run: Run) -> str:
     ]
     if switched := content.controls(run):
         out.append(f'<p class="banner">{content.CONTROL}: {e(", ".join(switched))}.</p>')
+    if told := content.alerts(run):
+        out.append(f'<div class="banner"><b>To look at</b>{_list(told)}</div>')
     cards = [
         f'<div class="card"><dt>{e(h.title)}</dt><dd class="{"none" if h.value == "not measured" else "value"}">'
         f'{e(h.value)}</dd><dd class="detail">{e(h.detail)}</dd></div>'
@@ -118,6 +121,9 @@ def _block(block: Block, drawn: dict[str, Any]) -> str:
             table = Table(title, ("phase", "total", "share", "median of a step"), cells, "tnnn")
             bar = f'<div class="panel">{share_bar(parts, f"share-{id}")}</div>'
             return bar + stacked(rows, id, title) + _block(Fold("Seconds by phase", table), drawn)
+        case Timeline(id, title, spans, lasted):
+            table = Table(title, LANE_HEADS, lane_rows(spans, lasted), "ttnn")
+            return timeline(spans, lasted, id, title) + _block(Fold("Seconds by lane", table), drawn)
         case Intervals(id, title, rows, zero_line):
             return f'<div class="charts">{intervals(rows, id, title, zero_line)}</div>'
         case Browser(samples):

@@ -8,11 +8,13 @@ from collections.abc import Sequence
 from fp8slurm.observe.plot import PHASES, phase_seconds
 from fp8slurm.report import content, curves
 from fp8slurm.report.blocks import Block, Browser, Charts, Fold, Head, Intervals, Items, Table, Text, Times
+from fp8slurm.report.blocks import Timeline as Drawn
 from fp8slurm.report.safe import DASH, figure, one_line, seconds, when
 from fp8slurm.report.samples import Samples
 from fp8slurm.run.attempts import Attempt
 from fp8slurm.run.evaluations import Comparison, Evaluation, Interval
 from fp8slurm.run.reader import Run
+from fp8slurm.run.timeline import around, read_timeline, who_waits
 
 TRAINING_SHOWN = 40
 """Evaluations of the training loop in the table."""
@@ -26,6 +28,7 @@ def sections(run: Run, samples: Samples, others: list[Run], names: list[str]) ->
         *([("compare", "Comparison", _compare(runs, names))] if others else []),
         ("curves", "Curves", _curves(run)),
         ("time", "Time by phase", _times(run)),
+        *([("timeline", "One step, who waits for whom", shown)] if (shown := _timeline(run)) else []),
         ("sync", "Sync and memory", _sync(run)),
         ("evaluations", "Evaluations", _evaluations(runs, names)),
         ("attempts", "Attempts and faults", _attempts(run)),
@@ -87,6 +90,27 @@ def _times(run: Run) -> list[Block]:
         " counted."
     )
     return [*out, Text(note, True)]
+
+
+def _timeline(run: Run) -> list[Block]:
+    """The newest RL step that trained and whose successor is recorded: engines may have worked for that one."""
+    if not run.attempts:
+        return []
+    entries = read_timeline(run.path / "attempts" / str(run.attempts[-1].number))
+    trained = {r["step"] for r in run.records if r["phase"] == "rl" and r.get("time/train")}
+    steps = [e for e in entries if e["phase"] == "rl" and e["step"] in trained]
+    if not steps:
+        return []
+    entry = steps[-2] if len(steps) > 1 else steps[-1]
+    spans, lasted = around(entries, entry["step"]), entry["end"] - entry["begin"]
+    record = next(r for r in run.records if (r["phase"], r["step"]) == ("rl", entry["step"]))
+    off = max((clock[1] for clock in entry["clocks"].values()), default=0.0)
+    note = (
+        f"Seconds since the step began, on the clock of the first training rank, as far as nodes agree ({off:.3f} s). "
+        "An engine is generating while it has requests; a rollout worker's bars are the commands that it works on."
+    )
+    told = f"RL step {entry['step']}, {seconds(lasted)}. Waiting: {who_waits(record) or 'not recorded'}."
+    return [Text(told), Drawn(f"timeline-{entry['step']}", f"RL step {entry['step']}", spans, lasted), Text(note, True)]
 
 
 def _sync(run: Run) -> list[Block]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fp8slurm.report import content
-from fp8slurm.report.blocks import Block, Browser, Charts, Fold, Head, Items, Table, Text, Times
+from fp8slurm.report.blocks import Block, Browser, Charts, Fold, Head, Items, Table, Text, Timeline, Times
 from fp8slurm.report.charts import Chart, Points, downsample
+from fp8slurm.report.lanes import LANE_HEADS, lane_rows
 from fp8slurm.report.safe import figure, gist, one_line, seconds, visible
 from fp8slurm.report.samples import Samples, ShownSample
 from fp8slurm.report.sections import sections
@@ -24,6 +25,8 @@ def markdown(run: Run, samples: Samples, others: list[Run], names: list[str]) ->
     out = [f"# {one_line(run.name)}", "", f"**{word}**, {words}. {cell(', '.join(content.facts(run)))}.", ""]
     if switched := content.controls(run):
         out += [f"> {content.CONTROL}: {', '.join(switched)}.", ""]
+    if told := content.alerts(run):
+        out += ["> To look at:", *(f"> - {one_line(alert, 300)}" for alert in told), ""]
     if run.notes:
         out += ["> Not everything could be read:", *(f"> - {one_line(n, 300)}" for n in run.notes[:30]), ""]
     out += table_lines(("figure", "value", ""), [(h.title, h.value, h.detail) for h in content.headlines(run)])
@@ -56,6 +59,8 @@ def _block(block: Block) -> list[str]:
                 for p in block.parts
             ]
             return table_lines(("phase", "total", "share", "median of a step", ""), times)
+        case Timeline(_, _, spans, lasted):
+            return table_lines(LANE_HEADS, lane_rows(spans, lasted))
         case Browser(samples):
             return [line for s in samples.shown for line in _sample(s)]
     return []

@@ -55,6 +55,7 @@ from fp8slurm.rollout.files import is_saved, trainer_file
 from fp8slurm.rollout.groups import merge, merge_scores
 from fp8slurm.run.directory import RunDirectory, RunState
 from fp8slurm.run.events import NO_UPDATE, record_event
+from fp8slurm.run.phases import FIRST_UPDATE, READY, START, TRAINING, enter_phase
 from fp8slurm.run.step_times import StepTimes
 
 log = logging.getLogger(__name__)
@@ -75,22 +76,25 @@ def run(
     watch, times, first = Stopwatch(heartbeat), StepTimes.read(run_dir), trainer.rank == 0
     on_disk = load_newest(config, run_dir, trainer, store)
     weights = EngineWeights(config, trainer, channel, store, address, run_dir.attempt_dir, watch)
-    recorder = Recorder(config, run_dir, watch, first, on_disk)
+    recorder = Recorder(config, run_dir, watch, first, on_disk, channel.answered)
     ahead = RolloutAhead(weights)
     saver = Saver(config, run_dir, trainer, store, dist.get_world_size(), watch, times, on_disk, ahead.write)
     boundary = StepBoundary(store, first, stop_policy, saver, times, run_dir.attempt_dir, meet, channel.forget)
     state = first_state(config, on_disk)
     loop = Loop(config, run_dir, trainer, weights, recorder, saver, boundary, watch, state, ahead)
+    enter_phase(READY)
     weights.connect()
     if engines_start_after_trainer(config):
         _take_memory(config, trainer, weights.sleeps)
         store.set(f"resident/{trainer.rank}", "true")
+    enter_phase(FIRST_UPDATE)
     weights.sync(loop.state.version)
     if config.rollout.max_staleness and state.phase == "rl" and 0 < state.step < config.run.steps:
         ahead.read(run_dir.checkpoints / state.name)
     workers_are_free = True
     try:
         if loop.state.phase == "sft":
+            enter_phase(TRAINING)
             loop.warm_start()
         loop.reinforce()
         saver.check_saved(loop.state)
@@ -158,8 +162,10 @@ class Loop:
             return
         self.weights.sync(self.state.version)
         if self.state.step == 0:
+            enter_phase(START)
             self.recorder.begin()
             self._record(self.probe_gap() | self.evaluate())
+        enter_phase(TRAINING)
         while self.state.step < steps:
             if self.boundary.cross():
                 self._save(due=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -13,6 +14,7 @@ import torch
 from fp8slurm.config import RunConfig
 from fp8slurm.core.types import PackedBatch, SampleGroup
 from fp8slurm.data.prompts import SftExample
+from fp8slurm.models.spec import ModelSpec
 
 LossMean = Literal["token", "sequence", "constant"]
 RankBatches = list[list[PackedBatch]]
@@ -71,12 +73,29 @@ class Packing(TypedDict):
     """At most, where no sequence is longer."""
     pad_multiple: NotRequired[int]
     """The length of every micro-batch is a multiple of it; 1 where it is left out."""
+    equal_at: NotRequired[float]
+    """Tokens at which a sequence's attention costs as much as all else, which ranks are then dealt micro-batches by
+    (train.balance); infinite where it is left out."""
 
 
 def packing_of(config: RunConfig, trainer: Any) -> Packing:
     """The sizes of a run."""
     ranks, tokens = trainer.data_parallel_size, config.train.tokens_per_micro_batch
-    return {"data_parallel_size": ranks, "tokens_per_micro_batch": tokens, "pad_multiple": trainer.pad_multiple}
+    sizes: Packing = {"data_parallel_size": ranks, "tokens_per_micro_batch": tokens}
+    sizes["pad_multiple"] = trainer.pad_multiple
+    if config.train.balance == "cost":
+        sizes["equal_at"] = attention_equal_at(trainer.spec)
+    return sizes
+
+
+def attention_equal_at(spec: ModelSpec) -> float:
+    """Tokens at which a sequence's causal attention takes as many FLOPs as the matrices that it goes through: of n
+    tokens 2 n^2 heads head_dim a layer against 2 n for every parameter (Narayanan et al. 2021, appendix, half of it for
+    the mask)."""
+    q, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    ffn = spec.experts_per_token * spec.moe_ffn_hidden_size if spec.is_moe else spec.ffn_hidden_size
+    parameters = spec.num_layers * (2 * q + 2 * kv + 3 * ffn) + spec.vocab_size
+    return parameters * spec.hidden_size / (spec.num_layers * q)
 
 
 def pack(
@@ -170,12 +189,13 @@ def _filled(rows: list[_Row], deal: Deal, pad_multiple: int, like: torch.Tensor 
 
 def _deal_update(
     sizes: list[_Size], loss_mean: LossMean, constant: int, data_parallel_size: int, tokens_per_micro_batch: int,
-    pad_multiple: int = 1,
+    pad_multiple: int = 1, equal_at: float = math.inf,
 ) -> Deal:  # fmt: skip
     ranks = data_parallel_size
+    costs = [size.length + size.length**2 / equal_at for size in sizes]  # of tokens alone: the lengths, exactly
     bins = balanced_bins([size.length for size in sizes], tokens_per_micro_batch, ranks)
     # Largest first, dealt to and fro: sums stay even, and micro-batches that run at the same time are of like size.
-    loads = sorted(range(len(bins)), key=lambda b: (-sum(sizes[i].length for i in bins[b]), b))
+    loads = sorted(range(len(bins)), key=lambda b: (-sum(costs[i] for i in bins[b]), b))
     dealt: list[list[int]] = [[] for _ in range(ranks)]
     for position, b in enumerate(loads):
         turn, rank = divmod(position, ranks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import Any
 
@@ -9,19 +10,25 @@ from fp8slurm.config import RunConfig
 from fp8slurm.core.files import patiently
 from fp8slurm.observe.metrics import MetricsWriter
 from fp8slurm.rl.stopwatch import Stopwatch
+from fp8slurm.run import timeline
 from fp8slurm.run.directory import RunDirectory, RunState
+from fp8slurm.run.timeline import Answered
+
+log = logging.getLogger(__name__)
 
 
 class Recorder:
     """A training rank's. All ranks call `begin` and `write`; only one of them has files to write to."""
 
     def __init__(
-        self, config: RunConfig, run_dir: RunDirectory, watch: Stopwatch, writes: bool, resumed: RunState | None
-    ) -> None:
+        self, config: RunConfig, run_dir: RunDirectory, watch: Stopwatch, writes: bool, resumed: RunState | None,
+        answered: list[Answered] | None = None,
+    ) -> None:  # fmt: skip
         """resumed: state of the checkpoint that the run goes on from; records behind it are removed. None: all are.
 
-        No step is missing then, and none is there twice.
+        No step is missing then, and none is there twice. answered: of the channel to the rollout workers, emptied here.
         """
+        self.answered = [] if answered is None else answered
         self.run_dir, self.watch, self.writes = run_dir, watch, writes
         self.sinks: list[Any] = []
         self._started = 0.0
@@ -51,6 +58,8 @@ class Recorder:
         """The record of the step that led to `state`, with its times. FencedError: the attempt has been replaced."""
         seconds = time.perf_counter() - self._started
         times = {f"time/{phase}": s for phase, s in self.watch.seconds.items()}
+        if self.writes:
+            times |= self._timeline(state, seconds)
         record = {"phase": state.phase, "step": state.step, **figures, **times, "time/step": seconds}
         if "tokens" in figures:
             record["throughput/tokens_per_s"] = figures["tokens"] / seconds
@@ -59,6 +68,19 @@ class Recorder:
             patiently(lambda: self.run_dir.publish("metrics.jsonl"))
         for sink in self.sinks:
             sink.write(record)
+
+    def _timeline(self, state: RunState, seconds: float) -> dict[str, float]:
+        """Write who did what when; how long trainer and engines waited. A disk that is full ends no run for it."""
+        spans, answered, end = self.watch.take_spans(), list(self.answered), time.time()
+        self.answered.clear()
+        entry = timeline.line(state.phase, state.step, end - seconds, end, spans, answered)
+        try:
+            timeline.append(self.run_dir.attempt_dir, entry)
+        except OSError as error:
+            log.warning("no timeline of this step: %s", error)
+        waits = sum(s for phase, s in self.watch.seconds.items() if phase in timeline.WAITING)
+        idle = timeline.engines_idle(answered, seconds)
+        return {"time/trainer_waits": waits} | ({} if idle is None else {"time/engines_idle": idle})
 
     def close(self) -> None:
         for sink in self.sinks:

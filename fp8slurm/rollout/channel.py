@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -25,6 +26,7 @@ import torch
 import torch.distributed as dist
 
 from fp8slurm.core.stopping import StepAbandoned
+from fp8slurm.run.timeline import Answered
 from fp8slurm.sync.groups import Group
 
 Part = tuple[torch.Tensor, Sequence[int]]
@@ -43,12 +45,16 @@ class RankChannel:
         self, store: dist.Store, group: Group, ranks: int, workers: int, heartbeat: Callable[[], None] = lambda: None
     ) -> None:
         self.store, self.group, self.ranks, self.workers, self.heartbeat = store, group, ranks, workers, heartbeat
+        self.answered: list[Answered] = []
+        """Rank 0: of commands and their answers, since taken last."""
+        self._posted = 0.0
         self.count = self._forgotten = 0
         self._progress = [0] * workers
         self._told = 0
 
     def post(self, kind: str, **arguments: Any) -> None:
         """Start a command in every rollout worker; `collect` waits for it."""
+        self._posted = time.time()
         if self.group.rank == 0:
             self.store.set(f"command/{self.count}", json.dumps({"kind": kind, **arguments}))
 
@@ -88,6 +94,10 @@ class RankChannel:
             if reason:
                 return {"abandoned": reason}
             answers.append(json.loads(self.store.get(key)))
+            if about := answers[-1].pop("about", None):
+                engines = [[(float(b), float(e)) for b, e in spans] for spans in about["engines"]]
+                times = self._posted, time.time(), about["taken"], about["answered"]
+                self.answered.append(Answered(about["kind"], worker, *times, engines))
             self.store.delete_key(key)
         self.store.delete_key(f"command/{self.count}")
         return {"abandoned": "", "answers": answers}
@@ -160,13 +170,18 @@ class WorkerChannel:
     ) -> None:
         self.store, self.group, self.ranks, self.number, self.heartbeat = store, group, ranks, number, heartbeat
         self.count = self._progress = 0
+        self.engines_busy: Callable[[], list[list[tuple[float, float]]]] = list
+        """When each engine had requests, since it was last called."""
+        self._taken = "", 0.0
         self._telling: list[str] = []
         """Names that this worker has set for the other workers."""
         self._lock = threading.Lock()
 
     def next(self) -> dict[str, Any]:
         """The next command, waiting for it. To have nothing to do is no hang: meanwhile it gives heartbeats."""
-        return self.get(f"command/{self.count}")
+        command = self.get(f"command/{self.count}")
+        self._taken = command["kind"], time.time()
+        return command
 
     def get(self, key: str) -> Any:
         """The JSON under a key of the store, waiting for it."""
@@ -216,8 +231,10 @@ class WorkerChannel:
     def answer(self, values: dict[str, Any], payload: torch.Tensor | None = None, parts: Sequence[Part] = ()) -> None:
         """Answer the command taken last; payload is uint8 [n] for all ranks, a part for those that it names."""
         size = 0 if payload is None else payload.numel()
-        sizes = {"parts": [part.numel() for part, _ in parts]} if parts else {}
-        self.store.set(f"answer/{self.count}/{self.number}", json.dumps({**values, "bytes": size, **sizes}))
+        more: dict[str, Any] = {"parts": [part.numel() for part, _ in parts]} if parts else {}
+        kind, taken = self._taken
+        more["about"] = {"kind": kind, "taken": taken, "answered": time.time(), "engines": self.engines_busy()}
+        self.store.set(f"answer/{self.count}/{self.number}", json.dumps({**values, "bytes": size, **more}))
         said = self.get(f"taken/{self.count}")  # the ranks may be training still (rollout.max_staleness)
         for key in self._telling:  # all workers have answered
             self.store.delete_key(key)

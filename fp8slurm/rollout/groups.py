@@ -9,7 +9,9 @@ import torch
 
 from fp8slurm.core.types import NOT_GENERATED, SampleGroup, runs
 from fp8slurm.rollout.serialization import decode_groups
-from fp8slurm.rollout.tally import LENGTH, REWARD, TRUNCATED, means
+from fp8slurm.rollout.tally import LENGTH, REWARD, TRUNCATED, Figure, generated_tokens, means, percentiles
+
+Truncated = Literal["mask", "penalize", "soft", "keep"]
 
 
 def has_signal(group: SampleGroup) -> bool:
@@ -18,12 +20,12 @@ def has_signal(group: SampleGroup) -> bool:
     return len(rewards) > 1 and max(rewards) != min(rewards)
 
 
-def apply_truncation_policy(groups: list[SampleGroup], truncated: Literal["mask", "penalize", "keep"]) -> None:
+def apply_truncation_policy(groups: list[SampleGroup], truncated: Truncated) -> None:
     """Decide on samples that hit max_tokens (`rollout.truncated`); after scoring, before advantages.
 
     mask: out of the loss and out of the group's mean (DAPO's overlong filtering, arXiv 2503.14476 section 3.4, masks
-    the loss). penalize: reward 0. keep: as any other. One that was aborted or failed is never trained on. How the last
-    branch of a conversation ended goes for all of them.
+    the loss). penalize: reward 0. keep, and here soft: as any other. One that was aborted or failed is never trained
+    on. How the last branch of a conversation ended goes for all of them.
     """
     for group in groups:
         for numbers in group.rollouts:
@@ -34,6 +36,25 @@ def apply_truncation_policy(groups: list[SampleGroup], truncated: Literal["mask"
                     sample.train = False
                 elif reason == "length" and truncated == "penalize":
                     sample.reward = 0.0
+
+
+def overlong_penalty(length: int, limit: int, buffer: int) -> float:
+    """What is added to the reward of a response of `length` tokens: 0 up to limit - buffer, from there on down to -1 at
+    the limit. DAPO's soft overlong punishment (arXiv 2503.14476, eq. 13; there limit 20,480 and buffer 4,096)."""
+    return max(-1.0, min(0.0, (limit - buffer - length) / buffer))
+
+
+def penalize_overlong(groups: list[SampleGroup], limit: int, buffer: int) -> list[Figure]:
+    """Add overlong_penalty to all rewards (rollout.truncated = "soft"); after groups without signal are dropped, which
+    the grader's rewards decide, as DAPO's dynamic sampling does. Returns what each sample was given."""
+    figures = []
+    for group in groups:
+        for branches in ([group.samples[i] for i in numbers] for numbers in group.rollouts):
+            penalty = overlong_penalty(generated_tokens(branches), limit, buffer)
+            for sample in branches:
+                sample.reward += penalty
+            figures.append(("reward/overlong_penalty", penalty))
+    return figures
 
 
 def merge_scores(payloads: list[torch.Tensor], lengths: list[int]) -> list[torch.Tensor]:
@@ -76,5 +97,6 @@ def merge(
         "tokens": trained,
         "data/metadata_bytes": float(sum(payload.numel() for _, payload in answers)),
         "time/generate": max(a["seconds"] for a in values),
+        **percentiles([n for a in values for n in a.get("lengths", ())]),
         **figures,
     }

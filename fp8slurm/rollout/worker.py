@@ -31,11 +31,12 @@ from fp8slurm.rollout.dealing import Holder
 from fp8slurm.rollout.engines import EngineSet
 from fp8slurm.rollout.evaluation import TrainingEval
 from fp8slurm.rollout.files import is_saved, rollout_file, trainer_file, write_rollout
-from fp8slurm.rollout.groups import apply_truncation_policy, has_signal
+from fp8slurm.rollout.groups import apply_truncation_policy, has_signal, penalize_overlong
 from fp8slurm.rollout.sampler import Sampler, model_of
 from fp8slurm.rollout.tally import Figure, Tally, figures_of
 from fp8slurm.rollout.teacher import Teacher
 from fp8slurm.run.directory import RunDirectory
+from fp8slurm.run.phases import CHECKPOINT, READY, STARTING, enter_phase
 from fp8slurm.sessions.runner import Asked, SessionRunner, through
 from fp8slurm.sync import paths
 from fp8slurm.sync.check import check_engine_checkpoint
@@ -82,6 +83,7 @@ class RolloutWorker:
             if any(self.gpus):  # the engines count what memory it leaves
                 self.teacher.wait_ready()
         if not engines_start_after_trainer(c):
+            enter_phase(STARTING)
             self.engines.start()
         self.sampler = Sampler.load(c)
         sources = training_sources(c.data, c.reward.kind) if c.run.steps else []
@@ -106,6 +108,7 @@ class RolloutWorker:
     def serve(self, channel: WorkerChannel, store: SignedStore, address: str) -> None:
         """Answer commands until "stop"."""
         self.store, self.channel = store, channel
+        channel.engines_busy = lambda: [member.take_spans() for member in self.engines.members]
         names = store.get("sync/sources").decode().split()
         plans = {name: parse_description(store.get(f"sync/plan/{name}").decode()) for name in names}
         check_engine_checkpoint(self.model_dir, [s for plan in plans.values() for specs in plan for s in specs])
@@ -137,10 +140,12 @@ class RolloutWorker:
             if engines_start_after_trainer(self.config):
                 for rank in self._ranks():
                     self.channel.get(f"resident/{rank}")
+                enter_phase(STARTING)
                 self.engines.start()
             self.engines.connect(lambda: self.receiver.held)
             if self.teacher is not None and not any(self.gpus):
                 self.teacher.wait_ready()
+        enter_phase(READY)
 
     def _ranks(self) -> range:
         """The training ranks of this node."""
@@ -189,6 +194,8 @@ class RolloutWorker:
             tally.add(figures)
             apply_truncation_policy(groups, r.truncated)
             good = groups if keep_all or not r.drop_no_signal else [g for g in groups if has_signal(g)]
+            if r.overlong_buffer is not None:
+                tally.add(penalize_overlong(good, r.max_tokens, r.overlong_buffer))
             dropped += len(groups) - len(good)
             kept += good
             self.channel.tell(f"kept/{self.channel.count}/{round_}/{self.number}", str(len(good)))
@@ -204,6 +211,7 @@ class RolloutWorker:
             "cursor": cursor,
             "dropped": dropped,
             "figures": tally.sums,
+            "lengths": tally.lengths,
             "reward_failures": self.rewarder.failures,
         }
         answer["seconds"] = time.monotonic() - begun
@@ -294,6 +302,8 @@ def engine_checkpoint(config: RunConfig, run: RunDirectory, number: int) -> Path
     from fp8slurm.checkpoint import hf_to_fp8
 
     source, target = config.model.hf_checkpoint, run.path / "engine_model"
+    if not same_model(source, target):
+        enter_phase(CHECKPOINT)
     if number == 0 and not same_model(source, target):
         hf_to_fp8(source, target, overwrite=True)  # of a start with another model, before the first checkpoint
     while not same_model(source, target):

@@ -141,8 +141,8 @@ class RunDirectory:
         living = (holder or process_of)(held) if held is not None else None
         if living:
             raise RunBusyError(
-                f"{self.path} is held by {living} (attempt {newest}): wait for it, end it, "
-                f"or choose another name with --run.name"
+                f"{self.path} is held by {living} (attempt {newest}): fp8slurm status {self.path} --follow shows it; "
+                f"wait for it, end it, or choose another name with --run.name"
             )
         return newest
 

@@ -12,12 +12,17 @@ from typing import Any
 
 from fp8slurm.core.errors import InputError
 from fp8slurm.core.numbers import number
+from fp8slurm.observe.console import TIMES, format_duration
 from fp8slurm.observe.metrics import Record
+from fp8slurm.run.alerts import alerts, bound_of
 from fp8slurm.run.attempts import Attempt, holder_state, read_attempt, run_state
 from fp8slurm.run.directory import SLURM_FOLDER, RunDirectory, is_run
+from fp8slurm.run.gpu_use import NodeGpus, read_gpus
+from fp8slurm.run.phases import read_phases
 from fp8slurm.run.read_json import read_json
 from fp8slurm.run.reader import parse_records
 from fp8slurm.run.task_errors import left_out
+from fp8slurm.run.timeline import who_waits
 from fp8slurm.scheduler.queue import SlurmJob, jobs
 
 TAIL_BYTES = 1 << 18
@@ -50,6 +55,8 @@ class RunStatus:
     attempt: int | None
     job_id: str | None
     job: SlurmJob | None
+    doing: str | None
+    """What keeps an attempt that runs from training, and for how long (run/phases.py); None: it trains, or is over."""
     phase: str | None
     step: int | None
     total: int | None
@@ -62,6 +69,12 @@ class RunStatus:
     """Mean of the last steps, saving included."""
     tokens_per_s: float | None
     remaining_s: float | None
+    waits: dict[str, float]
+    """Where the time of the last steps went: phase (as in time/PHASE) -> its share, largest first."""
+    alerts: tuple[str, ...]
+    """What somebody should look at (run/alerts.py)."""
+    gpus: tuple[NodeGpus, ...]
+    """Of each node, while the newest attempt goes on."""
     record_age_s: float | None
     """Since metrics.jsonl was written to."""
     checkpoint: str | None
@@ -79,6 +92,8 @@ class RunStatus:
     """What could not be read, and why."""
     problem: str | None
     """Why Slurm could not be asked about the run's job."""
+    who_waits: str = ""
+    """Who waits for whom in the newest step that says it (timeline.who_waits)."""
 
 
 def find_runs(root: Path) -> list[Path]:
@@ -153,20 +168,22 @@ class Facts:
         job_id = next(iter(alive + self.training_jobs), None)
         job = known.get(job_id or "")
         silent = problem if any(i not in known for i in self.training_jobs) and not alive else ""
+        checkpoint, age = self._checkpoint()
+        state = self._state(job, checkpoint, bool(silent))
         last = self.records[-1] if self.records else {}
         phase = last.get("phase")
         total = self._total(phase)
         same = [r for r in self.records if r["phase"] == phase and number(r.get("time/step"))][-SPEED_WINDOW:]
         seconds = _mean([(number(r["time/step"]) or 0.0) + (number(r.get("time/checkpoint")) or 0.0) for r in same])
-        checkpoint, age = self._checkpoint()
         error_attempt, error = self._error()
         return RunStatus(
             name=self.path.resolve().name,
             path=str(self.path),
-            state=self._state(job, checkpoint, bool(silent)),
+            state=state,
             attempt=self.newest,
             job_id=job_id,
             job=job,
+            doing=self._doing(state) or None,
             phase=phase,
             step=last.get("step"),
             total=total,
@@ -175,6 +192,9 @@ class Facts:
             step_seconds=seconds,
             tokens_per_s=_mean([number(r.get("throughput/tokens_per_s")) for r in same]),
             remaining_s=None if seconds is None or total is None else max(0, total - last["step"]) * seconds,
+            waits=_shares(same),
+            alerts=tuple(alerts(self.records, self._first_records(), bound_of(self.config))),
+            gpus=self._gpus(state),
             record_age_s=self._age(self.path / "metrics.jsonl") if self.records else None,
             checkpoint=checkpoint,
             checkpoint_age_s=age,
@@ -185,6 +205,7 @@ class Facts:
             links=links,
             notes=tuple(self.notes),
             problem=silent or None,
+            who_waits=next((text for r in reversed(self.records) if (text := who_waits(r))), ""),
         )
 
     # -- parts ---------------------------------------------------------------------------------------------------
@@ -223,6 +244,14 @@ class Facts:
             self.notes.append(f"metrics.jsonl: {broken} of the last {len(lines)} lines cannot be read")
         return records
 
+    def _first_records(self) -> list[Record]:
+        """The records at the beginning of metrics.jsonl, those that `_records` has too among them."""
+        try:
+            with open(self.path / "metrics.jsonl", "rb") as f:
+                return parse_records(f.read(TAIL_BYTES).split(b"\n")[:-1])[0]
+        except OSError:
+            return []
+
     def _latest(self, key: str) -> float | None:
         return next((v for r in reversed(self.records) if (v := number(r.get(key))) is not None), None)
 
@@ -257,6 +286,16 @@ class Facts:
                 return n, a.error
         return None, None
 
+    def _gpus(self, state: str) -> tuple[NodeGpus, ...]:
+        if self.newest is None or state not in ("running", "held"):
+            return ()
+        return read_gpus(self.run.attempts / str(self.newest), self.now)
+
+    def _doing(self, state: str) -> str:
+        if self.newest is None or state not in ("running", "held"):
+            return ""
+        return phase_words(self.run.attempts / str(self.newest), self.now)
+
     def _left_out(self) -> list[dict[str, Any]]:
         try:
             return left_out(self.path / "attempts")
@@ -269,6 +308,13 @@ class Facts:
             return max(0.0, self.now - path.stat().st_mtime)
         except OSError:
             return None
+
+
+def phase_words(attempt_dir: Path, now: float, with_time: bool = True) -> str:
+    """What keeps an attempt from training: "loading ranks 0:42, starting engines 0:40"; "" where it trains."""
+    return ", ".join(
+        p.text + (f" {format_duration(max(0.0, now - p.since))}" if with_time else "") for p in read_phases(attempt_dir)
+    )
 
 
 def size_damage(folder: Path) -> str | None:
@@ -292,6 +338,14 @@ def _link(link: dict[str, Any], known: dict[str, SlurmJob]) -> Link:
     job_id = link.get("job_id")
     state = "done" if not job_id else known[job_id].state.lower() if job_id in known else "unknown"
     return Link(str(link.get("name")), job_id, state, str(link.get("log") or ""))
+
+
+def _shares(records: list[Record]) -> dict[str, float]:
+    """Of time/step and of a save that training waited for, by phase; what no phase claims is "other"."""
+    whole = sum((number(r["time/step"]) or 0.0) + (number(r.get("time/checkpoint")) or 0.0) for r in records)
+    spent = {n: sum(number(r.get(f"time/{n}")) or 0.0 for r in records) for n in TIMES}
+    spent["other"] = whole - sum(spent.values())
+    return {n: s / whole for n, s in sorted(spent.items(), key=lambda i: -i[1]) if whole and s >= 0.01 * whole}
 
 
 def _mean(values: list[float | None]) -> float | None:

@@ -112,6 +112,7 @@ class Endpoint:
         self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
     ) -> web.StreamResponse:
         """Keys first; whatever is raised becomes an answer."""
+        held: _Open | None = None
         try:
             kind, _, key = request.headers.get("Authorization", "").partition(" ")
             held = self._open.get(key) if kind == "Bearer" else None
@@ -140,7 +141,10 @@ class Endpoint:
         except ChatError as error:
             return _error(Refused(400, str(error), "invalid_value", error.parameter))
         except NoRoom as error:
-            return _error(Refused(400, str(error), "context_length_exceeded", "messages"))
+            assert held is not None
+            # agents look for these words
+            text = f"this model's maximum context length is {held.chat.session.model.context} tokens: {error}"
+            return _error(Refused(400, text, "context_length_exceeded", "messages"))
         except (InputError, ValueError) as error:
             return _error(Refused(400, bounded(str(error)), "invalid_value"))
         except Exception as error:  # the agent is told; the run's own errors do not come this way

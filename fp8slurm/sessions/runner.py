@@ -37,6 +37,8 @@ FLAG = "--rollout.generate"
 POLL_S = 0.5
 """How often the loop is asked whether it turns."""
 CLOSE_S = 5.0
+THREADS = 64
+"""Calls of asyncio.to_thread that go on at a time. Python's own limit is the cores and four."""
 WARNINGS = 5
 """Failed conversations that are logged one by one in each converse(); all are counted."""
 
@@ -106,6 +108,7 @@ class SessionRunner:
         """Conversations that failed since the start and were left out."""
         self._endpoint: Endpoint | None = None
         self._loop = asyncio.new_event_loop()
+        self._loop.set_default_executor(concurrent.futures.ThreadPoolExecutor(THREADS, "tools"))
         self._thread = threading.Thread(target=self._loop.run_forever, name="sessions", daemon=True)
         self._thread.start()
 
@@ -143,15 +146,19 @@ class SessionRunner:
         done = asyncio.run_coroutine_threadsafe(work.run(), self._loop)
         probe, turned = threading.Event(), time.monotonic()
         self._loop.call_soon_threadsafe(probe.set)
-        while not concurrent.futures.wait([done], POLL_S).done:
-            check()
-            if probe.is_set():
-                probe, turned = threading.Event(), time.monotonic()
-                self._loop.call_soon_threadsafe(probe.set)
-                if work.functions_at_work:
-                    self.heartbeat()
-            elif time.monotonic() - turned > self.section.tool_timeout_s:
-                raise SessionError(self._blocked())
+        try:
+            while not concurrent.futures.wait([done], POLL_S).done:
+                check()
+                if probe.is_set():
+                    probe, turned = threading.Event(), time.monotonic()
+                    self._loop.call_soon_threadsafe(probe.set)
+                    if work.functions_at_work:
+                        self.heartbeat()
+                elif time.monotonic() - turned > self.section.tool_timeout_s:
+                    raise SessionError(self._blocked())
+        except BaseException:
+            done.cancel()  # nobody waits for the conversations any more
+            raise
         return self._settle(asked, done.result())
 
     def _blocked(self) -> str:
@@ -197,11 +204,13 @@ class _Work:
         loop = asyncio.get_running_loop()
         self._broken: asyncio.Future[None] = loop.create_future()
         work = loop.create_task(self._in_turns() if self._batch is not None else self._at_once())
-        await asyncio.wait({work, self._broken}, return_when=asyncio.FIRST_COMPLETED)
-        if self._broken.done():
+        try:
+            await asyncio.wait({work, self._broken}, return_when=asyncio.FIRST_COMPLETED)
+            if self._broken.done():
+                self._broken.result()
+            work.result()
+        finally:
             work.cancel()
-            self._broken.result()
-        work.result()
         return [self._samples(one) for one in self._held]
 
     async def _in_turns(self) -> None:

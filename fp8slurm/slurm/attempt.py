@@ -16,6 +16,7 @@ from fp8slurm.core.processes import process_of
 from fp8slurm.eval.tasks import further_tasks
 from fp8slurm.models.precision import engine_in_fp8, serves_fp8
 from fp8slurm.run.directory import SLURM_FOLDER, RunDirectory, RunState, rl_step
+from fp8slurm.run.phases import CHECKING, enter_phase, keep_phases
 from fp8slurm.run.task_errors import VERDICT, describe, first_error, is_permanent, record_error
 from fp8slurm.scheduler import job as slurm
 from fp8slurm.scheduler.job import Job, SlurmError
@@ -252,6 +253,8 @@ def begin(config: RunConfig, path: Path, job: Job) -> RunDirectory:
     owner = {"job": job.id, "restart": job.restart, "step": job.step, "checkpoint": patiently(run.newest_checkpoint)}
     owner["arguments"] = slurm.script_arguments(job.id)
     run.acquire(owner, holder)
+    keep_phases(run.attempt_dir, 0)
+    enter_phase(CHECKING)
     try:  # an attempt that has not begun is found by nobody else
         changes = settle_configuration(config, run)
         write_versions(run, changes)

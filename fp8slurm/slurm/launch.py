@@ -1,4 +1,4 @@
-"""Start a run: its tasks on this machine, or a Slurm job; and watch it."""
+"""Start a run's tasks on this machine, and watch them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from fp8slurm.process.environment import GPUS
 from fp8slurm.process.monitor import LAUNCHER, launcher
 from fp8slurm.run.directory import RunDirectory
 from fp8slurm.run.task_errors import first_error
-from fp8slurm.scheduler import job as slurm
 from fp8slurm.slurm import attempt
 from fp8slurm.slurm.task import run_task
 
@@ -28,8 +27,6 @@ Seen = TypeVar("Seen")
 
 END_GRACE_S = 20.0
 """Time for all tasks to end by themselves once one has failed."""
-ASK_S = 5.0
-"""Between two questions to the controller about a job that is followed."""
 
 
 class RunFailed(RuntimeError):
@@ -183,37 +180,3 @@ def _end_tasks(run: RunDirectory, grace_s: float = 10.0) -> None:
         time.sleep(0.1)
     for pid in living():
         os.kill(pid, signal.SIGKILL)
-
-
-def follow(config: RunConfig, job_id: str, watch: Callable[[], None], say: Callable[[str], None]) -> None:
-    """Watch a Slurm job, through its requeues, until it is over; `say` gets a line when its state changes.
-
-    Raises:
-        RunFailed: it ended before the run was finished.
-    """
-    run = RunDirectory(config.run.root / config.run.name)
-    state, asked_at = "", 0.0
-    while True:
-        _in_passing(watch, None)
-        if time.monotonic() - asked_at > ASK_S:
-            asked_at = time.monotonic()
-            try:
-                job = slurm.show_job(job_id)
-            except slurm.SlurmError as error:
-                say(f"Slurm does not answer: {error}")
-            else:
-                now = job["JobState"] if job else "forgotten by Slurm"
-                if now != state:
-                    reason = job.get("Reason", "None") if job else "None"
-                    say(f"job {job_id}: {now}{'' if reason == 'None' else f' ({reason})'}")
-                    state = now
-                if now not in (*slurm.ACTIVE, "COMPLETING"):
-                    break
-        time.sleep(0.5)
-    _in_passing(watch, None)
-    if patiently(lambda: attempt.finished(config, run)):
-        return
-    newest = patiently(run.newest_attempt)
-    run.attempt = newest if newest >= 0 else None
-    text = patiently(lambda: first_error(run.attempt_dir, vanished=False)) if newest >= 0 else None
-    raise RunFailed(f"job {job_id} is {state}: {text or 'the reason is in its log'}")

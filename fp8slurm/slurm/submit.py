@@ -78,4 +78,7 @@ def refuse_second_job(run: RunDirectory) -> None:
             )
         living = f"job {job_id}" if state else None
     if living:
-        raise RunBusyError(f"{run.path} is held by {living}: wait, cancel it (scancel), or choose another --run.name")
+        raise RunBusyError(
+            f"{run.path} is held by {living}: fp8slurm status {run.path} --follow shows it; wait, cancel it (scancel), "
+            f"or choose another --run.name"
+        )

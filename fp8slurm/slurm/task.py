@@ -20,6 +20,7 @@ from fp8slurm.process.rank import rank_main
 from fp8slurm.process.rollout_worker import rollout_worker_main
 from fp8slurm.run.directory import RunDirectory
 from fp8slurm.run.events import keep_events
+from fp8slurm.run.phases import LOADING, enter_phase, keep_phases
 from fp8slurm.run.task_errors import STOPPED, describe, is_permanent, record_error
 from fp8slurm.scheduler.job import Job
 from fp8slurm.slurm.lifecycle import JobLifecycle
@@ -47,6 +48,9 @@ def be_task(config: RunConfig, run: RunDirectory, placement: Placement, task: Ta
     set_logging(config, task)
     if task.role == "worker" or task.number == 0:  # the other ranks would say what rank 0 says
         keep_events(run.attempt_dir, task.index)
+        keep_phases(run.attempt_dir, task.index)
+    if task.role == "rank":
+        enter_phase(LOADING)
     monitor = Monitor(run.attempt_dir, task.index, config.watchdog.timeout_s)
     stop_policy: StopPolicy = NeverStop()
     if job is not None:

@@ -66,7 +66,22 @@ def transformer_config(config: RunConfig, spec: ModelSpec) -> Any:
         arguments["activation_func"] = exact_layers.silu
     if config.fp8.backend == "transformer_engine" and not config.model.exact:  # exact layers multiply by themselves
         arguments |= {"fp8": config.fp8.format, "fp8_recipe": config.fp8.recipe, "fp8_param": config.fp8.param_gather}
-    return TransformerConfig(**arguments)
+    made = TransformerConfig(**arguments)
+    if spec.yarn is not None:
+        # Megatron (0.19.2) reads these from a TransformerConfig, which declares none of them. mscale None: cos and sin
+        # are multiplied by 0.1 ln(factor) + 1, which TransformerEngine's fused rotary embedding of packs leaves out.
+        for name, value in {
+            "rotary_scaling_factor": spec.yarn.factor,
+            "original_max_position_embeddings": spec.yarn.original_positions,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "mscale": None,
+            "mscale_all_dim": None,
+            "correction_range_round_to_int": True,
+        }.items():
+            setattr(made, f"yarn_{name}", value)
+        made.apply_rope_fusion = False
+    return made
 
 
 def build_module(config: RunConfig, spec: ModelSpec, tconfig: Any) -> Any:
@@ -83,7 +98,7 @@ def build_module(config: RunConfig, spec: ModelSpec, tconfig: Any) -> Any:
         post_process=parallel_state.is_pipeline_last_stage(),
         parallel_output=True,
         share_embeddings_and_output_weights=spec.tie_word_embeddings,
-        position_embedding_type="rope",
+        position_embedding_type="yarn" if spec.yarn is not None else "rope",
         rotary_base=spec.rope_theta,
         rope_scaling=spec.rope_scaling is not None,
         rope_scaling_factor=spec.rope_scaling or 1.0,

@@ -92,6 +92,12 @@ def empty_vocabulary(tokenizer: dict[str, Any]) -> None:
     tokenizer["model"] |= {"vocab": {}, "merges": []}
 
 
+def own_task(place: Place, **keys: Any) -> str:
+    definition = "".join(f"{key} = {json.dumps(value)}\n" for key, value in {"name": "mine", **keys}.items())
+    (place.own / "mine.toml").write_text(definition)
+    return f"mine.toml={place.file({'prompt': '1?', 'label': '2', 'b': '3'})}"
+
+
 GSM8K = {"question": "1+1?", "answer": "it is #### 2"}
 ANSWERED = {"prompt": [{"role": "user", "content": "1|2="}, {"role": "assistant", "content": "2"}], "label": "2"}
 HUMAN = {"prompt": [{"role": "human", "content": "1|2="}], "label": "2"}
@@ -240,6 +246,69 @@ ROWS: dict[str, tuple[int, Callable[[Place], list[str]], list[str]]] = {
     "eval: an argument SGLang has not": (
         REFUSED, lambda p: evaluate(p, TASKS, "gsm8k=" + p.file(GSM8K), "--engine.extra-args=--page-size", "big"),
         ["--engine.extra-args --page-size big", "invalid int value"],
+    ),
+    "a job's settings, and no job": (
+        WARNED, lambda p: train(p, "--slurm.partition", "gpu"),
+        ["slurm.partition with slurm.executor local: the run starts on this machine"],
+    ),
+    "mounts without a container": (
+        WARNED, lambda p: train(p, "--slurm.container-mounts", "/a:/b"), ["container_mounts without slurm.container_image"],
+    ),
+    "W&B that is off": (WARNED, lambda p: train(p, "--observe.wandb-project", "x"), ["observe.wandb_project x without"]),
+    "a file for the folder of runs": (
+        REFUSED, lambda p: train(p, "--run.root", p.file()), ["--run.root", "is a file: give the folder of the runs"],
+    ),
+    "eval: percent for a temperature": (
+        REFUSED, lambda p: evaluate(p, TASKS, p.file(user("1?")), "--grader", "exact", "--temperature", "60"),
+        ["--temperature 60; allowed: 0 (greedy) to 10"],
+    ),
+    "eval: two points": (
+        REFUSED, lambda p: evaluate(p, TASKS, "gsm8k=" + p.file(GSM8K), "--precision", "both", "--fail-if-worse", "2"),
+        ["--fail-if-worse 2.0", "0.02: two points"],
+    ),
+    "eval: a context that the model has not": (
+        REFUSED, lambda p: evaluate(p, TASKS, "gsm8k=" + p.file(GSM8K), "--engine.context-length", "4096"),
+        ["--engine.context-length 4096: the model has 1024 positions"],
+    ),
+    "eval: a KV cache smaller than a question": (
+        REFUSED, lambda p: evaluate(p, TASKS, "gsm8k=" + p.file(GSM8K), "--engine.max-total-tokens", "8"),
+        ["question 0 of gsm8k has", "tokens, the engine's context 8"],
+    ),
+    "eval: answers that are cut": (
+        WARNED, lambda p: evaluate(p, TASKS, "gsm8k=" + p.file(GSM8K)),
+        ["gsm8k: answers end where 1024 tokens are reached with the question, not at 4096"],
+    ),
+    "eval: too many GPUs an engine": (
+        REFUSED, lambda p: evaluate(p, TASKS, "gsm8k=" + p.file(GSM8K), "--engine.tensor-parallel-size", "8"),
+        ["--engine.tensor-parallel-size 8", "128 block"],
+    ),
+    "eval: BF16 for FP8": (
+        REFUSED, lambda p: evaluate(p, TASKS, "gsm8k=" + p.file(GSM8K), "--fp8-checkpoint", str(p.model)),
+        ["--fp8-checkpoint", "is Hugging Face, not block FP8"],
+    ),
+    "eval: a module nobody has": (
+        REFUSED, lambda p: evaluate(p, TASKS, "gsm8k=" + p.file(GSM8K), "--modules-to-not-convert", "lm_hed"),
+        ["--modules-to-not-convert lm_hed: the model has no such module"],
+    ),
+    "eval: a file for a folder": (
+        REFUSED, lambda p: evaluate(p, TASKS, "gsm8k=" + p.file(GSM8K), "--eval-dir", p.file(name="e.jsonl")),
+        ["--eval-dir", "is a file: give a folder"],
+    ),
+    "eval: a template that fills in nothing": (
+        REFUSED, lambda p: evaluate(p, TASKS, own_task(p, template="{prompt} {question}")), ["has {question}, which nothing"],
+    ),
+    "eval: letters that are not shown": (
+        REFUSED, lambda p: evaluate(p, TASKS, own_task(p, choice_columns=["label", "b"], label_keys=[])),
+        ["choice_columns, and a template without {choices}"],
+    ),
+    "plot: no picture": (
+        REFUSED, lambda p: ["plot", str(p.own), "--out", "plot.docx"], ["no picture is written as .docx; allowed: "],
+    ),
+    "report: no PDF": (REFUSED, lambda p: ["report", str(p.own), "--out", "r.pdf"], ["--out r.pdf: what is written is HTML"]),
+    "convert: no config": (
+        REFUSED,
+        lambda p: ["convert", "torch-dist-to-hf", str(p.model), str(p.own / "out"), "--origin-hf-dir", str(p.data)],
+        ["--origin-hf-dir", "there is no config.json in it"],
     ),
 }  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,12 @@ from safetensors.torch import load_file, save_file
 from tiny import random_weights, write_model
 from tiny_task import write_data
 
-from fp8slurm.check.preflight import preflight
+from fp8slurm.check.preflight import _lengths, _yarn_warnings, preflight
 from fp8slurm.checkpoint import hf_to_fp8
 from fp8slurm.cli import main
-from fp8slurm.config import parse
+from fp8slurm.config import RunConfig, parse
+from fp8slurm.models.config_json import Yarn
+from fp8slurm.models.known import known_model
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +145,12 @@ def test_the_recipe_passes(tiny):
         (
             ["--rollout.stop-token-ids", "0", "151645", "-1"],
             ["--rollout.stop-token-ids 151645 -1", "tokens; allowed: 0 to"],
+        ),
+        (["--rollout.truncated", "soft"], ["--rollout.truncated soft with --rollout.overlong-buffer None", "4096"]),
+        (["--rollout.overlong-buffer", "4"], ["--rollout.truncated mask with --rollout.overlong-buffer 4", "neither"]),
+        (
+            ["--rollout.truncated", "soft", "--rollout.overlong-buffer", "64", "--rollout.max-tokens", "32"],
+            ["--rollout.overlong-buffer 64", "--rollout.max-tokens 32", "at most that"],
         ),
         (["--eval.tasks", "gsm8k"], ["--eval.tasks gsm8k: give its questions: gsm8k=FILE (nothing"]),
         (["--eval.tasks", "nope"], ["--eval.tasks nope: no such task; allowed: aime-2024", "(with =FILE), a file"]),
@@ -315,7 +324,7 @@ def test_dry_run_prints_and_starts_nothing(tiny, tmp_path, capsys):
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("recipe", ["qwen3-4b-fp8", "qwen3-30b-a3b-fp8"])
+@pytest.mark.parametrize("recipe", ["qwen3-4b-fp8", "qwen3-4b-fp8-32k", "qwen3-30b-a3b-fp8"])
 def test_a_headline_recipe_is_refused_here_in_a_sentence_and_described_all_the_same(
     recipe, tmp_path, monkeypatch, capsys
 ):
@@ -348,3 +357,22 @@ def test_bad_input_gives_one_sentence_and_status_2(tiny, capsys):
     assert main(["train", "--recipe", "tiny-fp8", *flags(tiny, "--data.train", "no/where.jsonl")]) == 2
     err = capsys.readouterr().err
     assert err.startswith("fp8slurm train: --data.train") and "Traceback" not in err
+
+
+def test_yarn_and_the_lengths_of_a_run():
+    spec = replace(known_model("Qwen3-4B"), yarn=Yarn(2.0, 32768))
+    assert spec.max_position_embeddings == 40960
+
+    def run(prompt, response, **engine):
+        return RunConfig(data={"max_prompt_tokens": prompt}, rollout={"max_tokens": response}, engine=engine)
+
+    _lengths(run(1024, 32768), spec)
+    with pytest.raises(ValueError, match="= 41025 do not fit the model's 40960 positions"):
+        _lengths(run(1025, 40000), spec)
+    with pytest.raises(ValueError, match="= 41025 do not fit the 40000 positions that config.json's YaRN reaches"):
+        _lengths(run(1025, 40000), replace(spec, yarn=Yarn(1.25, 32000), max_position_embeddings=131072))
+    (stop,) = _yarn_warnings(run(1024, 32768), spec)
+    assert "factor 2 of 32768 positions) reaches 65536" in stop and "max_position_embeddings 40960" in stop
+    (short,) = _yarn_warnings(run(1024, 1024), replace(spec, max_position_embeddings=65536))
+    assert "has 2048 tokens" in short and "without rope_scaling" in short
+    assert _yarn_warnings(run(1024, 1024), replace(spec, yarn=None)) == []

@@ -72,6 +72,9 @@ def test_bad_input_is_one_line_and_status_2(tmp_path: Path, capsys: pytest.Captu
         assert message in error and error.startswith(f"fp8slurm convert {arguments[0]}: ") and error.count("\n") == 1
     with pytest.raises(SystemExit):
         main(["hf-to-fp8", str(hf), str(tmp_path / "out"), "--max-shard-size", "many"])
+    with pytest.raises(SystemExit):
+        main(["hf-to-fp8", str(hf), str(tmp_path / "out"), "--max-shard-size", "5"])
+    assert "'5' is 5 bytes, at least 1MB is needed" in capsys.readouterr().err
 
 
 def test_an_error_of_the_disk_names_the_path(

@@ -194,6 +194,10 @@ def test_errors(folder: Path, tmp_path: Path) -> None:
         change(copy / "__0_0.distcp")
         with pytest.raises(BadCheckpoint, match=message):
             torch_dist_to_hf(copy, out, origin_hf_dir=hf)
+    fewer = tiny_folders.config(tie=False, num_hidden_layers=1)  # layers are stacked: the first alone would be read
+    other = tiny_folders.write(tmp_path / "fewer", fewer, tiny_folders.tensors(fewer))
+    with pytest.raises(BadCheckpoint, match=r"has \[2\] layers, the model's config \[1\]"):
+        torch_dist_to_hf(ours, out, origin_hf_dir=other)
     assert not out.exists()
 
 

@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from fp8slurm.config.schema import EngineSection
+from fp8slurm.engine import server
 from fp8slurm.engine.server import Engine, EngineError, EngineSettings, meaningful_tail, server_arguments, vital_of
 
 pytestmark = pytest.mark.slow
@@ -42,6 +43,18 @@ def test_arguments() -> None:
     assert gpu[gpu.index("--host") + 1] == "127.0.0.1"
     cpu = server_arguments(Path("m"), EngineSettings(section, cpu=True, deterministic=True), 4000)
     assert cpu[cpu.index("--device") + 1] == "cpu" and "--enable-deterministic-inference" not in cpu
+
+
+def test_a_long_path_is_not_a_sockets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """zmq appends up to 40 characters, and a socket's path has 107 at most."""
+    long = tmp_path / ("x" * 70)
+    long.mkdir()
+    monkeypatch.setattr(server.tempfile, "tempdir", str(long))
+    folder = server._temporary_dir(long, "engine")
+    try:
+        assert len(str(folder)) + 40 <= 107 and folder.stat().st_mode & 0o777 == 0o700
+    finally:
+        folder.rmdir()
 
 
 def test_missing_model_is_named(tmp_path: Path) -> None:

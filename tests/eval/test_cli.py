@@ -94,6 +94,9 @@ BAD = {
     "--checkpoint {m}/hf --tasks {m}/q.jsonl {m}/q.jsonl --grader exact": "q is there twice",
     "--checkpoint {m}/hf --tasks {m}/q.jsonl --grader choice": "is no letter",
     "--checkpoint {m}/hf --tasks {m}/q.jsonl --grader exact --max-prompt-tokens 2": "has no question",
+    "--checkpoint {m}/hf --tasks {m}/q.jsonl --grader generate": "keeps the rewards of --generate, which is not given",
+    "--checkpoint {m}/hf --tasks {m}/q.jsonl --grader exact --generate json:dumps": "--generate json:dumps is called as",
+    "--checkpoint {m}/hf --tasks {m}/q.jsonl --grader exact --nodes 2 --generate examples.lookup:generate": "leave --nodes out",
     "--run {m}/hf": "",
 }
 

@@ -31,7 +31,7 @@ def rows_of(right, n=1, name="t"):
     ]
 
 
-def evaluation(folder, right, precision, n=1, scored=None, tokens_per_second=100.0):
+def evaluation(folder, right, precision, n=1, scored=None, tokens_per_second=100.0, emulated=False):
     task, rows = EvalTask(name="t", n_samples=n), rows_of(right, n)
     folder.mkdir()
     (folder / "samples.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
@@ -39,6 +39,7 @@ def evaluation(folder, right, precision, n=1, scored=None, tokens_per_second=100
         "checkpoint": "step_000040",
         "precision": precision,
         "tokens_per_second": tokens_per_second,
+        "emulated": emulated,
         "tasks": {"t": summarize(task, rows)},
     }
     (folder / "summary.json").write_text(json.dumps(summary))
@@ -84,6 +85,8 @@ def test_differences_flips_gap_and_speed_by_hand(tmp_path):
     gap = found["logprob_gap"]
     assert gap["tokens"] == 3 and gap["mean_abs"] == pytest.approx(0.4 / 3) and gap["max"] == pytest.approx(0.3)
     assert gap["k1"] == pytest.approx(0.2 / 3) and found["speed_ratio"] == 1.5 and found["worse"] == []
+    emulated = evaluation(tmp_path / "e", [1, 1, 0, 0, 1], "fp8", tokens_per_second=150, emulated=True)
+    assert compare(emulated, b)["speed_ratio"] is None, "emulated FP8 says nothing about its speed"
     samples = evaluation(tmp_path / "c", [4, 2, 1, 0, 3], "fp8", n=4)
     task = compare(samples, b)["tasks"]["t"]
     assert task["lost"] == ["2"] and task["won"] == ["4"] and task["difference"]["value"] == pytest.approx(0.5 - 0.6)

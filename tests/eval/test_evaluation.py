@@ -138,7 +138,9 @@ def test_both_precisions_of_a_run(runs, compared):
         found["precision"] == ["fp8", "bf16"] and set(found["tasks"]) == {"held_out", "more"} and found["worse"] == []
     )
     assert (
-        0 < found["logprob_gap"]["mean_abs"] < 0.5 and found["logprob_gap"]["tokens"] > 32 and found["speed_ratio"] > 0
+        0 < found["logprob_gap"]["mean_abs"] < 0.5
+        and found["logprob_gap"]["tokens"] > 32
+        and found["speed_ratio"] is None
     )
     assert "step of a run" in out and "not significantly worse" in out and "tokens/s" in out
     row = rows_in(fp8)[0]

@@ -13,6 +13,7 @@ from transformers import LlamaConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
 from fp8slurm.config import RunConfig
 from fp8slurm.core.errors import InputError
+from fp8slurm.models.config_json import Yarn
 from fp8slurm.models.known import FOLDER as KNOWN
 from fp8slurm.models.known import known_models
 from fp8slurm.models.layout import check_layout
@@ -160,6 +161,13 @@ ROPE = [
     {"rope_type": "llama3", **SCALED, "low_freq_factor": 1, "high_freq_factor": 4},
     {"rope_type": "llama3", **SCALED, "original_max_position_embeddings": 4096},
     {"rope_type": "llama3", "factor": 8.0},
+    {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768},
+    {"type": "yarn", "factor": 2, "original_max_position_embeddings": 40960, "rope_theta": 5e5},
+    {"rope_type": "yarn", "factor": 4.0},
+    {"rope_type": "yarn", "factor": 0.5, "original_max_position_embeddings": 32768},
+    {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768.0},
+    {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768, "beta_fast": 64},
+    {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768, "attention_factor": 1.0},
     {"rope_type": "llama3", **SCALED, "attention_factor": 1.0},
     SCALED,
 ]
@@ -219,10 +227,12 @@ def as_transformers_reads(config: dict[str, Any]) -> dict[str, Any]:
     """The fields of a ModelSpec out of transformers' own class, as its models and SGLang's use them."""
     c = CLASSES[config["model_type"]].from_dict(copy.deepcopy(config))
     rope, llama = dict(c.rope_parameters), config["model_type"] == "llama"
-    scaling = None
+    scaling = yarn = None
     if llama and rope["rope_type"] == "llama3":
         scaling = rope.pop("factor")
         assert [rope.pop(key) for key in list(SCALED)[1:]] == list(SCALED.values())[1:], "Megatron knows no others"
+    elif rope["rope_type"] == "yarn" and config["model_type"].startswith("qwen3"):
+        yarn = Yarn(rope.pop("factor"), rope.pop("original_max_position_embeddings"))
     else:
         assert rope["rope_type"] == "default", "no other kind is supported, so none may be taken"
     assert set(rope) <= {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
@@ -248,6 +258,7 @@ def as_transformers_reads(config: dict[str, Any]) -> dict[str, Any]:
         "rms_norm_eps": c.rms_norm_eps,
         "rope_theta": c.rope_parameters["rope_theta"],
         "rope_scaling": scaling,
+        "yarn": yarn,
         "max_position_embeddings": c.max_position_embeddings,
         "tie_word_embeddings": c.tie_word_embeddings,
     }
@@ -310,6 +321,11 @@ def test_random_variations() -> None:
                 "rope_scaling": {"rope_type": "linear", "factor": 2.0},
             },
             "rope_scaling: rope_type = 'linear'",
+        ),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "original_max_position_embeddings = None"),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 0.5, "original_max_position_embeddings": 32768}},
+            "factor = 0.5; allowed: 1 or more",
         ),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}, "rope_theta": MISSING}, "'dynamic'"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "rope_parameters has 'full_attention'"),

@@ -101,7 +101,8 @@ def test_the_table_fits_the_terminal(width, there, gone):
 def test_the_table_with_progress_and_time_left():
     display = Display("tiny", {"sft": 5, "rl": 100}, io.StringIO())
     assert display.remaining_s() is None and "starting" in rendered(display)
-    display.update({"phase": "sft", "step": 5, "time/step": 99.0})
+    display.update({"phase": "sft", "step": 4, "time/step": 99.0})
+    assert "about 1:39 left of sft\n" in rendered(display)  # RL follows: the run is not done then
     for step in range(1, 31):
         display.update(RECORD | {"step": step, "eval/accuracy": 0.4 if step == 10 else None})
     display.status("rollout [12/32]")

@@ -54,12 +54,26 @@ def test_one_run(tmp_path, figures):
     assert reward.lines[1].get_ydata()[-1] == pytest.approx(0.155)  # mean of steps 11 to 20
     assert list(accuracy.lines[0].get_xdata()) == [-1, 0, 0]
     assert list(accuracy.lines[0].get_ydata()) == pytest.approx([0.1, 0.2, 0.3])
-    assert len(labels(gap)) == 5 and gap.get_yscale() == "log"
-    assert list(gap.lines[2].get_ydata()) == [0.01] * 20 + [0.02] and gap.lines[2].get_xdata()[-1] == 21
-    assert list(gap.lines[3].get_ydata()) == [1e-4] * 20
+    assert labels(gap)[5:] == ["after the last update"] and len(labels(gap)) == 6 and gap.get_yscale() == "log"
+    lines = {line.get_label(): line for line in gap.lines}
+    assert list(lines["mean |d|"].get_ydata()) == [0.01] * 20 and lines["mean |d|"].get_xdata()[-1] == 20
+    (final,) = [line for line in gap.lines if len(line.get_xdata()) == 1]
+    assert (list(final.get_xdata()), list(final.get_ydata())) == ([20], [0.02]), "at the last step, not behind it"
+    assert list(lines["KL, k1 (size)"].get_ydata()) == [1e-4] * 20
     assert labels(times) == ["rollout", "training", "other", "checkpoint"]
     heights = [sum(bar.get_height() for bar in bars) for bars in times.containers]
     assert heights == pytest.approx([20.0, 40.0, 20.0, 3.0])
+
+
+def test_sources_and_parts_have_a_row_of_their_own(tmp_path, figures):
+    with MetricsWriter(tmp_path / "run" / "metrics.jsonl") as writer:
+        for step in (1, 2):
+            more = {"source/math/reward": 0.1 * step, "source/web/reward": 0.5, "reward/parts/right": 0.2}
+            writer.write({"phase": "rl", "step": step, "reward/mean": 0.3} | more)
+    plots.plot(tmp_path / "run")
+    sources, parts = figures[0].axes[4:]
+    assert labels(sources) == ["math", "web"] and list(sources.lines[0].get_ydata()) == pytest.approx([0.1, 0.2])
+    assert labels(parts) == ["right"] and parts.get_title() == "Parts of the reward"
 
 
 def test_several_runs(tmp_path, figures):

@@ -161,6 +161,17 @@ def test_split_placement_lists_two_kinds_of_gpus():
     assert plan.layout == Layout(4, 2, 1, 1, 1, True)
 
 
+def test_context_parallel_ranks_share_tokens_and_nothing_else_but_the_optimizer():
+    two, alone = plan_of("qwen3-4b-fp8-32k"), plan_of("qwen3-4b-fp8-32k", "--parallel.context-parallel-size", "1")
+    assert (two.layout.data, two.layout.replicas, alone.layout.data) == (4, 8, 8)
+    a, b = ({i.name: i.bytes for s in p.stages for i in (*s.memory.state, *s.memory.working)} for p in (two, alone))
+    assert all(a[k] == b[k] for k in ("weights", "gradients", "optimizer", "FP8 copies"))
+    assert a["layer inputs"] == b["layer inputs"] // 2
+    # keys and values of 36 layers, 2 x 1024 wide, in BF16: half of them, gathered three times and summed once
+    assert two.context_traffic == 36 * 4 * 34816 * 2048 * 2 // 2 and alone.context_traffic == 0
+    assert two.pipeline[0].micro_batches == 2 * alone.pipeline[0].micro_batches
+
+
 def test_recomputation_offload_and_stages_move_what_they_should():
     def on_gpu(plan, kind):
         return [sum(i.bytes for i in (*s.memory.state, *s.memory.working) if i.name == kind) for s in plan.stages]

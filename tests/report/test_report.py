@@ -12,7 +12,10 @@ from made_up_run import HOSTILE, record, sample, write_json, write_lines
 from fp8slurm.report import charts, content, drawing, safe
 from fp8slurm.report.cli import main
 from fp8slurm.report.page import embed
+from fp8slurm.report.page import page as page_of
 from fp8slurm.report.samples import read_samples
+from fp8slurm.report.text import markdown
+from fp8slurm.run import timeline
 from fp8slurm.run.reader import read_run
 
 
@@ -87,6 +90,25 @@ def test_it_says_what_the_run_recorded(make_run, capsys):
         "Memory: not recorded",
     ):
         assert said in same, said
+
+
+def test_sources_and_parts_of_the_reward_have_curves(make_run, capsys):
+    """By the run's own names; of many the first are drawn, and it says so."""
+    run = make_run()
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for row in lines:
+        if row["phase"] == "rl":
+            row |= {"source/math/reward": 0.25, "source/web/reward": 0.75, "source/web/response_length": 9.0}
+            row |= {f"reward/parts/p{i:02d}": i / 100 for i in range(14)}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+    document = html(run)
+    drawn = data_of(document)["charts"]
+    assert [line["name"] for line in drawn["source-reward"]["lines"]] == ["math", "web"]
+    assert [line["name"] for line in drawn["source-length"]["lines"]] == ["web"]
+    assert [line["name"] for line in drawn["parts"]["lines"]] == [f"p{i:02d}" for i in range(12)]
+    assert "source-truncated" not in drawn and "The first 12 of 14 names" in document
+    said = text(run, capsys)
+    assert "Reward by source, math" in said and "Parts of the reward, p11" in said
 
 
 def test_nothing_of_a_hostile_run_is_obeyed(make_run, capsys):
@@ -468,3 +490,41 @@ def test_an_attempt_of_an_older_version_says_what_it_did_not_record(make_run, ca
     for page in (html(run), text(run, capsys)):
         attempts = page.split("Attempts and faults")[-1].split("Configuration")[0]
         assert attempts.count("not recorded") >= 2 and "stand in its logs only" in attempts
+
+
+def test_what_somebody_should_look_at_stands_at_the_top(make_run, capsys):
+    run = make_run()
+    assert "To look at" not in html(run)
+    rows = [json.loads(line) | {"rollout/truncated": 0.5} for line in (run / "metrics.jsonl").read_text().splitlines()]
+    write_lines(run / "metrics.jsonl", rows)
+    document = html(run)
+    assert "To look at" in document and "50% of the last samples hit rollout.max_tokens" in document
+    assert "> - truncation: 50%" in text(run, capsys)
+
+
+def test_an_error_that_the_run_has_left_behind_is_earlier(make_run, capsys):
+    run = make_run()
+    assert [a.state for a in read_run(run).attempts] == ["failed", "done"]
+    assert text(run, capsys).count("earlier: ") == 1
+    shutil.rmtree(run / "attempts" / "1")
+    assert "earlier: " not in text(run, capsys)
+
+
+def test_a_step_is_drawn_with_who_waited(make_run):
+    path = make_run()
+    attempt = max((path / "attempts").iterdir(), key=lambda p: int(p.name))
+    for step in (18, 19, 20):
+        begin = 100.0 * step
+        spans = [("rollout", begin, begin + 40), ("train", begin + 40, begin + 90), ("sync", begin + 90, begin + 100)]
+        answers = [timeline.Answered("rollout", 0, begin, begin + 40, begin, begin + 40, [[(begin + 1, begin + 39)]])]
+        timeline.append(attempt, timeline.line("rl", step, begin, begin + 100, spans, answers))
+    run = read_run(path)
+    document = page_of(run, read_samples(run, 0), [], ["run"])
+    assert (
+        "One step, who waits for whom" in document
+        and "RL step 19" in document
+        and "engine 0.0: generating 38" in document
+    )
+    assert "trainer: waits: rollout 40" in document and "updates: weight sync 10" in document
+    told = markdown(run, read_samples(run, 0), [], ["run"])
+    assert "| engine 0.0 | generating " in told and "38%" in told

@@ -6,7 +6,7 @@ from fp8slurm.config.schema import AlgorithmSection
 from fp8slurm.core.types import Prompt, Sample, SampleGroup
 from fp8slurm.rl.advantages import advantages_of, group_relative
 from fp8slurm.rl.controls import negate, shuffle_rewards
-from fp8slurm.rollout.groups import apply_truncation_policy, has_signal
+from fp8slurm.rollout.groups import apply_truncation_policy, has_signal, overlong_penalty, penalize_overlong
 
 
 def group(*samples):
@@ -37,8 +37,9 @@ def test_signal():
 
 @pytest.mark.parametrize(
     "truncated, rewards, trained",
-    [("mask", [1, 1], [True, False]), ("penalize", [1, 0], [True, True]), ("keep", [1, 1], [True, True])],
-)
+    [("mask", [1, 1], [True, False]), ("penalize", [1, 0], [True, True]), ("keep", [1, 1], [True, True]),
+     ("soft", [1, 1], [True, True])],
+)  # fmt: skip
 def test_truncated_samples(truncated, rewards, trained):
     g = group(1, (1, "length"))
     apply_truncation_policy([g], truncated)
@@ -47,6 +48,25 @@ def test_truncated_samples(truncated, rewards, trained):
     aborted = group((1, "abort"))
     apply_truncation_policy([aborted], truncated)
     assert not aborted.samples[0].train
+
+
+@pytest.mark.parametrize(
+    "length, penalty",
+    [(0, 0), (1, 0), (16384, 0), (16385, -1 / 4096), (18432, -0.5), (20479, -4095 / 4096), (20480, -1), (30000, -1)],
+)
+def test_soft_overlong_punishment_of_dapo(length, penalty):
+    """Its eq. 13 with its values: 16,384 tokens expected, 4,096 more as the buffer."""
+    assert overlong_penalty(length, 20480, 4096) == penalty
+
+
+def test_the_penalty_counts_what_the_model_generated_and_moves_no_groups_signal():
+    long = [Sample([1] * n, [0.0] * n, [0] * n, "length", reward=1.0) for n in (4, 7, 8)]
+    g = SampleGroup(Prompt(0, (1,), ""), long)
+    apply_truncation_policy([g], "soft")
+    assert [s.train for s in long] == [True] * 3 and not has_signal(g)
+    figures = penalize_overlong([g], 8, 4)
+    assert [s.reward for s in long] == [1.0, 0.25, 0.0]
+    assert figures == [("reward/overlong_penalty", p) for p in (0.0, -0.75, -1.0)]
 
 
 def test_masked_samples_have_no_part_in_the_mean():

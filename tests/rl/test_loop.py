@@ -325,13 +325,20 @@ def test_a_rollouts_figures_are_those_of_all_workers() -> None:
     stopped = Sample([5, 6], [-0.1] * 2, [4] * 2, "stop", reward=1.0)
     cut, aborted = Sample([5] * 4, [-0.1] * 4, [4] * 4, "length"), Sample([], [], [], "abort")
     answers = [
-        answer_of([group_of(3, stopped, cut)], dropped=1, figures=figures(4.0, 4, 20, 3), reward_failures=1),
+        answer_of(
+            [group_of(3, stopped, cut)],
+            dropped=1,
+            figures=figures(4.0, 4, 20, 3),
+            reward_failures=1,
+            lengths=[9, 4, 3, 4],
+        ),
         answer_of(
             [group_of(8, aborted, stopped)],
             dropped=2,
             figures=figures(0.0, 2, 5, 0) | {"reward/parts/tidy": [1.5, 2]},
             seconds=2.5,
             reward_failures=2,
+            lengths=[5, 0],
         ),
     ]
     loop = loop_with(RunConfig(), weights=engines_that_answer(*answers, sent_version=4))
@@ -343,6 +350,7 @@ def test_a_rollouts_figures_are_those_of_all_workers() -> None:
         "data/metadata_bytes": sum(float(payload.numel()) for _, payload in answers),
         "time/generate": 2.5,
         "reward/parts/tidy": 0.75,
+        "rollout/response_length_p50": 4, "rollout/response_length_p90": 9, "rollout/response_length_p99": 9,
     }  # fmt: skip  # means count groups that were dropped; `tokens` are those of the groups that are here
     assert loop_with(RunConfig(), weights=engines_that_answer(answer_of([]))).rollout(1)[1]["reward/mean"] == 0
 

@@ -1,3 +1,4 @@
+import math
 from collections import Counter
 from itertools import chain
 
@@ -8,7 +9,8 @@ from hypothesis import strategies as st
 
 from fp8slurm.core.types import Prompt, Sample, SampleGroup
 from fp8slurm.data.prompts import SftExample
-from fp8slurm.rl.packing import balanced_bins, pack, pack_sft
+from fp8slurm.models.known import known_model
+from fp8slurm.rl.packing import attention_equal_at, balanced_bins, pack, pack_sft
 
 
 def make_groups(shapes):
@@ -177,6 +179,20 @@ def test_micro_batches_are_dealt_to_and_fro():
     groups, advantages = make_groups([(1, [(n - 1, True)]) for n in (8, 7, 6, 5)])
     (update,) = pack(groups, advantages, updates=1, data_parallel_size=2, tokens_per_micro_batch=8)
     assert [[len(b.tokens) for b in rank] for rank in update] == [[8, 5], [7, 6]]
+
+
+def test_micro_batches_are_dealt_by_cost_where_attention_counts():
+    """Equal tokens, 8 and 4 + 4, but another square: each rank gets one of both. Without a cost, in order."""
+    groups, advantages = make_groups([(1, [(n - 1, True)]) for n in (8, 8, 4, 4, 4, 4)])
+
+    def dealt(**more):
+        sizes = {"data_parallel_size": 2, "tokens_per_micro_batch": 8}
+        (update,) = pack(groups, advantages, updates=1, **sizes, **more)
+        return [sorted(len(b.samples) for b in rank) for rank in update]
+
+    assert dealt(equal_at=8.0) == [[1, 2], [1, 2]] and dealt() == dealt(equal_at=math.inf)
+    assert attention_equal_at(known_model("Qwen3-4B")) == pytest.approx(4.022e9 / (36 * 4096), rel=1e-3)
+    assert attention_equal_at(known_model("Qwen3-30B-A3B")) == pytest.approx(15_500, rel=0.02)
 
 
 def test_a_sequence_above_the_budget_does_not_stop_the_others_from_being_spread():

@@ -88,6 +88,17 @@ def test_all_groups_stay_where_asked(store):
     assert indices(worker_with(store).do_rollout(1, 0, 4, keep_all=True)[1]) == [0, 1, 2, 3]
 
 
+def test_the_soft_penalty_comes_after_groups_without_signal_are_dropped(store):
+    """Responses of 2 tokens, of which 2 are the limit: each loses 1, and only the groups that had a signal stay."""
+    worker = worker_with(store, truncated="soft", overlong_buffer=1, max_tokens=2, max_replacements=3)
+    answer, payload = worker.do_rollout(1, 0, 4)
+    groups = decode_groups(payload)
+    assert [g.prompt.index for g in groups] == [3, 4, 6, 7]
+    assert [[s.reward for s in g.samples] for g in groups] == [[-1.0, 0.0]] * 4
+    assert answer["figures"]["reward/overlong_penalty"] == [-8.0, 8] and answer["figures"]["reward/mean"] == [8.0, 16]
+    assert answer["lengths"] == [2] * 16
+
+
 @pytest.mark.parametrize("truncated", ["penalize", "mask"])
 def test_the_reward_that_is_shown_is_what_the_function_said(store, truncated):
     """Before samples that were cut off lose theirs; whether a group has a signal is decided after it."""

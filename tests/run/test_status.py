@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import socket
 import stat
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from fp8slurm.core.errors import InputError
 from fp8slurm.core.processes import process_start
-from fp8slurm.report.status import main
+from fp8slurm.report.status import main, overview
 from fp8slurm.run.attempts import read_attempt
 from fp8slurm.run.status import find_runs, statuses
 from fp8slurm.scheduler.queue import parse_sacct, parse_squeue
@@ -354,3 +358,111 @@ def test_a_models_folder_is_no_run(tmp_path):
     assert read_run(tmp_path / "run").name == "run"
     with pytest.raises(ValueError, match="model is no run directory"):
         read_run(tmp_path / "model")
+
+
+def starting(run: RunFolder) -> RunFolder:
+    """A job that is starting, on a node whose GPUs say what they do."""
+    run.config(steps=2000).attempt(0, job="7", host="n", pid=1, start="1")
+    run.write("attempts/0/phases/task_0.json", {"phase": "loading ranks", "since": time.time() - 42})
+    gpus = [{"use": u, "used": m, "total": 81920} for u, m in ((62, 40960), (97, 61440))]
+    run.write("attempts/0/gpus/0.json", {"time": time.time(), "host": "node1", "gpus": gpus})
+    return run
+
+
+def test_a_start_says_what_it_does(run, slurm, capsys):
+    slurm("squeue", 'echo "7|RUNNING|None|0:50|30:00|node1|N/A"')
+    assert main([str(starting(run).path)]) == 0 and main(["--root", str(run.path.parent)]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("loading ranks 0:4") == 2
+    assert "node1: 2, busy 62 to 97%, memory at most 60 of 80 GiB (0:0" in shown
+    run.write("attempts/0/phases/task_0.json", {"phase": "training", "since": time.time()})
+    assert one(run).doing is None
+    slurm("squeue", 'echo "7|TIMEOUT|None|0:50|30:00|node1|N/A"')
+    assert one(run).gpus == (), "what the GPUs did in a job that is over says nothing"
+
+
+def test_a_waiting_job_says_when_slurm_expects_it_to_start(run, slurm, capsys):
+    run.config().write("slurm/8_submitted.pkl", "")
+    slurm("squeue", 'echo "8|PENDING|Resources|0:00|30:00||2037-11-24T01:00:00"')
+    assert main([str(run.path)]) == 0 and main(["--root", str(run.path.parent)]) == 0
+    assert capsys.readouterr().out.count("start expected 2037-11-24 01:00") == 2
+
+
+def test_a_run_in_trouble_says_so_and_where_its_time_goes(run, slurm, capsys):
+    me = {"host": socket.gethostname(), "pid": os.getpid(), "start": process_start(os.getpid())}
+    run.config().attempt(0, **me)
+    row = {"phase": "rl", "rollout/truncated": 0.5, "time/step": 4.0, "time/rollout": 3.0, "time/train": 0.8}
+    run.write("metrics.jsonl", "".join(json.dumps(row | {"step": s}) + "\n" for s in range(1, 6)))
+    s = one(run)
+    assert list(s.waits.items()) == [("rollout", 0.75), ("train", pytest.approx(0.2)), ("other", pytest.approx(0.05))]
+    assert len(s.alerts) == 1 and "50% of the last samples" in s.alerts[0]
+    assert main([str(run.path)]) == 0 and main(["--root", str(run.path.parent)]) == 0
+    shown = capsys.readouterr().out
+    assert "rollout 75%, train 20%, other 5%" in shown and shown.count("truncation: 50%") == 2
+
+
+@pytest.mark.parametrize("width", [80, 120, 200])
+def test_the_tables_fit_the_terminal(run, slurm, width):
+    """A narrow one does without columns; run, state and step are always there, and no line is wrapped."""
+    slurm("squeue", 'echo "7|RUNNING|None|0:50|30:00|node1|N/A"')
+    starting(run)
+    other = RunFolder(run.path.parent / "qwen3-4b-fp8-long-name").config(steps=2000).records(1999).checkpoint(1990)
+    other.attempt(12).error(12, 1, "Traceback\n  File x\nRuntimeError: " + "a long reason " * 20)
+    console = Console(file=io.StringIO(), width=width)
+    for part in overview(statuses(find_runs(run.path.parent))[0], run.path.parent, console):
+        console.print(part)
+    lines = console.file.getvalue().splitlines()
+    assert len(lines) == 3 and max(map(len, lines)) <= width, lines
+    assert "loading ranks" in lines[1] and "rl 1999/2000" in lines[2] and "qwen3-4b-fp8-long-name" in lines[2]
+    assert ("attempt" in lines[0]) == (width == 200) and "task 1: RuntimeError" in lines[2]
+
+
+@pytest.mark.parametrize(
+    "flags, told",
+    [
+        (["--watch"], "draws on a terminal"),
+        (["--watch", "0.5"], "at least 2 seconds"),
+        (["--watch", "nan"], "at least 2 seconds"),
+        (["--follow"], "which run"),
+    ],
+)
+def test_what_cannot_be_watched_is_refused(run, slurm, flags, told):
+    run.config()
+    with pytest.raises(InputError, match=told):
+        main(["--root", str(run.path.parent), *flags])
+
+
+WRITER = """
+import json, sys, time
+from pathlib import Path
+from fp8slurm.run.directory import RunDirectory
+from fp8slurm.run.phases import FIRST_UPDATE, enter_phase, keep_phases
+run, steps = RunDirectory(Path(sys.argv[1])), int(sys.argv[2])
+run.acquire()
+keep_phases(run.attempt_dir, 0)
+enter_phase(FIRST_UPDATE)
+print("begun", flush=True)
+sys.stdin.readline()
+with open(run.path / "metrics.jsonl", "a") as f:
+    for step in range(1, steps + 1):
+        f.write(json.dumps({"phase": "rl", "step": step, "reward/mean": 0.5, "time/step": 1.0}) + "\\n")
+if steps == 3:
+    folder = run.checkpoints / "step_000003"
+    folder.mkdir(parents=True)
+    (folder / "COMPLETE").write_text('{"files": {}}')
+time.sleep(1)
+"""
+
+
+@pytest.mark.parametrize("made, status", [(3, 0), (2, 1)])
+def test_a_run_that_somebody_started_is_followed_to_its_end(run, slurm, capfd, monkeypatch, made, status):
+    monkeypatch.setattr("fp8slurm.report.live.ASK_S", 0.2)
+    run.config(steps=3)
+    command = [sys.executable, "-c", WRITER, str(run.path), str(made)]
+    writer = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert writer.stdout.readline() == "begun\n"
+    threading.Timer(1.5, lambda: (writer.stdin.write("\n"), writer.stdin.flush(), writer.wait())).start()
+    assert main([str(run.path), "--follow"]) == status
+    said = capfd.readouterr()
+    assert "first update of the engines" in said.out and f"rl {made}/3  reward 0.500" in said.out
+    assert "a: running" in said.err and said.err.strip().endswith("a: finished" if status == 0 else "a: stopped")

@@ -466,13 +466,20 @@ def test_a_job_that_slurm_has_ended_is_left_alone(config, slurm, state):
     assert after.after(143, run.path) == 143 and slurm.requeued == []
 
 
-STEP = "slurmstepd: error: *** STEP 7.0 ON node1 CANCELLED AT 2026-11-30T20:00:00"
+STEP = "slurmstepd-node1: error: *** STEP 7.0 ON node1 CANCELLED AT 2026-11-30T20:00:00"
+JOB = "slurmstepd-node1: error: *** JOB 7 ON node1 CANCELLED AT 2026-11-30T20:00:00"
+LATE = "srun: got SIGCONT\nsrun: error: node2: task 3: Exited with exit code 143\nsrun: error: node1: task 2: Exited with exit code 1\n"
+"""As a real Slurm 22.05 wrote it after a requeue: tasks that are ended may fail over it."""
 
 
 @pytest.mark.parametrize(
     "log, state, told",
     [
-        (f"{STEP} DUE TO JOB REQUEUE ***\n", "COMPLETING", "ended by Slurm (job requeue)"),
+        (
+            f"{JOB} DUE TO JOB REQUEUE ***\n{STEP} DUE TO JOB REQUEUE ***\n{LATE}",
+            "COMPLETING",
+            "ended by Slurm (job requeue)",
+        ),
         (f"{STEP} DUE TO PREEMPTION ***\n", "COMPLETING", "ended by Slurm (preemption)"),
         (
             f"{STEP} ***\nsrun: error: node2: task 2: Exited with exit code 143\n",

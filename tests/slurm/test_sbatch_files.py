@@ -18,7 +18,12 @@ from fp8slurm.slurm.script import script
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "sbatch"
-TRAINING = {"train_qwen3_4b_fp8.sbatch": "qwen3-4b-fp8", "train_qwen3_30b_a3b_fp8_2node.sbatch": "qwen3-30b-a3b-fp8"}
+TRAINING = {
+    "train_qwen3_4b_fp8.sbatch": "qwen3-4b-fp8", "train_qwen3_30b_a3b_fp8_2node.sbatch": "qwen3-30b-a3b-fp8",
+    "rehearse_tiny.sbatch": "tiny-fp8",
+}  # fmt: skip
+SHORT = {"rehearse_tiny.sbatch": ["--slurm.time=30", "--slurm.signal-delay-s=60"]}
+"""Settings beside the recipe's of what a script asks for."""
 OWN = {"output", "error", "job-name"}
 """Directives that each has for itself: where the log goes, and under which name."""
 
@@ -52,7 +57,7 @@ def srun_flags(text: str) -> list[str]:
 @pytest.mark.parametrize("name", sorted(TRAINING))
 def test_a_training_script_is_what_submit_queues(name, tmp_path):
     written = (FOLDER / name).read_text()
-    config = parse(TRAINING[name], ["--slurm.executor=slurm"])
+    config = parse(TRAINING[name], ["--slurm.executor=slurm", *SHORT.get(name, [])])
     made = script(config, tmp_path)
     assert directives(written) == directives(made)
     assert srun_flags(written) == srun_flags(made) != []

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import functools
+import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +17,8 @@ from trainer_reference import (
     LLAMA,
     NARROW,
     QWEN2,
+    SHORT_YARN,
+    YARN,
     check,
     check_continued,
     expected_training,
@@ -30,7 +36,7 @@ ONE_RANK = [
     "main_grad", "fp8_layers", "packed_modules", "tied_head", "refused", "resume_one_rank", "save_before_any_step",
     "save_one_rank", "full_disk", "snapshot_bytes", "hostile_checkpoint",
     "optimizer_sleep", "plain_optimizer_sleep", "warm_up", "optimizer_settings",
-    "one_rank_qwen2", "one_rank_qwen2_untied", "one_rank_llama", "one_rank_qwen2_fp8",
+    "one_rank_yarn", "yarn_frequencies", "one_rank_qwen2", "one_rank_qwen2_untied", "one_rank_llama", "one_rank_qwen2_fp8",
 ]  # fmt: skip
 TWO_RANKS = [
     "dp2", "dp2_plain_optimizer", "tp2", "tp2_sequence_parallel", "pp2", "pp2_untied", "tp2_fp8",
@@ -38,7 +44,7 @@ TWO_RANKS = [
     "save_pp2", "one_to_dp2", "one_to_tp2", "one_to_pp2", "tp2_full_disk", "dp2_snapshot_bytes",
     "tp2_snapshot_bytes", "dp2_optimizer_sleep", "tp2_warm_up", "tp2_qwen2", "tp2_sequence_parallel_qwen2",
     "tp2_qwen2_fp8", "pp2_qwen2_untied", "tp2_sequence_parallel_llama", "pp2_llama",
-    "cp2", "cp2_recompute", "cp2_fp8", "cp2_resume", "save_cp2", "one_to_cp2",
+    "cp2", "cp2_recompute", "cp2_fp8", "cp2_yarn", "cp2_resume", "save_cp2", "one_to_cp2",
 ]  # fmt: skip
 FOUR_RANKS = ["cp2tp2", "cp2pp2", "cp2dp2", "cp2_to_cp2tp2"]
 BACK_TO_ONE = ["dp2_to_one", "tp2_to_one", "pp2_to_one", "cp2_to_one"]
@@ -66,6 +72,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "qwen2": write_model(folder / "qwen2", seed=2, **QWEN2),
         "qwen2_untied": write_model(folder / "qwen2_untied", seed=3, tie=False, **QWEN2),
         "llama": write_model(folder / "llama", seed=4, tie=False, **LLAMA),
+        "yarn": write_model(folder / "yarn", **YARN),
+        "short_yarn": write_model(folder / "short_yarn", seed=5, **SHORT_YARN),
         "truncated": changed("truncated", lambda t: t.pop("model.layers.1.mlp.up_proj.weight")),
         "tied_head": changed("tied_head", lambda t: t.update(head(t))),
         "other_head": changed("other_head", lambda t: t.update({n: w + 1 for n, w in head(t).items()})),
@@ -102,7 +110,7 @@ def expected(models: dict[str, Path]) -> Callable[[str], dict[str, Any]]:
     ("scenario", "model"),
     [("one_rank", "dense"), ("one_rank_plain_optimizer", "dense"), ("one_rank_recompute", "dense"),
      ("one_rank_untied", "untied"), ("one_rank_qwen2", "qwen2"), ("one_rank_qwen2_untied", "qwen2_untied"),
-     ("one_rank_llama", "llama")],
+     ("one_rank_llama", "llama"), ("one_rank_yarn", "short_yarn")],
 )  # fmt: skip
 def test_one_rank_is_transformers_and_adamw(one: Any, expected: Any, scenario: str, model: str) -> None:
     check(one.result(scenario), expected(model))
@@ -112,7 +120,8 @@ def test_one_rank_is_transformers_and_adamw(one: Any, expected: Any, scenario: s
     ("scenario", "model"),
     [("tp2", "dense"), ("tp2_sequence_parallel", "dense"), ("pp2", "dense"), ("pp2_untied", "untied"),
      ("tp2_qwen2", "qwen2"), ("tp2_sequence_parallel_qwen2", "qwen2"), ("pp2_qwen2_untied", "qwen2_untied"),
-     ("tp2_sequence_parallel_llama", "llama"), ("pp2_llama", "llama"), ("cp2", "dense"), ("cp2_recompute", "dense")],
+     ("tp2_sequence_parallel_llama", "llama"), ("pp2_llama", "llama"), ("cp2", "dense"), ("cp2_recompute", "dense"),
+     ("cp2_yarn", "short_yarn")],
 )  # fmt: skip
 @pytest.mark.parametrize("rank", [0, 1])
 def test_model_parallel_ranks_are_transformers_and_adamw(
@@ -245,6 +254,30 @@ def test_llamas_scaled_frequencies_show_in_these_sequences(models: dict[str, Pat
             for path in (models["llama"], plain)
         )
     assert (scaled - without).abs().max() > 1e-3
+
+
+def test_yarn_turns_by_what_transformers_and_sglang_turn_by_at_every_position(
+    one: Any, models: dict[str, Path], tmp_path: Path
+) -> None:
+    """Beyond 32,768 positions, too; in another process, because SGLang's modules are not to be imported in this one."""
+    from safetensors.torch import load_file
+    from transformers import AutoConfig
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
+
+    got, out = one.result("yarn_frequencies"), tmp_path / "table.safetensors"
+    script, root = Path(__file__).with_name("sglang_yarn.py"), Path(__file__).parents[2]
+    command = [sys.executable, str(script), str(models["yarn"]), str(out)]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(root)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    engine = load_file(out)["table"]
+    cos, sin = Qwen3RotaryEmbedding(AutoConfig.from_pretrained(models["yarn"]))(
+        torch.zeros(1), torch.arange(131072)[None]
+    )
+    for name, theirs, engines in (("cos", cos, engine[:, :64]), ("sin", sin, engine[:, 64:])):
+        assert len(engines) >= 131072
+        torch.testing.assert_close(got[name], theirs[0, :, :64], atol=1e-6, rtol=0)
+        torch.testing.assert_close(got[name], engines[:131072], atol=1e-6, rtol=0)
+    assert float(got["cos"][0, 0]) == pytest.approx(0.1 * math.log(4) + 1)
 
 
 @pytest.mark.parametrize(

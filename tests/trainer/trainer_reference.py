@@ -28,6 +28,13 @@ LLAMA = {
         "original_max_position_embeddings": 8192,
     },
 }  # fmt: skip
+YARN = {
+    "max_position_embeddings": 131072,
+    "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768},
+}
+"""As Qwen3's own pages have it for 131,072 positions."""
+SHORT_YARN = {"rope_scaling": YARN["rope_scaling"] | {"original_max_position_embeddings": 16}}  # type: ignore[operator]
+"""One that short packs go beyond."""
 NARROW = {"intermediate_size": 192}
 """A model whose FFN cuts a block."""
 MOE = {

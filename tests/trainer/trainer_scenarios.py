@@ -693,6 +693,23 @@ def one_rank_llama(ranks: Ranks) -> dict[str, Any]:
     return train(ranks, folder="llama")
 
 
+def one_rank_yarn(ranks: Ranks) -> dict[str, Any]:
+    return train(ranks, folder="short_yarn")
+
+
+def yarn_frequencies(ranks: Ranks) -> dict[str, torch.Tensor]:
+    """(cos, sin) [131072, d / 2] that queries and keys are turned by."""
+    with ranks.trainer(folder="yarn", load=False) as trainer:
+        angles, scale = trainer.module.rotary_pos_emb(131072, packed_seq=True)
+        assert scale == trainer.module.decoder.layers[0].self_attention._yarn_concentration_factor
+        half = angles[:, 0, 0, :64]
+        return {"cos": half.cos() * scale, "sin": half.sin() * scale}
+
+
+def cp2_yarn(ranks: Ranks) -> dict[str, Any]:
+    return train(ranks, folder="short_yarn", **CP2)
+
+
 def one_rank_qwen2_fp8(ranks: Ranks) -> dict[str, Any]:
     return train(ranks, folder="qwen2", **FP8)
 

@@ -31,12 +31,24 @@ CONVERTERS: dict[str, tuple[Callable[..., Any], str]] = {
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 
 
+LEAST_SHARD = 10**6
+"""A smaller file holds one tensor: a number without its unit was meant as GB."""
+
+
 def size(text: str) -> int:
     """Bytes: a number with or without KB, MB, GB, KiB, MiB, GiB."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     if not match or match[2].upper() not in UNITS:
         raise argparse.ArgumentTypeError(f"{text!r} is no size; examples: 5GB, 512MiB")
     return int(float(match[1]) * UNITS[match[2].upper()])
+
+
+def shard_size(text: str) -> int:
+    """`size` of at least LEAST_SHARD bytes."""
+    found = size(text)
+    if found < LEAST_SHARD:
+        raise argparse.ArgumentTypeError(f"{text!r} is {found} bytes, at least 1MB is needed; examples: 5GB, 512MiB")
+    return found
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -47,7 +59,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     memory, buffers = defaults.memory_mib, "memory for buffers in MiB, on top of the imports (default: %(default)s)"
     parser.add_argument("--max-memory", type=int, default=memory, metavar="MIB", help=buffers)
     largest, shard = defaults.max_shard_bytes, "largest output file, e.g. 5GB (default: 2GiB)"
-    parser.add_argument("--max-shard-size", type=size, default=largest, metavar="SIZE", help=shard)
+    parser.add_argument("--max-shard-size", type=shard_size, default=largest, metavar="SIZE", help=shard)
     parser.add_argument("--no-verify", action="store_true", help="do not read the output back and check it")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
     parser.add_argument("--dry-run", action="store_true", help="print sizes and free space, write nothing")

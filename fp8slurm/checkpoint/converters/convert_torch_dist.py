@@ -40,6 +40,10 @@ def _open_origin(path: str | Path) -> _Origin:
     folder = Path(path)
     if not folder.is_dir():
         raise FileNotFoundError(f"--origin-hf-dir {folder}: no such folder")
+    if not (folder / "config.json").is_file():
+        raise BadCheckpoint(
+            f"--origin-hf-dir {folder}: there is no config.json in it; give the model's Hugging Face folder"
+        )
     config = read_json(folder / "config.json")
     quantization = config.get("quantization_config")
     skip = listed_modules(quantization, str(folder / "config.json")) if isinstance(quantization, dict) else ()

@@ -41,13 +41,22 @@ class TorchDistSource:
         self._places: dict[str, _Place] = {}
         infos: dict[str, TensorInfo] = {}
         used: set[str] = set()
+        ends: dict[str, tuple[int, ...]] = {}
         for entry in NameTable(spec):
             key, index = locate(entry, self._reader.tensors)
+            ends[key] = tuple(map(max, ends.get(key, index), index))
             used.update((key, *other_names(key)))
             runs = hf_from_megatron(entry)
             for tensor in entry.tensors:
                 infos[tensor.name] = TensorInfo(tensor.name, self._reader.tensors[key].dtype, tensor.shape)
                 self._places[tensor.name] = _Place(key, index, runs[tensor.name])
+        for key, last in ends.items():
+            there = self._reader.tensors[key].shape[: len(last)]
+            if there != tuple(i + 1 for i in last):
+                what = "layers" if len(last) == 1 else "layers and experts"
+                raise BadCheckpoint(
+                    f"{self._reader.path}: {key} has {list(there)} {what}, the model's config {[i + 1 for i in last]}"
+                )
         left = [k for k in self._reader.tensors if k not in used and not k.startswith(_NOT_MODEL)]
         if left:
             raise BadCheckpoint(f"{self._reader.path}: {left[0]} is no parameter of this model ({len(left)} such keys)")

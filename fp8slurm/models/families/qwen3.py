@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def _read(c: ConfigJson) -> dict[str, Any]:
     c.only("attention_bias", False)
     c.only("use_sliding_window", False)
-    return c.decoder(max_positions=32768) | {
+    return c.decoder(max_positions=32768, rope=("default", "yarn")) | {
         "num_kv_heads": c.size("num_key_value_heads", 32, null=c.size("num_attention_heads")),
         "head_dim": c.size("head_dim", 128),
     }

@@ -20,7 +20,7 @@ def _read(c: ConfigJson) -> dict[str, Any]:
     c.only("mlp_only_layers", None, [])
     names = [key for key in ("num_experts", "num_local_experts") if key in c.fields] or ["num_experts"]
     c.only(names[-1], c.fields.get(names[0]))
-    return c.decoder(max_positions=32768) | {
+    return c.decoder(max_positions=32768, rope=("default", "yarn")) | {
         "num_kv_heads": c.size("num_key_value_heads", 4),
         "head_dim": c.size("head_dim", c.size("hidden_size") // c.size("num_attention_heads")),
         "num_experts": c.size(names[0]),
