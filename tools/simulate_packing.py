@@ -1,6 +1,6 @@
 """Does packing by cost, attention's square included, pay? Seconds of the slowest data-parallel rank over the mean.
 
-    simulate_packing.py [--ranks 8] [--samples 256] [--budget 34816] [--equal-at 14000 27000] [--runs 20] [RUN ...]
+    simulate_packing.py [--ranks 8] [--samples 256] [--budget 34816] [--equal-at 14000 27000] [--repeat 20] [RUN ...]
 
 Response lengths are those that RUN/rollouts has (rollout.save_every), or log-normal. A sequence of n tokens costs
 n + n^2 / E: E, --equal-at, is the length at which attention takes as long as everything else; by FLOPs 27,000 for

@@ -15,7 +15,7 @@ from fp8slurm.check.objective import check_generate, check_objective, check_teac
 from fp8slurm.check.values import unmeant, unusual
 from fp8slurm.checkpoint.contents import check_weights
 from fp8slurm.config import RunConfig
-from fp8slurm.config.derived import transport_of
+from fp8slurm.config.derived import engines_sleep, transport_of
 from fp8slurm.config.load import build
 from fp8slurm.config.placement import place
 from fp8slurm.core.errors import InputError
@@ -418,7 +418,7 @@ def _installed(package: str, file: str) -> bool:
 def _algorithm(config: RunConfig) -> None:
     check_objective(config)
     check_generate(config)
-    _one_ahead(config)
+    _staleness(config)
     if config.run.steps and config.rollout.temperature == 0:
         raise InputError("--rollout.temperature 0: greedy samples are equal; allowed: above 0 (evaluation has its own)")
     o, groups = config.optim, config.rollout.prompts_per_step
@@ -437,18 +437,58 @@ def _algorithm(config: RunConfig) -> None:
         )
 
 
-def _one_ahead(config: RunConfig) -> None:
-    """Refuse rollout.max_staleness where engines cannot work while the trainer does."""
-    if not config.rollout.max_staleness:
-        return
-    flag = f"--rollout.max-staleness {config.rollout.max_staleness}"
-    if config.slurm.gpus_per_node and config.engine.placement == "shared":
+def _staleness(config: RunConfig) -> None:
+    """Refuse rollout.max_staleness where engines cannot work while the trainer does, and partial rollouts where there
+    is nothing that they could go on with."""
+    r, placement = config.rollout, config.engine.placement if config.slurm.gpus_per_node else None
+    flag, more = f"--rollout.max-staleness {r.max_staleness}", f"--rollout.oversample {r.oversample:g}"
+    if r.partial != "continue" and r.oversample == 1:
         raise InputError(
-            f"{flag} with --engine.placement shared: engines and trainer take turns on the same GPUs; allowed: 0, or "
-            f"--engine.placement split with --engine.gpus"
+            f"--rollout.partial {r.partial} without --rollout.oversample: no sample is stopped; leave it out"
+        )
+    if r.oversample > 1:
+        if not r.max_staleness:
+            raise InputError(
+                f"{more} with {flag}: what a step leaves unfinished goes on under the next step's weights; allowed: "
+                f"--rollout.max-staleness 1 or more, or --rollout.oversample 1"
+            )
+        if r.generate is not None:
+            raise InputError(
+                f"{more} with --rollout.generate: conversations are not stopped in the middle; allowed: "
+                f"--rollout.oversample 1"
+            )
+        if config.run.deterministic:
+            raise InputError(
+                f"{more} with --run.deterministic: which groups are ready first depends on the clock; allowed: one of "
+                f"the two"
+            )
+        if placement == "split":
+            raise InputError(
+                f"{more} with --engine.placement split: engines with GPUs of their own need not stop for the trainer; "
+                f"allowed: --rollout.oversample 1, or --engine.placement shared"
+            )
+    if not r.max_staleness:
+        return
+    if placement == "shared" and r.oversample == 1:
+        raise InputError(
+            f"{flag} with --engine.placement shared: engines and trainer take turns on the same GPUs; allowed: 0, "
+            f"--engine.placement split with --engine.gpus, or --rollout.oversample above 1 (docs/async.md)"
         )
     if config.control.freeze_engine:
         raise InputError(f"{flag} with --control.freeze-engine: engines get no weights; allowed: one of the two")
+    if r.max_staleness == 1 or r.oversample > 1:
+        return
+    others = {
+        "--run.deterministic": (config.run.deterministic, "how far requests are at an update depends on the clock"),
+        "--rollout.generate": (r.generate is not None, "conversations do not go on over an update"),
+        "--engine.sleep": (engines_sleep(config), "engines that sleep cannot work while the trainer does"),
+        "--sync.pause-mode in_place": (
+            config.sync.pause_mode == "in_place", "cached prefixes of older weights would be used again",
+        ),
+    }  # fmt: skip
+    for other, (given, why) in others.items():
+        if given:
+            raise InputError(f"{flag} with {other}: {why}; allowed: 0 or 1, or leave {other} out")
 
 
 def _data_files(config: RunConfig) -> list[tuple[Path | None, str, str]]:

@@ -301,9 +301,16 @@ class RolloutSection(Section):
             raise InputError("0 tokens to choose from; allowed: 1 or more, or -1 (off)")
         return top_k
 
-    max_staleness: int = Field(0, ge=0, le=1)
-    """Steps that the weights behind a sample may be older than those that train on it. 1: engines generate the next
-    step's samples while the trainer works on this one's; needs engines on GPUs of their own."""
+    max_staleness: int = Field(0, ge=0, le=16)
+    """Steps that the weights behind a sample's oldest token may be older than those that train on it. 1 and more:
+    engines generate the samples of as many steps ahead while the trainer works, on GPUs of their own; where they share
+    GPUs with it, how old what a step leaves unfinished may get (oversample). docs/async.md."""
+    oversample: float = Field(1.0, ge=1, le=8)
+    """Groups that a step begins, as a multiple of those that it takes: when enough are ready the others are stopped,
+    and go on in the next step from the tokens that they have. 1: off."""
+    partial: Literal["continue", "mask"] = "continue"
+    """With oversample, tokens of older weights than the step's: trained on, with their own log-probabilities, or left
+    out of the loss."""
     truncated: Literal["mask", "penalize", "soft", "keep"] = "mask"
     """A sample that hits max_tokens: left out of the loss, given reward 0, or treated like any other. soft: its reward,
     and that of the last overlong_buffer tokens before it, falls with the length by up to 1 (DAPO)."""
@@ -469,7 +476,7 @@ class SyncSection(Section):
     """Compare a digest of the bytes in the engine with what was sent: never, after the first two updates, after all."""
     pause_mode: Literal["retract", "abort", "in_place"] = "retract"
     """What an update does to running requests: back to the queue (they go on under the new weights), end now, or go on
-    with the old weights' KV cache. (No request runs then today: rollouts one step ahead are waited for.)"""
+    with the old weights' KV cache. Requests run then only with rollout.max_staleness above 1."""
     transport: Literal["auto", "gloo", "cuda-ipc", "nccl", "shared-memory", "gloo-direct"] = "auto"
     """How weights reach the engines: through the host (gloo), mapped on the GPU that trainer and engine share
     (cuda-ipc), or broadcast from GPU to GPU where each have their own (nccl). shared-memory and gloo-direct stand in

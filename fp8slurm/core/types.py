@@ -142,6 +142,8 @@ class SampleGroup:
     samples: list[Sample] = field(default_factory=list)
     worker: int = field(default=0, compare=False)
     """Number of the rollout worker that has it."""
+    first: int = 0
+    """Number of the first of them among the prompt's samples, where this is a part of the group."""
 
     @property
     def rollouts(self) -> list[list[int]]:

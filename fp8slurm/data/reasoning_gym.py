@@ -106,6 +106,8 @@ def _check(task: Task) -> None:
         )
     try:
         task.row(0), task.row(BLOCK - 1)
+    except OSError:  # not what the settings are about
+        raise
     except Exception as error:  # the package checks settings by assert, and by what its dataclasses raise
         raise InputError(
             f"{task.path}: reasoning-gym's {task.name} refuses [settings] {task.settings}: "

@@ -3,7 +3,7 @@
     complete    waits for a place (engine.max_running_requests in each engine, the least busy first, in the order of the
                 requests' numbers), asks, and asks again elsewhere where the engine fails meanwhile
     run, start, wait   coroutines that call it, from the thread that owns the engines
-    run_sessions       conversations, each of which asks several times; run_in_turns for deterministic runs: in batches
+    run_in_turns       conversations of deterministic runs: their requests are asked in batches
 
 An engine that failed is restarted in another thread while the others go on. Where no engine has weights, requests wait
 for the next update: `wait` raises WeightsLost then, and may be called again when it has come.
@@ -40,7 +40,7 @@ IDLE_CONNECTION_S = 2.0
 
 
 class Completions(Generic[M]):
-    """Of one pool. All but `complete` and `run_sessions` are called from the pool's own thread, and no work is given to
+    """Of one pool. All but `complete` are called from the pool's own thread, and no work is given to
     the pool in another way while requests are on their way (EnginePool.ask)."""
 
     def __init__(self, pool: EnginePool[M]) -> None:
@@ -57,7 +57,8 @@ class Completions(Generic[M]):
         self._watch = ExitStack()
         self.stopping = False
         """Whether requests that the engines abort are to end with the tokens so far."""
-        self._aborts = 0
+        self._aborts, self._aborting = 0, False
+        """Updates that aborted what ran; whether one does."""
         self._busy_s = self._idle_s = 0.0
         self._counted = time.monotonic()
 
@@ -95,11 +96,12 @@ class Completions(Generic[M]):
             raise
 
     def interrupted(self) -> None:
-        """What runs is about to be aborted for an update, and goes on behind it."""
-        self._aborts += 1
+        """An update is about to abort what runs: all that is answered so until it is over goes on behind it."""
+        self._aborting = True
 
     def updated(self) -> None:
         """Engines have new weights."""
+        self._aborts, self._aborting = self._aborts + self._aborting, False
         if self._thread.is_alive():
             self._loop.call_soon_threadsafe(self._hand_out)
 
@@ -163,7 +165,7 @@ class Completions(Generic[M]):
             if request.routing and part.routing is None:  # aborted while it waited: they could not be replayed
                 part = replace(part, token_ids=[], logprobs=[], weight_versions=[])
             whole = part if whole is None else joined(whole, part)
-            if whole.finish_reason != "abort" or self.stopping or aborts == self._aborts:
+            if whole.finish_reason != "abort" or self.stopping or (aborts == self._aborts and not self._aborting):
                 return whole
 
     async def _ask(self, request: GenerateRequest, order: tuple[int, int]) -> Generation:
@@ -278,22 +280,12 @@ class Completions(Generic[M]):
             self.pool.restart_failed({m: e for m, e in failed.items() if m.client is clients[m]})
 
 
-async def run_sessions(sessions: Sequence[Session[T]], complete: Completions[Any]) -> list[T | Exception]:
-    """What each session returns, or the exception that it raises, in their order; all at once, the first ones' requests
-    before those of later ones. EngineError, InputError: as Completions.complete."""
-
-    def of(number: int) -> Complete:
-        return lambda request: complete.complete(request, number)
-
-    done = await asyncio.gather(*(session(of(n)) for n, session in enumerate(sessions)), return_exceptions=True)
-    return _checked(done, complete._error)
-
-
 async def run_in_turns(
     sessions: Sequence[Session[T]], generate: Callable[[list[GenerateRequest]], list[Generation]]
 ) -> list[T | Exception]:
-    """run_sessions where nothing depends on a clock: once every session that is not over waits for an answer, all
-    requests that wait are one batch, in the order of their sessions. `generate` computes it, in another thread.
+    """What each session returns, or the exception that it raises, in their order, where nothing depends on a clock:
+    once every session that is not over waits for an answer, all requests that wait are one batch, in the order of their
+    sessions. `generate` computes it, in another thread. EngineError, InputError: as Completions.complete.
 
     A session may ask for several answers at once (asyncio.gather). One that waits for something else, such as a tool,
     holds the batch up; one that does both at the same time is not reproducible.

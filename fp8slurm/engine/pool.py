@@ -401,19 +401,6 @@ def engine_errors(done: dict[M, Future[Any]]) -> dict[M, EngineError]:
     return errors
 
 
-def pieces(requests: Sequence[GenerateRequest], engines: int, most: int) -> list[list[int]]:
-    """Numbers of the requests as pieces of work: those of one prompt together, so that its keys and values are computed
-    once, cut where an engine's equal share ends; single requests where they are more than the engines can compute at
-    once (most: by one), so that each place that gets free is filled at once."""
-    share = math.ceil(len(requests) / engines) if requests else 0
-    work: list[list[int]] = []
-    for i, request in enumerate(requests):
-        if share > most or not i % share or request.token_ids != requests[i - 1].token_ids:
-            work.append([])
-        work[-1].append(i)
-    return work
-
-
 def shares(count: int, engines: int) -> list[list[int]]:
     """The numbers 0 to count - 1 in one block for each engine, equal but for one: what an engine gets is fixed."""
     boundaries = [count * i // engines for i in range(engines + 1)]

@@ -222,8 +222,11 @@ def facts(s: RunStatus) -> Table:
         tokens = "" if s.tokens_per_s is None else f", {s.tokens_per_s:,.0f} tokens/s"
         left = ""
         if s.remaining_s and s.state not in OVER and not s.doing:
-            done = " of sft" if s.phase == "sft" else f", done {clock(time.time() + s.remaining_s)}"
-            left = f", about {format_duration(s.remaining_s)} left{done}"
+            left = f", about {format_duration(s.remaining_s)} left"
+            if s.phase == "sft":
+                left += " of sft"
+            elif s.state in ("running", "held"):  # of a job that waits nobody knows
+                left += f", done {clock(time.time() + s.remaining_s)}"
         facts.add_row("speed", f"{s.step_seconds:.1f} s a step{tokens}{left}")
     if s.waits:
         facts.add_row("step time", Text(", ".join(f"{name} {share:.0%}" for name, share in s.waits.items())))

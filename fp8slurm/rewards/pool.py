@@ -123,6 +123,11 @@ class RewardPool:
                 for branch in others:
                     group.samples[branch].reward = group.samples[i].reward
 
+    @property
+    def takes_groups(self) -> bool:
+        """Whether it is called once for all samples of a prompt."""
+        return self._form.group
+
     def _text(self, group: SampleGroup, sample: Sample) -> str:
         """What the function is given: the whole response, or of a kind that looks for an answer in it, answer_part."""
         if self.reward.kind not in SEARCHING:
@@ -174,7 +179,9 @@ class RewardPool:
 
     def _fail(self, group: SampleGroup, i: int, reason: str, failed: int) -> None:
         of = f" of source {group.prompt.source}" if group.prompt.source else ""
-        what = f"reward function {self.reward.kind} on prompt {group.prompt.index}{of}, sample {i}: {reason}"
+        what = (
+            f"reward function {self.reward.kind} on prompt {group.prompt.index}{of}, sample {group.first + i}: {reason}"
+        )
         if self.reward.on_error == "error" and self.reward.kind != "math":
             raise RewardError(f'{what}. reward.on_error = "zero" counts such a sample as 0')
         self.failures += 1

@@ -33,6 +33,10 @@ class RewardPools:
         for kind, pool in self._pools.items():
             pool.score([g for g in groups if self._kinds[g.prompt.source] == kind], heartbeat)
 
+    def takes_groups(self, source: str) -> bool:
+        """Whether the reward of this source is of all samples of a prompt at once."""
+        return self._pools[self._kinds[source]].takes_groups if self._kinds else False
+
     def close(self) -> None:
         """End the children."""
         for pool in self._pools.values():

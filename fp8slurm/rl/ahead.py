@@ -11,6 +11,7 @@ for and kept (`finish`); a checkpoint has it (`write`), so that a resumed run tr
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,12 +20,15 @@ from typing import Any
 
 import torch
 
+from fp8slurm.core.errors import BadCheckpoint
+from fp8slurm.core.files import read_json
 from fp8slurm.core.gap import gap_metrics
-from fp8slurm.core.types import NOT_GENERATED, PackedBatch, SampleGroup, runs
+from fp8slurm.core.types import PackedBatch, SampleGroup
 from fp8slurm.rl.recompute import all_logprob_rows
 from fp8slurm.rl.weights import Answers, EngineWeights
 
 log = logging.getLogger(__name__)
+OPEN_FILE = "open_prompts.json"
 SCORED = 16
 """Samples of a step that engines score anew, under the weights that the trainer has, to measure the gap."""
 
@@ -92,6 +96,29 @@ class RolloutAhead:
         self._kept = Rollout(answers, answers[0][0]["version"])
 
 
+class OpenPrompts:
+    """Positions in the data before the cursor whose prompts no step has taken yet: they are asked, or asked again,
+    before those behind the cursor. A training rank's; a checkpoint has them, so that none is lost or taken twice."""
+
+    def __init__(self) -> None:
+        self.positions: list[int] = []
+
+    def write(self, folder: Path) -> None:
+        """Put them into a checkpoint, if there are any. OSError."""
+        if self.positions:
+            (folder / OPEN_FILE).write_text(json.dumps({"positions": self.positions}))
+
+    def read(self, folder: Path) -> None:
+        """Take them from a checkpoint. BadCheckpoint: they are none."""
+        path = folder / OPEN_FILE
+        if not path.is_file():
+            return
+        found = read_json(path, BadCheckpoint).get("positions")
+        if not isinstance(found, list) or not all(type(p) is int and p >= 0 for p in found):
+            raise BadCheckpoint(f"{path}: whole numbers of 0 or more are expected")
+        self.positions = found
+
+
 # -- what is measured --------------------------------------------------------------------------------------------
 
 
@@ -113,16 +140,3 @@ def gap_of_scored(trainer: Any, scored: dict[int, torch.Tensor], batches: list[P
     if not there:
         return {}
     return gap_metrics(torch.cat([own[n] for n in there]), torch.cat([scored[n] for n in there]))
-
-
-def staleness(groups: list[SampleGroup], version: int) -> float:
-    """Versions that the weights behind the tokens are older than `version`, on average."""
-    versions = [(v, n) for g in groups for s in g.samples for v, n in runs(s.weight_versions) if v != NOT_GENERATED]
-    tokens = sum(n for _, n in versions)
-    return version - sum(v * n for v, n in versions) / tokens if tokens else 0.0
-
-
-def as_lag(record: dict[str, float], versions: float) -> dict[str, float]:
-    """gap/* of samples from weights that were `versions` behind: how far the policy has moved since, and the gap."""
-    renamed = {key.replace("gap/", "lag/"): value for key, value in record.items()}
-    return {**renamed, "lag/versions": versions}

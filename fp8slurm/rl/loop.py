@@ -22,15 +22,16 @@ import torch.distributed as dist
 from fp8slurm.config import RunConfig
 from fp8slurm.config.derived import engines_start_after_trainer, recomputes_logprobs
 from fp8slurm.core.stopping import NeverStop, StepAbandoned, StopPolicy, StopRequested
-from fp8slurm.core.types import PackedBatch, SampleGroup
+from fp8slurm.core.types import NOT_GENERATED, PackedBatch, SampleGroup, runs
 from fp8slurm.core.user_code import is_user_function
 from fp8slurm.data.prompts import SftExample
 from fp8slurm.models.precision import gap_bound
 from fp8slurm.rl import controls
 from fp8slurm.rl.advantages import advantages_of
-from fp8slurm.rl.ahead import RolloutAhead, as_lag, gap_of_scored, scored_numbers, staleness
+from fp8slurm.rl.ahead import OpenPrompts, RolloutAhead, gap_of_scored, scored_numbers
 from fp8slurm.rl.boundary import StepBoundary
 from fp8slurm.rl.exchange import SampleExchange
+from fp8slurm.rl.lag import token_lags
 from fp8slurm.rl.loss import make_policy_loss
 from fp8slurm.rl.packing import Deal, deal, fill, pack_sft, packing_of
 from fp8slurm.rl.recompute import (
@@ -48,11 +49,11 @@ from fp8slurm.rl.saving import Saver, first_state, load_newest
 from fp8slurm.rl.schedule import learning_rate
 from fp8slurm.rl.stopwatch import Stopwatch
 from fp8slurm.rl.supervised import SupervisedPhase
-from fp8slurm.rl.weights import EngineWeights
+from fp8slurm.rl.weights import Answers, EngineWeights
 from fp8slurm.rollout import evaluation
 from fp8slurm.rollout.channel import RankChannel
 from fp8slurm.rollout.files import is_saved, trainer_file
-from fp8slurm.rollout.groups import merge, merge_scores
+from fp8slurm.rollout.groups import merge, merge_scores, positions_after
 from fp8slurm.run.directory import RunDirectory, RunState
 from fp8slurm.run.events import NO_UPDATE, record_event
 from fp8slurm.run.phases import FIRST_UPDATE, READY, START, TRAINING, enter_phase
@@ -77,11 +78,11 @@ def run(
     on_disk = load_newest(config, run_dir, trainer, store)
     weights = EngineWeights(config, trainer, channel, store, address, run_dir.attempt_dir, watch)
     recorder = Recorder(config, run_dir, watch, first, on_disk, channel.answered)
-    ahead = RolloutAhead(weights)
-    saver = Saver(config, run_dir, trainer, store, dist.get_world_size(), watch, times, on_disk, ahead.write)
+    ahead, open_prompts, ranks = RolloutAhead(weights), OpenPrompts(), dist.get_world_size()
+    saver = Saver(config, run_dir, trainer, store, ranks, watch, times, on_disk, ahead.write, open_prompts.write)
     boundary = StepBoundary(store, first, stop_policy, saver, times, run_dir.attempt_dir, meet, channel.forget)
     state = first_state(config, on_disk)
-    loop = Loop(config, run_dir, trainer, weights, recorder, saver, boundary, watch, state, ahead)
+    loop = Loop(config, run_dir, trainer, weights, recorder, saver, boundary, watch, state, ahead, open_prompts)
     enter_phase(READY)
     weights.connect()
     if engines_start_after_trainer(config):
@@ -89,8 +90,10 @@ def run(
         store.set(f"resident/{trainer.rank}", "true")
     enter_phase(FIRST_UPDATE)
     weights.sync(loop.state.version)
-    if config.rollout.max_staleness and state.phase == "rl" and 0 < state.step < config.run.steps:
-        ahead.read(run_dir.checkpoints / state.name)
+    if state.phase == "rl" and 0 < state.step < config.run.steps:
+        if loop.one_ahead:
+            ahead.read(run_dir.checkpoints / state.name)
+        open_prompts.read(run_dir.checkpoints / state.name)
     workers_are_free = True
     try:
         if loop.state.phase == "sft":
@@ -116,14 +119,21 @@ class Loop:
     def __init__(
         self, config: RunConfig, run_dir: RunDirectory, trainer: Any, weights: EngineWeights, recorder: Recorder,
         saver: Saver, boundary: StepBoundary, watch: Stopwatch, state: RunState, ahead: RolloutAhead | None = None,
+        open_prompts: OpenPrompts | None = None,
     ) -> None:  # fmt: skip
         self.config, self.run_dir, self.trainer, self.weights = config, run_dir, trainer, weights
         self.recorder, self.saver, self.boundary, self.watch = recorder, saver, boundary, watch
         self.state, self.ahead = state, ahead or RolloutAhead(weights)
-        self.one_ahead = config.rollout.max_staleness > 0
         self.scores = config.rollout.temperature == 1 and not config.rollout.routing_replay
         """Whether engines can score for the policy that sampled: they do at temperature 1, and choose experts anew."""
         self.exchange = SampleExchange(weights, trainer)
+        self.open_prompts = open_prompts or OpenPrompts()
+        r = config.rollout
+        self.one_ahead = r.max_staleness == 1 and r.oversample == 1
+        self.steps_ahead = r.max_staleness if r.max_staleness > 1 and r.oversample == 1 else 0
+        """Steps whose groups are asked before the trainer comes to them, and go on over updates."""
+        self.asked = 0
+        """The last step whose groups were asked so."""
         self.policy_loss = make_policy_loss(config.algorithm, config.teacher.kl_coef)
         self.advantages = advantages_of(config.algorithm)
         self.recomputes = recomputes_logprobs(config)
@@ -189,13 +199,17 @@ class Loop:
         c, version = self.config, self.state.version
         with self.watch.timed("rollout"):
             groups, record = self.rollout(step)
-        self.state = replace(self.state, step=step, cursor=int(record.pop("cursor")))
-        behind = staleness(groups, version) if self.one_ahead else 0.0
-        rescored = scored_numbers(groups) if behind and self.scores else []
+        self.state = replace(self.state, step=step)
+        trained = (s for g in groups for s in g.samples if s.train)
+        versions = {v for s in trained for v, _ in runs(s.weight_versions)} - {NOT_GENERATED}
+        stale = bool(c.rollout.max_staleness and versions) and version not in versions
+        rescored = scored_numbers(groups) if stale and self.scores else []
         deals = self.deal(groups, c.train.updates_per_step)
         with self.watch.timed("deal"):
             record |= self.fetch(groups, deals, rescored)
         scored = self.score(groups, rescored, version) if rescored else {}
+        if self.steps_ahead:
+            self._ask_ahead(step)
         if self.one_ahead and step < c.run.steps:
             self.ahead.begin(version, **self._request(step + 1), keep_all=False)
         if c.control.shuffle_rewards:
@@ -215,9 +229,9 @@ class Loop:
         def measure(logprobs: list[torch.Tensor]) -> None:
             """The gap of the trainer's log-probabilities, before a weight changes for what was sampled."""
             nonlocal record
-            record |= compare(self.trainer, batches, logprobs)
-            if behind:
-                record = as_lag(record, behind) | gap_of_scored(self.trainer, scored, batches)
+            lags = token_lags(batches, groups, version) if self.config.rollout.max_staleness else None
+            record |= compare(self.trainer, batches, logprobs, lags)
+            record |= gap_of_scored(self.trainer, scored, batches)
             self.check(record, batches, groups, step)
             if is_saved(step, c.rollout.save_every):
                 save_logprobs(self.trainer, trainer_file(self.run_dir.path, step), groups, batches)
@@ -243,14 +257,44 @@ class Loop:
         abandon = self.boundary.too_late if step > self.state.step and self.state.phase == "rl" else None
         begun = self.ahead.take(self.state.version, abandon) if step else None
         if begun is not None:
+            self._move_on(begun.answers)
             return merge(begun.answers, begun.version)
+        r, version = self.config.rollout, self.state.version
+        if self.steps_ahead and step:
+            if self.asked < step:
+                self._ask_ahead(step)
+            answers = self.weights.ask("take", version, abandon, step=step, prompts=r.prompts_per_step)
+            self._move_on(answers)
+            return merge(answers, self.weights.sent_version, r.max_staleness)
         if self.one_ahead:
-            self.weights.sync(self.state.version)
-        answers = self.weights.ask("rollout", self.state.version, abandon, **self._request(step), keep_all=keep_all)
-        return merge(answers, self.weights.sent_version)
+            self.weights.sync(version)
+        answers = self.weights.ask("rollout", version, abandon, **self._request(step), keep_all=keep_all)
+        if step:
+            self._move_on(answers)
+        return merge(answers, self.weights.sent_version, 0 if r.oversample == 1 or keep_all else r.max_staleness)
 
-    def _request(self, step: int) -> dict[str, int]:
-        return {"step": step, "cursor": self.state.cursor, "prompts": self.config.rollout.prompts_per_step}
+    def _ask_ahead(self, step: int) -> None:
+        """Have engines begin the groups of the steps up to `steps_ahead` behind this one, under the present weights:
+        the last of them is trained on by weights that are as many versions newer."""
+        first, last = max(self.asked, step - 1), min(step + self.steps_ahead, self.config.run.steps)
+        if last > first:
+            self.weights.sync(self.state.version)
+            where: dict[str, Any] = {"cursor": self.state.cursor, "open": self.open_prompts.positions}
+            prompts = self.config.rollout.prompts_per_step
+            self._move_on(self.weights.ask("ask", self.state.version, **where, prompts=prompts, steps=last - first))
+            self.asked = last
+
+    def _request(self, step: int) -> dict[str, Any]:
+        """The "rollout" command of a step (rollout/worker.py)."""
+        request = {"step": step, "cursor": self.state.cursor, "prompts": self.config.rollout.prompts_per_step}
+        if self.config.rollout.oversample > 1:
+            request["trainer_version"] = self.state.version
+        return request | ({"open": self.open_prompts.positions} if step and self.open_prompts.positions else {})
+
+    def _move_on(self, answers: Answers) -> None:
+        """What these answers took of the data is taken."""
+        cursor, self.open_prompts.positions = positions_after(answers)
+        self.state = replace(self.state, cursor=cursor)
 
     def finish_rollout(self) -> StepAbandoned | None:
         """Wait for the next step's rollout, and keep it; why it was given up, where that would take too long."""

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from fp8slurm.core.gap import gap_metrics
 from fp8slurm.core.types import PackedBatch, SampleGroup
+from fp8slurm.rl.lag import lag_metrics
 from fp8slurm.rollout.files import logprob_rows, write_trainer_logprobs
 
 
@@ -80,14 +81,18 @@ def recompute_reference(trainer: Any, batches: list[PackedBatch]) -> None:
         batch.reference_logprobs = logprobs.cpu()
 
 
-def compare(trainer: Any, batches: list[PackedBatch], logprobs: list[torch.Tensor]) -> dict[str, float]:
-    """Fill in every micro-batch's log-probabilities of the trainer; metrics of the gap over all ranks (core/gap.py)."""
-    pairs = []  # each [N, 2]
-    for batch, values in zip(batches, logprobs):
+def compare(
+    trainer: Any, batches: list[PackedBatch], logprobs: list[torch.Tensor], lags: list[torch.Tensor] | None = None
+) -> dict[str, float]:
+    """Fill in every micro-batch's log-probabilities of the trainer; metrics of the gap over all ranks (core/gap.py),
+    and with `lags` (lag.token_lags) those of older tokens apart."""
+    parts = []  # each [N, 2], or [N, 3]
+    for i, (batch, values) in enumerate(zip(batches, logprobs)):
         batch.trainer_logprobs = own = values.cpu()
-        pairs.append(torch.stack([own, batch.rollout_logprobs], 1)[batch.loss_mask])
-    rows = gather_rows(_once(trainer, torch.cat(pairs).float()))
-    return gap_metrics(rows[:, 0], rows[:, 1])
+        columns = [own, batch.rollout_logprobs] + ([] if lags is None else [lags[i]])
+        parts.append(torch.stack(columns, 1)[batch.loss_mask])
+    rows = gather_rows(_once(trainer, torch.cat(parts).float()))
+    return gap_metrics(rows[:, 0], rows[:, 1]) if lags is None else lag_metrics(rows)
 
 
 def save_logprobs(trainer: Any, path: Path, groups: list[SampleGroup], batches: list[PackedBatch]) -> None:

@@ -91,13 +91,14 @@ class Saver:
     def __init__(
         self, config: RunConfig, run_dir: RunDirectory, trainer: Any, store: dist.Store, ranks: int, watch: Stopwatch,
         times: StepTimes, on_disk: RunState | None, beside: Callable[[Path], str] = lambda folder: "",
+        first_beside: Callable[[Path], None] = lambda folder: None,
     ) -> None:  # fmt: skip
         """beside(folder): called on all ranks for every checkpoint; puts into it what belongs to it but is no state of
-        the trainer, and says why it could not, or ""."""
+        the trainer, and says why it could not, or "". first_beside: the same, called on rank 0 alone; OSError."""
         self.run_dir, self.trainer, self.store, self.watch, self.times = run_dir, trainer, store, watch, times
         self.asynchronous = config.checkpoint.asynchronous
         self.writer = CheckpointWriter(run_dir, store, trainer.rank, ranks, config.checkpoint)
-        self.on_disk, self.beside = on_disk, beside
+        self.beside, self.first_beside, self.on_disk = beside, first_beside, on_disk
         """State of the newest checkpoint."""
         self._saves = self._forgotten = self._failed = 0
         self._due = True
@@ -120,7 +121,9 @@ class Saver:
             begun = time.monotonic()
             if self.trainer.rank == 0:
                 try:
-                    answer = {"folder": str(self.run_dir.begin_checkpoint(state))}
+                    folder = self.run_dir.begin_checkpoint(state)
+                    self.first_beside(folder)
+                    answer = {"folder": str(folder)}
                 except OSError as error:
                     answer = {"error": str(error)}
                 self.store.set(tag, json.dumps(answer))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -9,14 +10,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
 
 from fp8slurm.config import RunConfig
 from fp8slurm.core.errors import InputError
 from fp8slurm.core.files import write_atomic
 from fp8slurm.engine.client import GenerateRequest, Generation
-from fp8slurm.engine.completions import Completions, Session, run_in_turns, run_sessions
-from fp8slurm.engine.pool import EnginePool, Member, WeightsLost, engine_errors, pieces, shares
+from fp8slurm.engine.completions import Completions
+from fp8slurm.engine.pool import EnginePool, Member, WeightsLost, engine_errors, shares
 from fp8slurm.engine.server import Engine, EngineError, EngineSettings, visible_gpus
 from fp8slurm.engine.settings import engine_settings
 from fp8slurm.sync import paths
@@ -27,7 +27,6 @@ from fp8slurm.sync.transport import Transport
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
 SILENT_SHARE = 0.5
 """An engine that has work and computes nothing for this share of watchdog.timeout_s is restarted: before the watchdog
 ends the job."""
@@ -40,7 +39,7 @@ class RunEngine(Member):
 
 
 class EngineSet(EnginePool[RunEngine]):
-    """All engines of one node. start, connect, then update, generate and run_sessions, from one thread; stop from any;
+    """All engines of one node. start, connect, then update and generate, from one thread; stop from any;
     complete from coroutines (completions.py).
 
     An engine that fails is restarted and gets `held` (the last whole update) before it gets a request again, while
@@ -211,22 +210,18 @@ class EngineSet(EnginePool[RunEngine]):
     # -- samples -------------------------------------------------------------------------------------------------
 
     async def complete(self, request: GenerateRequest, number: int | None = None) -> Generation:
-        """One response, from a coroutine that `completions` or `run_sessions` runs (Completions.complete)."""
+        """One response, from a coroutine that `completions` runs (Completions.complete)."""
         return await self.completions.complete(request, number)
-
-    def run_sessions(self, sessions: Sequence[Session[T]]) -> list[T | Exception]:
-        """What every session returns or raises, in their order. Each is `async def session(complete)`, and awaits
-        `complete(request)` as often as it likes; thousands run at once. With run.deterministic their requests are
-        computed in batches (completions.run_in_turns). EngineError, InputError, WeightsLost: as in `ask`."""
-        if self.config.run.deterministic:
-            return self.completions.run(run_in_turns(sessions, self.generate))
-        return self.completions.run(run_sessions(sessions, self.completions))
 
     def generate(self, requests: Sequence[GenerateRequest]) -> list[Generation]:
         """Responses in the requests' order. With run.deterministic every engine gets a fixed share as one batch."""
         if self.config.run.deterministic:
             return self._generate(requests, shares(len(requests), len(self.members)))
-        return self._generate(requests, pieces(requests, len(self.members), self.section.max_running_requests))
+        return self.completions.run(self._each(requests))
+
+    async def _each(self, requests: Sequence[GenerateRequest]) -> list[Generation]:
+        """Before any that wait for a place."""
+        return await asyncio.gather(*(self.complete(request, -1) for request in requests))
 
     def generate_batches(self, batches: Sequence[Sequence[GenerateRequest]]) -> list[list[Generation]]:
         """Responses to each batch. With run.deterministic a batch is computed as it is, by whichever engine is free."""

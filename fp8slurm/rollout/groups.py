@@ -66,32 +66,52 @@ def merge_scores(payloads: list[torch.Tensor], lengths: list[int]) -> list[torch
     return parts
 
 
+def values_of(answers: list[tuple[dict[str, Any], torch.Tensor]]) -> list[dict[str, Any]]:
+    """What each rollout worker answered. Of a rollout that a checkpoint had, a worker may answer for several that there
+    were, or for none."""
+    return [value for answer, _ in answers for value in answer.get("answers", [answer])]
+
+
+def positions_after(answers: list[tuple[dict[str, Any], torch.Tensor]]) -> tuple[int, list[int]]:
+    """(cursor, positions before it that were asked and not taken, or not asked), from the answers to "rollout".
+
+    Worker W of n has the positions with position % n == W, and its own cursor (flow.Positions).
+    """
+    values = values_of(answers)
+    cursor = max(a["cursor"] for a in values)
+    open_ = {p for a in values for p in a.get("open", ())}
+    for worker, a in enumerate(values):
+        open_ |= {p for p in range(a["cursor"], cursor) if p % len(values) == worker}
+    return cursor, sorted(open_)
+
+
 def merge(
-    answers: list[tuple[dict[str, Any], torch.Tensor]], sent_version: int | None
+    answers: list[tuple[dict[str, Any], torch.Tensor]], sent_version: int | None, max_staleness: int = 0
 ) -> tuple[list[SampleGroup], dict[str, float]]:
     """The groups in the rollout workers' answers to "rollout" (worker.py), in order, and metrics (docs/metrics.md).
 
-    RuntimeError: a token was generated under other weights than those of `sent_version`.
+    RuntimeError: a token was generated under weights that are more than max_staleness versions older than those of
+    `sent_version`, or newer.
     """
     groups: list[SampleGroup] = []
     for worker, (_, payload) in enumerate(answers):
         groups += [replace(group, worker=worker) for group in decode_groups(payload)]
-    # of a rollout that a checkpoint had, a worker may answer for several that there were, or for none
-    values = [value for answer, _ in answers for value in answer.get("answers", [answer])]
-    stale = {v for g in groups for s in g.samples for v, _ in runs(s.weight_versions)} - {sent_version, NOT_GENERATED}
+    values = values_of(answers)
+    versions = {v for g in groups for s in g.samples for v, _ in runs(s.weight_versions)} - {NOT_GENERATED}
+    stale = versions - ({None} if sent_version is None else {sent_version - n for n in range(max_staleness + 1)})
     if stale:
         raise RuntimeError(
             f"tokens were generated under weight versions {sorted(stale)}; the engines were sent {sent_version}"
         )
     figures = means(a["figures"] for a in values)
+    total = figures.pop("rollout/tokens")
     trained = sum(len(s.prompt_of(g.prompt)) + len(s.response_ids) for g in groups for s in g.samples)
     return groups, {
-        "cursor": values[0]["cursor"],
         REWARD: figures.pop(REWARD),
         "reward/failures": sum(a["reward_failures"] for a in values),
         "rollout/groups": len(groups),
         "rollout/dropped": sum(a["dropped"] for a in values),
-        "rollout/tokens": figures.pop("rollout/tokens"),
+        "rollout/tokens": total,
         LENGTH: figures.pop(LENGTH),
         TRUNCATED: figures.pop(TRUNCATED),
         "tokens": trained,
@@ -99,4 +119,19 @@ def merge(
         "time/generate": max(a["seconds"] for a in values),
         **percentiles([n for a in values for n in a.get("lengths", ())]),
         **figures,
+        **_of_flow(values, total),
     }
+
+
+def _of_flow(values: list[dict[str, Any]], tokens: float) -> dict[str, float]:
+    """What only rollouts that are not in rounds have; tokens: of the samples that were taken or dropped."""
+    out: dict[str, float] = {}
+    if all("idle" in a for a in values):
+        out["rollout/engines_idle"] = sum(a["idle"] for a in values) / len(values)
+    for key in ("queued", "in_flight", "asked_again"):
+        if all(key in a for a in values):
+            out[f"rollout/{key}"] = sum(a[key] for a in values)
+    if all("forgotten" in a for a in values):
+        forgotten = sum(a["forgotten"] for a in values)
+        out["rollout/forgotten"] = forgotten / (forgotten + tokens) if forgotten else 0.0
+    return out

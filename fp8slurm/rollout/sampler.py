@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -61,17 +62,38 @@ class Sampler:
             of_prompts = [held[i * n : (i + 1) * n] for i in range(len(prompts))]
             return [SampleGroup(p, [s for one in own for s in one]) for (_, p), own in zip(prompts, of_prompts)]
         done = generate(requests)
+        samples = self._samples(requests, done)
+        return [SampleGroup(prompt, samples[i * n : (i + 1) * n]) for i, (_, prompt) in enumerate(prompts)]
+
+    def request(self, position: int, prompt: Prompt, k: int) -> GenerateRequest:
+        """What is asked for sample k of the prompt at this position, by the settings of [rollout]."""
+        r = self.config.rollout
+        return GenerateRequest(
+            list(prompt.token_ids), r.max_tokens, r.temperature, r.top_p, r.top_k, self.stop_ids,
+            seed=sample_seed(self.config.run.seed, position, k), routing=r.routing_replay,
+        )  # fmt: skip
+
+    def sample_of(self, request: GenerateRequest, done: Generation) -> Sample:
+        """The sample that an answer to `request` is. RuntimeError: as `sample`."""
+        (sample,) = self._samples([request], [done])
+        return sample
+
+    def _samples(self, requests: list[GenerateRequest], done: list[Generation]) -> list[Sample]:
         texts = self.tokenizer.batch_decode([self._without_end(g.token_ids) for g in done])
         samples = [
             Sample(g.token_ids, g.logprobs, g.weight_versions, g.finish_reason, text)
             for g, text in zip(done, texts, strict=True)
         ]
-        if routing:
-            assert self.config.model.hf_checkpoint is not None
-            spec = ModelSpec.from_hf_dir(self.config.model.hf_checkpoint)
+        if any(request.routing for request in requests):
             for sample, request, g in zip(samples, requests, done, strict=True):
-                sample.routing = routing_of(g, len(request.token_ids), spec)
-        return [SampleGroup(prompt, samples[i * n : (i + 1) * n]) for i, (_, prompt) in enumerate(prompts)]
+                sample.routing = routing_of(g, len(request.token_ids), self.spec)
+        return samples
+
+    @cached_property
+    def spec(self) -> ModelSpec:
+        """The model's sizes."""
+        assert self.config.model.hf_checkpoint is not None
+        return ModelSpec.from_hf_dir(self.config.model.hf_checkpoint)
 
     def _without_end(self, ids: list[int]) -> list[int]:
         return ids[:-1] if ids and ids[-1] in self.stop_ids else ids

@@ -8,8 +8,10 @@ GPU to GPU they do not pass through it, and an engine that died waits for the ne
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,7 @@ from fp8slurm.rollout.dealing import Holder
 from fp8slurm.rollout.engines import EngineSet
 from fp8slurm.rollout.evaluation import TrainingEval
 from fp8slurm.rollout.files import is_saved, rollout_file, trainer_file, write_rollout
+from fp8slurm.rollout.flow import Flow, Positions, Scorer, Slot, ask_again, mask_older
 from fp8slurm.rollout.groups import apply_truncation_policy, has_signal, penalize_overlong
 from fp8slurm.rollout.sampler import Sampler, model_of
 from fp8slurm.rollout.tally import Figure, Tally, figures_of
@@ -63,6 +66,14 @@ class RolloutWorker:
         self.computed: dict[Hashable, Any] = {}
         """Parts of the answer to the last command. Where a node lost its weights they are sent again and the command is
         given again, to all nodes: the others have done their part."""
+        self.flow: Flow | None = None
+        """Of the last rollout that was not in rounds; it goes on where weights were lost."""
+        self.queue: Flow | None = None
+        """Of the steps ahead, where those are several (rollout.max_staleness above 1)."""
+        self.taken: tuple[int, dict, list[SampleGroup]] = (-1, {}, [])
+        """The last step's that was taken out of it."""
+        self.left: list[Slot] = []
+        """What a step began and did not take: its tokens are kept (rollout.oversample)."""
         self._started: list[Callable[[], None]] = []
         """What ends everything that `start` started."""
         monitor.on_exit = self.stop
@@ -99,6 +110,7 @@ class RolloutWorker:
         self.order = order_of(loaded, sources, c.run.seed, c.data.shuffle) if sources else None
         self.rewarder = RewardPools(c.reward, {s.name: s.reward for s in sources}, reward_workers(c))
         self._started.append(self.rewarder.close)
+        self.scorer = Scorer(self.rewarder, lambda: self.channel.progress())
 
     def stop(self) -> None:
         """End the engines and everything that was started."""
@@ -117,7 +129,8 @@ class RolloutWorker:
         self.receiver = paths.receiver(self.config, self.number, store, sources)
         self._bring_up()
         commands: dict[str, Callable[..., tuple]] = {
-            "rollout": self.do_rollout, "deal": self.do_deal, "keep": self.do_keep, "restore": self.do_restore,
+            "rollout": self.do_rollout, "ask": self.do_ask, "take": self.do_take,
+            "deal": self.do_deal, "keep": self.do_keep, "restore": self.do_restore,
             "score": self.do_score, "evaluate": self.do_evaluate, "update": self.do_update,
             "prepare": self.do_prepare, "sleep": self.do_sleep, "stop": lambda: ({}, None),
         }  # fmt: skip
@@ -170,20 +183,75 @@ class RolloutWorker:
         self.engines.update(version, self.receiver.receive(version, number, verify), verify)
         return {"seconds": self.engines.update_seconds, **self.engines.update_counts}, None
 
-    def do_rollout(self, step: int, cursor: int, prompts: int, keep_all: bool = False) -> tuple[dict, torch.Tensor]:
-        """Generate and score this node's share of `prompts` groups from the data at `cursor`.
+    def do_rollout(
+        self,
+        step: int,
+        cursor: int,
+        prompts: int,
+        keep_all: bool = False,
+        open: Sequence[int] = (),
+        trainer_version: int = -1,
+    ) -> tuple[dict, torch.Tensor]:
+        """Generate and score this node's share of `prompts` groups from the data at the positions `open`, then from
+        `cursor` on. trainer_version: of the weights that train on them.
 
         Groups without signal are replaced from the prompts that follow, rollout.max_replacements times at most.
         """
+        begun = time.monotonic()
+        self._begin("rollout", step, cursor, prompts, keep_all, tuple(open))
+        if self.config.run.deterministic or self.config.rollout.generate is not None:
+            answer, kept = self._in_rounds(cursor, prompts, keep_all, open)
+        else:
+            answer, kept = self._once(
+                "answer", lambda: self._as_they_end(cursor, prompts, keep_all, open, trainer_version)
+            )
+        return self._finish(step, answer, kept, begun, keep_all)
+
+    def do_ask(self, cursor: int, open: Sequence[int], prompts: int, steps: int) -> tuple[dict, None]:
+        """Begin this node's share of `prompts` groups for each of so many further steps, behind those that are under
+        way; it does not wait for any. cursor, open: as do_rollout, where nothing is under way yet."""
+        if self.queue is None:
+            self.queue = self._new_flow(cursor, open)
+        self.engines.completions.start(self.queue.extend(self._share(prompts) * steps)).result()
+        return _where(self.queue), None
+
+    def do_take(self, step: int, prompts: int) -> tuple[dict, torch.Tensor]:
+        """This node's share of a step's groups that `do_ask` began: the first ones, in the order of asking. The others
+        go on, over updates too."""
+        begun, completions, flow = time.monotonic(), self.engines.completions, self.queue
+        assert flow is not None
+        if self.taken[0] != step:  # given again where another node lost its weights
+            own = self._share(prompts)
+            completions.wait(completions.start(flow.first(own)))
+            self.taken = step, *self._harvest(flow, flow.slots[:own])
+        return self._finish(step, *self.taken[1:], begun)
+
+    def _finish(
+        self, step: int, answer: dict, kept: list[SampleGroup], begun: float, keep_all: bool = False
+    ) -> tuple[dict, torch.Tensor]:
+        """What is done with every step's groups; the answer. begun: of time.monotonic()."""
+        if self.teacher is not None and not keep_all:
+            with self.channel.at_work():
+                self.teacher.fill_in(kept)
+        if is_saved(step, self.config.rollout.save_every):
+            self._save(step, kept)
+        answer |= {"reward_failures": self.rewarder.failures, "seconds": time.monotonic() - begun}
+        return answer, self.holder.hold(answer, kept)
+
+    def _in_rounds(
+        self, cursor: int, prompts: int, keep_all: bool, open: Sequence[int]
+    ) -> tuple[dict, list[SampleGroup]]:
+        """All of a round's samples as fixed batches, scored together; what replaces groups is a round of its own."""
         assert self.order is not None
-        r, begun = self.config.rollout, time.monotonic()
-        self._begin("rollout", step, cursor, prompts, keep_all)
+        r = self.config.rollout
         kept: list[SampleGroup] = []
         dropped, tally = 0, Tally()
         missing, rounds = prompts, r.max_replacements + 1
         for round_ in range(rounds):
-            positions = range(cursor, cursor + missing)
-            indices, cursor = self.order.take(cursor, missing)
+            again, open = open[:missing], open[missing:]
+            fresh = missing - len(again)
+            indices = [i for p in again for i in self.order.take(p, 1)[0]] + self.order.take(cursor, fresh)[0]
+            positions, cursor = [*again, *range(cursor, cursor + fresh)], cursor + fresh
             share = [(p, self.train_prompts[i]) for p, i in list(zip(positions, indices))[self.number :: self.workers]]
             try:
                 groups, figures = self._once(tuple(p for p, _ in share), lambda: self._sample_and_score(share))
@@ -202,20 +270,85 @@ class RolloutWorker:
             missing -= sum(self.channel.get(f"kept/{self.channel.count}/{round_}/{w}") for w in range(self.workers))
             if missing <= 0:
                 break
-        if self.teacher is not None and not keep_all:
-            with self.channel.at_work():
-                self.teacher.fill_in(kept)
-        if is_saved(step, r.save_every):
-            self._save(step, kept)
-        answer = {
-            "cursor": cursor,
-            "dropped": dropped,
-            "figures": tally.sums,
-            "lengths": tally.lengths,
-            "reward_failures": self.rewarder.failures,
-        }
-        answer["seconds"] = time.monotonic() - begun
-        return answer, self.holder.hold(answer, kept)
+        answer = {"cursor": cursor, "open": list(open), "dropped": dropped}
+        return answer | {"figures": tally.sums, "lengths": tally.lengths}, kept
+
+    def _as_they_end(
+        self, cursor: int, prompts: int, keep_all: bool, open: Sequence[int], version: int
+    ) -> tuple[dict, list[SampleGroup]]:
+        """Each sample by itself, scored when it ends (flow.py). With rollout.oversample more groups are begun than a
+        step takes; what is not ready when enough are is stopped, and goes on in the next step."""
+        r, completions = self.config.rollout, self.engines.completions
+        own = self._share(prompts)
+        partial = r.oversample > 1 and not keep_all
+        again, begin, enough = self._once(
+            "flow", lambda: self._begin_flow(cursor, own, keep_all, open, version if partial else None)
+        )
+        flow = self.flow
+        assert flow is not None
+        completions.wait(begin)
+        completions.wait(enough)
+        if partial:
+            completions.stop(completions.start(flow.rest()))
+        taken = [slot for slot in flow.slots if slot.group is not None][:own]  # in the order of asking
+        over = [slot for slot in flow.slots if slot in taken or slot.over and slot.group is None]
+        answer, kept = self._harvest(flow, over)
+        if partial:
+            self.left = list(flow.slots)
+            answer |= {"asked_again": again[0], "forgotten": again[1]}
+            answer["in_flight"] = sum(part is not None for s in flow.slots for part in s.parts)
+            if r.partial == "mask":
+                mask_older(kept, version)
+        return answer, kept
+
+    def _harvest(self, flow: Flow, over: list[Slot]) -> tuple[dict, list[SampleGroup]]:
+        """Take these out of it: what is answered of them, and their groups."""
+        tally = Tally()
+        for slot in over:
+            tally.add(slot.lost + slot.figures)
+        flow.remove(over)
+        kept, r = [s.group for s in over if s.group is not None], self.config.rollout
+        if r.overlong_buffer is not None:
+            tally.add(penalize_overlong(kept, r.max_tokens, r.overlong_buffer))
+        answer = _where(flow) | {"dropped": sum(s.dropped for s in over)}
+        answer |= {"figures": tally.sums, "lengths": tally.lengths}
+        answer["idle"] = self.engines.completions.idle_share()
+        if flow is self.queue or r.oversample > 1:
+            answer["queued"] = sum(s.group is not None for s in flow.slots)
+            answer["in_flight"] = sum(sample is None for s in flow.slots for sample in s.samples)
+        return answer, kept
+
+    def _share(self, prompts: int) -> int:
+        """This node's of so many groups."""
+        return prompts // self.workers + (self.number < prompts % self.workers)
+
+    def _new_flow(self, cursor: int, open: Sequence[int], keep_all: bool = False) -> Flow:
+        assert self.order is not None
+        positions = Positions(self.order, cursor, open, self.number, self.workers)
+        r = self.config.rollout
+        return Flow(r, self.sampler, self.engines, self.scorer, self.train_prompts, positions, keep_all)
+
+    def _begin_flow(
+        self, cursor: int, own: int, keep_all: bool, open: Sequence[int], version: int | None
+    ) -> tuple[tuple[int, int], Future[None], Future[None]]:
+        """Begin the slots of a step. version: with rollout.oversample, of the weights that train on them."""
+        r, completions = self.config.rollout, self.engines.completions
+        if self.flow is not None:  # given up: a command for other weights has come
+            completions.run(self.flow.cancel())
+        flow = self.flow = self._new_flow(cursor, open, keep_all)
+        positions = flow.positions
+        slots: list[Slot] = []
+        again = (0, 0)
+        if version is not None:
+            left = {slot.position: slot for slot in self.left}
+            slots = [left[p] for p in positions.open if p in left]
+            positions.open = [p for p in positions.open if p not in left]
+            again = ask_again(slots, version - r.max_staleness)
+        count = own if version is None else math.ceil(own * r.oversample)
+        slots += (flow.new_slot() for _ in range(count - len(slots)))
+        completions.idle_share()
+        begin = completions.start(flow.begin(sorted(slots, key=lambda s: s.position)))
+        return again, begin, completions.start(flow.enough(own if version is not None else len(slots)))
 
     def do_deal(
         self, wanted: list[list[int]], first: list[int], to: list[list[int]], texts: bool
@@ -290,6 +423,13 @@ class RolloutWorker:
         trainer_file(self.run.path, step).unlink(missing_ok=True)  # an earlier attempt's belongs to other samples
         prompts = [self.sampler.tokenizer.decode(list(g.prompt.token_ids)) for g in groups]
         write_rollout(rollout_file(self.run.path, step, self.number, self.workers), groups, prompts)
+
+
+def _where(flow: Flow) -> dict[str, Any]:
+    """Where a rollout worker is in the data (groups.positions_after)."""
+    return {
+        "cursor": flow.positions.cursor, "open": sorted([*(s.position for s in flow.slots), *flow.positions.open]),
+    }  # fmt: skip
 
 
 def engine_checkpoint(config: RunConfig, run: RunDirectory, number: int) -> Path:

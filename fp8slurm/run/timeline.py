@@ -152,7 +152,7 @@ def who_waits(record: Mapping[str, Any]) -> str:
     step, waits, idle = (number(record.get(f"time/{key}")) for key in ("step", "trainer_waits", "engines_idle"))
     if not step or waits is None:
         return ""
-    text = f"trainer for engines {waits / step:.0%} of the step"
+    text = f"trainer for engines {waits / step:.0%} of the last step"
     if idle is not None:
         text += f", engines for the trainer {min(1.0, idle / step):.0%}"
     return text

@@ -44,7 +44,8 @@ def test_no_token_differs_in_a_run_that_is_killed_and_goes_on_in_another_layout(
 
 def test_context_parallel_ranks_train_on_the_engines_bits(runs):
     """Two ranks share every sequence, through supervised steps, updates and RL steps."""
-    runs.run("context", "--parallel.context-parallel-size=2", "--run.steps=2", "--eval.every=0")
+    few = ("--run.steps=2", "--sft.max-steps=2", "--rollout.prompts-per-step=2", "--eval.every=0")
+    runs.run("context", "--parallel.context-parallel-size=2", *few)
     records = [r for r in read_metrics(runs.path("context")) if r["phase"] == "rl"]
     assert [r["step"] for r in records] == [0, 1, 2] and all(r["gap/max"] == 0 for r in records)
     assert all(r["skipped"] == 0 for r in records[1:])

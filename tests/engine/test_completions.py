@@ -13,7 +13,7 @@ from fp8slurm.config.schema import EngineSection
 from fp8slurm.core.errors import InputError
 from fp8slurm.engine import completions as module
 from fp8slurm.engine.client import GenerateRequest, Generation
-from fp8slurm.engine.completions import Completions, continued, joined, run_in_turns, run_sessions
+from fp8slurm.engine.completions import Completions, continued, joined, run_in_turns
 from fp8slurm.engine.pool import EnginePool, Member, WeightsLost
 from fp8slurm.engine.server import EngineError
 
@@ -263,7 +263,7 @@ def test_sessions_in_turns_are_batches_that_no_clock_decides():
     assert batches[:3] == batches[3:] == [[0, 1, 2, 3, 4], [101, 102, 104], [202]]
 
 
-def test_a_session_that_raises_ends_alone_in_both_modes(pool_of):
+def test_a_session_that_raises_ends_alone():
     async def raises(complete):
         await complete(GenerateRequest([1], 8, seed=0))
         raise ValueError("no such tool")
@@ -275,13 +275,8 @@ def test_a_session_that_raises_ends_alone_in_both_modes(pool_of):
     def generate(batch):
         return [Generation([r.seed], [0.0], "stop", [0]) for r in batch]
 
-    pool = pool_of(Server())
-    sessions = [raises, conversation(3, 2), two_at_once]
-    for done in (
-        asyncio.run(run_in_turns(sessions, generate)),
-        pool.completions.run(run_sessions(sessions, pool.completions)),
-    ):
-        assert isinstance(done[0], ValueError) and done[1:] == [[3, 3, 103], [1, 2]]
+    done = asyncio.run(run_in_turns([raises, conversation(3, 2), two_at_once], generate))
+    assert isinstance(done[0], ValueError) and done[1:] == [[3, 3, 103], [1, 2]]
 
 
 def test_engines_that_are_gone_end_all_sessions_though_one_catches_everything():

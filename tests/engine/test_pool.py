@@ -12,7 +12,7 @@ import pytest
 from fp8slurm.config.schema import EngineSection
 from fp8slurm.engine import pool as pool_module
 from fp8slurm.engine.client import GenerateRequest, Generation
-from fp8slurm.engine.pool import EnginePool, Member, WeightsLost, pieces, shares
+from fp8slurm.engine.pool import EnginePool, Member, WeightsLost, shares
 from fp8slurm.engine.server import EngineError, share_of
 
 PATIENCE = 60
@@ -96,22 +96,6 @@ def asked(groups: int, n: int) -> list[GenerateRequest]:
 
 
 @pytest.mark.parametrize(
-    "groups, n, engines, most, expected",
-    [
-        (4, 2, 2, 8, [[0, 1], [2, 3], [4, 5], [6, 7]]),
-        (3, 2, 2, 8, [[0, 1], [2], [3], [4, 5]]),  # a group is cut where an equal share ends
-        (1, 8, 4, 8, [[0, 1], [2, 3], [4, 5], [6, 7]]),
-        (1, 3, 8, 8, [[0], [1], [2]]),
-        (2, 4, 1, 8, [[0, 1, 2, 3], [4, 5, 6, 7]]),
-        (2, 4, 1, 7, [[i] for i in range(8)]),  # more than fit: one by one
-        (0, 4, 2, 8, []),
-    ],
-)
-def test_pieces(groups, n, engines, most, expected):
-    assert pieces(asked(groups, n), engines, most) == expected
-
-
-@pytest.mark.parametrize(
     "count, engines, expected", [(5, 2, [[0, 1], [2, 3, 4]]), (2, 4, [[0], [1]]), (0, 2, []), (4, 1, [[0, 1, 2, 3]])]
 )
 def test_shares(count, engines, expected):
@@ -136,7 +120,7 @@ def test_what_fits_is_dealt_out_at_once_in_equal_shares_and_in_order():
     started = threading.Barrier(8)
     servers = [Server(lambda s, b: started.wait(PATIENCE)) for _ in range(4)]  # nobody answers before all are asked
     requests = asked(8, 4)
-    assert Pool(*servers, most=16).answers(requests, pieces(requests, 4, 16)) == list(range(32))
+    assert Pool(*servers, most=16).answers(requests, shares(32, 8)) == list(range(32))
     assert all(sum(map(len, s.batches)) == 8 and s.most == 8 for s in servers)
 
 
@@ -159,7 +143,7 @@ def test_the_one_that_is_done_takes_the_next():
 
     fast.answer = answer
     requests = asked(10, 4)
-    assert Pool(fast, slow, most=4).answers(requests, pieces(requests, 2, 4)) == list(range(40))
+    assert Pool(fast, slow, most=4).answers(requests, shares(40, 40)) == list(range(40))
     assert fast.most <= 4 and slow.most <= 4
     assert len(fast.batches) == 36 and len(slow.batches) == 4
 

@@ -12,9 +12,9 @@ from safetensors.torch import save
 
 from fp8slurm.core.stopping import StepAbandoned
 from fp8slurm.core.types import Prompt, Sample, SampleGroup
-from fp8slurm.rl.ahead import RolloutAhead, scored_numbers, staleness
+from fp8slurm.rl.ahead import RolloutAhead, scored_numbers
 from fp8slurm.rollout.dealing import KEPT, Holder
-from fp8slurm.rollout.groups import merge
+from fp8slurm.rollout.groups import merge, positions_after
 from fp8slurm.rollout.serialization import decode_groups, encode_groups
 from fp8slurm.rollout.tally import Tally
 from fp8slurm.rollout.worker import RolloutWorker
@@ -83,7 +83,8 @@ def test_a_rollout_that_was_begun_is_collected_once_and_survives_in_a_checkpoint
     assert kept.version == restored.version == 3 and later.held == engines.held == [10, 11]
     for one in (kept, restored):
         groups, record = merge(one.answers, one.version)
-        assert [g.prompt.index for g in groups] == [10, 11] and record["cursor"] == 8 and record["rollout/dropped"] == 1
+        assert [g.prompt.index for g in groups] == [10, 11] and record["rollout/dropped"] == 1
+        assert positions_after(one.answers) == (8, [])
         assert record["time/generate"] == 1 and record["tokens"] == 8 and not groups[0].samples[0].here
     assert ahead.take(4) is None
     if resumed > 1:
@@ -107,7 +108,11 @@ def test_a_checkpoint_of_an_earlier_state_is_read(tmp_path):
     kept = ahead.take(4)
     assert kept.version == 3 and engines.held == [20, 21]
     groups, record = merge(kept.answers, 3)
-    assert [g.worker for g in groups] == [0, 1] and record["rollout/dropped"] == 1 and record["cursor"] == 8
+    assert (
+        [g.worker for g in groups] == [0, 1]
+        and record["rollout/dropped"] == 1
+        and positions_after(kept.answers) == (8, [])
+    )
     assert decode_groups(encode_groups(engines.workers[0].holder.groups)) == [group(20)]
 
 
@@ -135,5 +140,4 @@ def test_scored_samples_are_those_that_are_trained_on():
     samples = SampleGroup(Prompt(0, (7, 8), "x"), [sample(n, n != 5) for n in range(40)])
     chosen = scored_numbers([samples])
     assert len(chosen) == 16 and 5 not in chosen and min(chosen) == 0 and max(chosen) > 36
-    assert staleness([samples], 3) == 0.5
     assert scored_numbers([SampleGroup(samples.prompt, [SimpleNamespace(train=False)])]) == []

@@ -344,8 +344,9 @@ def test_a_rollouts_figures_are_those_of_all_workers() -> None:
     loop = loop_with(RunConfig(), weights=engines_that_answer(*answers, sent_version=4))
     groups, record = loop.rollout(1)
     assert [g.prompt.index for g in groups] == [3, 8]
+    assert loop.state.cursor == 9
     assert record == {
-        "cursor": 9, "reward/mean": 4 / 6, "reward/failures": 3, "rollout/groups": 2, "rollout/dropped": 3,
+        "reward/mean": 4 / 6, "reward/failures": 3, "rollout/groups": 2, "rollout/dropped": 3,
         "rollout/tokens": 25, "rollout/response_length": 25 / 6, "rollout/truncated": 3 / 6, "tokens": 4 * 3 + 8,
         "data/metadata_bytes": sum(float(payload.numel()) for _, payload in answers),
         "time/generate": 2.5,
@@ -360,6 +361,25 @@ def test_a_token_of_other_weights_than_were_sent_ends_the_run() -> None:
     loop = loop_with(RunConfig(), weights=engines_that_answer(answer_of([group_of(0, mixed)]), sent_version=4))
     with pytest.raises(RuntimeError, match=r"under weight versions \[3\]; the engines were sent 4"):
         loop.rollout(1)
+
+
+def test_a_users_advantage_is_called_where_all_samples_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On rank 0, which asks for all of them with their text; the others are told."""
+    groups = [group_of(i, *(Sample([5], [-1.0], [0], "stop", reward=float(k)) for k in range(2))) for i in range(2)]
+    asked: list[tuple[list[int], bool]] = []
+    told = torch.tensor([1.5, -1.5, 0.5, -0.5], dtype=torch.float64)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(loop_module, "from_first", lambda values: values if values.any() else told)
+    loop = loop_with(RunConfig(), rank_of())
+    loop.config = RunConfig.model_validate({"algorithm": {"advantage": "examples.advantage:against_median"}})
+    loop.exchange = SimpleNamespace(fetch=lambda groups, deals, also, texts: asked.append((also, texts)) or {})
+    loop.advantages = lambda groups: [[g.samples[0].reward - 1, g.samples[1].reward] for g in groups]
+    loop.fetch(groups, [], [3])
+    assert asked == [([0, 1, 2, 3], True)]
+    assert loop.advantages_of_all(groups) == [[-1.0, 1.0]] * 2
+    loop.trainer.rank = 1
+    loop.advantages = lambda groups: pytest.fail("another rank has only its own samples")
+    assert loop.advantages_of_all(groups) == [[1.5, -1.5], [0.5, -0.5]]
 
 
 # -- the gap ----------------------------------------------------------------------------------------------------

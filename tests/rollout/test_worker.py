@@ -43,7 +43,7 @@ class Rewards:
 
 
 def worker_with(store, number=0, workers=1, **rollout):
-    config = RunConfig(rollout={"n_samples": 2, **rollout}, data={"shuffle": False})
+    config = RunConfig(run={"deterministic": True}, rollout={"n_samples": 2, **rollout}, data={"shuffle": False})
     worker = RolloutWorker(config, None, number, workers, SimpleNamespace())
     worker.sampler, worker.rewarder, worker.store = Sampler(), Rewards(), store
     worker.engines = SimpleNamespace(generate=None, generate_batches=None, version=3)

@@ -1,10 +1,12 @@
 """Agents that exist already: OpenAI's own client against the endpoint, with a made-up engine that says token ids."""
 
 import asyncio
+import importlib.util
 import json
 import os
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import httpx
 import openai
@@ -23,6 +25,7 @@ from fp8slurm.sessions.endpoint import MODEL, MOST_BODY_BYTES
 from fp8slurm.sessions.runner import Asked, SessionRunner
 from fp8slurm.sessions.session import Model
 
+ROOT = Path(__file__).parents[2]
 END = 258
 THINKING_TEMPLATE = (
     # as Qwen3's does: thinking of turns before the last words of the user is left out; tools in <tools>
@@ -542,3 +545,21 @@ def test_the_listener_is_on_loopback(model, monkeypatch):
         return json.loads(json.dumps(session.base_url))
 
     talk(model, engine, agent, monkeypatch)
+
+
+def test_the_example_agent(thinking, monkeypatch):
+    spec = importlib.util.spec_from_file_location("openai_agent", ROOT / "examples" / "openai_agent.py")
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    call = '<tool_call>\n{"name": "calculate", "arguments": {"expression": "(1 + 2) * 14"}}\n</tool_call>'
+    engine = Engine(thinking, call, "42")
+
+    async def agent(client, session):
+        return await example.agent(client, PROMPT.content)
+
+    samples, out = talk(thinking, engine, agent, monkeypatch)
+    assert out["result"] == "42" and len(samples) == 1
+    check_ids(engine, samples)
+    assert "<tool_response>42</tool_response>" in thinking.tokenizer.decode(engine.asked[1].token_ids)
+    assert example.calculate("nonsense") == "error: JSONDecodeError"
+    assert example.calculate('{"expression": "2 ** 9"}') == "error: ValueError"
