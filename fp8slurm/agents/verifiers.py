@@ -14,11 +14,11 @@ import argparse
 import asyncio
 import json
 import math
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from fp8slurm.core.errors import InputError
+from fp8slurm.core.extras import require
 from fp8slurm.core.files import write_atomic
 from fp8slurm.core.types import Prompt, Sample
 from fp8slurm.core.user_code import load_user_function
@@ -36,14 +36,7 @@ class Environment:
     def __init__(self, name: str, /, **arguments: Any) -> None:
         """name, arguments: as verifiers.load_environment takes them. InputError: there is no such environment, it does
         not load, it is not one of chat messages, or its rubric scores groups; or the package is not there."""
-        try:
-            there = metadata.version("verifiers")
-        except metadata.PackageNotFoundError:
-            there = "none"
-        if there != VERSION:
-            raise InputError(
-                f"verifiers {VERSION} is needed, there is {there}: pip install --no-deps -r requirements/verifiers.txt"
-            )
+        require("verifiers", VERSION)
         import verifiers
 
         try:

@@ -176,26 +176,6 @@ def _model(config: RunConfig) -> None:
             )
 
 
-def _trainer_weights(folder: Path, spec: ModelSpec) -> None:
-    """What the trainer will look for in its folder: names, shapes and dtypes, from the headers."""
-    from fp8slurm.checkpoint.formats.hf_folder import natural, open_hf
-    from fp8slurm.checkpoint.formats.sources import HfSource
-    from fp8slurm.fp8.block import FLOAT_DTYPES
-    from fp8slurm.models.names import NameTable
-
-    flag, present = f"--model.hf-checkpoint {folder}", HfSource(open_hf(folder)).tensors
-    for name, tensor in sorted(NameTable(spec).hf_tensors().items(), key=lambda item: natural(item[0])):
-        if name not in present:
-            raise InputError(f"{flag}: no tensor {name}, which {spec.architecture} needs")
-        shape, dtype = tuple(present[name].shape), present[name].dtype
-        if shape != tuple(tensor.shape):
-            raise InputError(f"{flag}: {name} is {list(shape)}, config.json makes it {list(tensor.shape)}")
-        if dtype not in FLOAT_DTYPES:
-            raise InputError(
-                f"{flag}: {name} is {str(dtype).removeprefix('torch.')}; allowed: bfloat16, float16, float32"
-            )
-
-
 def _fp8(config: RunConfig) -> None:
     from fp8slurm.models.precision import engine_in_fp8
     from fp8slurm.trainer.start import check_optimizer

@@ -7,8 +7,6 @@ from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any
 
-from fp8slurm.core.errors import InputError
-
 GIVEN = frozenset(
     "messages tools documents add_generation_prompt continue_final_message bos_token eos_token pad_token unk_token "
     "raise_exception strftime_now".split()
@@ -47,9 +45,3 @@ def variables_of(template: str) -> frozenset[str] | None:
         return frozenset(meta.find_undeclared_variables(environment.parse(_GENERATION.sub("", template))))
     except TemplateError:
         return None
-
-
-def check_arguments(tokenizer: Any, arguments: Iterable[str], flag: str) -> None:
-    """InputError: an argument that the chat template never asks for; it would change nothing without a word."""
-    if unused := unused_arguments(tokenizer, arguments):
-        raise InputError(f"{flag} {unused}")

@@ -20,11 +20,11 @@ import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from fp8slurm.core.errors import InputError, TransientInputError
+from fp8slurm.core.extras import require
 from fp8slurm.core.files import read_bytes
 
 SUFFIX = ".toml"
@@ -122,15 +122,7 @@ def _tasks() -> list[str]:
 @cache
 def package() -> Any:
     """reasoning_gym. InputError: it is not there in this version."""
-    try:
-        there = metadata.version("reasoning-gym")
-    except metadata.PackageNotFoundError:
-        there = "none"
-    if there != VERSION:
-        raise InputError(
-            f"reasoning-gym {VERSION} is needed, there is {there}: "
-            f"pip install --no-deps -r requirements/reasoning-gym.txt"
-        )
+    require("reasoning-gym", VERSION)
     try:
         import reasoning_gym
         import reasoning_gym.factory

@@ -71,7 +71,9 @@ def test_who_waits():
     assert timeline.who_waits({"time/step": 10.0, "time/trainer_waits": 4.0, "time/engines_idle": 2.5}) == (
         "trainer for engines 40% of the last step, engines for the trainer 25%"
     )
-    assert timeline.who_waits({"time/step": 10.0, "time/trainer_waits": 4.0}) == "trainer for engines 40% of the last step"
+    assert (
+        timeline.who_waits({"time/step": 10.0, "time/trainer_waits": 4.0}) == "trainer for engines 40% of the last step"
+    )
     for record in ({}, {"time/step": 10.0}, {"time/step": None, "time/trainer_waits": 1.0}):
         assert timeline.who_waits(record) == ""
 
