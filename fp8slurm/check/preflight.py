@@ -367,8 +367,9 @@ def _gpus(config: RunConfig) -> None:
 
 def _experts(config: RunConfig, spec: ModelSpec) -> None:
     """Settings of mixtures of experts, against the model and the packages."""
-    from fp8slurm.trainer.start import check_dispatcher
+    from fp8slurm.trainer.start import check_dispatcher, check_grouped
 
+    check_grouped(config, spec)
     replay = config.rollout.routing_replay
     if not spec.is_moe:
         changed = {

@@ -125,6 +125,9 @@ class Fp8Section(Section):
     param_gather: bool = False
     """Keep the Linear weights themselves in FP8, with FP32 masters in the optimizer; updates send their codes and
     scales as they are. Needs TransformerEngine on a GPU."""
+    grouped: Literal["transformer_engine", "deep_gemm"] = "transformer_engine"
+    """Who multiplies a mixture's experts: TransformerEngine, a launch or more an expert, or DeepGEMM, one launch for
+    all, with quantizers of this project (Hopper GPUs; docs/moe.md)."""
     engine: Literal["auto", "fp8", "bf16"] = "auto"
     """Precision of the engine's checkpoint where it is made from hf_checkpoint; auto follows backend."""
 

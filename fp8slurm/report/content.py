@@ -131,6 +131,8 @@ def finals(run: Run) -> dict[str, float | None]:
         "gap, mean |d| after the last update (nats)": over(lambda values: values[-1], "final_gap/mean_abs"),
         "tokens clipped, mean of all steps": over(statistics.fmean, "ratio/clipped_low", "ratio/clipped_high"),
         "response length, last steps (tokens)": ends(run.values("rollout/response_length"))[1],
+        "turns of a conversation, last steps": ends(run.values("rollout/turns"))[1],
+        "branches of a conversation (its samples), mean of all steps": over(statistics.fmean, "rollout/branches"),
         "seconds a step, median": over(statistics.median, "time/step"),
         "trained tokens per second, median": over(statistics.median, "throughput/tokens_per_s"),
         "seconds a weight sync, median": over(statistics.median, "time/sync"),

@@ -8,6 +8,7 @@ from fp8slurm.run.reader import Run
 
 _GAP = "d = trainer's minus engine's log-probability of each sampled token"
 _K3 = "KL of engine and trainer, estimated from the sampled tokens"
+_BRANCHES = "branches: samples that one conversation became"
 _Curves = tuple[tuple[str, str, str, tuple[tuple[str, str], ...], str, str], ...]
 """(id, title, unit, (name, key) of each line, "log", "zero" or "" for the axis, note)."""
 RL: _Curves = (
@@ -21,6 +22,15 @@ RL: _Curves = (
     ("lr", "Learning rate", "", (("learning rate", "lr"),), "zero", ""),
     ("loss", "Loss", "", (("loss", "loss"),), "", ""),
     ("truncated", "Truncated responses", "share", (("truncated", "rollout/truncated"),), "zero", ""),
+    (
+        "turns",
+        "Conversations",
+        "mean",
+        (("turns", "rollout/turns"), ("branches", "rollout/branches")),
+        "zero",
+        _BRANCHES,
+    ),
+    ("failed", "Failed conversations", "share, left out of the loss", (("failed", "rollout/failed"),), "zero", ""),
     ("speed", "Trained tokens", "per second", (("tokens/s", "throughput/tokens_per_s"),), "zero", ""),
 )
 SFT: _Curves = (

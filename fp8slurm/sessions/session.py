@@ -250,15 +250,17 @@ class Session:
         given: list[Any] = list(conversation)
         if not given:
             raise ValueError("an empty conversation has no next turn")
-        if all(isinstance(one, dict) for one in given):
+        kinds = set(map(type, given))  # a conversation may have 100,000 tokens, and each of its turns comes here
+        if all(issubclass(kind, dict) for kind in kinds):
             return given, self._of_messages(given)
-        rows = self.model.spec.vocab_size
-        wrong = next((one for one in given if isinstance(one, bool) or not isinstance(one, (int, np.integer))), None)
-        if wrong is not None:
+        strange = [kind for kind in kinds if kind is bool or not issubclass(kind, (int, np.integer))]
+        if strange:
+            wrong = next(one for one in given if type(one) in strange)
             raise ValueError(f"a conversation is a list of token ids, or of messages; there is {wrong!r:.80} in it")
-        if not 0 <= min(given) <= max(given) < rows:
-            raise ValueError(f"token {min(given) if min(given) < 0 else max(given)}: the model has {rows} tokens")
-        return None, [int(one) for one in given]
+        rows, least, most = self.model.spec.vocab_size, min(given), max(given)
+        if not 0 <= least <= most < rows:
+            raise ValueError(f"token {least if least < 0 else most}: the model has {rows} tokens")
+        return None, given if kinds == {int} else [int(one) for one in given]
 
     def _of_messages(self, messages: list[Message]) -> list[int]:
         for branch in reversed(self._branches):

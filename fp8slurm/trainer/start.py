@@ -22,7 +22,9 @@ from packaging.version import Version
 from fp8slurm.config.schema import RunConfig
 from fp8slurm.core.errors import InputError
 from fp8slurm.core.gpu_memory import use_expandable_segments
+from fp8slurm.fp8 import BLOCK
 from fp8slurm.fp8.environment import set_fp32_scales
+from fp8slurm.models.spec import ModelSpec
 
 GATHERS_PACKED = Version("2.18")
 """The first TransformerEngine whose cp_comm_type "all_gather" takes qkv_format "thd": 2.17.1 asserts that it is not."""
@@ -141,6 +143,27 @@ def check_param_gather(config: RunConfig, gpu_engine: bool) -> None:
         )
 
 
+def check_grouped(config: RunConfig, spec: ModelSpec) -> None:
+    """Refuse grouped products of fp8.grouped where there are none of the kind; InputError names the way out."""
+    if config.fp8.grouped == "transformer_engine":
+        return
+    flag, instead = f"--fp8.grouped {config.fp8.grouped}", "or --fp8.grouped transformer_engine"
+    if config.fp8.backend != "transformer_engine":
+        raise InputError(
+            f"{flag} with --fp8.backend {config.fp8.backend}: these products are FP8 on a GPU; allowed: --fp8.backend "
+            f"transformer_engine, {instead}"
+        )
+    if not spec.is_moe:
+        raise InputError(f"{flag}: the model has no experts; leave it out")
+    if config.fp8.param_gather:
+        raise InputError(
+            f"{flag} with --fp8.param-gather: the experts' codes are made of BF16 weights; allowed: "
+            f"--fp8.no-param-gather, {instead}"
+        )
+    if spec.hidden_size % BLOCK:  # the experts' own width is a multiple: check_layout
+        raise InputError(f"{flag}: hidden_size {spec.hidden_size}; allowed: multiples of {BLOCK}, {instead}")
+
+
 def check_context_parallel(config: RunConfig, transformer_engine: str) -> None:
     """Refuse context parallelism with a TransformerEngine that cannot gather the keys of packed sequences; InputError.
 
@@ -248,6 +271,13 @@ def layer_spec(config: RunConfig, transformer_config: Any) -> Any:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
     moe = transformer_config.num_moe_experts
-    return get_gpt_layer_with_transformer_engine_spec(
+    spec = get_gpt_layer_with_transformer_engine_spec(
         num_experts=moe, moe_grouped_gemm=moe is not None, qk_layernorm=transformer_config.qk_layernorm
     )
+    if config.fp8.grouped == "deep_gemm":
+        from fp8slurm.trainer import grouped_cuda
+        from fp8slurm.trainer.grouped_layer import replace_experts
+
+        grouped_cuda.prepare()
+        replace_experts(spec, grouped_cuda)
+    return spec

@@ -25,6 +25,7 @@ from fp8slurm.trainer.context_parallel import ModelInput
 from fp8slurm.trainer.experts import RoutingReplay, choose_grouped_products, scale_aux_loss, take_aux_loss
 from fp8slurm.trainer.forward import Outputs, run_schedule
 from fp8slurm.trainer.optimizer_sleep import OptimizerSleep
+from fp8slurm.trainer.start import check_grouped
 from fp8slurm.trainer.weights import HfReader, ParameterShards
 
 LossFunction = Callable[
@@ -61,6 +62,7 @@ class Trainer:
         from megatron.core import parallel_state
 
         check_layout(spec, config.parallel, config.fp8.backend != "off", dist.get_world_size())
+        check_grouped(config, spec)
         self.config, self.spec, self._ps = config, spec, parallel_state
         self._set_ranks(parallel_state)
         self.table = NameTable(spec)

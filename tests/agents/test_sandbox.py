@@ -244,6 +244,41 @@ for arguments in ({"isolation": "required"}, {"hidden": ["/home"]}):
     assert done.stdout.count("InputError the kernel does not let this user run tools with: no network") == 2
 
 
+FORKS = """
+import os, time
+made = 0
+try:
+    while made < 40:
+        if os.fork() == 0: time.sleep(600)
+        made += 1
+except OSError as error: print(error.strerror)
+print(made)
+"""
+
+
+def test_processes_are_limited_for_each_call_by_itself(apart):
+    """Linux does not count root's, so as root another user runs them, who may read what root may."""
+    code = f"""
+import asyncio
+from fp8slurm.agents.sandbox import Limits, Sandbox
+sandbox = Sandbox(Limits(timeout_s=60, processes=8), isolation="required")
+async def both(): return await asyncio.gather(*(sandbox.run({FORKS!r}) for _ in range(2)))
+for result in asyncio.run(both()): print(result.text)
+"""
+    command = [sys.executable, "-c", code]
+    if os.geteuid() == 0:
+        if shutil.which("setpriv") is None:
+            pytest.skip("needs setpriv(1)")
+        reads = "+dac_read_search,+dac_override"
+        nobody = f"--reuid 65534 --regid 65534 --clear-groups --inh-caps {reads} --ambient-caps {reads}"
+        command = ["setpriv", *nobody.split(), *command]
+    done = subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": python_path()}, capture_output=True, text=True, timeout=120
+    )
+    # of the eight one is the code's, and one waits for it
+    assert done.stdout.split("\n\n") == ["Resource temporarily unavailable\n6"] * 2 + [""], done.stdout + done.stderr
+
+
 def test_bad_limits():
     with pytest.raises(InputError, match="timeout_s=0"):
         Limits(timeout_s=0)

@@ -120,6 +120,7 @@ def test_the_recipe_passes(tiny):
         (["--optim.cpu-offload", "--fp8-param-gather"], ["--optim.cpu-offload", "--fp8.no-param-gather", "as None"]),
         (["--optim.cpu-offload", "--optim.no-distributed"], ["--optim.cpu-offload", "--optim.distributed"]),
         (["--optim.moments", "bfloat16"], ["--optim.moments bfloat16", "FusedAdam"]),
+        (["--fp8.grouped", "deep_gemm"], ["--fp8.grouped deep_gemm", "--fp8.backend transformer_engine"]),
         (["--moe.aux-loss-coef", "0.01"], ["--moe.aux-loss-coef 0.01", "no experts"]),
         (["--moe.dispatcher", "flex"], ["--moe.dispatcher flex", "no experts"]),
         (["--rollout.routing-replay"], ["--rollout.routing-replay", "no experts"]),

@@ -111,6 +111,21 @@ def test_sources_and_parts_of_the_reward_have_curves(make_run, capsys):
     assert "Reward by source, math" in said and "Parts of the reward, p11" in said
 
 
+def test_conversations_have_curves_where_there_are_any(make_run, capsys):
+    run, plain = make_run(), make_run("plain")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for row in lines:
+        if row["phase"] == "rl":
+            row |= {"rollout/turns": 3.5, "rollout/branches": 1.25, "rollout/failed": 0.0}
+    write_lines(run / "metrics.jsonl", lines)
+    drawn = data_of(html(run))["charts"]
+    assert [line["name"] for line in drawn["turns"]["lines"]] == ["branches", "turns"] and "failed" in drawn
+    said = text(run, capsys, "--compare", str(plain))
+    (row,) = [line for line in said.splitlines() if line.startswith("| branches of a conversation (its samples)")]
+    assert "1.25" in row
+    assert "turns" not in data_of(html(plain))["charts"] and "of a conversation" not in text(plain, capsys)
+
+
 def test_nothing_of_a_hostile_run_is_obeyed(make_run, capsys):
     run = make_run(hostile=True)
     document = html(run)

@@ -39,10 +39,17 @@ def test_every_part_has_jobs_whose_recipes_parse_and_whose_scripts_are_there(par
 
 
 @pytest.mark.parametrize(
-    "script", ["bench/bench_rollout.py", "bench/bench_train.py", "gpu/update_peer.py", "gpu/seed_probe.py"]
+    "script",
+    [
+        "bench/bench_rollout.py",
+        "bench/bench_train.py",
+        "gpu/update_peer.py",
+        "gpu/seed_probe.py",
+        "gpu/grouped_probe.py",
+    ],
 )
 def test_scripts_of_a_visit_take_the_flags_that_it_gives(script: str, place: visit.Visit) -> None:
-    for part in ("rollout", "update", "moe-train", "seeds"):
+    for part in ("rollout", "update", "moe-train", "moe-grouped", "seeds"):
         visit.PARTS[part](place)
     said = subprocess.run(
         [sys.executable, ROOT / "tools" / script, "--help"], capture_output=True, text=True, check=True

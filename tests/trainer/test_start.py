@@ -18,7 +18,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from trainer_reference import run_config, write_model
 
-from fp8slurm.core.errors import BadCheckpoint
+from fp8slurm.core.errors import BadCheckpoint, InputError
 from fp8slurm.models.names import NameTable
 from fp8slurm.models.spec import ModelSpec
 from fp8slurm.rl.schedule import learning_rate
@@ -109,6 +109,35 @@ def test_optimizer_and_dispatcher_of_a_gpu() -> None:
     check_dispatcher("flex", True, True)
     with pytest.raises(ValueError, match="need a GPU"):
         check_dispatcher("flex", False, True)
+
+
+GROUPED = {"fp8": {"backend": "transformer_engine", "grouped": "deep_gemm"}}
+
+
+def test_grouped_products_by_deep_gemm() -> None:
+    from fp8slurm.trainer.start import check_grouped
+
+    moe = SimpleNamespace(is_moe=True, hidden_size=256)
+    check_grouped(run_config(**GROUPED), moe)
+    check_grouped(run_config(), SimpleNamespace(is_moe=False, hidden_size=80))
+
+
+@pytest.mark.parametrize(
+    ("fp8", "spec", "message"),
+    [
+        ({"backend": "emulated"}, {}, "with --fp8.backend emulated"),
+        ({"backend": "off"}, {}, "allowed: --fp8.backend transformer_engine, or --fp8.grouped transformer_engine"),
+        ({"param_gather": True}, {}, "allowed: --fp8.no-param-gather"),
+        ({}, {"is_moe": False}, "the model has no experts"),
+        ({}, {"hidden_size": 320}, "hidden_size 320; allowed: multiples of 128"),
+    ],
+)
+def test_grouped_products_that_there_are_none_of(fp8: dict[str, Any], spec: dict[str, Any], message: str) -> None:
+    from fp8slurm.trainer.start import check_grouped
+
+    model = SimpleNamespace(**{"is_moe": True, "hidden_size": 256} | spec)
+    with pytest.raises(InputError, match=re.escape(message)):
+        check_grouped(run_config(fp8=GROUPED["fp8"] | fp8), model)
 
 
 def test_the_shim_stays_away_from_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

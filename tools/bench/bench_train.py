@@ -3,7 +3,8 @@
 
 usage: bench_train.py [--model Qwen3-4B] [--tokens 8192 16384] [--layers N] [--backend off] [--json FILE] [--profile FILE]
 With --profile one more step is made under torch's profiler: where the GPU's time goes, by kind of kernel and by kernel.
-A mixture of experts in BF16 is measured with TransformerEngine's CUTLASS grouped products and with cuBLAS's ("grouped").
+A mixture of experts in BF16 is measured with TransformerEngine's CUTLASS grouped products and with cuBLAS's ("grouped"); --backend deep_gemm
+is FP8 with `fp8.grouped = "deep_gemm"`.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ def measure(
     from fp8slurm.trainer.start import start
 
     cuda = torch.cuda.is_available()
-    flags = ["--model.hf-checkpoint", str(model), "--fp8.backend", backend, "--train.recompute", recompute]
+    flags = ["--model.hf-checkpoint", str(model), "--train.recompute", recompute]
+    flags += ["--fp8.backend", "transformer_engine" if backend == "deep_gemm" else backend]
+    flags += ["--fp8.grouped", "deep_gemm"] if backend == "deep_gemm" else []
     config = parse(None, flags)
     start(config, 0, 1, dist.FileStore(tempfile.mktemp(), 1))
     from fp8slurm.trainer.trainer import Trainer
@@ -78,6 +81,7 @@ def measure_size(t: Any, spec: Any, tokens: int, rounds: int, profiled: bool) ->
     assert sum(len(b.tokens) for b in batches) == tokens, [len(b.tokens) for b in batches]
     sync = torch.cuda.synchronize if cuda else lambda: None
     parts: dict[str, list[float]] = {"step": [], "forward_backward": []}
+    said: dict[str, list[float]] = {"losses": [], "grad_norms": []}
     run = t._run
 
     def timed_run(*args, **kwargs):
@@ -98,12 +102,19 @@ def measure_size(t: Any, spec: Any, tokens: int, rounds: int, profiled: bool) ->
             result = t.train_step(batches, sft_loss, 1e-6)
             sync()
             parts["step"].append(time.perf_counter() - began)
+            said["losses"].append(result.loss)
+            said["grad_norms"].append(result.grad_norm)
     finally:
         t._run = run
     assert result.ok, "the step was skipped"
     profile = profile_step(lambda: t.train_step(batches, sft_loss, 1e-6)) if profiled else None
     seconds = {k: statistics.median(v[2:]) for k, v in parts.items()}
-    linear = sum(p.numel() for n, p in t.module.named_parameters() if p.dim() == 2 and "embedding" not in n)
+    share = spec.experts_per_token / spec.num_experts if spec.is_moe else 1.0  # of the experts, a token's
+    linear = sum(
+        p.numel() * (share if ".experts." in n else 1.0)
+        for n, p in t.module.named_parameters()
+        if p.dim() == 2 and "embedding" not in n
+    )
     if spec.tie_word_embeddings:
         linear += spec.vocab_size * spec.hidden_size
     # causal attention: QK^T and PV, forward and twice that backward, over half of each sequence's square
@@ -114,7 +125,7 @@ def measure_size(t: Any, spec: Any, tokens: int, rounds: int, profiled: bool) ->
         "tokens": tokens, "seconds": seconds["step"], "all": parts["step"],
         "forward_backward_s": seconds["forward_backward"], "tokens_per_s": tokens / seconds["step"],
         "tflops": flop / seconds["forward_backward"] / 1e12, "memory_gb": memory, "loss": result.loss,
-    } | ({"profile": profile} if profile else {})  # fmt: skip
+    } | said | ({"profile": profile} if profile else {})  # fmt: skip
 
 
 KINDS = {
@@ -174,7 +185,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--profile", type=Path, help="where the profiles go, JSON")
-    parser.add_argument("--backend", choices=["off", "fp8"], help="only this one (default: both)")
+    parser.add_argument("--backend", choices=["off", "fp8", "deep_gemm"], help="only this one (default: the first two)")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     import torch
@@ -194,7 +205,7 @@ def main() -> None:
         return
     backends = ["off", "transformer_engine" if torch.cuda.is_available() else "emulated"]
     if args.backend:
-        backends = backends[:1] if args.backend == "off" else backends[1:]
+        backends = {"off": backends[:1], "fp8": backends[1:], "deep_gemm": ["deep_gemm"]}[args.backend]
     rows, profiles, failed = [], [], False
     for backend in backends:
         again = [sys.executable, __file__, "--model", str(model), "--recompute", args.recompute]

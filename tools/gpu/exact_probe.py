@@ -35,6 +35,7 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from random_model import write_random_model  # noqa: E402
 from recipes import ENGINE  # noqa: E402
+from turns import alone  # noqa: E402
 
 from fp8slurm.checkpoint import hf_to_fp8  # noqa: E402
 from fp8slurm.config import parse  # noqa: E402
@@ -303,6 +304,11 @@ def engine(probe: Probe) -> None:
     for name in ("exact", "stock"):
         probe.begin(name)
     clients = {name: probe.client(name) for name in ("exact", "stock")}
+    with alone("exact-engine"):
+        _rates(probe, clients)
+
+
+def _rates(probe: Probe, clients: dict[str, EngineClient]) -> None:
     for batch, length, tokens, rounds in ((1, 128, 256, 4), (32, 128, 256, 4), (256, 128, 256, 3), (8, 8192, 128, 3)):
         requests = [GenerateRequest(probe.prompt(length), tokens, 1.0) for _ in range(batch)]
         seconds: dict[str, list[float]] = {name: [] for name in clients}

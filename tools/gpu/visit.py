@@ -20,13 +20,19 @@ usage: visit.py WORK OUT [--seconds 550] PART...
     4b-whole     the same to its end, its checkpoint and what an engine loads made of it
     exact, exact-cool      20 RL steps of the tiny recipe with model.exact, at temperature 1 and 0.7
     exact-0.6b, exact-4b   RL steps of these shapes
+    exact-cost   the 4B's engine with model.exact and without, in turns with other parts that measure; then training steps
+    unsteady-search        tiny runs without importance weights at higher learning rates, eight updates a step: where does a gap do harm?
+    unsteady               there: exact, FP8 and BF16 trainers with an FP8 engine, three seeds each
+    trace                  `fp8slurm trace` of the part exact's run
     0.6b         RL steps of Qwen3-0.6B's shape on one GPU in FP8, on the next in BF16: is the plan right for another model?
     4b-one, 4b-one-bf16   RL steps of the 4B on one GPU, samples of 256 tokens, three records
     4b-one-always   4b-one with the separate log-probability pass: its seconds, and (ratio/kl) how far it is from the step's own
+    0.6b-always  the same of the 0.6B's shape, beside other runs: only how far apart the two are
     model-4b     the 4B's folders, made beside other jobs
     rollout      tokens/s of the 4B at batch 1, 32, 256: FP8 and BF16 with FlashAttention 3, FP8 with Triton's attention, in turns
     update       weight updates of the 4B over CUDA IPC, ours and the way of others, in turns
     moe-train    training steps of five layers of 30B-A3B in BF16, with cuBLAS's and CUTLASS's grouped products, and in FP8
+    moe-grouped  these experts with one launch a product: are they right, how long does each launch take, and the same training steps, profiled
     seeds        whether requests with a sampling_seed draw the same tokens again, and if not, why
     grouped      the test of a BF16 mixture's grouped products
     doctor       fp8slurm doctor
@@ -155,7 +161,15 @@ def tests(v: Visit) -> None:
     faults(v)
     v.test("test-experts", min(2, v.gpus), 0.05, "tests/e2e/test_gpus.py", "-k", "experts")
     v.test("test-nccl", 0, 0.05, "tests/e2e/test_gpus.py", "-k", "nccl_from")
-    v.test("test-units", 1, 0.05, "tests/fp8", "tests/trainer/test_gpu.py", "tests/core/test_gpu_memory.py")
+    v.test(
+        "test-units",
+        1,
+        0.05,
+        "tests/fp8",
+        "tests/trainer/test_gpu.py",
+        "tests/trainer/test_grouped_gpu.py",
+        "tests/core/test_gpu_memory.py",
+    )
     v.test("test-sync", min(2, v.gpus), 0.05, "tests/sync/test_gpu.py")
 
 
@@ -383,6 +397,15 @@ def moe_train(v: Visit) -> None:
                  "--json", str(v.out / f"moe-train-{backend}.json"), limit_s=150)  # fmt: skip
 
 
+def moe_grouped(v: Visit) -> None:
+    v.script("moe-grouped-probe", 1, 1.0, "tools/gpu/grouped_probe.py", str(v.out / "moe-grouped-probe.json"), "compile", "bytes", "layer", "kernels",
+             limit_s=150)  # fmt: skip
+    for backend in ("deep_gemm", "fp8", "off"):
+        name = f"moe-grouped-{backend}"
+        v.script(name, 1, 1.0, "tools/bench/bench_train.py", "--model", "Qwen3-30B-A3B", "--layers", "5", "--backend", backend, "--rounds", "3",
+                 "--json", str(v.out / f"{name}.json"), "--profile", str(v.out / f"{name}-profile.json"), limit_s=120)  # fmt: skip
+
+
 def seeds(v: Visit) -> None:
     v.script("seeds", 1, 0.1, "tools/gpu/seed_probe.py", str(v.fp8(v.tiny())), "--json", str(v.out / "seeds.json"), "--trace", str(v.out / "seeds"),
              limit_s=240)  # fmt: skip
@@ -402,12 +425,54 @@ def exact_tiny(v: Visit, name: str, temperature: float) -> None:
         **TINY, "model": {"exact": True}, "run": {"steps": 20}, "rollout": {"temperature": temperature},
         "engine": TINY["engine"] | {"mem_fraction": 0.85}, "sft": {"data": v.work / "data" / "sft.jsonl"},
     }  # fmt: skip
-    v.train(name, "tiny-fp8", [64, 256, 512], v.tiny(), share=0.08, **settings)
+    v.train(name, "tiny-fp8", [64, 256, 512], v.tiny(), share=0.05, **settings)
 
 
 def exact_steps(v: Visit, shape: str, share: float) -> None:
     engine = {"mem_fraction": 0.85, "max_total_tokens": 65536}  # of what others on the GPU leave
     four_b(v, name=f"exact-{shape}", shape=shape, gpus=1, share=share, model={"exact": True}, engine=engine)
+
+
+UNSTEADY_LR = 5e-4
+
+
+def unsteady_run(v: Visit, kind: str, lr: float, seed: int) -> None:
+    """Where a gap can do harm: no importance weights for it, many updates a step, steps that are too long."""
+    settings: dict[str, dict[str, Any]] = {
+        "run": {"steps": 60, "seed": seed}, "train": {"updates_per_step": 8}, "optim": {"lr": lr}, "algorithm": {"tis_cap": 0.0},
+        "engine": TINY["engine"] | {"mem_fraction": 0.85}, "checkpoint": {"every": 100}, "eval": {"every": 5},
+        "fp8": PRECISIONS["bf16-fp8" if kind == "bf16-fp8" else "fp8-fp8"], "model": {"exact": kind == "exact"},
+        "sft": {"data": v.work / "data" / "sft.jsonl"},
+    }  # fmt: skip
+    v.train(f"unsteady-{kind}-{lr:g}-{seed}", "tiny-fp8", [64, 256, 512], v.tiny(), share=0.03, **settings)
+
+
+def unsteady_search(v: Visit) -> None:
+    for lr in (1e-3, 3e-3):
+        for kind in ("fp8-fp8", "bf16-fp8"):
+            unsteady_run(v, kind, lr, 0)
+
+
+def unsteady(v: Visit) -> None:
+    for seed in range(3):
+        for kind in ("exact", "fp8-fp8", "bf16-fp8"):
+            unsteady_run(v, kind, UNSTEADY_LR, seed)
+
+
+def trace(v: Visit) -> None:
+    run = v.work / "runs" / "exact-tiny"
+    cli = f"{sys.executable} -m fp8slurm.cli"
+    wait = (f"until grep -q '\"phase\": *\"rl\"' {run}/metrics.jsonl; do sleep 1; done; {cli} trace {run}; "
+            f"until ls {run}/attempts/*/trace/*/rank_0*.json.gz; do sleep 1; done; sleep 10; ls -l {run}/attempts/*/trace/*; "
+            f"cp {run}/attempts/*/trace/*/* {v.out}")  # fmt: skip
+    v.jobs.append(Job("trace", ["bash", "-c", wait], 1, 0.0))
+
+
+def exact_cost(v: Visit) -> None:
+    probe = ["tools/gpu/exact_probe.py", str(v.work)]
+    v.script("exact-engine", 1, 0.55, *probe, str(v.out / "exact-engine.json"), "--shape", "Qwen3-4B", "engine", limit_s=300,
+             turn=v.out / "turns")  # fmt: skip
+    v.script("exact-step", 1, 1.0, *probe, str(v.out / "exact-step.json"), "--shape", "Qwen3-4B", "step", limit_s=150)
 
 
 def plan_check(v: Visit) -> None:
@@ -438,9 +503,12 @@ PARTS: dict[str, Callable[[Visit], None]] = {
     "0.6b": plan_check, "exact": lambda v: exact_tiny(v, "exact-tiny", 1.0), "exact-cool": lambda v: exact_tiny(v, "exact-tiny-cool", 0.7),
     "exact-0.6b": lambda v: exact_steps(v, "Qwen3-0.6B", 0.3), "exact-4b": lambda v: exact_steps(v, "Qwen3-4B", 0.9),
     "small-0": lambda v: small(v, (0,)), "small-1": lambda v: small(v, (1,)), "small-2": lambda v: small(v, (2,)),
+    "0.6b-always": lambda v: four_b(v, name="0.6b-always", shape="Qwen3-0.6B", gpus=1, share=0.3, train={"recompute_logprobs": "always"},
+                                    engine={"max_total_tokens": 65536}, rollout={"max_tokens": 256}),
+    "exact-cost": exact_cost, "unsteady-search": unsteady_search, "unsteady": unsteady, "trace": trace,
     "4b-one": lambda v: four_b_one(v, "fp8-fp8", "4b-one"), "4b-one-bf16": lambda v: four_b_one(v, "bf16-bf16", "4b-one-bf16"),
     "4b-one-always": lambda v: four_b_one(v, "fp8-fp8", "4b-one-always", train={"recompute_logprobs": "always"}),
-    "model-4b": model_4b, "rollout": rollout, "update": update, "moe-train": moe_train, "seeds": seeds, "grouped": grouped, "doctor": doctor,
+    "model-4b": model_4b, "rollout": rollout, "update": update, "moe-train": moe_train, "moe-grouped": moe_grouped, "seeds": seeds, "grouped": grouped, "doctor": doctor,
 }  # fmt: skip
 
 
