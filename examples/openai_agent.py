@@ -5,13 +5,13 @@ from __future__ import annotations
 import ast
 import json
 import operator
-import ssl
 from typing import TYPE_CHECKING, Any
 
-import httpx
-from openai import AsyncOpenAI
+from fp8slurm.agents.openai_client import openai_client
 
 if TYPE_CHECKING:
+    from openai import AsyncOpenAI
+
     from fp8slurm.core.types import Prompt, Sample
     from fp8slurm.sessions.session import Session
 
@@ -23,23 +23,14 @@ CALCULATOR = {
         "parameters": {"type": "object", "properties": {"expression": {"type": "string"}}, "required": ["expression"]},
     },
 }
-NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-"""The address is http on loopback. Otherwise each client would load all certificates, which takes 20 ms."""
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
 
 
 async def generate(session: Session, prompt: Prompt) -> list[Sample]:
     """The agent asks until the model calls no tool any more."""
-    async with client_of(session) as client:
+    async with openai_client(session.base_url, session.api_key) as client:
         await agent(client, prompt.content)
     return session.samples()
-
-
-def client_of(session: Session) -> AsyncOpenAI:
-    """One for each conversation: with many connections in one client each request looks at all of them. It goes through
-    no proxy of the environment's, and waits as long as a turn takes."""
-    http = httpx.AsyncClient(verify=NO_TLS, trust_env=False, timeout=None)
-    return AsyncOpenAI(base_url=session.base_url, api_key=session.api_key, http_client=http)
 
 
 async def agent(client: AsyncOpenAI, question: str | list[dict[str, Any]], turns: int = 4) -> str | None:

@@ -24,12 +24,12 @@ if not torch.cuda.is_available():  # one built for CUDA would not load here, and
 
 @pytest.fixture(scope="session")
 def write_fp8_model() -> Callable[..., dict[str, torch.Tensor]]:
-    """write(folder, seed, moe=False): a tiny random checkpoint in block FP8 with logits that differ clearly between
+    """write(folder, seed, moe=False, family="qwen3"): a tiny random checkpoint in block FP8 with logits that differ clearly between
     tokens; returns its tensors by Hugging Face name."""
 
-    def write(folder: Path, seed: int, moe: bool = False) -> dict[str, torch.Tensor]:
+    def write(folder: Path, seed: int, moe: bool = False, family: str = "qwen3") -> dict[str, torch.Tensor]:
         folder.mkdir()
-        tiny.write_model(folder, seed, moe)
+        tiny.write_model(folder, seed, moe, family)
         config = json.loads((folder / "config.json").read_text())
         weights = tiny.random_weights(config, seed)
         if moe:  # SGLang does not tie the embeddings of a Qwen3-MoE

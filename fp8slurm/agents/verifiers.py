@@ -54,11 +54,11 @@ class Environment:
 
     async def __call__(self, session: Session, prompt: Prompt) -> list[Sample]:
         """One rollout of the environment, scored."""
-        from openai import AsyncOpenAI
+        from fp8slurm.agents.openai_client import openai_client
 
         row = {key: prompt.row[key] for key in _OF_A_ROW if key in prompt.row}
         given = {"prompt": prompt.content, "answer": prompt.label, "example_id": prompt.index, **row}
-        async with AsyncOpenAI(base_url=session.base_url, api_key=session.api_key, max_retries=0) as client:
+        async with openai_client(session.base_url, session.api_key) as client:
             state = await self.environment.rollout(given, client, MODEL, {})
             await self.environment.rubric.score_rollout(state, score_sem=asyncio.Semaphore())
         reward = float(state["reward"])

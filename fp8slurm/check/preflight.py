@@ -14,6 +14,7 @@ from fp8slurm.check.dry_run import Refusal
 from fp8slurm.check.objective import check_generate, check_objective, check_teacher
 from fp8slurm.check.values import unmeant, unusual
 from fp8slurm.checkpoint.contents import check_weights
+from fp8slurm.checkpoint.formats.hf_folder import open_hf
 from fp8slurm.config import RunConfig
 from fp8slurm.config.derived import engines_sleep, transport_of
 from fp8slurm.config.load import build
@@ -25,6 +26,7 @@ from fp8slurm.fp8.environment import set_fp32_scales
 from fp8slurm.models.engine_layout import check_engine_layout
 from fp8slurm.models.exact import check_exact
 from fp8slurm.models.known import find_spec
+from fp8slurm.models.kv_scales import check_kv_cache, missing_scales
 from fp8slurm.models.layout import check_layout
 from fp8slurm.models.spec import ModelSpec
 from fp8slurm.run.directory import RunDirectory
@@ -75,6 +77,7 @@ def preflight(config: RunConfig, dry_run: bool = False) -> list[str]:
     check(_fp8, config)
     spec, _ = find_spec(config.model.hf_checkpoint)
     _sync(config)
+    check(_kv_cache, config, spec)
     _parallel(config, spec)
     _lengths(config, spec)
     _overlong(config)
@@ -218,8 +221,47 @@ def _sync(config: RunConfig) -> None:
             f"--sync.keep-last-update with --sync.transport {transport}: no weights pass through the host, so there is "
             f"nothing to keep; allowed: leave it out, or --sync.transport gloo"
         )
+    if config.sync.delta:
+        _delta(config)
     if config.engine.sleep and not (gpus and config.engine.placement == "shared"):
         raise InputError("--engine.sleep: only engines that share GPUs with the trainer sleep; leave it out")
+
+
+def _delta(config: RunConfig) -> None:
+    """Where changes alone cannot be sent, or nobody would have them to compare with."""
+    transport = transport_of(config)
+    if transport in ("cuda-ipc", "shared-memory"):
+        raise InputError(
+            f"--sync.delta with --sync.transport {transport}: engines read the weights where they lie, "
+            f"nothing is sent; allowed: --sync.no-delta, or --sync.transport gloo, nccl, gloo-direct"
+        )
+    if transport == "gloo" and config.sync.keep_last_update is False:
+        raise InputError(
+            "--sync.delta with --sync.keep-last-update=False: changes are made to the update that the node keeps; "
+            "allowed: leave keep_last_update out, or --sync.no-delta"
+        )
+    if engines_sleep(config):
+        raise InputError(
+            "--sync.delta with engines that sleep: they lose their weights before every update; allowed: "
+            "--sync.no-delta, or --engine.sleep=False"
+        )
+    if config.control.freeze_engine:
+        raise InputError("--sync.delta with --control.freeze-engine: there is one update; allowed: --sync.no-delta")
+
+
+def _kv_cache(config: RunConfig, spec: ModelSpec) -> None:
+    """An FP8 KV cache, and where its scales come from."""
+    check_kv_cache(config)
+    if config.engine.kv_cache != "fp8" or config.engine.kv_scales != "fixed":
+        return
+    folder, flag = config.model.rollout_checkpoint, "--engine.kv-scales fixed"
+    if folder is None:
+        raise InputError(
+            f"{flag} without --model.rollout-checkpoint: a folder with k_scale and v_scale has to be given; allowed "
+            f"without one: calibrated, unit"
+        )
+    if missing := missing_scales(open_hf(folder).tensors, spec.num_layers):
+        raise InputError(f"{flag}: {folder} has no {missing[0]}; allowed with this folder: calibrated, unit")
 
 
 def _parallel(config: RunConfig, spec: ModelSpec) -> None:

@@ -124,7 +124,7 @@ class Fp8Section(Section):
     """Who multiplies in FP8: TransformerEngine (GPU), its formula emulated (CPU), or nobody (plain BF16 or FP32)."""
     param_gather: bool = False
     """Keep the Linear weights themselves in FP8, with FP32 masters in the optimizer; updates send their codes and
-    scales as they are. Needs TransformerEngine on a GPU."""
+    scales as they are. TransformerEngine's on a GPU; without one emulated, as fp8.backend is."""
     grouped: Literal["transformer_engine", "deep_gemm"] = "transformer_engine"
     """Who multiplies a mixture's experts: TransformerEngine, a launch or more an expert, or DeepGEMM, one launch for
     all, with quantizers of this project (Hopper GPUs; docs/moe.md)."""
@@ -182,7 +182,8 @@ class OptimSection(Section):
     distributed: bool = True
     """Shard optimizer state and FP32 master weights over the data-parallel ranks."""
     cpu_offload: bool = False
-    """Keep Adam's state and FP32 master weights in host memory and step there (Megatron's HybridDeviceOptimizer)."""
+    """Keep Adam's state and FP32 master weights in host memory and step there (Megatron's HybridDeviceOptimizer; with
+    fp8.param_gather trainer/host_adam.py, which has not run on a GPU yet)."""
     sleep: bool = False
     """Keep Adam's state and the FP32 master weights in pinned host memory while engines work on the same GPU: more room
     for their KV cache, for two copies a step. Needs GPUs that trainer and engines share."""
@@ -207,6 +208,9 @@ class TrainSection(Section):
     recompute_logprobs: Literal["auto", "always"] = "auto"
     """Whether old log-probabilities take a forward pass of their own. auto: not where a step has one update and one
     epoch, whose own forward gives them."""
+    quantize_kv: bool = False
+    """With engine.kv_cache = "fp8": attention gets queries, keys and values rounded as the engine's cache rounds them;
+    gradients pass straight through."""
 
 
 class SourceSection(Section):
@@ -458,6 +462,12 @@ class EngineSection(Section):
     """Longest prompt plus response; left out: the model's."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Dtype outside the FP8 layers."""
+    kv_cache: Literal["auto", "fp8"] = "auto"
+    """Cached keys and values: in engine.dtype, or in e4m3 with a scale for keys and one for values by layer, which come
+    with every weight update (docs/context.md)."""
+    kv_scales: Literal["calibrated", "fixed", "unit"] = "calibrated"
+    """Those scales: from the largest keys and values of the step before, as the trainer sees them; from
+    model.rollout_checkpoint (k_scale, v_scale); or 1, to compare with."""
     sleep: bool | None = None
     """Engines give their GPU memory back while the trainer works; left out: yes on GPUs that both share."""
     ready_timeout_s: float = Field(600.0, gt=0)
@@ -487,6 +497,10 @@ class SyncSection(Section):
     keep_last_update: bool | None = None
     """Keep the last update in the host memory of every node, for an engine that restarts; without it the trainer sends
     it again. Left out: yes with gloo; the other transports cannot."""
+    delta: bool = False
+    """Send only the bytes that changed since the last update, where all engines have that one and less than a quarter
+    would be sent (gloo, nccl, gloo-direct). The ranks that send keep what they sent: plan counts it. Pays where the
+    network is slow."""
 
 
 class CheckpointSection(Section):

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+
+POSITIONS = (0, 16, 64, 256, 1024, 4096, 16384)
+"""Where ranges of positions in a response begin, each of which has a gap of its own."""
 
 
 def gap_metrics(trainer: Tensor, rollout: Tensor) -> dict[str, float]:
@@ -25,3 +29,18 @@ def gap_metrics(trainer: Tensor, rollout: Tensor) -> dict[str, float]:
         "gap/k1": -d.mean().item(),
         "gap/k3": (d.exp() - d - 1).mean().item(),
     }
+
+
+def gap_sums(trainer: Tensor, rollout: Tensor, positions: Tensor) -> Tensor:
+    """float64 [len(POSITIONS), 2]: the sum of |trainer - rollout| in every range of positions, and how many there are.
+
+    trainer, rollout: log-probabilities [N] of the same tokens; positions: int64 [N], in their responses."""
+    ranges = torch.bucketize(positions, torch.tensor(POSITIONS), right=True) - 1
+    absolute = (trainer.double() - rollout.double()).abs()
+    sums = torch.bincount(ranges, absolute, minlength=len(POSITIONS))
+    return torch.stack([sums, torch.bincount(ranges, minlength=len(POSITIONS)).double()], 1)
+
+
+def gap_by_position(sums: Tensor) -> dict[str, float]:
+    """The mean gap of every range that has tokens, from `gap_sums`, by the position where it begins."""
+    return {f"gap_position/{begin}": (s / n).item() for begin, (s, n) in zip(POSITIONS, sums) if n}

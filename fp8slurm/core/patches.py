@@ -7,6 +7,7 @@ that is made twice would call itself: both are refused.
 from __future__ import annotations
 
 import functools
+import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -48,14 +49,19 @@ def wrap(owner: Any, attribute: str) -> Callable[[Callable[..., Any]], None]:
 
 
 @contextmanager
-def patched(instance: Any, attribute: str, new: Any) -> Iterator[None]:
-    """Replace a method of one object for a while. RuntimeError: there is none."""
-    note(_name_of(type(instance), attribute))
-    setattr(instance, attribute, new)
+def patched(owner: Any, attribute: str, new: Any) -> Iterator[None]:
+    """Replace a method of one object, or a name of a module, for a while. RuntimeError: there is none."""
+    module = isinstance(owner, types.ModuleType)
+    note(_name_of(owner if module else type(owner), attribute))
+    before = getattr(owner, attribute)
+    setattr(owner, attribute, new)
     try:
         yield
     finally:
-        delattr(instance, attribute)
+        if module:
+            setattr(owner, attribute, before)
+        else:
+            delattr(owner, attribute)
 
 
 def _name_of(owner: Any, attribute: str) -> str:

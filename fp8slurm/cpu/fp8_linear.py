@@ -18,14 +18,17 @@ import torch
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from torch.distributed import ProcessGroup
 
-from fp8slurm.fp8.quantize import fake_quantize_1x128, fake_quantize_128x1, fake_quantize_block
+from fp8slurm.cpu.primary_fp8 import PrimaryFP8
+from fp8slurm.fp8.quantize import dequantize, fake_quantize_1x128, fake_quantize_128x1, fake_quantize_block
 
 
 class FP8Matmul(torch.autograd.Function):
     """y [T, N] = x [T, K] . W [N, K]^T in emulated blockwise FP8, in the dtype of x.
 
-    `group` is the tensor-parallel group of a column-parallel linear and None otherwise. With `sequence_parallel` x is
-    this rank's [T / size, K] and is gathered; its gradient is scattered. Without, it is summed over the group.
+    `quantized` [N, K] in FP32 is what the forward multiplies with, `for_dgrad` what the data gradient does: the same
+    values. `group` is the tensor-parallel group of a column-parallel linear and None otherwise. With
+    `sequence_parallel` x is this rank's [T / size, K] and is gathered; its gradient is scattered. Without, it is summed
+    over the group.
     """
 
     @staticmethod
@@ -34,10 +37,11 @@ class FP8Matmul(torch.autograd.Function):
         x: torch.Tensor,
         weight: torch.Tensor,
         quantized: torch.Tensor,
+        for_dgrad: torch.Tensor,
         group: ProcessGroup | None,
         sequence_parallel: bool,
     ) -> torch.Tensor:
-        ctx.group, ctx.sequence_parallel, ctx.weight, ctx.quantized = group, sequence_parallel, weight, quantized
+        ctx.group, ctx.sequence_parallel, ctx.weight, ctx.quantized = group, sequence_parallel, weight, for_dgrad
         ctx.save_for_backward(x)
         whole = gather_sequence(x, group) if sequence_parallel else x
         flat = whole.reshape(-1, whole.shape[-1])
@@ -56,11 +60,11 @@ class FP8Matmul(torch.autograd.Function):
             if ctx.group is not None:
                 torch.distributed.all_reduce(dx, group=ctx.group)
         if not ctx.needs_input_grad[1]:
-            return dx, None, None, None, None
+            return dx, None, None, None, None, None
         whole = gather_sequence(x, ctx.group) if ctx.sequence_parallel else x
         flat = whole.reshape(-1, whole.shape[-1])
         dw = fake_quantize_128x1(flat_grad).t() @ fake_quantize_128x1(flat)
-        return dx, _accumulate(ctx.weight, dw), None, None, None
+        return dx, _accumulate(ctx.weight, dw), None, None, None, None
 
 
 def _accumulate(weight: torch.Tensor, dw: torch.Tensor) -> torch.Tensor:
@@ -96,7 +100,7 @@ class _EmulatedFP8:
     The quantized weight (fp32) is made once and used for every micro-batch until `weights_changed` is called.
     """
 
-    _quantized: torch.Tensor | None = None
+    _quantized: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def weights_changed(self) -> None:
         """Forget the quantized weight; to be called after every change of the parameter."""
@@ -115,9 +119,13 @@ class _EmulatedFP8:
     ) -> torch.Tensor:
         assert not megatron.get("gradient_accumulation_fusion")
         if self._quantized is None:
-            self._quantized = fake_quantize_block(weight, name=type(self).__name__)
+            if isinstance(weight, PrimaryFP8):
+                values = dequantize(weight.block_fp8())
+                self._quantized = values, weight.for_data_gradient() if weight.requires_grad else values
+            else:
+                self._quantized = (fake_quantize_block(weight, name=type(self).__name__),) * 2
         group = tp_group if allreduce_dgrad or sequence_parallel else None
-        y = FP8Matmul.apply(input, weight, self._quantized, group, sequence_parallel)
+        y = FP8Matmul.apply(input, weight, *self._quantized, group, sequence_parallel)
         return y if bias is None else y + bias
 
 

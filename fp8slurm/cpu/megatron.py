@@ -151,6 +151,7 @@ def _megatron() -> None:
     import megatron.core.tensor_parallel.random as random
     import megatron.core.transformer.moe.token_dispatcher as dispatcher
 
+    from fp8slurm.cpu import primary_fp8
     from fp8slurm.cpu.packed_attention import apply_packed_rotary
 
     # activation recomputation restores the CUDA generator through these two
@@ -166,6 +167,7 @@ def _megatron() -> None:
     patch(rope_utils, "_apply_rotary_pos_emb_thd", apply_packed_rotary)
     _step_of_torch_adam()
     _offload_everything()
+    primary_fp8.install()
 
 
 def _step_of_torch_adam() -> None:

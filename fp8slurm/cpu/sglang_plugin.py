@@ -18,14 +18,15 @@ from fp8slurm.cpu import exact_engine
 from fp8slurm.cpu.exact import linear_fp8, weight_blocks
 from fp8slurm.fp8 import BLOCK
 from fp8slurm.fp8.block import E4M3, E4M3_MAX, BlockFP8
+from fp8slurm.fp8.kv_cache import through_cache
 from fp8slurm.fp8.reference import dequantize_reference
 
 
 @functools.cache
-def apply(exact: bool = False) -> None:
+def apply(exact: bool = False, fp8_cache: bool = False) -> None:
     """Patch SGLang in this process, once. RuntimeError where a GPU is in use: there the real kernels have to run.
 
-    exact: with the trainer's bits (model.exact)."""
+    exact: with the trainer's bits (model.exact); fp8_cache: attention sees what an FP8 KV cache would give it."""
     if torch.cuda.is_available():
         raise RuntimeError("the FP8 emulation is for machines without a GPU")
     _allow_float32()
@@ -37,6 +38,8 @@ def apply(exact: bool = False) -> None:
     _patch_routing()
     _patch_sampling()
     _part_batches()
+    if fp8_cache:
+        _quantize_cache()
     _map_files()
 
 
@@ -221,6 +224,23 @@ def _part_batches() -> None:
             running_batch.filter_batch()
             running_batch.batch_is_full = False
         return original(self, running_batch, last_batch)
+
+
+def _quantize_cache() -> None:
+    """Queries, keys and values as FlashAttention 3 has them with an FP8 cache, in a cache of the engine's dtype: powers
+    of two as scales make that the same values. What is not emulated: FlashAttention rounds probabilities to e4m3 too.
+    """
+    from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+
+    one = torch.tensor(1.0)
+
+    def forward(original: Any, self: Any, q: Any, k: Any, v: Any, layer: Any, *args: Any, **kwargs: Any) -> Any:
+        scales = (one, layer.k_scale, layer.v_scale)
+        q, k, v = (through_cache(x, scale) for x, scale in zip((q, k, v), scales))
+        return original(self, q, k, v, layer, *args, **kwargs)
+
+    for name in ("forward_extend", "forward_decode"):
+        wrap(TorchNativeAttnBackend, name)(forward)
 
 
 def _mix(x: torch.Tensor) -> torch.Tensor:

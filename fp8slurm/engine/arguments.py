@@ -28,6 +28,7 @@ OURS = {
     "api_key": "leave it out, every start makes a key",
     "dtype": "--engine.dtype",
     "quantization": "--fp8.engine",
+    "kv_cache_dtype": "--engine.kv-cache",
     "tp_size": "--engine.tensor-parallel-size",
     "ep_size": "--engine.expert-parallel-size",
     "dp_size": "--engine.per-node",

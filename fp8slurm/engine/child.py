@@ -1,8 +1,8 @@
 """Main of the engine's server process: `python -m fp8slurm.engine.child`, started by engine/server.py only.
 
 One JSON line on stdin hands over what must not show in the process list: {"arguments": SGLang's command line,
-"api_key", "exact": whether it computes the trainer's bits, "listen_fd": a bound and listening socket, "ready_fd": a
-pipe that gets one byte when the server is up}.
+"api_key", "exact": whether it computes the trainer's bits, "fp8_cache": whether its KV cache is in FP8, "listen_fd": a
+bound and listening socket, "ready_fd": a pipe that gets one byte when the server is up}.
 Stdin stays open after it; its end means that the rollout worker is gone, and takes this whole process group along.
 """
 
@@ -65,25 +65,31 @@ def _serve(handover: dict[str, Any], on_cpu: bool) -> None:
     arguments = prepare_server_args([*handover["arguments"], f"--api-key={handover['api_key']}"])
     launch_server(
         arguments,
-        run_scheduler_process_func=functools.partial(run_scheduler, exact=handover["exact"]),
+        run_scheduler_process_func=functools.partial(
+            run_scheduler, exact=handover["exact"], fp8_cache=handover["fp8_cache"]
+        ),
         launch_callback=lambda: os.write(handover["ready_fd"], b"1"),
     )
 
 
-def run_scheduler(server_args: Any, *args: Any, exact: bool = False, **kwargs: Any) -> None:
+def run_scheduler(server_args: Any, *args: Any, exact: bool = False, fp8_cache: bool = False, **kwargs: Any) -> None:
     """Entry of a scheduler process (one a tensor-parallel rank): our plugin first, then SGLang's own main.
 
-    exact: with what makes the engine compute the trainer's bits (model.exact)."""
+    exact: with what makes the engine compute the trainer's bits (model.exact); fp8_cache: with a KV cache in FP8, whose
+    scales come with updates."""
     signal.signal(signal.SIGQUIT, signal.SIG_DFL)  # a forked process has the server's handler, which ends the family
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     _hide_in_logs(server_args.api_key)
-    from fp8slurm.engine.inside import plugin
+    from fp8slurm.engine.inside import kv_cache, plugin
 
     plugin.apply()
-    if os.environ.get("SGLANG_USE_CPU_ENGINE") == "1":
+    on_cpu = os.environ.get("SGLANG_USE_CPU_ENGINE") == "1"
+    if fp8_cache:
+        kv_cache.apply(on_gpu=not on_cpu)
+    if on_cpu:
         from fp8slurm.cpu import sglang_plugin
 
-        sglang_plugin.apply(exact)
+        sglang_plugin.apply(exact, fp8_cache)
     elif exact:
         from fp8slurm.engine.inside.exact import apply as apply_exact
 

@@ -15,7 +15,7 @@ import numpy as np
 import requests
 
 from fp8slurm.core.errors import TransientInputError
-from fp8slurm.engine.inside.digest import DIGEST_ACTION
+from fp8slurm.engine.inside.digest import CHANGES_ACTION, DIGEST_ACTION
 from fp8slurm.engine.inside.recorded import RECORDED, Form
 from fp8slurm.engine.server import EngineError
 
@@ -259,8 +259,13 @@ class EngineClient:
         """How often each bucket was loaded by its recorded copies (inside/recorded.py), by tensor-parallel rank."""
         return [json.loads(checksums[RECORDED]) for checksums in self._checksums()]
 
-    def _checksums(self) -> list[dict[str, str]]:
-        ranks = self._post("/weights_checker", {"action": DIGEST_ACTION})["ranks"]
+    def changes_refused(self) -> list[str]:
+        """Why buckets that the server has loaded take no changes alone (inside/recorded.py), of all ranks; [] if all
+        do."""
+        return list(dict.fromkeys(why for rank in self._checksums(CHANGES_ACTION) for why in rank.values()))
+
+    def _checksums(self, action: str = DIGEST_ACTION) -> list[dict[str, str]]:
+        ranks = self._post("/weights_checker", {"action": action})["ranks"]
 
         def number(rank: dict[str, Any]) -> int:
             info = rank["parallelism_info"]  # one for every role; older servers have a single one

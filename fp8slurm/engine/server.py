@@ -23,6 +23,7 @@ import psutil
 from fp8slurm.config.schema import EngineSection
 from fp8slurm.core.errors import TransientInputError
 from fp8slurm.core.processes import python_path
+from fp8slurm.models.kv_scales import ATTENTION as KV_ATTENTION
 from fp8slurm.run.phases import COMPILING, enter_phase
 
 CPU_CACHE_TOKENS = 65536
@@ -248,6 +249,7 @@ class Engine:
             "arguments": server_arguments(self.model_dir, self.settings, self.port),
             "api_key": self.api_key,
             "exact": self.settings.exact,
+            "fp8_cache": self.settings.section.kv_cache == "fp8",
             "listen_fd": listener.fileno(),
             "ready_fd": ready_write,
         }
@@ -353,7 +355,11 @@ def server_arguments(model_dir: Path, settings: EngineSettings, port: int) -> li
         # same way whatever was computed before it
         switches += ["--disable-cuda-graph", "--disable-overlap-schedule", "--disable-radix-cache", "--sleep-on-idle"]
         switches += ["--skip-server-warmup"]
-    elif settings.deterministic:
+    elif section.kv_cache == "fp8":  # without a GPU it is emulated
+        arguments["--kv-cache-dtype"] = "fp8_e4m3"
+        if not any("--attention-backend" in text for text in section.extra_args):
+            arguments["--attention-backend"] = KV_ATTENTION["cuda"]
+    if not cpu and settings.deterministic:
         switches.append("--enable-deterministic-inference")
     if settings.sleeps:
         switches.append("--enable-memory-saver")

@@ -57,6 +57,11 @@ def _obstacles(config: RunConfig, spec: ModelSpec) -> Iterator[tuple[str, str]]:
             f"--model.dtype {c.model.dtype} and --engine.dtype {c.engine.dtype}",
             "one side would round where the other does not; allowed: the same on both",
         )
+    if c.engine.kv_cache == "fp8":
+        yield (
+            "--engine.kv-cache fp8",
+            "the engine's attention rounds probabilities to FP8 too, the trainer's does not; allowed: auto",
+        )
     yield from _tensor_parallel(c, device)
     if device == "cuda" and c.parallel.context_parallel_size > 1:
         yield (

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator
 
 from fp8slurm.models.entries import Entry, HfTensor, plain
+from fp8slurm.models.kv_scales import scale_entries
 from fp8slurm.models.spec import ModelSpec
 
 
@@ -20,9 +21,10 @@ class NameTable:
     The output layer of a model with tied embeddings has no entry of its own: it is the embedding.
     """
 
-    def __init__(self, spec: ModelSpec) -> None:
+    def __init__(self, spec: ModelSpec, kv_scales: bool = False) -> None:
+        """kv_scales: with the scales of an FP8 KV cache, which weight updates bring (trainer/kv_scales.py)."""
         self.spec = spec
-        self.entries: tuple[Entry, ...] = tuple(_entries(spec))
+        self.entries: tuple[Entry, ...] = tuple(_entries(spec, kv_scales))
         self._by_name = {e.name: e for e in self.entries}
 
     def __getitem__(self, megatron_name: str) -> Entry:
@@ -68,11 +70,13 @@ class NameTable:
         return self._by_name[name].name
 
 
-def _entries(spec: ModelSpec) -> Iterator[Entry]:
+def _entries(spec: ModelSpec, kv_scales: bool) -> Iterator[Entry]:
     matrix = (spec.vocab_size, spec.hidden_size)
     yield plain("embedding.word_embeddings.weight", "model.embed_tokens.weight", matrix, 0)
     for layer in range(spec.num_layers):
         yield from spec.family.layer(spec, layer)
+        if kv_scales:
+            yield from scale_entries(layer)
     yield plain("decoder.final_layernorm.weight", "model.norm.weight", (spec.hidden_size,))
     if not spec.tie_word_embeddings:
         yield plain("output_layer.weight", "lm_head.weight", matrix, 0)

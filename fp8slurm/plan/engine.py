@@ -61,7 +61,8 @@ def engine_memory(
     e, spec = config.engine, table.spec
     itemsize = 2 if e.dtype == "bfloat16" else 4
     weights = weights_on_gpu(table, quantization, itemsize, e.tensor_parallel_size, e.expert_parallel_size)
-    cell = max(1, spec.num_kv_heads // e.tensor_parallel_size) * 2 * spec.head_dim * spec.num_layers * itemsize
+    stored = 1 if e.kv_cache == "fp8" else itemsize
+    cell = max(1, spec.num_kv_heads // e.tensor_parallel_size) * 2 * spec.head_dim * spec.num_layers * stored
     room = int((gpu_bytes - resident) * e.mem_fraction) - weights
     tokens = max(0, room) // cell
     return EngineMemory(weights, cell, min(tokens, e.max_total_tokens) if e.max_total_tokens else tokens)

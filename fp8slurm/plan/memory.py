@@ -18,6 +18,7 @@ from fp8slurm.models.names import NameTable
 from fp8slurm.models.spec import ModelSpec
 from fp8slurm.plan.parameters import Layout, StageParameters
 from fp8slurm.trainer.logprobs import CHUNK_LOGITS
+from fp8slurm.trainer.primary_fp8 import PIECE, SLOTS
 
 Basis = Literal["exact", "estimate", "assumed"]
 
@@ -108,14 +109,21 @@ def _state(config: RunConfig, p: StageParameters) -> tuple[list[Item], list[Item
     o, size = config.optim, weight_bytes(config)
     elements = sum(b.padded if o.distributed else b.elements for b in p.buffers)
     dtype = "BF16" if size == 2 else "FP32"
+    primary = p.quantized if config.fp8.param_gather else 0  # kept as codes alone
+    note = f"{dtype}; the Linear weights as FP8 codes" if primary else dtype
     state = [
-        Item("weights", elements * size, "exact", dtype),
+        Item("weights", elements * size - primary, "estimate" if primary else "exact", note),
         Item("gradients", elements * 4, "exact", "FP32, DDP's buffer (grad_reduce_in_fp32)"),
     ]
     sharded = sum(b.padded // b.data if o.distributed else b.elements for b in p.buffers)
     where = "over " + " and ".join(str(b.data) for b in p.buffers) + " ranks" if o.distributed else "on every rank"
     host = []
-    if o.cpu_offload:
+    if o.cpu_offload and primary:
+        staged = SLOTS * min(sharded, max(PIECE, p.largest_quantized))
+        state.append(Item("optimizer's staging", staged * 2, "estimate", "BF16 values on their way to be quantized"))
+        note = f"FP32 master, two moments; {where}; and gradients and values of {SLOTS} rounds, pinned"
+        host.append(Item("offloaded optimizer", sharded * 12 + staged * 6, "estimate", note))
+    elif o.cpu_offload:
         # HybridDeviceOptimizer (megatron-core 0.19.2): FP32 masters, two moments and a pinned copy of the gradients
         host.append(
             Item("offloaded optimizer", sharded * 16, "estimate", f"FP32 master, two moments, gradients; {where}")
@@ -124,10 +132,15 @@ def _state(config: RunConfig, p: StageParameters) -> tuple[list[Item], list[Item
         state.append(_optimizer(config, sharded, where))
     if config.fp8.backend == "transformer_engine":
         # codes and scales, row-wise and column-wise: FP8 GEMMs on Hopper take one orientation each
-        note = "codes and scales in both orientations, kept by TransformerEngine between micro-batches"
-        state.append(Item("FP8 copies", p.quantized * 2 + p.quantized // 16384 * 8, "estimate", note))
+        scales = p.quantized // 16384 * 8
+        if primary:
+            state.append(Item("FP8 copies", primary + scales, "estimate", "column-wise codes, and the scales of both"))
+        else:
+            note = "codes and scales in both orientations, kept by TransformerEngine between micro-batches"
+            state.append(Item("FP8 copies", p.quantized * 2 + scales, "estimate", note))
     elif config.fp8.backend == "emulated":
-        state.append(Item("quantized copies", p.quantized * 4, "exact", "FP32, of the emulation"))
+        copies = p.quantized * 4 + primary * 5  # of FP8 weights in both orientations, and their column-wise codes
+        state.append(Item("quantized copies", copies, "exact", "FP32, of the emulation"))
     if config.algorithm.kl_coef:
         state.append(Item("reference model", p.total * size, "exact", dtype))
     return state, host

@@ -116,7 +116,16 @@ class StageParameters:
     @cached_property
     def quantized(self) -> int:
         """Elements of the matrices that are multiplied in FP8."""
-        return sum(self.numel(e) for e in self.entries if all(decide(t.name, t.shape).quantize for t in e.tensors))
+        return sum(map(self.numel, self._quantized))
+
+    @cached_property
+    def largest_quantized(self) -> int:
+        """Elements of the largest of them."""
+        return max(map(self.numel, self._quantized), default=0)
+
+    @cached_property
+    def _quantized(self) -> list[Entry]:
+        return [e for e in self.entries if all(decide(t.name, t.shape).quantize for t in e.tensors)]
 
     @cached_property
     def buffers(self) -> list[Buffer]:

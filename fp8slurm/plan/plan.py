@@ -177,7 +177,7 @@ def make_plan(config: RunConfig, gpu_memory: dict[str, int] | None = None) -> Pl
         stages=held,
         pipeline=pipeline,
         fits=tuple(
-            _fit(config, table, quantization, held, buffers, placement.world_size, n, b)
+            _fit(config, table, quantization, held, buffers, sent_last(config, moved), placement.world_size, n, b)
             for n, b in (gpu_memory or GPU_MEMORY).items()
         ),
         host=_host(config, parts, held, moved.payload),
@@ -213,13 +213,13 @@ def _pipeline(config: RunConfig, layout: Layout, share: float) -> Pipeline:
 
 def _fit(
     config: RunConfig, table: NameTable, quantization: QuantizationSpec | None, held: tuple[Stage, ...],
-    update_buffers: int, ranks: int, name: str, size: int,
+    update_buffers: int, kept: int, ranks: int, name: str, size: int,
 ) -> Fit:  # fmt: skip
     """The phases on a GPU of `size` bytes."""
     shared = config.engine.placement == "shared"
     fullest = max((s.memory for s in held), key=lambda m: m.state_bytes + m.working_bytes)
     largest = max((s.memory for s in held), key=lambda m: m.state_bytes)
-    trainer = {"trainer resident": memory.trainer_resident(ranks)}
+    trainer = {"trainer resident": memory.trainer_resident(ranks)} | ({"sent last": kept} if kept else {})
     serving = {"engine resident": memory.engine_resident(config.engine.tensor_parallel_size)}
     there = sum(serving.values())
     sleeps = engines_sleep(config)
@@ -244,6 +244,11 @@ def _fit(
             "sync and rollout (engine's GPU)": serving | buckets | weights | cache,
         }
     return Fit(name, size, engine, tuple(Phase(n, sum(p.values()), p) for n, p in phases.items()))
+
+
+def sent_last(config: RunConfig, moved: Traffic) -> int:
+    """Bytes that a rank keeps of what it sent last, the fullest: with sync.delta every bucket that it sends."""
+    return max(rank.broadcast for rank in moved.ranks) if config.sync.delta else 0
 
 
 def _update_buffers(config: RunConfig, spec: ModelSpec, layout: Layout, largest: int) -> int:

@@ -14,6 +14,7 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -79,7 +80,13 @@ def run(
     weights = EngineWeights(config, trainer, channel, store, address, run_dir.attempt_dir, watch)
     recorder = Recorder(config, run_dir, watch, first, on_disk, channel.answered)
     ahead, open_prompts, ranks = RolloutAhead(weights), OpenPrompts(), dist.get_world_size()
-    saver = Saver(config, run_dir, trainer, store, ranks, watch, times, on_disk, ahead.write, open_prompts.write)
+
+    def first_beside(folder: Path) -> None:
+        open_prompts.write(folder)
+        if trainer.kv_scales is not None:
+            trainer.kv_scales.write(folder)
+
+    saver = Saver(config, run_dir, trainer, store, ranks, watch, times, on_disk, ahead.write, first_beside)
     boundary = StepBoundary(store, first, stop_policy, saver, times, run_dir.attempt_dir, meet, channel.forget)
     state = first_state(config, on_disk)
     loop = Loop(config, run_dir, trainer, weights, recorder, saver, boundary, watch, state, ahead, open_prompts)
@@ -152,6 +159,7 @@ class Loop:
             self.weights.sleep()
             with self.boundary.trace(self.trainer.rank, f"sft_{self.state.step + 1:06d}"), self.watch.timed("train"):
                 self.state, record = phase.step(self.state)
+            record |= self.weights.advance_scales()
             if phase.is_evaluated(self.state.step):
                 self.weights.sync(self.state.version)
                 record |= self.evaluate()
@@ -174,7 +182,9 @@ class Loop:
         if self.state.step == 0:
             enter_phase(START)
             self.recorder.begin()
-            self._record(self.probe_gap() | self.evaluate())
+            record = self.probe_gap()
+            self.weights.calibrate(self.state.version)
+            self._record(record | self.evaluate())
         enter_phase(TRAINING)
         while self.state.step < steps:
             if self.boundary.cross():
@@ -244,7 +254,7 @@ class Loop:
                     recompute_reference(self.trainer, batches)
         with self.watch.timed("train"):
             figures = self.train(updates * c.train.epochs_per_step, step, None if self.recomputes else measure)
-        record |= figures
+        record |= figures | self.weights.advance_scales()
         if not c.control.freeze_engine and not self.ahead.under_way:
             self.weights.sync(self.state.version)
         return record
@@ -413,7 +423,8 @@ class Loop:
             return evaluation.merge(c, self.run_dir, answers, checkpoint, state.step, writes=self.trainer.rank == 0)
 
     def _record(self, record: dict[str, float]) -> None:
-        self.recorder.write(self.state, {**record, **self.trainer.memory, **self.saver.figures()})
+        others = self.weights.take_figures() | self.trainer.memory | self.saver.figures()
+        self.recorder.write(self.state, {**record, **others})
 
     def _end_step(self, record: dict[str, float], save: bool) -> None:
         # The record first: a checkpoint without its record would leave a hole after a crash between the two.

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from fp8slurm.core.gap import gap_metrics
+from fp8slurm.core.gap import POSITIONS, gap_by_position, gap_metrics, gap_sums
 from fp8slurm.core.types import PackedBatch, SampleGroup
 from fp8slurm.rl.lag import lag_metrics
 from fp8slurm.rollout.files import logprob_rows, write_trainer_logprobs
@@ -85,14 +85,27 @@ def compare(
     trainer: Any, batches: list[PackedBatch], logprobs: list[torch.Tensor], lags: list[torch.Tensor] | None = None
 ) -> dict[str, float]:
     """Fill in every micro-batch's log-probabilities of the trainer; metrics of the gap over all ranks (core/gap.py),
-    and with `lags` (lag.token_lags) those of older tokens apart."""
+    also by position in the response, and with `lags` (lag.token_lags) those of older tokens apart."""
     parts = []  # each [N, 2], or [N, 3]
     for i, (batch, values) in enumerate(zip(batches, logprobs)):
         batch.trainer_logprobs = own = values.cpu()
         columns = [own, batch.rollout_logprobs] + ([] if lags is None else [lags[i]])
         parts.append(torch.stack(columns, 1)[batch.loss_mask])
     rows = gather_rows(_once(trainer, torch.cat(parts).float()))
-    return gap_metrics(rows[:, 0], rows[:, 1]) if lags is None else lag_metrics(rows)
+    record = gap_metrics(rows[:, 0], rows[:, 1]) if lags is None else lag_metrics(rows)
+    return record | _by_position(trainer, batches)
+
+
+def _by_position(trainer: Any, batches: list[PackedBatch]) -> dict[str, float]:
+    """Positions count from a sample's first trained token."""
+    sums = torch.zeros(len(POSITIONS), 2, dtype=torch.float64)
+    for b in batches:
+        assert b.trainer_logprobs is not None
+        for start, end in zip(b.cu_seqlens.tolist(), b.cu_seqlens.tolist()[1:]):
+            at = start + b.loss_mask[start:end].nonzero().flatten()
+            sums += gap_sums(b.trainer_logprobs[at], b.rollout_logprobs[at], at - at[:1])
+    rows = gather_rows(_once(trainer, sums.flatten()[None].float()))
+    return gap_by_position(rows.double().sum(0).view(-1, 2))
 
 
 def save_logprobs(trainer: Any, path: Path, groups: list[SampleGroup], batches: list[PackedBatch]) -> None:

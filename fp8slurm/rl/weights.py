@@ -31,7 +31,8 @@ from fp8slurm.sync.receiver import checksum, forget_checksums, publish_checksums
 from fp8slurm.sync.stream import Cut, Sender, WeightStream
 
 VERIFIED_AT_FIRST = 2
-"""Updates that sync.verify = "first" compares: SGLang's own load, the first as copies (engine/inside/recorded.py)."""
+"""Updates that sync.verify = "first" compares: SGLang's own load, the first as copies or as changes
+(engine/inside/recorded.py)."""
 Answers = list[tuple[dict[str, Any], torch.Tensor]]
 
 
@@ -47,6 +48,7 @@ class EngineWeights:
         self.sleeps = engines_sleep(config) and not config.control.freeze_engine
         self.sent_version: int | None = None
         """What all engines have; None: nothing, or not all of them."""
+        self._figures: dict[str, float] = {}
         self._asleep = False
         self._sender = Sender()
         self._sends = self._verified = 0
@@ -56,7 +58,8 @@ class EngineWeights:
         c, t = self.config, self.trainer
         rank, size, group = t.expert_tensor_parallel
         self._stream = WeightStream(
-            NameTable(t.spec), t.named_shards, engine_quantization(c), c.sync.bucket_bytes,
+            NameTable(t.spec, kv_scales=c.engine.kv_cache == "fp8"),
+            t.named_shards, engine_quantization(c), c.sync.bucket_bytes,
             getattr(torch, c.engine.dtype),
             Cut(t.tensor_parallel_rank, t.tensor_parallel_size, t.tensor_parallel_group, t.replica_rank == 0),
             t.pipeline_parallel_rank,
@@ -78,6 +81,17 @@ class EngineWeights:
         while version != self.sent_version:
             if self._send(version):
                 self.sent_version = version
+
+    def advance_scales(self) -> dict[str, float]:
+        """The scales of an FP8 KV cache, from the step's own keys and values, for the next update; metrics of them."""
+        return self.trainer.kv_scales.advance() if self.config.engine.kv_cache == "fp8" else {}
+
+    def calibrate(self, version: int) -> None:
+        """Before the first RL step: engines whose scales are a checkpoint's, or 1, get those of the tokens that the
+        trainer has seen since, with the weights that they have."""
+        if self.advance_scales() and self.config.engine.kv_scales == "calibrated":
+            self.sent_version = None
+            self.sync(version)
 
     def sleep(self) -> None:
         """Before the trainer works: the engines give their memory back, and with it the weights that they were sent."""
@@ -117,6 +131,11 @@ class EngineWeights:
             self.sync(version)
             self.post(kind, **arguments)
 
+    def take_figures(self) -> dict[str, float]:
+        """Metrics of the last update since they were last taken; only sync.delta has any."""
+        figures, self._figures = self._figures, {}
+        return figures
+
     def close(self) -> None:
         """Give groups and files up."""
         self._sender.close()
@@ -129,10 +148,12 @@ class EngineWeights:
         checksums: dict[str, list[int]] = {name: [] for name in self._groups}
 
         def to_hosts(source: str, bucket: WeightBucket) -> dist.Work:
-            payload = bucket.payload.cpu()
+            whole, change = bucket.payload, bucket.delta
+            if verify or change is None:
+                whole = whole.cpu()
             if verify:
-                checksums[source].append(checksum(payload))
-            return self._groups[source].start_broadcast(payload, 0)
+                checksums[source].append(checksum(whole))
+            return self._groups[source].start_broadcast(whole if change is None else change.payload.cpu(), 0)
 
         def send() -> None:
             self._sender.send(self._sends, version, self._stream, to_hosts, verify)
@@ -148,6 +169,10 @@ class EngineWeights:
             forget_checksums(self.store, self._sends, source)
         self._asleep = False
         lost = any(a.get("weights_lost") for a in answers)
+        self._sender.done(self._sends, not lost)
+        if self._sender.last is not None:
+            self._figures = answers[0].get("figures", {})
+            self.watch.spent("sync_compare", self._sender.last.seconds)
         self._verified += verify and not lost
         for part, seconds in self._stream.seconds.items():
             self.watch.spent(f"sync_{part}", seconds)

@@ -24,7 +24,7 @@ class Teacher(EnginePool[Member]):
         """gpus: as for EngineSet."""
         assert config.teacher.checkpoint is not None
         first = settings_of_engines(config, gpus)[0]
-        section = first.section.model_copy(update={"mem_fraction": config.teacher.mem_fraction})
+        section = first.section.model_copy(update={"mem_fraction": config.teacher.mem_fraction, "kv_cache": "auto"})
         settings = replace(first, section=section, share=(0, 1), exact=False, return_routing=False, sleeps=False)
         engine = Engine(config.teacher.checkpoint, attempt_dir / "logs", settings, f"teacher_{node}")
         super().__init__([Member(engine, f"teacher {node}")], config.engine)

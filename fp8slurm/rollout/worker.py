@@ -181,7 +181,8 @@ class RolloutWorker:
         """Take update `number` from every source, for all engines of the node; answers the seconds by part."""
         self.engines.wake()
         self.engines.update(version, self.receiver.receive(version, number, verify), verify)
-        return {"seconds": self.engines.update_seconds, **self.engines.update_counts}, None
+        answer = {"seconds": self.engines.update_seconds, **self.engines.update_counts}
+        return {**answer, "figures": self.receiver.figures}, None
 
     def do_rollout(
         self,

@@ -69,6 +69,8 @@ class _Line:
     ids: list[int]
     """Of the turn, and of what was given before it."""
     before: _Line | None
+    rewritten: list[list[Key]] = field(default_factory=list)
+    """Histories in which the template wrote a turn of it otherwise: what begins with one is not rendered again."""
 
     def all_ids(self) -> list[int]:
         parts, line = [], self
@@ -128,10 +130,13 @@ class Chat:
             if "unfinished" in line.thinking:
                 reason = UNFINISHED
                 continue
+            reason = REWRITTEN
+            if any(known[: len(history)] == history for history in line.rewritten):
+                continue
             given = self._given(messages, tools, line)
             if given is not None and given[:-1] == line.given:
                 return line, given
-            reason = REWRITTEN
+            line.rewritten.append(list(known))
         if any(key[0] == "assistant" for key in known):
             self.branches[reason] += 1
             log.debug(

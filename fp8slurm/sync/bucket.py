@@ -31,6 +31,18 @@ class WeightSpec:
         return n
 
 
+@dataclass(frozen=True)
+class Delta:
+    """The bytes of a bucket that are others than in update `base` (sync/delta.py)."""
+
+    base: int
+    changed: int
+    """How many bytes."""
+    checksum: int
+    payload: torch.Tensor
+    """uint8, engine/inside/delta.encode's; only the length counts where it goes past this process."""
+
+
 @dataclass
 class WeightBucket:
     """Tensors of update `version`: `payload` is uint8 [sum of nbytes], `specs` lie in it without gaps or overlaps."""
@@ -38,6 +50,10 @@ class WeightBucket:
     version: int
     specs: tuple[WeightSpec, ...]
     payload: torch.Tensor
+    number: int = 0
+    """Of the update; counts what is sent, where a version can be sent twice. 0 where nobody counts."""
+    delta: Delta | None = None
+    """What can be sent in the bucket's place to whoever has update `delta.base`."""
 
     def views(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, tensor) for every spec, without copying."""

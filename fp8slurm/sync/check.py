@@ -11,6 +11,7 @@ import torch
 from fp8slurm.checkpoint.formats.hf_folder import natural, open_hf
 from fp8slurm.core.errors import InputError
 from fp8slurm.fp8.policy import FUSED_EXPERTS
+from fp8slurm.models.kv_scales import is_scale
 from fp8slurm.models.names import NameTable
 from fp8slurm.models.spec import ModelSpec
 from fp8slurm.sync.bucket import WeightSpec
@@ -51,6 +52,8 @@ def check_engine_checkpoint(folder: Path, sent: Iterable[WeightSpec]) -> None:
     planned = {s.name: s for s in sent}
     where = f"the engine's checkpoint {folder}"
     for name in sorted(there.keys() | planned.keys(), key=natural):
+        if is_scale(name):  # of an FP8 KV cache: engines have them, or have none, by engine.kv_cache
+            continue
         if name not in there:
             raise InputError(f"{where} has no tensor {name}, which the trainer sends {_form(planned[name])}; {FIX}")
         shape, dtype = there[name]

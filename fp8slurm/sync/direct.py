@@ -25,10 +25,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from fp8slurm.core.errors import InputError
 from fp8slurm.engine.server import EngineError
 from fp8slurm.sync.bucket import WeightBucket
+from fp8slurm.sync.delta import Announced, LastSent
 from fp8slurm.sync.groups import TIMEOUT
-from fp8slurm.sync.receiver import Engines, PastTheHost, Source
+from fp8slurm.sync.receiver import Engines, PastTheHost, Source, in_turn
 from fp8slurm.sync.stream import Ask, HostCopy, Sender, WeightStream
 from fp8slurm.sync.transport import Transport, engine_group
 
@@ -75,9 +77,12 @@ class GroupGeneration:
 class DirectSender(Sender):
     """A training rank's end; every rank makes one, also those that are the source of nothing."""
 
-    def __init__(self, store: Any, sources: Sequence[str], engine_ranks: int, address: str) -> None:
+    def __init__(
+        self, store: Any, sources: Sequence[str], engine_ranks: int, address: str, last: LastSent | None = None
+    ) -> None:
         """store: the job's (sync/signed_store.py). sources: names of what this rank sends, in the order of the plan.
-        engine_ranks: of all engines together. address: where gloo listens."""
+        engine_ranks: of all engines together. address: where gloo listens. last: with sync.delta."""
+        super().__init__(last)
         self.store, self.sources, self.size, self.address = store, list(sources), 1 + engine_ranks, address
         self.on_gpu = torch.cuda.is_available()
         self.device = torch.cuda.current_device() if self.on_gpu else None
@@ -111,17 +116,20 @@ class DirectSender(Sender):
         while not all(answer["linked"] for answer in ask("prepare", generation=number, join=False)):
             number += 1
             ask("prepare", partial(self.link, number), generation=number, join=True)
+        super().prepare(ask)
 
     def send(self, number: int, version: int, stream: WeightStream, to_hosts: HostCopy, verify: bool) -> None:
         """A broken group does not end it: then the engines say that they lost their weights."""
 
         def start(source: str, bucket: WeightBucket) -> _UnderWay:
             copying = to_hosts(source, bucket) if verify else None
+            change = self.changes(number, source, bucket).delta
+            payload = bucket.payload if change is None else change.payload
             if self.on_gpu:
                 torch.cuda.current_stream().synchronize()  # the payload is finished: another stream reads it
             sending = None
             if self._pool is not None and not self.generation.failed():
-                sending = self._pool.submit(self._broadcast, source, bucket.payload)
+                sending = self._pool.submit(self._broadcast, source, payload)
             return _UnderWay(self, sending, copying)
 
         stream.send(version, start)
@@ -183,9 +191,12 @@ class DirectBucket(WeightBucket):
 class DirectReceiver(PastTheHost):
     """A rollout worker's end: what comes, in the order in which it comes."""
 
-    def __init__(self, store: Any, sources: Sequence[Source], node: int, nodes: int, engine_ranks: int) -> None:
-        """store: the job's (sync/signed_store.py). engine_ranks: of one engine."""
+    def __init__(
+        self, store: Any, sources: Sequence[Source], node: int, nodes: int, engine_ranks: int, delta: bool = False
+    ) -> None:
+        """store: the job's (sync/signed_store.py). engine_ranks: of one engine. delta: with sync.delta."""
         super().__init__(store, sources)
+        self.delta = delta
         self.store, self.node, self.nodes, self.engine_ranks = store, node, nodes, engine_ranks
         self.sources = list(dict.fromkeys(name for name, _ in self.plan))
 
@@ -195,7 +206,12 @@ class DirectReceiver(PastTheHost):
 
         An engine that died unnoticed is restarted first: in an update it would take the others with it. So are those
         that do not join. EngineError: one failed engine.max_restarts + 1 times in a row.
+
+        Asked with base (sync.delta): whether all engines of the node have that update. InputError: they take no
+        changes alone.
         """
+        if "base" in asked:
+            return {"has": self._have(engines.transports, asked["base"])}
         there = GroupGeneration(self.store, asked["generation"])
         if not asked["join"]:
             engines.restart_dead()
@@ -215,12 +231,24 @@ class DirectReceiver(PastTheHost):
         engines.tell(joining)
         return {}
 
+    def _have(self, transports: Sequence[Transport], base: int) -> bool:
+        if any(transport.number != base for transport in transports):
+            return False
+        refused = [why for transport in transports for why in transport.changes_refused()]
+        if refused:
+            raise InputError(f"--sync.delta: the engine cannot take changes alone: {refused[0]}; --sync.no-delta")
+        return True
+
     def receive(self, version: int, number: int, verify: bool) -> Iterator[WeightBucket]:
         """As Receiver.receive; without verify the buckets have no payloads."""
         payloads = self.payloads(version, number, verify)
-        for name, specs in self.plan:
-            yield DirectBucket(version, specs, next(payloads), name)
+        told = Announced(self.store, number) if self.delta else None
+        for name, turn, specs in in_turn(self.plan):
+            payload = next(payloads)
+            change = told.bucket(name, turn, specs) if told else None
+            yield DirectBucket(version, specs, payload, number, change, source=name)
         next(payloads, None)
+        self.figures = told.figures() if told else {}
 
 
 class DirectTransport(Transport):
@@ -261,8 +289,11 @@ class DirectTransport(Transport):
         assert self._client is not None and self.generation is not None, "open() and join() come first"
         assert isinstance(bucket, DirectBucket), type(bucket)
         group = self.generation.group(bucket.source)
+        change = bucket.delta
+        assert change is None or change.base == self.number, "prepare() has asked whether this engine has the base"
+        forms = self.announce(bucket.specs) if change is None else self.announce_changes(bucket.specs, change)
         self._began = time.perf_counter()
-        self._loading = self._pool.submit(self._client.receive_bucket, group, self.announce(bucket.specs))
+        self._loading = self._pool.submit(self._client.receive_bucket, group, forms)
 
     def finish(self) -> None:
         assert self.generation is not None

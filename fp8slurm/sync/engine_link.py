@@ -110,6 +110,7 @@ class EngineLink:
         self.counts = {"loaded": 0, "buckets": 0}
         self.transport.seconds = {"handover": 0.0, "load": 0.0}
         sent = []
+        number = 0
         try:
             with self._timed("session"):
                 self.client.pause(self.pause_mode)
@@ -122,6 +123,7 @@ class EngineLink:
                     self.transport.finish()
                 if bucket is None:
                     break
+                number = bucket.number
                 assert bucket.version == version, f"bucket of version {bucket.version} in update {version}"
                 self.transport.start(bucket)
                 self.counts["loaded"] += payload_bytes(bucket.specs)
@@ -138,6 +140,7 @@ class EngineLink:
                 self._flush(session)
                 self.client.set_weight_version(version)
                 self.client.resume()
+            self.transport.number = number
             return digests
         except BaseException as error:
             self._break(f"the update to version {version} failed: {error}")

@@ -196,7 +196,7 @@ class MappedReceiver(PastTheHost):
             handles = tuple(self.store.get(key).decode() for key in keys)
             for key in keys:
                 self.store.delete_key(key)
-            yield MappedBucket(version, specs, next(payloads), handles)
+            yield MappedBucket(version, specs, next(payloads), handles=handles)
         next(payloads, None)
 
 

@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from fp8slurm.config import RunConfig
 from fp8slurm.config.derived import transport_of
+from fp8slurm.sync.delta import LastSent
 from fp8slurm.sync.direct import DirectReceiver, DirectSender, DirectTransport
 from fp8slurm.sync.mapped import MappedReceiver, MappedSender, MappedTransport
 from fp8slurm.sync.receiver import HostReceiver, Receiver, Source
@@ -33,25 +34,27 @@ PATHS = {"gloo": "host", "cuda-ipc": "mapped", "shared-memory": "mapped", "nccl"
 def sender(config: RunConfig, store: Any, stream: WeightStream, address: str, folder: Path) -> Sender:
     """A rank's end, once all plans are in the job's store. address: where gloo listens. folder: for files."""
     path, e = PATHS[transport_of(config)], config.engine
+    last = LastSent(store) if config.sync.delta else None
     if path == "direct":
         ranks = config.slurm.nodes * e.per_node * e.tensor_parallel_size
-        return DirectSender(store, list(stream.sources), ranks, address)
+        return DirectSender(store, list(stream.sources), ranks, address, last)
     if path == "mapped":
         names = store.get("sync/sources").decode().split()
         roots = [int(store.get(f"sync/root/{n}")) for n in names]
         plans = [parse_description(store.get(f"sync/plan/{n}").decode()) for n in names]
         return MappedSender(store, list(zip(names, roots, plans)), folder)
-    return Sender()
+    return Sender(last)
 
 
 def receiver(config: RunConfig, node: int, store: dist.Store, sources: Sequence[Source]) -> Receiver:
     """The end of the rollout worker of `node`."""
     path, ranks = PATHS[transport_of(config)], config.slurm.ranks_per_node
     if path == "direct":
-        return DirectReceiver(store, sources, node, config.slurm.nodes, config.engine.tensor_parallel_size)
+        each = config.engine.tensor_parallel_size
+        return DirectReceiver(store, sources, node, config.slurm.nodes, each, config.sync.delta)
     if path == "mapped":
         return MappedReceiver(store, range(node * ranks, (node + 1) * ranks), sources)
-    return HostReceiver(store, sources, config.sync.keep_last_update is not False)
+    return HostReceiver(store, sources, config.sync.keep_last_update is not False, config.sync.delta)
 
 
 def transport(config: RunConfig, gpus: Sequence[int]) -> Transport:

@@ -22,6 +22,7 @@ from fp8slurm.fp8 import BLOCK
 from fp8slurm.fp8.block import scale_shape
 from fp8slurm.fp8.policy import decide
 from fp8slurm.models.entries import Entry, SliceSpec
+from fp8slurm.models.kv_scales import is_scale
 from fp8slurm.models.names import NameTable
 from fp8slurm.models.spec import QuantizationSpec
 from fp8slurm.sync.bucket import TensorForm, WeightSpec, layout
@@ -47,6 +48,8 @@ class Planned:
 
     def forms(self, dtype: torch.dtype) -> list[TensorForm]:
         """What goes into the bucket for it; `dtype` is the engine's for what is not quantized."""
+        if is_scale(self.name):
+            return [(self.name, torch.float32, self.shape)]
         if not self.quantized:
             return [(self.name, dtype, self.shape)]
         return [(self.name, FP8, self.shape), (self.name + SCALE, torch.float32, scale_shape(self.shape))]

@@ -5,18 +5,34 @@ from __future__ import annotations
 import json
 import zlib
 from abc import ABC, abstractmethod
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 
+from fp8slurm.engine.inside import delta
 from fp8slurm.sync.bucket import WeightBucket, WeightSpec, payload_bytes
+from fp8slurm.sync.delta import Announced
 from fp8slurm.sync.groups import Group
 from fp8slurm.sync.transport import Transport
 
+Buckets = Sequence[tuple[str, tuple[WeightSpec, ...]]]
 Source = tuple[str, Group, Sequence[tuple[WeightSpec, ...]]]
 """Name, the group whose rank 0 is the source, and its buckets."""
+
+
+def in_turn(plan: Buckets) -> list[tuple[str, int, tuple[WeightSpec, ...]]]:
+    """(source, number of the bucket among the source's, its tensors) for all buckets of an update, in order."""
+    turns: Counter[str] = Counter()
+    out = []
+    for source, specs in plan:
+        out.append((source, turns[source], specs))
+        turns[source] += 1
+    return out
 
 
 class CorruptUpdate(RuntimeError):
@@ -58,6 +74,8 @@ class Receiver(ABC):
 
     held: Sequence[WeightBucket] = ()
     """The last update where it is kept and has wholly arrived, else nothing."""
+    figures: dict[str, float] = {}
+    """Of the last update, with sync.delta: Announced.figures."""
 
     def prepare(self, engines: Engines, asked: dict[str, Any]) -> dict[str, Any]:
         """The answer to what the path's sender asks before an update (Sender.prepare); most ask nothing."""
@@ -73,9 +91,11 @@ class Receiver(ABC):
 class HostReceiver(Receiver):
     """Takes updates through this process; while a bucket is worked on, the next one arrives."""
 
-    def __init__(self, store: dist.Store, sources: Sequence[Source], keep: bool) -> None:
-        """keep: hold the last update in host memory (the bytes of all buckets together) instead of three buckets."""
-        self.store, self.sources, self.keep = store, sources, keep
+    def __init__(self, store: dist.Store, sources: Sequence[Source], keep: bool, delta: bool = False) -> None:
+        """keep: hold the last update in host memory (the bytes of all buckets together) instead of three buckets.
+        delta: with sync.delta; changes are made to the update that is held."""
+        assert keep or not delta, "there is nothing to make changes to"
+        self.store, self.sources, self.keep, self.delta = store, sources, keep, delta
         sizes = [payload_bytes(specs) for _, _, plan in sources for specs in plan]
         self._payloads = self._allocate(sizes) if keep else []
         self._turns: list[torch.Tensor] = []
@@ -84,6 +104,11 @@ class HostReceiver(Receiver):
     @staticmethod
     def _allocate(sizes: Sequence[int]) -> list[torch.Tensor]:
         return [torch.empty(n, dtype=torch.uint8) for n in sizes]
+
+    def prepare(self, engines: Engines, asked: dict[str, Any]) -> dict[str, Any]:
+        """Asked with base (sync.delta): whether that is the update that is held. Engines that have another one get
+        whole buckets from here."""
+        return {"has": bool(self.held) and self.held[0].number == asked["base"]}
 
     def receive(self, version: int, number: int, verify: bool) -> Iterator[WeightBucket]:
         """As Receiver.receive."""
@@ -96,17 +121,44 @@ class HostReceiver(Receiver):
             self._turns = self._turns or self._allocate([max(self._sizes)] * 3)
             payloads = [self._turns[i % 3][:n] for i, n in enumerate(self._sizes)]
         order = [(group, specs) for _, group, plan in self.sources for specs in plan]
-        buckets = [WeightBucket(version, specs, payload) for (_, specs), payload in zip(order, payloads)]
-        arriving = order[0][0].start_broadcast(payloads[0], 0)
-        for i, bucket in enumerate(buckets):
-            arriving.wait()
-            if i + 1 < len(buckets):
-                arriving = order[i + 1][0].start_broadcast(payloads[i + 1], 0)
-            yield bucket
+        buckets = [WeightBucket(version, specs, payload, number) for (_, specs), payload in zip(order, payloads)]
+        if self.delta:
+            yield from self._with_changes(buckets, Announced(self.store, number))
+        else:
+            arriving = order[0][0].start_broadcast(payloads[0], 0)
+            for i, bucket in enumerate(buckets):
+                arriving.wait()
+                if i + 1 < len(buckets):
+                    arriving = order[i + 1][0].start_broadcast(payloads[i + 1], 0)
+                yield bucket
         if verify:
             self._compare(number, buckets)
         if self.keep:
             self.held = buckets
+
+    def _with_changes(self, buckets: list[WeightBucket], told: Announced) -> Iterator[WeightBucket]:
+        """The buckets, whose payloads hold the update before, as they arrive: whole or changed in place."""
+        groups = {name: group for name, group, _ in self.sources}
+        order = in_turn([(name, specs) for name, _, plan in self.sources for specs in plan])
+
+        def take(bucket: WeightBucket, source: str, turn: int) -> WeightBucket:
+            change = told.bucket(source, turn, bucket.specs)
+            groups[source].broadcast(bucket.payload if change is None else change.payload, 0)
+            if change is None:
+                return bucket
+            if delta.checksum(change.payload) != change.checksum:
+                raise CorruptUpdate(f"the changes to bucket {turn} of {source} are not what was sent (checksum)")
+            delta.apply(change.payload, change.changed, bucket.payload)
+            return replace(bucket, delta=change)
+
+        with ThreadPoolExecutor(1, thread_name_prefix="changes") as pool:
+            arriving: deque[Future[WeightBucket]] = deque()
+            for bucket, (source, turn, _) in zip(buckets, order, strict=True):
+                arriving.append(pool.submit(take, bucket, source, turn))
+                if len(arriving) > 1:
+                    yield arriving.popleft().result()
+            yield arriving.popleft().result()
+        self.figures = told.figures()
 
     def _compare(self, number: int, buckets: list[WeightBucket]) -> None:
         rest = iter(buckets)

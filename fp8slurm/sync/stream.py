@@ -36,6 +36,7 @@ from fp8slurm.fp8.quantize import quantize
 from fp8slurm.models.names import NameTable
 from fp8slurm.models.spec import QuantizationSpec
 from fp8slurm.sync.bucket import WeightBucket, WeightSpec, payload_bytes
+from fp8slurm.sync.delta import LastSent
 from fp8slurm.sync.plan import SCALE, Planned, SourcePlan, plan, source_plans
 
 __all__ = ["Cut", "Planned", "WeightStream", "parse_description", "plan"]
@@ -89,13 +90,16 @@ class _Writes:
 
     def __init__(self, writes: list[_Write]) -> None:
         self.one_by_one = writes
-        self.copies: list[_Write] = []
+        self.copies: dict[tuple[torch.dtype, torch.dtype], list[_Write]] = {}
+        """By dtype of both ends: of several dtypes together torch would make each copy alone."""
         self.grouped: list[_Write] = []
         self._group: Any = None
         if writes and writes[0].target.is_cuda:
             from fp8slurm.fp8 import triton_quantize  # Triton exists only where CUDA does
 
-            self.copies = [w for w in writes if w.scale is None and w.target.numel()]
+            for w in writes:
+                if w.scale is None and w.target.numel():
+                    self.copies.setdefault((w.target.dtype, w.source.dtype), []).append(w)
             quantized = [w for w in writes if w.scale is not None and w.target.numel()]
             self.grouped = [w for w in quantized if triton_quantize.fits_group(w.source, w.target)]
             self.one_by_one = [w for w in quantized if not triton_quantize.fits_group(w.source, w.target)]
@@ -108,9 +112,9 @@ class _Writes:
     def run(self, seconds: dict[str, float]) -> None:
         """Raises TransientInputError for a weight that is not finite, by name."""
         start = time.perf_counter()
-        if self.copies:
-            torch._foreach_copy_([w.target for w in self.copies], [w.source for w in self.copies])
-            seconds["copy"] += time.perf_counter() - start
+        for copies in self.copies.values():
+            torch._foreach_copy_([w.target for w in copies], [w.source for w in copies])
+        seconds["copy"] += time.perf_counter() - start
         if self._group is not None:
             start = time.perf_counter()
             self._group.launch()
@@ -456,13 +460,29 @@ Ask = Callable[..., list[dict[str, Any]]]
 class Sender:
     """A training rank's end of a path, and the path through the hosts. All ranks make the same calls."""
 
+    def __init__(self, last: LastSent | None = None) -> None:
+        """last: with sync.delta."""
+        self.last = last
+
     def prepare(self, ask: Ask) -> None:
         """Before an update is announced."""
+        if self.last is not None:
+            number = self.last.number
+            self.last.begin(number is not None and all(answer["has"] for answer in ask("prepare", base=number)))
 
     def send(self, number: int, version: int, stream: WeightStream, to_hosts: HostCopy, verify: bool) -> None:
         """Update `number`, under `version`. Collective over the ranks that share tensors. verify: every bucket also
         goes `to_hosts`, to be compared (here all do, always)."""
-        stream.send(version, to_hosts)
+        stream.send(version, lambda source, bucket: to_hosts(source, self.changes(number, source, bucket)))
+
+    def changes(self, number: int, source: str, bucket: WeightBucket) -> WeightBucket:
+        """The bucket, with sync.delta with what changed in it."""
+        return bucket if self.last is None else self.last.changes(number, source, bucket)
+
+    def done(self, number: int, arrived: bool) -> None:
+        """The rollout workers have answered update `number`; arrived: whether all engines have it."""
+        if self.last is not None:
+            self.last.done(number, arrived)
 
     def close(self) -> None:
         """Give groups and files up."""

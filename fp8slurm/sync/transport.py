@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import time
 from abc import ABC, abstractmethod
@@ -13,10 +14,12 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from fp8slurm.engine.client import EngineClient
-from fp8slurm.engine.inside.recorded import KNOWN, Form, bucket_id
+from fp8slurm.engine.inside.recorded import KNOWN, Form, bucket_id, delta_name
 from fp8slurm.engine.server import EngineError
-from fp8slurm.sync.bucket import WeightBucket, WeightSpec, payload_bytes
+from fp8slurm.sync.bucket import Delta, WeightBucket, WeightSpec, payload_bytes
 from fp8slurm.sync.groups import listen
+
+log = logging.getLogger(__name__)
 
 LOOPBACK = "127.0.0.1"
 JOIN_TIMEOUT = timedelta(seconds=120)
@@ -36,20 +39,41 @@ class Transport(ABC):
         """Buckets that this engine has had: their tensors need no more naming."""
         self._ids: dict[int, tuple[tuple[WeightSpec, ...], str]] = {}
         """Python's id of a bucket's specs, which are the same object in every update -> (specs, the bucket's id)."""
+        self.number: int | None = None
+        """The update that this engine has whole (WeightBucket.number); set by its link."""
+        self._refused: list[str] | None = None
 
     def announce(self, specs: tuple[WeightSpec, ...]) -> list[Form]:
         """What the engine is told of a bucket: its tensors the first time, and only its id after that."""
-        if id(specs) not in self._ids:
-            self._ids[id(specs)] = specs, bucket_id(spec.form for spec in specs)
-        _, bucket = self._ids[id(specs)]
+        bucket = self._id(specs)
         if bucket in self._told:
             return [(KNOWN + bucket, "uint8", (payload_bytes(specs),), 0)]
         self._told.add(bucket)
         return [spec.form for spec in specs]
 
+    def announce_changes(self, specs: tuple[WeightSpec, ...], change: Delta) -> list[Form]:
+        """What the engine is told of changes to a bucket that it has."""
+        name = delta_name(self._id(specs), change.changed, change.checksum)
+        return [(name, "uint8", (change.payload.numel(),), 0)]
+
+    def changes_refused(self) -> list[str]:
+        """Why the engine takes no changes alone, once it has loaded an update; [] if it does. It is asked once."""
+        assert self._client is not None, "open() comes first"
+        if self._refused is None:
+            self._refused = self._client.changes_refused()
+            if self._refused:
+                log.warning("%s gets whole buckets: %s", self._client.url, self._refused[0])
+        return self._refused
+
+    def _id(self, specs: tuple[WeightSpec, ...]) -> str:
+        if id(specs) not in self._ids:
+            self._ids[id(specs)] = specs, bucket_id(spec.form for spec in specs)
+        return self._ids[id(specs)][1]
+
     def open(self, client: EngineClient, tensor_parallel_size: int) -> None:
         """Get ready. Raises EngineError if the engine does not take part."""
         self._told.clear()
+        self.number = self._refused = None
         self._client = client
 
     @abstractmethod
@@ -104,12 +128,17 @@ class BroadcastTransport(Transport):
 
     def start(self, bucket: WeightBucket) -> None:
         assert self._client is not None and self._group is not None, "open() comes first"
+        change, payload = bucket.delta, bucket.payload
+        if change is not None and change.base == self.number and not self.changes_refused():
+            forms, payload = self.announce_changes(bucket.specs, change), change.payload
+        else:
+            forms = self.announce(bucket.specs)
         self._times = times = [time.perf_counter()]
-        self._loading = self._pool.submit(self._client.receive_bucket, self._name, self.announce(bucket.specs))
+        self._loading = self._pool.submit(self._client.receive_bucket, self._name, forms)
         self._loading.add_done_callback(lambda _: times.append(time.perf_counter()))
         options = dist.BroadcastOptions()
         options.rootRank, options.rootTensor = 0, 0
-        self._sending = self._group.broadcast([bucket.payload], options)
+        self._sending = self._group.broadcast([payload], options)
         self._sending.get_future().add_done_callback(lambda _: times.append(time.perf_counter()))
 
     def finish(self) -> None:

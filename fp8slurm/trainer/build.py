@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 
 from fp8slurm.config.schema import RunConfig
+from fp8slurm.core.patches import patched
 from fp8slurm.models.spec import ModelSpec
+from fp8slurm.trainer.optimizer_copies import in_few_launches
 from fp8slurm.trainer.start import layer_spec
 
 
@@ -107,7 +110,13 @@ def build_module(config: RunConfig, spec: ModelSpec, tconfig: Any) -> Any:
         from fp8slurm.cpu.exact_layers import ExactRotary
 
         module.rotary_pos_emb = ExactRotary(spec.rope_theta, spec.head_dim)
-    return module.to(torch.cuda.current_device(), torch_dtype(config))
+    module = module.to(torch.cuda.current_device(), torch_dtype(config))
+    if config.fp8.param_gather and config.fp8.backend == "emulated":
+        from fp8slurm.cpu.fp8_linear import FP8ColumnParallelLinear, FP8RowParallelLinear
+        from fp8slurm.cpu.primary_fp8 import make_primary
+
+        make_primary(module, (FP8ColumnParallelLinear, FP8RowParallelLinear))
+    return module
 
 
 def wrap_precision(module: Any, tconfig: Any) -> Any:
@@ -130,10 +139,17 @@ def build_ddp(config: RunConfig, module: Any, tconfig: Any) -> Any:
 
 
 def build_optimizer(config: RunConfig, ddp: Any) -> Any:
-    """AdamW with fp32 master weights; its state is zero and the learning rate is set at every step."""
+    """AdamW with fp32 master weights; its state is zero and the learning rate is set at every step.
+
+    With fp8.param_gather and optim.cpu_offload Megatron is told of no offload, and makes HostAdam in the place of its
+    DistributedOptimizer. The masters are zero too then.
+    """
+    from megatron.core import optimizer as megatron
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
     o = config.optim
+    on_host = o.cpu_offload and config.fp8.param_gather
+    hybrid = o.cpu_offload and not on_host
     optimizer_config = OptimizerConfig(
         optimizer="adam",
         # Set at every step. Here it would become part of the identity that Megatron finds a group of parameters by when
@@ -148,19 +164,25 @@ def build_optimizer(config: RunConfig, ddp: Any) -> Any:
         bf16=config.model.dtype == "bfloat16",
         params_dtype=torch_dtype(config),
         use_distributed_optimizer=o.distributed,
-        optimizer_cpu_offload=o.cpu_offload,
-        optimizer_offload_fraction=1.0 if o.cpu_offload else 0.0,
+        optimizer_cpu_offload=hybrid,
+        optimizer_offload_fraction=1.0 if hybrid else 0.0,
         # gradients travel to the host, and weights back, parameter by parameter while the CPU works on another
-        overlap_cpu_optimizer_d2h_h2d=o.cpu_offload,
-        use_precision_aware_optimizer=o.cpu_offload or o.moments != "float32",
+        overlap_cpu_optimizer_d2h_h2d=hybrid,
+        use_precision_aware_optimizer=hybrid or o.moments != "float32",
         exp_avg_dtype=getattr(torch, o.moments),
         exp_avg_sq_dtype=getattr(torch, o.moments),
         # how Megatron knows that it has to keep the masters itself
         fp8_recipe=config.fp8.recipe if config.fp8.param_gather else None,
     )
-    optimizer = get_megatron_optimizer(optimizer_config, [ddp], use_gloo_process_groups=torch.cuda.is_available())
+    with ExitStack() as stack:
+        if on_host:
+            from fp8slurm.trainer.host_adam import HostAdam
+
+            stack.enter_context(patched(megatron, "DistributedOptimizer", HostAdam))
+        optimizer = get_megatron_optimizer(optimizer_config, [ddp], use_gloo_process_groups=torch.cuda.is_available())
     for part in optimizer.chained_optimizers:
         _allocate_state(part.optimizer)
+    in_few_launches(optimizer)
     return optimizer
 
 

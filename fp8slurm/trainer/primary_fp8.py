@@ -1,6 +1,7 @@
 """FP8 primary weights: the Linear weights live as block-FP8 codes and scales, with FP32 masters in the optimizer.
 
-All that has to be known of TransformerEngine's tensor class (Float8BlockwiseQTensor, 2.16) is here:
+All that has to be known of TransformerEngine's tensor class (Float8BlockwiseQTensor, 2.16) is here; without a GPU
+cpu/primary_fp8.py has one with the same attributes:
 
     _rowwise_data [N, K] uint8, a view into DDP's buffer; _rowwise_scale_inv [ceil(N/128), ceil(K/128) up to a multiple
     of 4] fp32; _columnwise_data, _columnwise_scale_inv: the same transposed, or None, remade after every step.
@@ -12,7 +13,7 @@ without FP8 primary weights writes. What is dequantized from the codes would be 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -22,6 +23,11 @@ from fp8slurm.fp8 import BLOCK
 from fp8slurm.fp8.block import E4M3, BlockFP8, scale_shape
 from fp8slurm.fp8.policy import decide
 from fp8slurm.models.entries import Entry
+
+PIECE = 2**25
+"""Elements of a rank's share that HostAdam has in a round; more where one FP8 weight has more."""
+SLOTS = 2
+"""Rounds that it has under way at a time."""
 
 
 def is_primary(tensor: Any) -> bool:
@@ -161,6 +167,32 @@ class Masters:
             # bytes, of which each is zero on all ranks but one: a sum of numbers would lose the sign of -0
             dist.all_reduce(flat.view(torch.uint8), group=group)
         return flat.view(parameter.shape)
+
+
+def completed_together(places: list[tuple[int, int, Any]], own: int, ranks: int, piece: int) -> Iterator[list[Any]]:
+    """FP8 weights of a bucket, (first element, last + 1, weight) in order, by rounds; `own` elements are a rank's.
+
+    A weight is quantized in one call of all ranks, because a block's scale is the ranks' that share it. So that no rank
+    waits for another one's Adam, a round has weights of every rank, about `piece` elements of each; the few that lie
+    across ranks come last, one a round.
+    """
+    rounds: list[list[Any]] = []
+    number, filled = [0] * ranks, [0] * ranks
+    across = []
+    for place in places:
+        start, end, _ = place
+        rank, last = start // own, (end - 1) // own
+        if rank != last:
+            across.append([place])
+            continue
+        if filled[rank] and filled[rank] + end - start > piece:
+            number[rank], filled[rank] = number[rank] + 1, 0
+        filled[rank] += end - start
+        if number[rank] == len(rounds):
+            rounds.append([])
+        rounds[number[rank]].append(place)
+    yield from rounds
+    yield from across
 
 
 def in_bf16(model: dict[str, Any], value: Callable[[Any], torch.Tensor] | None) -> None:

@@ -62,12 +62,6 @@ def check_optimizer(config: RunConfig, fused_adam: bool) -> None:
     `fused_adam`: TransformerEngine's optimizer is there, and a GPU for it.
     """
     o = config.optim
-    if config.fp8.param_gather and o.cpu_offload:
-        raise InputError(
-            "--fp8.param-gather with --optim.cpu-offload: Megatron hands blockwise FP8 shards to the CPU-offloaded "
-            "Adam as None, so that nothing would be updated; allowed: --fp8.no-param-gather (BF16 weights, quantized "
-            "for every product) with --optim.cpu-offload"
-        )
     if config.fp8.param_gather:
         check_param_gather(config, fused_adam)
     if o.cpu_offload and not o.distributed:
@@ -121,15 +115,20 @@ def check_param_gather(config: RunConfig, gpu_engine: bool) -> None:
     """
     o = config.optim
     instead = "or --fp8.no-param-gather"
-    if config.fp8.backend != "transformer_engine":
+    if config.fp8.backend == "off":
         raise InputError(
-            f"--fp8.param-gather with --fp8.backend {config.fp8.backend}: only TransformerEngine keeps weights in FP8, "
-            f"they would silently stay {config.model.dtype}; allowed: --fp8.backend transformer_engine, {instead}"
+            f"--fp8.param-gather with --fp8.backend off: the weights would silently stay {config.model.dtype}; "
+            f"allowed: --fp8.backend transformer_engine (GPU), --fp8.backend emulated (CPU), {instead}"
         )
-    if not gpu_engine:
+    if config.fp8.backend == "emulated" and config.model.dtype != "bfloat16":
         raise InputError(
-            f"--fp8.param-gather needs a GPU and TransformerEngine; here the weights would silently stay "
-            f"{config.model.dtype}; allowed here: --fp8.no-param-gather"
+            f"--fp8.param-gather with --model.dtype {config.model.dtype}: FP8 weights stand for BF16 ones; allowed: "
+            f"--model.dtype bfloat16, {instead}"
+        )
+    if config.fp8.backend == "transformer_engine" and not gpu_engine:
+        raise InputError(
+            f"--fp8.param-gather with --fp8.backend transformer_engine needs a GPU and TransformerEngine; here the "
+            f"weights would silently stay {config.model.dtype}; allowed here: --fp8.backend emulated, {instead}"
         )
     if not o.distributed:
         raise InputError(

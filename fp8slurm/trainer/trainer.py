@@ -24,6 +24,7 @@ from fp8slurm.trainer import build, checkpoint, primary_fp8
 from fp8slurm.trainer.context_parallel import ModelInput
 from fp8slurm.trainer.experts import RoutingReplay, choose_grouped_products, scale_aux_loss, take_aux_loss
 from fp8slurm.trainer.forward import Outputs, run_schedule
+from fp8slurm.trainer.kv_scales import KvScales
 from fp8slurm.trainer.optimizer_sleep import OptimizerSleep
 from fp8slurm.trainer.start import check_grouped
 from fp8slurm.trainer.weights import HfReader, ParameterShards
@@ -82,6 +83,8 @@ class Trainer:
         if config.fp8.param_gather:
             primary_fp8.forget_initial_values(self.module)
             self.primary_fp8 = primary_fp8.check_primary((e, p) for e, p, _ in self.shards.parameters)
+        self.kv_scales = KvScales(config, spec, self.module) if config.engine.kv_cache == "fp8" else None
+        """Of the engines' KV cache."""
         self.reference: Any = None
         self.replay: RoutingReplay | None = None
         if config.rollout.routing_replay:
@@ -133,8 +136,10 @@ class Trainer:
 
     def named_shards(self) -> Iterator[tuple[str, torch.Tensor | BlockFP8]]:
         """(global Megatron name, this rank's shard [detached, not a copy]) for every parameter of this stage; FP8
-        primary weights as their codes and scales."""
-        return self.shards.named()
+        primary weights as their codes and scales. Then the scales of the engines' KV cache, where it is in FP8."""
+        yield from self.shards.named()
+        if self.kv_scales is not None:
+            yield from self.kv_scales.named()
 
     def weights_changed(self) -> None:
         """Drop what was derived from the weights (the emulation's quantized copies)."""
@@ -261,6 +266,8 @@ class Trainer:
         self.optimizer.get_grad_norm()
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
+        if self.kv_scales is not None:
+            self.kv_scales.forget()
 
     def _gradients(
         self, micro_batches: list[PackedBatch], loss_fn: LossFunction, with_entropy: bool
@@ -322,6 +329,8 @@ class Trainer:
             # norms have a wd_mult of 0, which only Megatron's own scheduler would apply
             decay = o.weight_decay * group.get("wd_mult", 1.0)
             group |= {"lr": lr, "weight_decay": decay, "betas": (o.beta1, o.beta2), "eps": o.eps}
+            if o.cpu_offload:  # checkpoints of runs without offload say otherwise
+                group["fused"] = True
         self.optimizer.step_with_ready_grads()
         self.weights_changed()
         return grad_norm, True
@@ -373,5 +382,7 @@ class Trainer:
         """Continue from a checkpoint, in this or another layout; whether a reference model came with it. Errors as for
         checkpoint.load."""
         with_reference = checkpoint.load(self, Path(path))
+        if self.kv_scales is not None:
+            self.kv_scales.read(Path(path))
         self.weights_changed()
         return with_reference

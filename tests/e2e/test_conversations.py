@@ -93,6 +93,18 @@ def test_a_run_with_a_tool_is_the_same_after_it_was_killed(runs, whole):
     assert all(rollouts(run, step) == rollouts(whole, step) for step in (1, 2, 3))
 
 
+def test_by_openais_client_it_is_the_same_run(runs, whole):
+    """examples/lookup_openai.py: the same token ids, log-probabilities, rewards and updates as by the session's calls."""
+    model = runs.folder / "with-template"
+    command = [sys.executable, "-m", "examples.lookup_openai", runs.folder / "model", model]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=120)
+    how = {"rollout__generate": "examples.lookup_openai:generate", "model__hf_checkpoint": model}
+    run = runs.run("openai", **how)
+    assert any(len(row["turns"]) == 2 for row in rollouts(run, 3))
+    assert all(rollouts(run, step) == rollouts(whole, step) for step in (1, 2, 3))
+    assert records(run) == records(whole)
+
+
 KILLS = '''
 import os
 from pathlib import Path

@@ -8,7 +8,18 @@ from typing import Any
 import pytest
 import torch
 
-from fp8slurm.engine.inside.recorded import KNOWN, FlatBucket, bucket_id, in_bytes, load_bucket, loads_of, merged
+from fp8slurm.engine.inside import delta
+from fp8slurm.engine.inside.recorded import (
+    KNOWN,
+    FlatBucket,
+    bucket_id,
+    delta_name,
+    in_bytes,
+    load_bucket,
+    loads_of,
+    merged,
+    refusals,
+)
 from fp8slurm.sync.bucket import WeightBucket, layout, payload_bytes
 
 Pairs = Iterable[tuple[str, torch.Tensor]]
@@ -215,3 +226,64 @@ def test_in_bytes(cut: Callable[[torch.Tensor], torch.Tensor]) -> None:
     to.view(storage).copy_(source.view(a.view(torch.uint8).flatten()))
     assert torch.equal(cut(b), cut(a)) and b.count_nonzero() <= cut(a).numel()
     assert merged([]) == []
+
+
+def changes(old: WeightBucket, new: WeightBucket, damage: bool = False) -> FlatBucket:
+    """What is sent of `new` to an engine that has `old`."""
+    at = delta.positions(old.payload, new.payload, new.payload.numel())
+    assert at is not None
+    encoded = delta.encode(at, new.payload)
+    name = delta_name(bucket_id(s.form for s in new.specs), at.numel(), delta.checksum(encoded))
+    encoded[-at.numel() // 2] ^= int(damage)
+    return FlatBucket(encoded, [(name, "uint8", (encoded.numel(),), 0)])
+
+
+def next_state(b: WeightBucket, seed: int) -> WeightBucket:
+    """The same bucket with every eleventh number of every tensor changed."""
+    out = WeightBucket(b.version + 1, b.specs, b.payload.clone())
+    for _, view in out.views():
+        flat = view.reshape(-1)[seed % 3 :: 11]
+        flat.copy_(torch.full(flat.shape, float(seed + 3)))
+    return out
+
+
+def test_changes_alone_give_what_the_whole_bucket_gives() -> None:
+    model, last = Model(), bucket(GOOD, 0)
+    load_bucket(model, arrives(last), original)
+    assert refusals(model) == []
+    for seed in range(1, 5):
+        b = next_state(last, seed)
+        load_bucket(model, changes(last, b), original)
+        check(model, b)
+        last = b
+    model.norm.data = model.norm.data.clone()  # the same form elsewhere
+    b = next_state(last, 5)
+    load_bucket(model, changes(last, b), original)
+    check(model, b)
+    load_bucket(model, arrives(bucket(GOOD, 9), True), original)
+    check(model, bucket(GOOD, 9))
+    assert model.calls == 1
+
+
+def test_changes_that_cannot_be_made_change_nothing() -> None:
+    model, first = Model(), bucket(GOOD, 0)
+    with pytest.raises(KeyError):
+        load_bucket(model, changes(first, next_state(first, 1)), original)
+    load_bucket(model, arrives(first), original)
+    with pytest.raises(ValueError, match="changes to the bucket from .* arrived damaged"):
+        load_bucket(model, changes(first, next_state(first, 1), damage=True), original)
+    check(model, first)
+    model.fused = torch.nn.Parameter(torch.ones(8, 12, dtype=torch.bfloat16).t(), requires_grad=False)
+    with pytest.raises(ValueError, match="its parameters are not what they were"):
+        load_bucket(model, changes(first, next_state(first, 1)), original)
+
+
+@pytest.mark.parametrize(("name", "why"), [("filled", "fill_"), ("cast", "norm has another dtype in the engine")])
+def test_a_bucket_that_takes_no_changes_says_why(name: str, why: str) -> None:
+    model, first = Model(), bucket(["q", name], 0)
+    load_bucket(model, arrives(first), original)
+    (said,) = refusals(model)
+    assert said.startswith("the bucket from ") and why in said
+    with pytest.raises(ValueError, match="cannot be made"):
+        load_bucket(model, changes(first, next_state(first, 1)), original)
+    check(model, first)

@@ -161,6 +161,18 @@ def test_split_placement_lists_two_kinds_of_gpus():
     assert plan.layout == Layout(4, 2, 1, 1, 1, True)
 
 
+def test_what_was_sent_last_is_kept_on_the_trainers_gpus():
+    flags = ["--engine.placement", "split", "--engine.gpus", "8", "--slurm.gpus-per-node", "16"]
+    without, plan = plan_of("qwen3-30b-a3b-fp8", *flags), plan_of("qwen3-30b-a3b-fp8", *flags, "--sync.delta")
+    kept = max(rank.broadcast for rank in plan.traffic.ranks)
+    assert 0 < kept < plan.traffic.payload  # no rank sends all of it
+    for fit, other in zip(plan.fits, without.fits):
+        more = {p.name: p.bytes - q.bytes for p, q in zip(fit.phases, other.phases)}
+        assert more == {
+            "train (trainer's GPU)": kept, "sync (trainer's GPU)": kept, "sync and rollout (engine's GPU)": 0
+        }  # fmt: skip
+
+
 def test_context_parallel_ranks_share_tokens_and_nothing_else_but_the_optimizer():
     two, alone = plan_of("qwen3-4b-fp8-32k"), plan_of("qwen3-4b-fp8-32k", "--parallel.context-parallel-size", "1")
     assert (two.layout.data, two.layout.replicas, alone.layout.data) == (4, 8, 8)
@@ -222,6 +234,14 @@ def test_what_is_kept_follows_the_settings():
     assert plain["FP8 copies"] == 2 * n + 8 * (n // 128**2), "codes and scales, along rows and along columns"
     assert state(*ONE, "--optim.moments=bfloat16")["optimizer"] * 2 == plain["optimizer"]  # 6 and 12 bytes
     assert state(*ONE, "--algorithm.kl-coef=0.1")["reference model"] == 2 * whole.parameters
+    primary = state(*ONE, "--fp8.param-gather")
+    assert plain["weights"] - primary["weights"] == n and plain["FP8 copies"] - primary["FP8 copies"] == n
+    hosted = plan_of("qwen3-4b-fp8", *ONE, "--fp8.param-gather", "--optim.cpu-offload")
+    mine = {i.name: i.bytes for i in hosted.stages[0].memory.state}
+    assert "optimizer" not in mine and mine["weights"] == primary["weights"]
+    (held,) = (i.bytes for i in hosted.host if i.name == "offloaded optimizer")
+    assert held == 8 * (primary["optimizer"] + 3 * mine["optimizer's staging"]), "of all ranks of the node"
+    assert mine["optimizer's staging"] == 2 * 2 * 2560 * 2 * 9728, "two rounds in BF16, each of the largest matrix"
     experts = plan_of("qwen3-30b-a3b-fp8", "--algorithm.kl-coef=0.1")
     for stage in experts.stages:
         assert [i.bytes for i in stage.memory.state if i.name == "reference model"] == [2 * stage.parameters]

@@ -48,13 +48,14 @@ def rank_of(**calls) -> SimpleNamespace:
 
 def engines_that_answer(*answers: tuple[dict, torch.Tensor], sent_version: int = 0) -> SimpleNamespace:
     """Engines that answer every command so; what they were asked and sent is in `commands` and `sent`."""
-    engines = SimpleNamespace(sent_version=sent_version, sleep=lambda: None, commands=[], sent=[])
+    engines = SimpleNamespace(sent_version=sent_version, sleep=lambda: None, take_figures=dict, commands=[], sent=[])
 
     def ask(kind: str, version: int, abandon, **arguments) -> list[tuple[dict, torch.Tensor]]:
         engines.commands.append((kind, arguments))
         return list(answers)
 
     engines.ask, engines.sync = ask, engines.sent.append
+    engines.advance_scales, engines.calibrate = dict, lambda version: None
     return engines
 
 
@@ -397,11 +398,12 @@ def gap_loop(monkeypatch: pytest.MonkeyPatch, leader: bool = True, **sections) -
         group.samples[0].routing = torch.zeros(5, 1, 1, dtype=torch.uint8)
     loop = loop_with(config, trainer, engines_that_answer(answer_of(groups)))
     gathered: list[torch.Tensor] = []
-    # another rank's row: a gap of 2.5
+    # another rank's token: a gap of 2.5, as a row and in the sums by position
+    other = {2: [[-1.0, -3.5]], 14: [[0.0, 0.0, 2.5, 1.0, *[0.0] * 10]]}
     monkeypatch.setattr(
         recompute_module,
         "gather_rows",
-        lambda rows: gathered.append(rows) or torch.cat([rows, torch.tensor([[-1.0, -3.5]])]),
+        lambda rows: gathered.append(rows) or torch.cat([rows, torch.tensor(other[rows.shape[1]])]),
     )
     return loop, groups, gathered
 
@@ -411,7 +413,8 @@ def test_the_gap_counts_trained_tokens_of_all_ranks_once(monkeypatch: pytest.Mon
     (batches,) = loop.pack(loop.deal(groups, 1), groups, [[0.0], [0.0]])
     record = recompute(loop.trainer, batches)
     recompute_reference(loop.trainer, batches)
-    assert [rows.shape for rows in gathered] == [(6, 2)]
+    assert [rows.shape for rows in gathered] == [(6, 2), (1, 14)]
+    assert (record["gap_position/0"], record["gap_position/16"]) == (pytest.approx(0.5), 2.5)
     assert record["gap/mean_abs"] == pytest.approx((6 * 0.5 + 2.5) / 7) and record["gap/max"] == 2.5
     assert record["gap/k1"] == pytest.approx(-(6 * 0.5 + 2.5) / 7)  # of KL(engine || trainer): the trainer's are higher
     for b in batches:

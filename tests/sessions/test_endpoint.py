@@ -13,6 +13,7 @@ import openai
 import pytest
 import tiny
 
+from fp8slurm.agents.openai_client import openai_client
 from fp8slurm.config.schema import RolloutSection
 from fp8slurm.core import patches
 from fp8slurm.core.types import Prompt
@@ -241,6 +242,31 @@ def test_thinking_that_the_template_strips_makes_a_branch(thinking, monkeypatch,
     assert "long" not in thinking.tokenizer.decode(second.prompt_ids)
     assert second.prompt_ids == engine.asked[1].token_ids
     assert [engine.said[1], engine.said[2]] == [second.response_ids[s:e] for s, e in second.turns]
+
+
+def test_a_long_conversation_whose_thinking_is_stripped_is_rendered_twice_a_turn(thinking, monkeypatch):
+    """However many branches there are already; and a branch is gone on with where its thinking is not stripped."""
+    engine = Engine(thinking, *[f"<think>\nnumber {i}\n</think>\n\n{i}" for i in range(12)], "more")
+    rendered, write = [], thinking.tokenizer.apply_chat_template
+
+    def count(*args, **kwargs):
+        rendered.append(1)
+        return write(*args, **kwargs)
+
+    monkeypatch.setattr(thinking.tokenizer, "apply_chat_template", count)
+
+    async def agent(client, session):
+        messages = list(PROMPT.content)
+        for _ in range(12):
+            said = (await ask(client, messages)).choices[0].message
+            messages += [{"role": "assistant", "content": said.content}, {"role": "user", "content": "on"}]
+        assert len(rendered) <= 2 * 12
+        fourth = messages[: 2 * 4]
+        await ask(client, [*fourth, {"role": "tool", "tool_call_id": "x", "content": "tool"}])
+
+    samples, _ = talk(thinking, engine, agent, monkeypatch)
+    assert len(samples) == 12 and [len(sample.turns) for sample in samples] == [1] * 3 + [2] + [1] * 8
+    check_ids(engine, samples)
 
 
 @pytest.mark.parametrize(
@@ -563,3 +589,66 @@ def test_the_example_agent(thinking, monkeypatch):
     assert "<tool_response>42</tool_response>" in thinking.tokenizer.decode(engine.asked[1].token_ids)
     assert example.calculate("nonsense") == "error: JSONDecodeError"
     assert example.calculate('{"expression": "2 ** 9"}') == "error: ValueError"
+
+
+def test_the_lookup_example_is_the_same_by_openais_client(model, monkeypatch):
+    """Whoever asks, the engine is asked the same in the same batches, with the same seeds, and the samples are equal."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    from examples import lookup, lookup_openai
+
+    model.tokenizer.chat_template = lookup_openai.TEMPLATE
+    rows = [{"prompt": f"k{i}?", "table": {f"k{i}": f"71{i}"}} for i in range(6)]
+    prompts = [
+        Prompt(i, tuple(spelled(model, row["prompt"])), "", content=row["prompt"], row=row)
+        for i, row in enumerate(rows)
+    ]
+    asked = [
+        Asked(p, n, replace(REQUEST, token_ids=list(p.token_ids), max_tokens=12, seed=10 * p.index + n))
+        for p in prompts
+        for n in range(3)
+    ]
+
+    def say(request):
+        """A function of what is asked: the call, or a guess; behind the tool's answer its digits."""
+        text = model.tokenizer.decode(request.token_ids)
+        call = text.partition("?")[0]
+        words = text[-4:-1] if text.endswith(">") else (call, "123", f"{call} ")[request.seed % 10]
+        ids = [*spelled(model, words), END][: request.max_tokens]
+        return Generation(ids, [-0.1 * request.seed - i for i in range(len(ids))], "stop", [7] * len(ids))
+
+    def held(generate):
+        batches = []
+
+        def batch(requests):
+            batches.append(requests)
+            return [say(request) for request in requests]
+
+        monkeypatch.setattr(runner_module, "load_generate", lambda name: generate)
+        runner = SessionRunner(RolloutSection(generate="my:agent", tool_timeout_s=60), model)
+        try:
+            return runner.converse(asked, batch=batch), batches
+        finally:
+            runner.close()
+
+    samples, batches = held(lookup.generate)
+    assert [len(requests) for requests in batches] == [18, 6]
+    assert held(lookup_openai.generate) == (samples, batches)
+
+
+def test_the_client_for_agents_goes_through_no_proxy(model, monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    engine = Engine(model, "what")
+
+    async def agent(client, session):
+        async with openai_client(session.base_url, session.api_key) as own:
+            assert (await ask(own, PROMPT.content)).choices[0].message.content == "what"
+            assert own.timeout.read is None and own.max_retries == 0
+        with pytest.raises(openai.APIConnectionError):
+            async with openai.AsyncOpenAI(base_url=session.base_url, api_key="its own", max_retries=0) as plain:
+                await ask(plain, PROMPT.content)
+
+    samples, _ = talk(model, engine, agent, monkeypatch)
+    check_ids(engine, samples)

@@ -40,7 +40,7 @@ def test_each_rank_of_an_engine_maps_its_own_gpus_copy_and_a_new_engine_is_told_
     """A bucket is named in full once; an engine that was started anew has forgotten that, and would not know its number."""
     specs = tuple(WeightSpec(name, getattr(torch, dtype), shape, at) for name, dtype, shape, at in FORMS)
     handles = tuple(memory_handle(tmp_path / f"rank{r}") for r in range(4))
-    bucket = MappedBucket(1, specs, torch.empty(0, dtype=torch.uint8), handles)
+    bucket = MappedBucket(1, specs, torch.empty(0, dtype=torch.uint8), handles=handles)
     asked: list[list[str]] = []
     transport = MappedTransport(ranks=(1, 3))
     for _ in range(2):  # the engine's first start, and another

@@ -38,9 +38,8 @@ from fp8slurm.trainer.weights import HfReader, ParameterShards
         ({"backend": "transformer_engine"}, "bfloat16", False, True, "needs a GPU; allowed here: emulated, off"),
         ({"backend": "emulated"}, "bfloat16", True, True, "without a GPU; allowed here: transformer_engine, off"),
         ({"backend": "off"}, "bfloat16", True, False, "needs TransformerEngine"),
-        ({"backend": "emulated", "param_gather": True}, "bfloat16", False, False,
-         "--fp8.param-gather with --fp8.backend emulated: only TransformerEngine keeps weights in FP8"),
-        ({"backend": "off", "param_gather": True}, "bfloat16", True, True, "they would silently stay bfloat16"),
+        ({"backend": "emulated", "param_gather": True}, "float32", False, False, "--model.dtype float32: FP8 weights"),
+        ({"backend": "off", "param_gather": True}, "bfloat16", True, True, "would silently stay bfloat16"),
         ({"backend": "transformer_engine", "param_gather": True}, "bfloat16", False, True,
          "needs a GPU and TransformerEngine; here"),
         ({"backend": "transformer_engine", "param_gather": True}, "bfloat16", True, False,
@@ -57,6 +56,7 @@ def test_never_silently_bf16(fp8: dict[str, Any], dtype: str, cuda: bool, te: bo
     ("fp8", "cuda", "te"),
     [
         ({"backend": "emulated"}, False, False),
+        ({"backend": "emulated", "param_gather": True}, False, False),
         ({"backend": "off"}, False, False),
         ({"backend": "off"}, True, True),
         ({"backend": "transformer_engine"}, True, True),
@@ -70,10 +70,6 @@ def test_settings_that_work(fp8: dict[str, Any], cuda: bool, te: bool) -> None:
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        (
-            {"optim": {"cpu_offload": True}, "fp8": {"param_gather": True}},
-            "as None, so that nothing would be updated; allowed: --fp8.no-param-gather",
-        ),
         ({"optim": {"cpu_offload": True, "distributed": False}}, "allowed: --optim.distributed"),
         ({"optim": {"cpu_offload": True}, "model": {"dtype": "float32"}}, "--model.dtype float32"),
         ({"optim": {"moments": "bfloat16"}}, "only TransformerEngine's FusedAdam on a GPU"),

@@ -126,6 +126,8 @@ def replaced(ranks: Ranks) -> list[list[str]]:
         path = ranks.make("patches")
         save(trainer, path)
         trainer.load(path)
+    with ranks.trainer(fp8={"backend": "emulated", "param_gather": True}, **OFFLOAD, **BF16):
+        pass
     names = [name for names, _ in rows("Private names that are used, not replaced") for name in names]
     return [applied(), missing([n for n in names if n.startswith(("megatron.", "torch."))])]
 
@@ -284,7 +286,7 @@ def emulated_linear(ranks: Ranks) -> dict[str, Any]:
             dy = (torch.randn(200, 1, 256, generator=g) * torch.logspace(1, -4, 200)[:, None, None]).to(dtype)
             x.requires_grad_()
             w.requires_grad_()
-            y = FP8Matmul.apply(x, w, fake_quantize_block(w), None, False)
+            y = FP8Matmul.apply(x, w, fake_quantize_block(w), fake_quantize_block(w), None, False)
             y.backward(dy)
             x2, dy2 = x.detach().squeeze(1).float(), dy.squeeze(1).float()
             wq = tiles(w.detach().float())
@@ -324,7 +326,7 @@ def quantized_weights(ranks: Ranks, **sections: Any) -> dict[str, Any]:
     with ranks.trainer(**sections) as trainer:
         trainer.logprobs(batches(trainer))
         found = {n: getattr(m, "_quantized", None) for n, m in trainer.module.named_modules()}
-        return {n: q for n, q in found.items() if q is not None}
+        return {n: q[0] for n, q in found.items() if q is not None}
 
 
 def packed_modules(ranks: Ranks) -> dict[str, Any]:

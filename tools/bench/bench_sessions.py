@@ -7,7 +7,7 @@ MODEL is a Hugging Face folder (make tiny-data: models/tiny). Each session has s
 that is drawn from an exponential distribution with mean --tool-s, and its output is four tokens. Agents, one after the other on the
 same engine:
     ids             session.complete with token ids
-    openai          the openai client through the endpoint, in this process; a client for each conversation (examples/openai_agent.py)
+    openai          the openai client through the endpoint, in this process; a client for each conversation (agents/openai_client.py)
     openai-apart    the same in a process of its own
     openai-shared   in this process, one client with one pool of connections for all
 Slots are counted while no session is over: at the end there is nothing left to fill them with.
@@ -27,7 +27,6 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -95,11 +94,11 @@ class Apart:
 
 
 def _serve_agents(pipe: Any) -> None:
-    from examples.openai_agent import client_of
+    from fp8slurm.agents.openai_client import openai_client
 
     async def hold(number: int, url: str, key: str, *how: Any) -> None:
         try:
-            async with client_of(SimpleNamespace(base_url=url, api_key=key)) as client:
+            async with openai_client(url, key) as client:
                 await hold_by_openai(client, number, *how)
             pipe.send((number, ""))
         except BaseException as error:  # told where somebody waits for it
@@ -155,7 +154,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     import httpx
     import openai
 
-    from examples.openai_agent import client_of
+    from fp8slurm.agents.openai_client import openai_client
     from fp8slurm.config.schema import EngineSection, RolloutSection
     from fp8slurm.core.types import Prompt
     from fp8slurm.data.prompts import end_token_ids, load_tokenizer
@@ -180,7 +179,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         if agent == "ids":
             await hold(session, *how)
         elif agent == "openai":
-            async with client_of(session) as client:
+            async with openai_client(session.base_url, session.api_key) as client:
                 await hold_by_openai(client, session.number, list(content), *how)
         elif agent == "openai-apart":
             await apart.hold(session.number, session.base_url, session.api_key, list(content), *how)

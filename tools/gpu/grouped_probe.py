@@ -7,6 +7,8 @@ usage: grouped_probe.py JSON [--tokens 8192 16384] [--experts 128] [--hidden 204
     bytes     codes and scales, by rows, by columns and of the weights, against fp8/reference.py
     layer     output and gradients of one layer against FP32 (three experts) and against TransformerEngine's FP8 experts
     kernels   milliseconds of every launch, and TFLOP/s of the products
+    ways      milliseconds of a layer's forward and backward passes: ours, TransformerEngine's experts, and those with its own grouped
+              products (`use_grouped_tensor`, which Megatron has no setting for), gradients accumulated in FP32, weights quantized before
 
 The shape is Qwen3-30B-A3B's. JSON has what was found, written as it goes; a part that fails does not keep the others back.
 """
@@ -205,22 +207,23 @@ class Probe:
         a = self.args
         of = counts(a.tokens[0], a.experts)
         layer = Layer(a.experts, a.hidden, a.width)
-        draw = torch.Generator("cuda").manual_seed(2)
-        rows = sum(of)
-        x = torch.randn(rows, a.hidden, generator=draw, device="cuda").to(BF16)
-        grad = (0.01 * torch.randn(rows, a.hidden, generator=draw, device="cuda")).to(BF16)
-        probs = torch.rand(rows, generator=draw, device="cuda")
-        ours = run(lambda x, p: Experts.apply(x, p, Groups.of(of, False, x.device), layer, True), x, probs, grad)
+        x, probs, grad = inputs(sum(of), a.hidden)
+        ours = run(grouped_experts(layer, of), x, probs, grad)
         first = [g.clone() for g in layer.main_grads]
         for g in layer.main_grads:
             g.zero_()
         ours |= {"dW1": first[0], "dW2": first[1]}
-        twice = run(lambda x, p: Experts.apply(x, p, Groups.of(of, False, x.device), layer, True), x, probs, grad)
+        twice = run(grouped_experts(layer, of), x, probs, grad)
         twice |= {"dW1": layer.main_grads[0], "dW2": layer.main_grads[1]}
         self.put("a repetition has the same bits", {k: bool(torch.equal(ours[k], twice[k])) for k in ours})
         del twice
         self.put("against FP32", self.against_fp32(ours, layer, of, x, probs, grad))
-        theirs = transformer_engine_experts(layer, of, x, probs, grad)
+        linears = transformer_engine_linears(layer)
+        theirs = run(transformer_engine_experts(linears, of), x, probs, grad)
+        theirs |= {
+            name: torch.stack([getattr(linear, f"weight{i}").main_grad for i in range(len(of))])
+            for name, linear in zip(("dW1", "dW2"), linears)
+        }
         self.put("against TransformerEngine", {k: apart(ours[k], theirs[k]) for k in ours})
         self.put("TransformerEngine against FP32", self.against_fp32(theirs, layer, of, x, probs, grad))
 
@@ -241,6 +244,28 @@ class Probe:
             for k, wanted in want.items():
                 worst[k] = max(worst.get(k, 0.0), apart(got[k][e] if k.startswith("dW") else got[k][part], wanted))
         return worst
+
+    # ways
+
+    def ways(self) -> None:
+        a = self.args
+        for tokens in a.tokens:
+            of = counts(tokens, a.experts)
+            given = inputs(sum(of), a.hidden)
+            layer = Layer(a.experts, a.hidden, a.width)
+            seen: dict[str, Any] = {"ours": each(lambda: run(grouped_experts(layer, of), *given))}
+            self.put(f"ways at {tokens} tokens", seen)
+            for name, how, splits in (
+                ("TransformerEngine", {}, of),
+                ("use_grouped_tensor", {"use_grouped_tensor": True}, torch.tensor(of, device="cuda")),
+            ):
+                try:
+                    linears = transformer_engine_linears(layer, **how)
+                    run(transformer_engine_experts(linears, splits, True), *given)
+                    seen[name] = each(lambda: run(transformer_engine_experts(linears, splits, False), *given))
+                except Exception as error:
+                    seen[name] = f"{type(error).__name__}: {error}"[:600]
+                self.put(f"ways at {tokens} tokens", seen)
 
     # kernels
 
@@ -295,30 +320,49 @@ def run(
     return {"y": y.detach(), "dx": x.grad, "dp": probs.grad}
 
 
-def transformer_engine_experts(layer: Layer, of: list[int], *inputs: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What Megatron's TEGroupedMLP computes, of the same weights."""
+def inputs(rows: int, hidden: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x, probs, and the gradient of the output."""
+    draw = torch.Generator("cuda").manual_seed(2)
+    x = torch.randn(rows, hidden, generator=draw, device="cuda").to(BF16)
+    grad = (0.01 * torch.randn(rows, hidden, generator=draw, device="cuda")).to(BF16)
+    return x, torch.rand(rows, generator=draw, device="cuda"), grad
+
+
+def grouped_experts(layer: Layer, of: list[int]) -> Callable[..., torch.Tensor]:
+    return lambda x, probs: Experts.apply(x, probs, Groups.of(of, False, x.device), layer, True)
+
+
+def transformer_engine_linears(layer: Layer, **how: Any) -> list[Any]:
+    """Gate and up, and down, of the same weights."""
+    import transformer_engine.pytorch as te
+
+    linears = []
+    for w in layer.weights:
+        many, outputs, width = w.shape
+        linear = te.GroupedLinear(
+            many, width, outputs, bias=False, params_dtype=BF16, device="cuda", fuse_wgrad_accumulation=True, **how
+        )
+        for i, one in enumerate(w):
+            weight = getattr(linear, f"weight{i}")
+            weight.data.copy_(one)
+            weight.main_grad = torch.zeros(one.shape, device="cuda")
+        linears.append(linear)
+    return linears
+
+
+def transformer_engine_experts(linears: list[Any], of: Any, first: bool | None = None) -> Callable[..., torch.Tensor]:
+    """What Megatron's TEGroupedMLP computes."""
     import transformer_engine.pytorch as te
     from megatron.core.fusions.fused_bias_swiglu import weighted_bias_swiglu_impl
     from transformer_engine.common.recipe import Float8BlockScaling
 
-    linears = []
-    for w in layer.weights:
-        linear = te.GroupedLinear(len(w), w.shape[2], w.shape[1], bias=False, params_dtype=BF16, device="cuda")
-        with torch.no_grad():
-            for i, one in enumerate(w):
-                getattr(linear, f"weight{i}").copy_(one)
-        linears.append(linear)
-
-    def experts(x: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+    def experts(x: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
         with te.fp8_autocast(enabled=True, fp8_recipe=Float8BlockScaling()):
-            both = linears[0](x, of, is_first_microbatch=None)
-            hidden = weighted_bias_swiglu_impl(both, None, p.unsqueeze(-1), False)
-            return linears[1](hidden, of, is_first_microbatch=None)
+            both = linears[0](x, of, is_first_microbatch=first)
+            hidden = weighted_bias_swiglu_impl(both, None, probs.unsqueeze(-1), False)
+            return linears[1](hidden, of, is_first_microbatch=first)
 
-    out = run(experts, *inputs)
-    for name, linear in zip(("dW1", "dW2"), linears):
-        out[name] = torch.stack([getattr(linear, f"weight{i}").grad for i in range(len(of))])
-    return out
+    return experts
 
 
 def milliseconds(call: Callable[[], Any], times: int = 10) -> float:
@@ -335,10 +379,21 @@ def milliseconds(call: Callable[[], Any], times: int = 10) -> float:
     return sorted(spans)[times // 2]
 
 
+def each(call: Callable[[], Any], times: int = 5) -> float:
+    """Milliseconds of one of several calls in a row, the host's share included where the GPU waits for it."""
+    call()
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    for _ in range(times):
+        call()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - began) / times * 1e3
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("json", type=Path)
-    parser.add_argument("parts", nargs="+", choices=["compile", "bytes", "layer", "kernels"], metavar="PART")
+    parser.add_argument("parts", nargs="+", choices=["compile", "bytes", "layer", "kernels", "ways"], metavar="PART")
     parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 16384])
     parser.add_argument("--experts", type=int, default=128)
     parser.add_argument("--hidden", type=int, default=2048)

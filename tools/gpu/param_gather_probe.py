@@ -5,6 +5,7 @@ usage: param_gather_probe.py [--cases tiny Qwen3-4B:4:checkpoint Qwen3-4B] [--to
 
 A case is SHAPE[:LAYERS][:checkpoint]. Every process prints JSON lines; a part that fails prints its traceback's end and the
 next one goes on. Losses of on and off should agree within FP8's noise (both quantize bf16(master)); the bytes have to be equal.
+host_adam_probe.py does the same with Adam in host memory.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def part(name: str, work: Callable[[], dict[str, Any]], **where: Any) -> bool:
     return passed
 
 
-def trainer_of(model: Path, on: bool) -> Any:
+def trainer_of(model: Path, *flags: str) -> Any:
     """A started trainer with nothing loaded."""
     import torch.distributed as dist
 
@@ -53,8 +54,7 @@ def trainer_of(model: Path, on: bool) -> Any:
     from fp8slurm.models.spec import ModelSpec
     from fp8slurm.trainer import start
 
-    flag = "--fp8.param-gather" if on else "--fp8.no-param-gather"
-    config = parse(None, ["--model.hf-checkpoint", str(model), "--fp8.backend", "transformer_engine", flag])
+    config = parse(None, ["--model.hf-checkpoint", str(model), "--fp8.backend", "transformer_engine", *flags])
     start.start(config, 0, 1, dist.FileStore(tempfile.mktemp(), 1))
     from fp8slurm.trainer.trainer import Trainer
 
@@ -285,7 +285,7 @@ def child(args: argparse.Namespace) -> None:
     def build() -> dict[str, Any]:
         import torch
 
-        held["t"] = trainer_of(args.folder / "model", on)
+        held["t"] = trainer_of(args.folder / "model", "--fp8.param-gather" if on else "--fp8.no-param-gather")
         if args.one == "resume":
             held["t"].load(keep)
         else:

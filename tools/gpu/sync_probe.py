@@ -6,6 +6,7 @@ EngineLink as a run does. The engine loads another random checkpoint of the shap
 hold the bytes that were sent (raw digest). Then updates are timed, and the four calls around an empty one.
 
 usage: sync_probe.py [--model tiny|Qwen3-0.6B|Qwen3-4B] [--layers N] [--bucket-mib 512] [--updates 5] [--ways cuda-ipc nccl]
+       sync_probe.py --delta 0.003 --ways nccl     and updates that send only what changed, of so many of the weights
        sync_probe.py --cpu [--model tiny]     over gloo, to try the script
 """
 
@@ -22,7 +23,10 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,7 +50,8 @@ from fp8slurm.engine.client import EngineClient, GenerateRequest  # noqa: E402
 from fp8slurm.engine.server import Engine, EngineSettings, visible_gpus  # noqa: E402
 from fp8slurm.models.names import NameTable  # noqa: E402
 from fp8slurm.models.spec import ModelSpec  # noqa: E402
-from fp8slurm.sync.bucket import WeightBucket  # noqa: E402
+from fp8slurm.sync.bucket import WeightBucket, payload_bytes  # noqa: E402
+from fp8slurm.sync.delta import LastSent  # noqa: E402
 from fp8slurm.sync.engine_link import EngineLink  # noqa: E402
 from fp8slurm.sync.mapped import MappedTransport  # noqa: E402
 from fp8slurm.sync.stream import WeightStream  # noqa: E402
@@ -98,7 +103,41 @@ def empty_updates(client: EngineClient, link: EngineLink, n: int) -> tuple[float
     return statistics.median(ours), statistics.median(theirs)
 
 
-def probe(way: str, engine: Engine, stream: WeightStream, updates: int) -> dict[str, Any]:
+def changes(
+    link: EngineLink, stream: WeightStream, held: dict[str, torch.Tensor], share: float, updates: int
+) -> dict[str, Any]:
+    """Updates as sync.delta sends them, each after `share` of the weights changed by a tenth; the bytes compared after
+    each."""
+    last = LastSent(SimpleNamespace(set=lambda *_: None, delete_key=lambda _: None))
+    runs: list[dict[str, float]] = []
+    for number in range(1, updates + 2):
+        for weight in held.values():
+            places = torch.randint(weight.numel(), (int(share * weight.numel()),), device=weight.device)
+            weight.view(-1)[places] *= 1.1
+        sent: list[WeightBucket] = []
+
+        def buckets(number: int = number, sent: list[WeightBucket] = sent) -> Iterator[WeightBucket]:
+            for source, bucket in stream.buckets(2000 + number):
+                assert bucket is not None
+                sent.append(last.changes(number, source, replace(bucket, number=number)))
+                yield sent[-1]
+
+        last.begin(number > 1)
+        start = time.perf_counter()
+        link.update(2000 + number, buckets())
+        total = time.perf_counter() - start
+        last.done(number, True)
+        size = sum(payload_bytes(b.specs) if b.delta is None else b.delta.payload.numel() for b in sent)
+        runs.append(
+            {"total": total, "sent": size, "whole": sum(b.delta is None for b in sent), "compare": last.seconds}
+        )
+        link.verify(WeightBucket(b.version, b.specs, b.payload.clone()) for _, b in stream.buckets(2000 + number))
+    return {"share": share, "first": runs[0], **{k: statistics.median(r[k] for r in runs[1:]) for k in runs[0]}}
+
+
+def probe(
+    way: str, engine: Engine, stream: WeightStream, updates: int, held: dict[str, torch.Tensor], share: float
+) -> dict[str, Any]:
     """Open a link of that kind, update, compare the bytes, time."""
     client = EngineClient(engine.url, engine.api_key, 600)
     transport = {"cuda-ipc": MappedTransport, "nccl": NcclTransport, "gloo": BroadcastTransport}[way]()
@@ -115,12 +154,14 @@ def probe(way: str, engine: Engine, stream: WeightStream, updates: int) -> dict[
     link.verify(clones)
     generated = client.generate([GenerateRequest([5, 6, 7], 4, seed=0)])[0]
     assert set(generated.weight_versions) == {version}, generated
+    changed = changes(link, stream, held, share, updates) if share and way != "cuda-ipc" else None
     ours, theirs = empty_updates(client, link, 11)
     assert link.counts == {"loaded": 0, "buckets": 0}
     link.close()
     median = {k: statistics.median(r[k] for r in runs[1:]) for k in runs[0]}
     return {"way": way, "digest": "equal", "open": opened, "first": runs[0]["total"], "median": median,
-            "all": [r["total"] for r in runs], "empty": ours, "four_calls": theirs}  # fmt: skip
+            "all": [r["total"] for r in runs], "empty": ours, "four_calls": theirs,
+            "delta": changed}  # fmt: skip
 
 
 def watch(engine: Engine, limit_s: float) -> None:
@@ -142,6 +183,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int)
     parser.add_argument("--bucket-mib", type=float, default=512)
     parser.add_argument("--updates", type=int, default=5)
+    parser.add_argument("--delta", type=float, default=0.0, help="share of the weights that changes between updates")
     parser.add_argument("--ways", nargs="+", default=["cuda-ipc", "nccl"])
     parser.add_argument("--cpu", action="store_true")
     parser.add_argument("--folder", type=Path, help="for the checkpoints (default: a temporary one)")
@@ -189,7 +231,7 @@ def main() -> None:
         engine.wait_ready()
         for way in ways:
             try:
-                report["ways"].append(probe(way, engine, stream, args.updates))
+                report["ways"].append(probe(way, engine, stream, args.updates, held, args.delta))
                 print(json.dumps(report["ways"][-1]), flush=True)
             except Exception as error:  # noqa: BLE001 - the other way is worth its own try
                 report["ways"].append({"way": way, "error": f"{type(error).__name__}: {error}"[:2000]})

@@ -398,7 +398,7 @@ def moe_train(v: Visit) -> None:
 
 
 def moe_grouped(v: Visit) -> None:
-    v.script("moe-grouped-probe", 1, 1.0, "tools/gpu/grouped_probe.py", str(v.out / "moe-grouped-probe.json"), "compile", "bytes", "layer", "kernels",
+    v.script("moe-grouped-probe", 1, 1.0, "tools/gpu/grouped_probe.py", str(v.out / "moe-grouped-probe.json"), "compile", "bytes", "layer", "kernels", "ways",
              limit_s=150)  # fmt: skip
     for backend in ("deep_gemm", "fp8", "off"):
         name = f"moe-grouped-{backend}"

@@ -16,8 +16,11 @@ from functools import partial
 import torch
 
 from fp8slurm.models.engine_layout import EngineCut, EngineLayout
+from fp8slurm.models.kv_scales import engine_name, is_scale
 
 DIGEST_ACTION = "raw_digest"
+CHANGES_ACTION = "fp8slurm_changes"
+"""Asks which buckets take no changes (recorded.refusals), in the place of sums."""
 
 MOST_THREADS = 8
 """As many parameters are copied to host memory at once."""
@@ -68,7 +71,9 @@ def expected_digests(
     for name, tensor in tensors:
         if tie_word_embeddings and name == "lm_head.weight":
             continue
-        if dtype is not None and tensor.dtype != torch.float8_e4m3fn and not name.endswith("_scale_inv"):
+        if is_scale(name):
+            name, tensor = engine_name(name), tensor.to(torch.float32).reshape(())
+        elif dtype is not None and tensor.dtype != torch.float8_e4m3fn and not name.endswith("_scale_inv"):
             tensor = tensor.to(dtype)
         fused, key = _fused_name(name)
         if fused is None:

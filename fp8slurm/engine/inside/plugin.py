@@ -9,8 +9,9 @@ import tempfile
 from typing import Any
 
 from fp8slurm.core.patches import patch, wrap
-from fp8slurm.engine.inside.digest import DIGEST_ACTION, overall, raw_digests
-from fp8slurm.engine.inside.recorded import RECORDED, FlatBucket, load_bucket, loads_of
+from fp8slurm.engine.inside import kv_cache
+from fp8slurm.engine.inside.digest import CHANGES_ACTION, DIGEST_ACTION, overall, raw_digests
+from fp8slurm.engine.inside.recorded import RECORDED, FlatBucket, load_bucket, loads_of, refusals
 from fp8slurm.models.families import FAMILIES
 
 
@@ -31,7 +32,8 @@ def apply() -> None:
 
 
 def _add_raw_digest() -> None:
-    """Teach /weights_checker the action "raw_digest": sha256 of the bytes of every parameter, on every rank.
+    """Teach /weights_checker the action "raw_digest": sha256 of the bytes of every parameter, on every rank;
+    and an action that says which buckets take no changes.
 
     SGLang's own checksums are of weights dequantized to BF16, which hides a scale that is off by one ulp.
     """
@@ -40,11 +42,15 @@ def _add_raw_digest() -> None:
 
     @wrap(WeightChecker, "handle")
     def handle(original: Any, self: Any, action: str, *args: Any, **kwargs: Any) -> Any:
-        if action != DIGEST_ACTION:
+        if action not in (DIGEST_ACTION, CHANGES_ACTION):
             return original(self, action, *args, **kwargs)
+        role = {"role": kwargs["role"]} if "role" in kwargs else {}  # older servers know no roles
+        where = self._parallelism_info(**role).model_dump()
+        if action == CHANGES_ACTION:
+            texts = {str(i): why for i, why in enumerate(refusals(self._get_model()))}
+            return {"checksums": texts, "per_gpu_checksum": "", "parallelism_info": where}
         if torch.cuda.is_available():  # the digests' threads copy on a stream of theirs, which waits for no other
             torch.cuda.synchronize()
-        role = {"role": kwargs["role"]} if "role" in kwargs else {}  # older servers know no roles
         model = self._get_model()
         parameters = dict(model.named_parameters())
         makes = [functools.partial(parameters.__getitem__, name) for name in parameters]
@@ -52,11 +58,7 @@ def _add_raw_digest() -> None:
         whole = overall(checksums)
         # the server passes nothing on but these three, of which only the first is a dict of texts
         checksums[RECORDED] = json.dumps([load.replays for load in loads_of(model).values()])
-        return {
-            "checksums": checksums,
-            "per_gpu_checksum": whole,
-            "parallelism_info": self._parallelism_info(**role).model_dump(),
-        }
+        return {"checksums": checksums, "per_gpu_checksum": whole, "parallelism_info": where}
 
 
 def _finish_loads() -> None:
@@ -134,8 +136,11 @@ def _record_loads() -> None:
 
     def load_weights(original: Any, self: Any, weights: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(weights, FlatBucket):
-            return load_bucket(self, weights, lambda model, pairs: original(model, pairs, *args, **kwargs))
-        return original(self, weights, *args, **kwargs)
+            return load_bucket(self, weights, lambda model, pairs: load(original, model, pairs, *args, **kwargs))
+        return load(original, self, weights, *args, **kwargs)
+
+    def load(original: Any, model: Any, weights: Any, *args: Any, **kwargs: Any) -> Any:
+        return original(model, kv_cache.take_scales(model, weights), *args, **kwargs)
 
     patch(FlattenedTensorBucket, "reconstruct_tensors", reconstruct_tensors)
     for family in FAMILIES.values():

@@ -6,6 +6,7 @@ every update. The first time they are written down while SGLang makes them; afte
 
     first      every name, dtype and shape travels; SGLang loads them, every operation is watched
     later      the bucket's id travels; the parameters are looked up and compared with what they were, then the copies
+    delta      the changed bytes travel (engine/inside/delta.py): the copies the other way, the changes, the copies
 
 If a load does anything else to memory than copy out of the bucket into parameters (it fills in a scalar, writes into a
 buffer), or SGLang has put other tensors in the parameters' place since, SGLang loads the bucket its own way again. What
@@ -17,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -24,12 +26,16 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fp8slurm.engine.inside import delta
+
 log = logging.getLogger(__name__)
 
 Form = tuple[str, str, tuple[int, ...], int]
 """A tensor of a bucket: name, dtype without "torch.", shape, first byte."""
 KNOWN = "fp8slurm-bucket:"
 """With an id behind it the name of the only tensor, uint8, of a bucket that the engine knows."""
+DELTA = "fp8slurm-delta:"
+"""The same with what delta_name says behind it: changes to a bucket that the engine has loaded."""
 RECORDED = "fp8slurm-recorded"
 """Among the names of an engine's digests: how often each bucket was loaded by its copies, a JSON list."""
 
@@ -38,6 +44,11 @@ def bucket_id(forms: Iterable[Form]) -> str:
     """The same for the same tensors at the same places, in every process."""
     text = json.dumps([[name, dtype, list(shape), start] for name, dtype, shape, start in forms])
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def delta_name(bucket: str, changed: int, checksum: int) -> str:
+    """What changes to the bucket with this id are announced as; changed: how many bytes, checksum: delta.checksum's."""
+    return f"{DELTA}{bucket}:{changed}:{checksum}"
 
 
 class FlatBucket:
@@ -126,6 +137,13 @@ class Load:
     """The copies' targets, made for the memory at `addresses`."""
     addresses: dict[str, int] = field(default_factory=dict)
     replays: int = 0
+    """Times that the copies were made without SGLang, changes included."""
+
+    @property
+    def nbytes(self) -> int:
+        """Of the bucket."""
+        _, dtype, shape, start = max(self.forms, key=lambda form: form[3])
+        return start + getattr(torch, dtype).itemsize * math.prod(shape)
 
 
 def loads_of(model: torch.nn.Module) -> dict[str, Load]:
@@ -136,10 +154,15 @@ def loads_of(model: torch.nn.Module) -> dict[str, Load]:
 def load_bucket(model: torch.nn.Module, bucket: FlatBucket, original: Callable[[torch.nn.Module, Any], Any]) -> None:
     """Load a bucket into a model. original(model, pairs): SGLang's load_weights.
 
-    Raises KeyError for a bucket that is announced by an id that this model does not know.
+    Raises KeyError for a bucket that is announced by an id that this model does not know, ValueError for changes that
+    are not what was announced or that cannot be made.
     """
     known = loads_of(model)
     first = bucket.forms[0][0]
+    if first.startswith(DELTA):
+        name, changed, checksum = first.removeprefix(DELTA).split(":")
+        _change(model, bucket.flat, known[name], int(changed), int(checksum))
+        return
     if first.startswith(KNOWN):
         load = known[first.removeprefix(KNOWN)]
     else:
@@ -163,8 +186,53 @@ def load_bucket(model: torch.nn.Module, bucket: FlatBucket, original: Callable[[
         log.info("a bucket from %s on is loaded by SGLang every time: %s", load.forms[0][0], recorder.refused)
 
 
+def refusal(load: Load) -> str:
+    """Why changes alone cannot be put into the bucket where it lies in the parameters; "" where they can."""
+    if load.copies is None:
+        return load.refused or "it has not been loaded"
+    converted = next((c for c in load.copies if c.dtypes is not None), None)
+    return "" if converted is None else f"{converted.parameter} has another dtype in the engine"
+
+
+def refusals(model: torch.nn.Module) -> list[str]:
+    """A sentence for every bucket of the model that `refusal` names a reason for."""
+    named = ((load.forms[0][0], refusal(load)) for load in loads_of(model).values())
+    return [f"the bucket from {first} on: {why}" for first, why in named if why]
+
+
+def _change(model: torch.nn.Module, encoded: torch.Tensor, load: Load, changed: int, checksum: int) -> None:
+    """Make changes (delta.encode) to a bucket that the model has loaded. This rank's part of it is read back from the
+    parameters; what is other ranks' is not defined, and is not written anywhere."""
+    if why := refusal(load) or ("" if _ready(model, load) else "its parameters are not what they were"):
+        raise ValueError(f"changes to the bucket from {load.forms[0][0]} on cannot be made: {why}")
+    if delta.checksum(encoded) != checksum:
+        raise ValueError(f"changes to the bucket from {load.forms[0][0]} on arrived damaged: their checksum differs")
+    assert load.copies is not None
+    flat = torch.empty(load.nbytes, dtype=torch.uint8, device=encoded.device)
+    parts = [copy.origin(flat) for copy in load.copies]
+    with torch.no_grad():
+        if parts:
+            torch._foreach_copy_(parts, load.views)
+        delta.apply(encoded, changed, flat)
+        if parts:
+            torch._foreach_copy_(load.views, parts)
+    load.replays += 1
+
+
 def _replay(model: torch.nn.Module, flat: torch.Tensor, load: Load) -> bool:
     """Make the copies; False, and nothing is done, if a parameter is not what it was."""
+    assert load.copies is not None
+    if not _ready(model, load):
+        return False
+    if load.copies:  # else all of it is other ranks'
+        with torch.no_grad():
+            torch._foreach_copy_(load.views, [copy.origin(flat) for copy in load.copies])
+    load.replays += 1
+    return True
+
+
+def _ready(model: torch.nn.Module, load: Load) -> bool:
+    """Make the copies' targets where they have moved; False if a parameter is not what it was."""
     assert load.copies is not None
     try:
         parameters = {name: model.get_parameter(name) for name in load.held}
@@ -177,10 +245,6 @@ def _replay(model: torch.nn.Module, flat: torch.Tensor, load: Load) -> bool:
         storages = {name: _all_bytes(p) for name, p in parameters.items()}
         load.views = [copy.target(storages[copy.parameter]) for copy in load.copies]
         load.addresses = addresses
-    if load.copies:  # else all of it is other ranks'
-        with torch.no_grad():
-            torch._foreach_copy_(load.views, [copy.origin(flat) for copy in load.copies])
-    load.replays += 1
     return True
 
 
