@@ -464,7 +464,7 @@ class EngineSection(Section):
     """Dtype outside the FP8 layers."""
     kv_cache: Literal["auto", "fp8"] = "auto"
     """Cached keys and values: in engine.dtype, or in e4m3 with a scale for keys and one for values by layer, which come
-    with every weight update (docs/context.md)."""
+    with every weight update (docs/context.md). fp8 has not run on a GPU yet."""
     kv_scales: Literal["calibrated", "fixed", "unit"] = "calibrated"
     """Those scales: from the largest keys and values of the step before, as the trainer sees them; from
     model.rollout_checkpoint (k_scale, v_scale); or 1, to compare with."""
@@ -500,7 +500,7 @@ class SyncSection(Section):
     delta: bool = False
     """Send only the bytes that changed since the last update, where all engines have that one and less than a quarter
     would be sent (gloo, nccl, gloo-direct). The ranks that send keep what they sent: plan counts it. Pays where the
-    network is slow."""
+    network is slow. Not run on a GPU yet."""
 
 
 class CheckpointSection(Section):

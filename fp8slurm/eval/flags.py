@@ -140,7 +140,8 @@ def check(args: argparse.Namespace) -> None:
 
 
 def engine_section(config: RunConfig | None, flags: list[str]) -> EngineSection:
-    """[engine] of the run, or its defaults, with the --engine.KEY flags on top. InputError: any other flag."""
+    """[engine] of the run, or its defaults, with the --engine.KEY flags on top. InputError: any other flag, or a KV
+    cache in FP8: the weights of a checkpoint are served without the scales that the run's updates bring."""
     import tyro
 
     from fp8slurm.config.load import flags_named
@@ -148,9 +149,16 @@ def engine_section(config: RunConfig | None, flags: list[str]) -> EngineSection:
     unknown = [f for f in flags if f.startswith("-") and not f.startswith("--engine.")]
     if unknown or (flags and not flags[0].startswith("--engine.")):
         raise InputError(f"{(unknown or flags)[0]}: no such flag (fp8slurm eval --help)")
-    default = _Flags(engine=config.engine if config is not None else EngineSection())
+    section = config.engine if config is not None else EngineSection()
+    default = _Flags(engine=section.model_copy(update={"kv_cache": "auto"}))
     with flags_named():
-        return tyro.cli(_Flags, prog="fp8slurm eval", args=flags, default=default).engine
+        chosen = tyro.cli(_Flags, prog="fp8slurm eval", args=flags, default=default).engine
+    if chosen.kv_cache != "auto":
+        raise InputError(
+            f"--engine.kv-cache {chosen.kv_cache}: an evaluation has no scales for it; allowed: auto (the run's own "
+            f"evaluations, data.eval and eval.tasks, are with its cache)"
+        )
+    return chosen
 
 
 def check_engine(args: argparse.Namespace, section: EngineSection, spec: ModelSpec) -> int:

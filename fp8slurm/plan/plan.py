@@ -90,10 +90,13 @@ class Fit:
     gpu_bytes: int
     engine: EngineMemory
     phases: tuple[Phase, ...]
+    teacher: EngineMemory | None = None
+    """teacher.checkpoint's engine, on the GPUs of a node's first engine, of which `engine` is one then."""
 
     @property
     def fits(self) -> bool:
-        return all(p.bytes <= self.gpu_bytes for p in self.phases) and self.engine.kv_tokens > 0
+        served = all(e is None or e.kv_tokens > 0 for e in (self.engine, self.teacher))
+        return served and all(p.bytes <= self.gpu_bytes for p in self.phases)
 
 
 @dataclass(frozen=True)
@@ -225,6 +228,10 @@ def _fit(
     sleeps = engines_sleep(config)
     if shared:  # the engine starts when the trainer's state is there
         there += sum(trainer.values()) + sum(_while_engines_work(config, largest).values())
+    teacher = _teacher(config, size, there)
+    if teacher is not None:  # it is there before the engine
+        serving["teacher"] = there + teacher.weights + teacher.kv_bytes
+        there = sum(serving.values())
     engine = engine_memory(config, table, quantization, size, there)
     buckets = {"update buffers": update_buffers}
     weights, cache = {"engine weights": engine.weights}, {"KV cache": engine.kv_bytes}
@@ -243,7 +250,17 @@ def _fit(
             "sync (trainer's GPU)": trainer | buckets | state(largest, False),
             "sync and rollout (engine's GPU)": serving | buckets | weights | cache,
         }
-    return Fit(name, size, engine, tuple(Phase(n, sum(p.values()), p) for n, p in phases.items()))
+    return Fit(name, size, engine, tuple(Phase(n, sum(p.values()), p) for n, p in phases.items()), teacher)
+
+
+def _teacher(config: RunConfig, gpu_bytes: int, resident: int) -> EngineMemory | None:
+    """The teacher's engine (rollout/teacher.py): the settings of the others with a share of memory of its own."""
+    if config.teacher.checkpoint is None:
+        return None
+    spec, _ = find_spec(config.teacher.checkpoint, "--teacher.checkpoint")
+    section = config.engine.model_copy(update={"mem_fraction": config.teacher.mem_fraction, "kv_cache": "auto"})
+    own = config.model_copy(update={"engine": section})
+    return engine_memory(own, NameTable(spec), spec.quantization, gpu_bytes, resident)
 
 
 def sent_last(config: RunConfig, moved: Traffic) -> int:

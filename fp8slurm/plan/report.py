@@ -74,6 +74,8 @@ def _verdict(fit: Fit) -> str:
         return "fits"
     if not fit.engine.kv_tokens:
         return "no room for a KV cache"
+    if fit.teacher is not None and not fit.teacher.kv_tokens:
+        return "no room for the teacher's KV cache"
     return "does not fit"
 
 

@@ -139,6 +139,15 @@ ENDING = "COMPLETING"
 """State of a job whose processes are being ended: it is over soon, or (requeued) waits again."""
 
 
+def cancelled(job: dict[str, str]) -> bool:
+    """Whether scancel ended this job (show_job's answer). While its processes are being ended Slurm shows no more of it
+    than an end that has passed without a reason (a time limit has one; the end of a requeued job lies ahead), and would
+    still take a requeue."""
+    end = parse_time(job.get("EndTime", ""))
+    ended = (job.get("JobState"), job.get("Reason")) == (ENDING, "None") and end is not None and end <= time.time()
+    return ended or job.get("JobState") == "CANCELLED"
+
+
 def is_active(job_id: str) -> bool:
     """Whether a job waits or runs. Raises SlurmError."""
     job = show_job(job_id)
@@ -160,11 +169,14 @@ def parse_time(text: str) -> float | None:
 
 
 def end_time(job_id: str) -> float | None:
-    """When Slurm will end the running job: its time limit, or a preemption's end of grace; None: never, or unknown."""
+    """When Slurm will end the running job: its time limit, or a preemption's end of grace; None: never, unknown, or it
+    was cancelled."""
     try:
         job = show_job(job_id)
     except SlurmError:
         job = None
+    if job is not None and cancelled(job):
+        return None
     if job is not None and job.get("TimeLimit") != "UNLIMITED" and parse_time(job.get("EndTime", "")):
         return parse_time(job["EndTime"])
     seconds = os.environ.get("SLURM_JOB_END_TIME", "")

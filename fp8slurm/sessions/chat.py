@@ -27,6 +27,7 @@ _MARK = f"fp8slurm{secrets.token_hex(8)}"
 """Stands in a rendered history for what the model said."""
 CHANGED = "the history is not what was said"
 REWRITTEN = "the chat template writes an earlier turn otherwise than it was said"
+AGAIN = "an earlier turn is gone on with once more"
 UNFINISHED = "an earlier turn was cut off within its thinking"
 
 Key = tuple[Any, ...]
@@ -87,7 +88,7 @@ class Chat:
 
     session: Session
     branches: Counter[str] = field(default_factory=Counter)
-    """How often a history with turns in it was no continuation, by reason."""
+    """How often a history did not go on with the last turn in it, by reason."""
 
     def __post_init__(self) -> None:
         self._lines: list[_Line] = []
@@ -123,26 +124,30 @@ class Chat:
         self, messages: Sequence[Message], known: list[Key], tools: Sequence[dict[str, Any]], kind: str
     ) -> tuple[_Line | None, list[str]]:
         """The line that this goes on with, if any, and what is given before each turn and behind the last."""
-        reason = CHANGED
+        reason, found = CHANGED, None
         for line in sorted(reversed(self._lines), key=lambda one: -len(one.messages)):
             if line.tools != kind or known[: len(line.messages)] != line.messages:
                 continue
             if "unfinished" in line.thinking:
                 reason = UNFINISHED
                 continue
-            reason = REWRITTEN
             if any(known[: len(history)] == history for history in line.rewritten):
+                reason = REWRITTEN
                 continue
             given = self._given(messages, tools, line)
             if given is not None and given[:-1] == line.given:
-                return line, given
+                found = line, given
+                break
+            reason = REWRITTEN
             line.rewritten.append(list(known))
-        if any(key[0] == "assistant" for key in known):
+        if found is not None and reason == CHANGED and any(other.before is found[0] for other in self._lines):
+            reason = AGAIN
+        if reason != CHANGED or found is None and any(key[0] == "assistant" for key in known):
             self.branches[reason] += 1
             log.debug(
                 "conversation %d of prompt %d: a new branch: %s", self.session.number, self.session.prompt.index, reason
             )
-        return None, [self._render(messages, tools)]
+        return found or (None, [self._render(messages, tools)])
 
     def _given(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]], line: _Line) -> list[str] | None:
         """What the template writes around the turns of a line; None: it leaves one of them out, or its thinking."""

@@ -57,10 +57,10 @@ class JobLifecycle:
         """SIGUSR2 came: the time limit is near, or the job is preempted; then its end has moved."""
         if self._noticed.is_set():
             return
+        self._noticed.set()  # before Slurm is asked, which may take long to answer
         if self.first:
             log.warning("notice (SIGUSR2): the run stops at the next step boundary")
             self.end = slurm.end_time(self.job.id) or time.time() + self.config.slurm.signal_delay_s
-        self._noticed.set()
 
     def tick(self) -> None:
         """Called twice a second: the last moment to requeue, whatever the loop is doing."""

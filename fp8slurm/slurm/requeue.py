@@ -52,7 +52,12 @@ def go_on(
 
 def requeue_or_resubmit(run: RunDirectory, job: Job, environment: dict[str, str], exclude: str = "") -> dict[str, Any]:
     """Put the job back into the queue, or submit it anew where that is forbidden: next, why_not, resubmitted; excluded,
-    where it does not get the nodes `exclude`."""
+    where it does not get the nodes `exclude`. A job that was cancelled stays so."""
+    try:
+        if slurm.cancelled(slurm.show_job(job.id) or {}):
+            return {"next": "", "why_not": "the job was cancelled"}
+    except SlurmError as error:
+        log.warning("whether the job was cancelled is not known: %s", error)
     if exclude:  # Slurm takes that for pending jobs only, and by then ends this process, KillWait after a first notice
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:

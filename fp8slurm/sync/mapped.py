@@ -109,6 +109,7 @@ class MappedSender(Sender):
     def __init__(self, store: dist.Store, sources: Sequence[tuple[str, int, Buckets]], folder: Path) -> None:
         """sources: (name, the rank that is the source, its buckets), in the order in which they are sent, the same on
         all ranks. folder: for the files that stand in for GPU memory where there is none."""
+        super().__init__()  # sync.delta is refused with it
         self.store, self.sources = store, sources
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.on_gpu = torch.cuda.is_available()

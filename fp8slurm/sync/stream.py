@@ -90,16 +90,13 @@ class _Writes:
 
     def __init__(self, writes: list[_Write]) -> None:
         self.one_by_one = writes
-        self.copies: dict[tuple[torch.dtype, torch.dtype], list[_Write]] = {}
-        """By dtype of both ends: of several dtypes together torch would make each copy alone."""
+        self.copies: list[_Write] = []
         self.grouped: list[_Write] = []
         self._group: Any = None
         if writes and writes[0].target.is_cuda:
             from fp8slurm.fp8 import triton_quantize  # Triton exists only where CUDA does
 
-            for w in writes:
-                if w.scale is None and w.target.numel():
-                    self.copies.setdefault((w.target.dtype, w.source.dtype), []).append(w)
+            self.copies = [w for w in writes if w.scale is None and w.target.numel()]
             quantized = [w for w in writes if w.scale is not None and w.target.numel()]
             self.grouped = [w for w in quantized if triton_quantize.fits_group(w.source, w.target)]
             self.one_by_one = [w for w in quantized if not triton_quantize.fits_group(w.source, w.target)]
@@ -112,9 +109,9 @@ class _Writes:
     def run(self, seconds: dict[str, float]) -> None:
         """Raises TransientInputError for a weight that is not finite, by name."""
         start = time.perf_counter()
-        for copies in self.copies.values():
-            torch._foreach_copy_([w.target for w in copies], [w.source for w in copies])
-        seconds["copy"] += time.perf_counter() - start
+        if self.copies:
+            torch._foreach_copy_([w.target for w in self.copies], [w.source for w in self.copies])
+            seconds["copy"] += time.perf_counter() - start
         if self._group is not None:
             start = time.perf_counter()
             self._group.launch()

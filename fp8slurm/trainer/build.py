@@ -10,7 +10,6 @@ import torch
 from fp8slurm.config.schema import RunConfig
 from fp8slurm.core.patches import patched
 from fp8slurm.models.spec import ModelSpec
-from fp8slurm.trainer.optimizer_copies import in_few_launches
 from fp8slurm.trainer.start import layer_spec
 
 
@@ -182,7 +181,6 @@ def build_optimizer(config: RunConfig, ddp: Any) -> Any:
         optimizer = get_megatron_optimizer(optimizer_config, [ddp], use_gloo_process_groups=torch.cuda.is_available())
     for part in optimizer.chained_optimizers:
         _allocate_state(part.optimizer)
-    in_few_launches(optimizer)
     return optimizer
 
 

@@ -400,3 +400,20 @@ def test_yarn_and_the_lengths_of_a_run():
     (short,) = _yarn_warnings(run(1024, 1024), replace(spec, max_position_embeddings=65536))
     assert "has 2048 tokens" in short and "without rope_scaling" in short
     assert _yarn_warnings(run(1024, 1024), replace(spec, yarn=None)) == []
+
+
+def test_fixed_scales_have_to_be_in_the_engines_folder(tiny, tmp_path):
+    fixed = ("--engine.kv-cache", "fp8", "--engine.kv-scales", "fixed")
+    assert "--engine.kv-scales fixed without --model.rollout-checkpoint" in refused(tiny, *fixed)
+    hf_to_fp8(tiny / "model", tmp_path / "fp8", verify=False)
+    asked = flags(tiny, *fixed, "--model.rollout-checkpoint", str(tmp_path / "fp8"))
+    file = tmp_path / "fp8" / "model.safetensors"
+    scales = {f"model.layers.{n}.self_attn.{x}_scale": torch.tensor([0.5]) for n in range(2) for x in "kv"}
+    last = "model.layers.1.self_attn.v_scale"
+    for left_out in (last, None):
+        save_file(load_file(file) | {k: v for k, v in scales.items() if k != left_out}, file, metadata={"format": "pt"})
+        if left_out:
+            with pytest.raises(ValueError, match=rf"has no {last}; allowed with this folder: calibrated, unit"):
+                preflight(parse("tiny-fp8", asked))
+        else:
+            preflight(parse("tiny-fp8", asked))

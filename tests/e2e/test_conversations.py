@@ -8,10 +8,11 @@ import runpy
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
-from tiny_runs import task_pids
+from tiny_runs import TIMEOUT_S, last_step, task_pids
 
 from fp8slurm.observe.metrics import read_metrics, without_times
 from fp8slurm.run.attempts import read_attempts
@@ -103,6 +104,80 @@ def test_by_openais_client_it_is_the_same_run(runs, whole):
     assert any(len(row["turns"]) == 2 for row in rollouts(run, 3))
     assert all(rollouts(run, step) == rollouts(whole, step) for step in (1, 2, 3))
     assert records(run) == records(whole)
+
+
+WAITS = '''
+import asyncio
+from pathlib import Path
+
+
+async def waits(session, prompt):
+    """As examples/lookup.py, but that in step 2, the first with new weights, the tool answers when the test says so."""
+    folder, table = Path(__file__).parent, prompt.row["table"]
+    turn = await session.complete(prompt.token_ids)
+    (folder / f"version-{turn.weight_versions[0]}").touch()
+    if turn.finish_reason == "stop" and turn.text in table:
+        if len(list(folder.glob("version-*"))) == 2:
+            (folder / "called").touch()
+            while not (folder / "answer").exists():
+                await asyncio.sleep(0.05)
+        await session.complete(turn.ids + session.tokenize(f"={table[turn.text]}>"))
+    return session.sample()
+'''
+
+
+def test_slurms_notice_while_a_tool_is_at_work(runs, whole, monkeypatch):
+    """SIGUSR2 to the tasks of a job, as Slurm sends it: the step is ended, saved, and the next start goes on from there
+    with the conversations of an undisturbed run."""
+    user, run = runs.folder / "waits", runs.path("noticed")
+    user.mkdir()
+    (user / "waiting.py").write_text(WAITS)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(user), str(ROOT)]))
+    for command in ("scontrol", "squeue"):  # a real one looks for its controller for half a minute
+        (user / command).write_text("#!/bin/sh\nexit 1\n")
+        (user / command).chmod(0o755)
+    monkeypatch.setenv("PATH", str(user), prepend=os.pathsep)
+
+    def start(restart: int) -> list[subprocess.Popen]:
+        command = runs.command("noticed", "--slurm.no-requeue", rollout__generate="waiting:waits")
+        command[command.index("train")] = "worker"
+        job = {"SLURM_JOB_ID": "1000000", "SLURM_CONF": "/nonexistent", "SLURM_RESTART_COUNT": str(restart)}
+        job |= {"SLURM_NTASKS": "2", "SLURM_NODEID": "0", "SLURM_LAUNCH_NODE_IPADDR": "127.0.0.1"}
+        return [
+            subprocess.Popen(
+                command, env=os.environ | job | {"SLURM_PROCID": str(i)}, stderr=subprocess.PIPE, text=True
+            )
+            for i in range(2)
+        ]
+
+    def said() -> str:
+        return "\n".join(p.read_text() for p in sorted(run.glob("attempts/*/logs/*_log.err")))
+
+    def wait_for(condition) -> None:
+        deadline = time.monotonic() + TIMEOUT_S
+        while not condition():
+            assert time.monotonic() < deadline and all(t.poll() is None for t in tasks), said()
+            time.sleep(0.05)
+
+    tasks = start(0)
+    try:
+        wait_for((user / "called").exists)
+        for task in tasks:
+            task.send_signal(signal.SIGUSR2)
+        wait_for(lambda: "notice (SIGUSR2)" in said())
+        (user / "answer").touch()
+        for task in tasks:
+            task.wait(TIMEOUT_S)
+        stopped = json.loads((run / "attempts" / "0" / "stopped.json").read_text())
+        assert stopped["why"] == "stopped as planned" and stopped["saved"] and last_step(run) == 2, said()
+        tasks = start(1)
+        assert [task.wait(TIMEOUT_S) for task in tasks] == [0, 0], said()
+    finally:
+        for task in tasks:
+            task.kill()
+            task.communicate()
+    assert records(run) == records(whole)
+    assert all(rollouts(run, step) == rollouts(whole, step) for step in (1, 2, 3))
 
 
 KILLS = '''

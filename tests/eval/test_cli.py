@@ -7,7 +7,9 @@ from safetensors.torch import load_file
 
 from fp8slurm.checkpoint import hf_to_fp8, hf_to_torch_dist
 from fp8slurm.cli import main
+from fp8slurm.config import RunConfig
 from fp8slurm.eval.checkpoints import prepare, recognize
+from fp8slurm.eval.flags import engine_section
 
 
 @pytest.fixture(scope="module")
@@ -129,3 +131,12 @@ def test_dry_run_says_what_would_be_asked(models, tmp_path, capsys):
         "1 sample in BF16 and in FP8, by as many engines as the GPUs carry on each of 2 nodes; results in "
     )
     assert output[-1].startswith("as this step: srun --nodes=2 ") and "--dry-run" not in output[-1]
+
+
+def test_an_evaluation_has_no_fp8_kv_cache() -> None:
+    """Nobody would bring its scales: a run's setting is left out, and the flag refused."""
+    run = RunConfig.model_validate({"engine": {"kv_cache": "fp8", "per_node": 2}})
+    section = engine_section(run, [])
+    assert (section.kv_cache, section.per_node) == ("auto", 2)
+    with pytest.raises(ValueError, match=r"--engine\.kv-cache fp8: an evaluation has no scales"):
+        engine_section(run, ["--engine.kv-cache", "fp8"])

@@ -167,8 +167,10 @@ def test_kv_cache_as_sglang_counts_it(models, tmp_path):
     for folder in folders.values():
         table = NameTable(ModelSpec.from_hf_dir(folder))
         for tp, expected in sizes[str(folder)].items():
-            config = RunConfig.model_validate({"engine": {"tensor_parallel_size": int(tp)}})
-            assert engine_memory(config, table, None, 10**12, 0).kv_bytes_per_token == expected, (folder, tp)
+            for kind, size in expected.items():
+                engine = {"tensor_parallel_size": int(tp), "kv_cache": kind}
+                config = RunConfig.model_validate({"engine": engine})
+                assert engine_memory(config, table, None, 10**12, 0).kv_bytes_per_token == size, (folder, tp, kind)
 
 
 @pytest.mark.parametrize("chunks", [1, 16])

@@ -161,6 +161,32 @@ def test_split_placement_lists_two_kinds_of_gpus():
     assert plan.layout == Layout(4, 2, 1, 1, 1, True)
 
 
+def test_a_teacher_takes_its_share_before_the_engine_beside_it():
+    flags = [
+        "--engine.placement",
+        "split",
+        "--engine.gpus",
+        "4",
+        "--engine.per-node",
+        "4",
+        "--slurm.ranks-per-node",
+        "4",
+    ]
+    teacher = ["--teacher.checkpoint", "models/Qwen2.5-7B", "--teacher.mem-fraction", "0.4"]
+    without, plan = plan_of("qwen3-4b-fp8", *flags), plan_of("qwen3-4b-fp8", *flags, *teacher)
+    resident = memory.engine_resident(1)
+    for fit, other in zip(plan.fits, without.fits):
+        its = int((fit.gpu_bytes - resident) * 0.4)
+        assert fit.teacher.weights > other.engine.weights and other.teacher is None
+        taken = resident + its - (its - fit.teacher.weights) % fit.teacher.kv_bytes_per_token
+        phase = fit.phases[-1]
+        assert phase.parts["teacher"] == taken and fit.phases[0] == other.phases[0]
+        left = int((fit.gpu_bytes - resident - taken) * parse("qwen3-4b-fp8", flags).engine.mem_fraction)
+        assert fit.engine.kv_tokens == (left - fit.engine.weights) // fit.engine.kv_bytes_per_token
+    tight = plan_of("qwen3-4b-fp8", *flags, *teacher[:2], "--teacher.mem-fraction", "0.05")
+    assert not any(fit.fits for fit in tight.fits)
+
+
 def test_what_was_sent_last_is_kept_on_the_trainers_gpus():
     flags = ["--engine.placement", "split", "--engine.gpus", "8", "--slurm.gpus-per-node", "16"]
     without, plan = plan_of("qwen3-30b-a3b-fp8", *flags), plan_of("qwen3-30b-a3b-fp8", *flags, "--sync.delta")

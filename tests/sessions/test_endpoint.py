@@ -21,7 +21,7 @@ from fp8slurm.data.prompts import load_tokenizer
 from fp8slurm.engine.client import GenerateRequest, Generation
 from fp8slurm.models.spec import ModelSpec
 from fp8slurm.sessions import runner as runner_module
-from fp8slurm.sessions.chat import CHANGED, REWRITTEN, UNFINISHED
+from fp8slurm.sessions.chat import AGAIN, CHANGED, REWRITTEN, UNFINISHED
 from fp8slurm.sessions.endpoint import MODEL, MOST_BODY_BYTES
 from fp8slurm.sessions.runner import Asked, SessionRunner
 from fp8slurm.sessions.session import Model
@@ -295,7 +295,7 @@ def test_a_history_that_was_changed_is_a_branch(model, monkeypatch, caplog, chan
     assert samples[1].prompt_ids == engine.asked[2].token_ids
 
 
-def test_a_turn_asked_for_again_is_a_branch_with_the_ids_before_it(model, monkeypatch):
+def test_a_turn_asked_for_again_is_a_branch_with_the_ids_before_it(model, monkeypatch, caplog):
     engine = Engine(model, "what is", "answer", "number")
 
     async def agent(client, session):
@@ -305,8 +305,9 @@ def test_a_turn_asked_for_again_is_a_branch_with_the_ids_before_it(model, monkey
         await ask(client, messages)
         await ask(client, messages)
 
-    samples, _ = talk(model, engine, agent, monkeypatch)
-    assert len(samples) == 2
+    with caplog.at_level("DEBUG", "fp8slurm.sessions"):
+        samples, _ = talk(model, engine, agent, monkeypatch)
+    assert len(samples) == 2 and f"1 branches: {AGAIN}" in caplog.text
     check_ids(engine, samples)
     assert engine.asked[1].token_ids == engine.asked[2].token_ids == samples[1].prompt_ids
 
@@ -328,10 +329,14 @@ def test_a_turn_that_was_cut_off_gets_its_end_from_the_template(model, monkeypat
 
 
 def test_thinking_without_an_end_is_no_answer_and_is_not_gone_on_with(thinking, monkeypatch, caplog):
-    engine = Engine(thinking, "<think>\nlong", "3")
+    engine = Engine(thinking, "first", "<think>\nlong", "3")
 
     async def agent(client, session):
-        messages = list(PROMPT.content)
+        messages = [
+            *PROMPT.content,
+            (await ask(client, PROMPT.content)).choices[0].message.model_dump(exclude_none=True),
+        ]
+        messages += [{"role": "user", "content": "on"}]
         answer = (await ask(client, messages)).choices[0].message
         assert answer.content == "" and answer.reasoning_content == "long"
         messages += [answer.model_dump(exclude_none=True), {"role": "user", "content": "on"}]
@@ -339,7 +344,8 @@ def test_thinking_without_an_end_is_no_answer_and_is_not_gone_on_with(thinking, 
 
     with caplog.at_level("DEBUG", "fp8slurm.sessions"):
         samples, _ = talk(thinking, engine, agent, monkeypatch)
-    assert len(samples) == 2 and UNFINISHED in caplog.text
+    assert len(samples) == 2 and f"1 branches: {UNFINISHED}" in caplog.text
+    check_ids(engine, samples)
 
 
 def test_text_that_is_no_utf8_is_gone_on_with(model, monkeypatch):

@@ -335,6 +335,14 @@ def test_a_notice_stops_the_run_at_the_next_border_and_requeues_once(config, slu
     assert said["saved"] and said["next"] == "requeued" and said["at"] == "step_000004"
 
 
+def test_a_notice_counts_while_slurm_does_not_answer(config, slurm, monkeypatch):
+    """scontrol may take half a minute, and a step less."""
+    rank, noticed = JobLifecycle(config, begin(config), Job("7", 0, "0"), first=True), []
+    monkeypatch.setattr(job, "end_time", lambda id: noticed.append(rank.noticed()))
+    rank.notice()
+    assert noticed == [True]
+
+
 def test_the_jobs_own_clock_stops_it_in_time_to_save(config, slurm):
     slurm.end = time.time() + 100
     rank = JobLifecycle(config, begin(config), Job("7", 0, "0"), first=True)
@@ -607,6 +615,28 @@ def test_a_start_that_is_refused_for_good_is_not_requeued(config, slurm, hasty, 
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     record_error(attempt.unbegun(run.path, Job("7", 1, None)) / "errors", 0, "held by job 8", permanent=True)
     assert after.after(2, run.path) == 2 and slurm.requeued == []
+
+
+@pytest.mark.parametrize("state", [{"JobState": "COMPLETING", "Reason": "None"}, {"JobState": "CANCELLED"}])
+def test_a_cancelled_job_is_not_brought_back(config, slurm, monkeypatch, state):
+    """While scancel's signals are on their way Slurm shows an end that has passed, and would take a requeue."""
+    shown = state | {"TimeLimit": "01:00:00", "EndTime": "2026-12-01T02:42:42"}
+    monkeypatch.undo()
+    monkeypatch.setattr(job, "show_job", lambda id: shown)
+    monkeypatch.setattr(job, "requeue", lambda id: slurm.requeued.append(id))
+    monkeypatch.setenv("SLURM_JOB_END_TIME", "1")
+    run = begin(config)
+    assert job.end_time("7") is None
+    lifecycle = JobLifecycle(config, run, Job("7", 0, "0"), first=True)
+    lifecycle.end = time.time()
+    lifecycle.tick()
+    assert lifecycle.at_step_boundary(False, 1e6, 1e6) == "" and not (run.attempt_dir / STOPPED).exists()
+    with pytest.raises(StoppedForGood, match="the job was cancelled"):
+        lifecycle.stopped("rl step 3", True)
+    assert slurm.requeued == []
+    for other in ({"Reason": "TimeLimit"}, {"EndTime": "2037-12-01T02:42:42"}):  # these jobs may go on
+        seen = shown | {"JobState": "COMPLETING", "Reason": "None"} | other
+        assert not job.cancelled(seen), seen
 
 
 def test_the_last_moment_is_tried_again(config, slurm, hasty, monkeypatch):

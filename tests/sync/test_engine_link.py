@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import requests
@@ -12,6 +14,7 @@ from fp8slurm.config.schema import EngineSection
 from fp8slurm.engine.client import EngineClient, GenerateRequest
 from fp8slurm.engine.server import Engine, EngineError, EngineSettings
 from fp8slurm.sync.bucket import WeightBucket, layout, payload_bytes
+from fp8slurm.sync.delta import LastSent
 from fp8slurm.sync.engine_link import EngineLink
 
 pytestmark = pytest.mark.slow
@@ -95,6 +98,49 @@ def test_failed_update_serves_nothing_until_a_restart(engine: Engine) -> None:
     link.open()
     link.update(8, buckets(engine.second, 8), verify=True)
     assert {v for g in link.client.generate(BATCH) for v in g.weight_versions} == {8}
+
+
+def states(engine: Engine, count: int) -> Iterator[list[WeightBucket]]:
+    """Updates 1, 2, ... of a sender with sync.delta: the first whole, a few bytes of every tensor changed before each
+    of the others."""
+    last = LastSent(SimpleNamespace(set=lambda *_: None, delete_key=lambda _: None))
+    generator = torch.Generator().manual_seed(3)
+    tensors = {name: t.clone() for name, t in engine.first.items()}
+    for number in range(1, count + 1):
+        last.begin(number > 1)
+        made = [replace(b, number=number) for b in buckets(tensors, 20 + number)]
+        yield [last.changes(number, "stage0", b) for b in made]
+        last.done(number, True)
+        for t in tensors.values():
+            flat = t.view(-1).view(torch.uint8)
+            flat[torch.randint(0, flat.numel(), (1 + flat.numel() // 500,), generator=generator)] ^= 1
+
+
+def test_changes_alone_reach_both_ranks_and_damaged_ones_end_the_link(engine: Engine) -> None:
+    link = EngineLink(client_of(engine), 2)
+    link.open()
+    *good, last = states(engine, 5)
+    for i, update in enumerate(good):
+        assert all((b.delta is not None) == (i > 0) for b in update)
+        link.update(update[0].version, update, verify=True)
+    assert link.client.changes_refused() == []
+    whole = EngineLink(client_of(engine), 2)  # a link that knows nothing of the engine sends all of it
+    whole.open()
+    whole.update(99, [replace(b, version=99) for b in good[-1]], verify=True)
+    whole.close()
+
+    bad = last[1].delta
+    assert bad is not None
+    bad.payload[-1] ^= 1
+    with pytest.raises(EngineError, match="arrived damaged: their checksum differs"):
+        link.update(last[0].version, last)
+    assert link.broken
+    engine.restart()
+    link.close()
+    link = EngineLink(client_of(engine), 2)
+    link.open()
+    link.update(last[0].version, last, verify=True)  # of the changes, the damaged ones too, none is sent
+    link.close()
 
 
 def test_dead_engine_ends_an_update(engine: Engine) -> None:

@@ -10,9 +10,7 @@ from unittest.mock import patch
 import grouped_reference
 import torch
 from expert_scenarios import EP2, RECOMPUTED
-from trainer_scenarios import BF16, FP8, Ranks, steps, train, weights
-
-from fp8slurm.trainer import build
+from trainer_scenarios import FP8, Ranks, train
 
 
 class HeldWeights(torch.nn.Module):
@@ -54,30 +52,3 @@ def grouped_recomputed(ranks: Ranks) -> list[dict[str, Any]]:
 
 def grouped_ep2(ranks: Ranks) -> list[dict[str, Any]]:
     return both(ranks, **EP2)
-
-
-# The copies around an optimizer step.
-
-
-def copies(ranks: Ranks, **sections: Any) -> list[dict[str, Any]]:
-    """[Megatron's, ours]: steps, with a new optimizer in between, and the weights after them."""
-
-    def taken() -> dict[str, Any]:
-        with ranks.trainer(folder="moe", **EP2, **sections) as trainer:
-            history = steps(trainer, range(2))
-            trainer.new_optimizer()
-            history += steps(trainer, range(2, 4))
-            replaced = sum("_copy_main_params_to_model_params" in vars(p) for p in trainer.optimizer.chained_optimizers)
-            return {"steps": history, "weights": weights(trainer), "replaced": replaced}
-
-    with patch.object(build, "in_few_launches", lambda _: None):
-        theirs = taken()
-    return [theirs, taken()]
-
-
-def copies_bf16(ranks: Ranks) -> list[dict[str, Any]]:
-    return copies(ranks, **BF16)
-
-
-def copies_fp32(ranks: Ranks) -> list[dict[str, Any]]:
-    return copies(ranks)

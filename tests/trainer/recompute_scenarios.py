@@ -92,7 +92,7 @@ def watched(trainer: Trainer) -> list[str]:
 def loop_of(trainer: Trainer, path: Path) -> Loop:
     config, watch, run = trainer.config, Stopwatch(), SimpleNamespace(path=path)
     saver = Saver(config, run, trainer, dist.HashStore(), 1, watch, StepTimes(), None)
-    engines = SimpleNamespace(sent_version=0, sleep=lambda: None, sync=lambda version: None)
+    engines = SimpleNamespace(sent_version=0, sleep=lambda: None, sync=lambda version: None, advance_scales=dict)
     boundary = StepBoundary(dist.HashStore(), True, NeverStop(), saver, saver.times)
     recorder = Recorder(config, run, watch, False, None)
     return Loop(config, run, trainer, engines, recorder, saver, boundary, watch, replace(RunState("rl", 0)))

@@ -24,12 +24,11 @@ def known_model(name: str) -> ModelSpec:
     return ModelSpec.from_hf_config(json.loads(file.read_text()), str(file))
 
 
-def find_spec(checkpoint: Path | None) -> tuple[ModelSpec, str]:
+def find_spec(checkpoint: Path | None, flag: str = "--model.hf-checkpoint") -> tuple[ModelSpec, str]:
     """(shape, where it comes from): from CHECKPOINT/config.json, else the known model that the folder is named after.
 
     InputError where neither is there: it names the folder, the known models and the flag.
     """
-    flag = "--model.hf-checkpoint"
     if checkpoint is None:
         raise InputError(
             f"{flag} is not set: give a Hugging Face folder, or a known model ({', '.join(known_models())}), "
