@@ -30,6 +30,7 @@ def plan_of(recipe, *flags):
 
 
 HEADLINE = ["qwen3-4b-fp8", "qwen3-30b-a3b-fp8"]
+SPLIT = "--engine.placement split --engine.gpus 4 --engine.per-node 4 --slurm.ranks-per-node 4".split()
 
 
 @pytest.mark.parametrize("name", [n for n in recipe_names() if not n.startswith("tiny")])
@@ -142,17 +143,7 @@ def test_engines_that_do_not_sleep_keep_their_memory_while_the_trainer_works():
 
 
 def test_split_placement_lists_two_kinds_of_gpus():
-    flags = [
-        "--engine.placement",
-        "split",
-        "--engine.gpus",
-        "4",
-        "--engine.per-node",
-        "4",
-        "--slurm.ranks-per-node",
-        "4",
-    ]
-    plan = plan_of("qwen3-4b-fp8", *flags)
+    plan = plan_of("qwen3-4b-fp8", *SPLIT)
     assert [p.name for p in plan.fits[0].phases] == [
         "train (trainer's GPU)",
         "sync (trainer's GPU)",
@@ -162,18 +153,8 @@ def test_split_placement_lists_two_kinds_of_gpus():
 
 
 def test_a_teacher_takes_its_share_before_the_engine_beside_it():
-    flags = [
-        "--engine.placement",
-        "split",
-        "--engine.gpus",
-        "4",
-        "--engine.per-node",
-        "4",
-        "--slurm.ranks-per-node",
-        "4",
-    ]
     teacher = ["--teacher.checkpoint", "models/Qwen2.5-7B", "--teacher.mem-fraction", "0.4"]
-    without, plan = plan_of("qwen3-4b-fp8", *flags), plan_of("qwen3-4b-fp8", *flags, *teacher)
+    without, plan = plan_of("qwen3-4b-fp8", *SPLIT), plan_of("qwen3-4b-fp8", *SPLIT, *teacher)
     resident = memory.engine_resident(1)
     for fit, other in zip(plan.fits, without.fits):
         its = int((fit.gpu_bytes - resident) * 0.4)
@@ -181,9 +162,9 @@ def test_a_teacher_takes_its_share_before_the_engine_beside_it():
         taken = resident + its - (its - fit.teacher.weights) % fit.teacher.kv_bytes_per_token
         phase = fit.phases[-1]
         assert phase.parts["teacher"] == taken and fit.phases[0] == other.phases[0]
-        left = int((fit.gpu_bytes - resident - taken) * parse("qwen3-4b-fp8", flags).engine.mem_fraction)
+        left = int((fit.gpu_bytes - resident - taken) * parse("qwen3-4b-fp8", SPLIT).engine.mem_fraction)
         assert fit.engine.kv_tokens == (left - fit.engine.weights) // fit.engine.kv_bytes_per_token
-    tight = plan_of("qwen3-4b-fp8", *flags, *teacher[:2], "--teacher.mem-fraction", "0.05")
+    tight = plan_of("qwen3-4b-fp8", *SPLIT, *teacher[:2], "--teacher.mem-fraction", "0.05")
     assert not any(fit.fits for fit in tight.fits)
 
 

@@ -161,13 +161,19 @@ def test_a_reward_that_raises_ends_it(node):
         node(Engine(lambda index: 3), Raises()).do_rollout(1, 0, 2)
 
 
-def test_a_node_that_lost_its_weights_goes_on_where_it_was(node):
+def lost(node):
+    """An engine, its worker, which has given a rollout of four prompts up, and the member that is behind."""
     engine = Engine(lambda index: 3)
     worker = node(engine)
     (member,) = worker.engines.members
     member.behind = True
     with pytest.raises(WeightsLost):
         worker.do_rollout(1, 0, 4)
+    return engine, worker, member
+
+
+def test_a_node_that_lost_its_weights_goes_on_where_it_was(node):
+    engine, worker, member = lost(node)
     member.behind = False
     worker.engines.completions.updated()
     answer, payload = worker.do_rollout(1, 0, 4)
@@ -175,12 +181,7 @@ def test_a_node_that_lost_its_weights_goes_on_where_it_was(node):
 
 
 def test_under_other_weights_it_begins_anew(node):
-    engine = Engine(lambda index: 3)
-    worker = node(engine)
-    (member,) = worker.engines.members
-    member.behind = True
-    with pytest.raises(WeightsLost):
-        worker.do_rollout(1, 0, 4)
+    engine, worker, member = lost(node)
     member.behind, engine.version = False, 1
     worker.engines.completions.updated()
     _, payload = worker.do_rollout(1, 0, 4)

@@ -59,14 +59,11 @@ def other_encodings(at: Any, whole: int) -> dict[str, int]:
 def measure(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     """A row for every learning rate, way and link."""
     import torch
-    from bench_sync import config_of
+    from bench_sync import start_engine
 
-    from fp8slurm.config.schema import EngineSection
     from fp8slurm.engine.client import EngineClient
     from fp8slurm.engine.inside import delta
-    from fp8slurm.engine.server import Engine, EngineSettings
     from fp8slurm.models.names import NameTable
-    from fp8slurm.models.spec import ModelSpec
     from fp8slurm.sync.bucket import WeightBucket
     from fp8slurm.sync.delta import LastSent
     from fp8slurm.sync.engine_link import EngineLink
@@ -74,13 +71,7 @@ def measure(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     from fp8slurm.sync.receiver import HostReceiver
     from fp8slurm.sync.stream import Sender, WeightStream
 
-    (folder / "model").mkdir()
-    (folder / "model/config.json").write_text(json.dumps(config_of(args)))
-    spec = ModelSpec.from_hf_dir(folder / "model")
-    section = EngineSection(max_running_requests=4, max_total_tokens=1024, context_length=256, ready_timeout_s=600,
-                            extra_args=["--load-format", "dummy"])  # fmt: skip
-    engine = Engine(folder / "model", folder / "log", EngineSettings(section, cpu=True, cpu_threads=1))
-    engine.start()
+    spec, engine = start_engine(args, folder)
     rows = []
     try:
         store, _ = host_store("127.0.0.1")

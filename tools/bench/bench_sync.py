@@ -21,7 +21,11 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fp8slurm.engine.server import Engine
+    from fp8slurm.models.spec import ModelSpec
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
@@ -41,6 +45,21 @@ def config_of(args: argparse.Namespace) -> dict[str, Any]:
         config["num_hidden_layers"] = args.layers
     config |= {"quantization_config": QuantizationSpec().to_config(), "eos_token_id": 0, "bos_token_id": 0}
     return config | ({"vocab_size": args.vocab} if args.vocab else {})
+
+
+def start_engine(args: argparse.Namespace, folder: Path) -> tuple[ModelSpec, Engine]:
+    """The shape, written to folder/model, and an engine of it with dummy weights, on its way up."""
+    from fp8slurm.config.schema import EngineSection
+    from fp8slurm.engine.server import Engine, EngineSettings
+    from fp8slurm.models.spec import ModelSpec
+
+    (folder / "model").mkdir()
+    (folder / "model/config.json").write_text(json.dumps(config_of(args)))
+    section = EngineSection(max_running_requests=4, max_total_tokens=1024, context_length=256, ready_timeout_s=600,
+                            extra_args=["--load-format", "dummy"])  # fmt: skip
+    engine = Engine(folder / "model", folder / "log", EngineSettings(section, cpu=True, cpu_threads=1))
+    engine.start()
+    return ModelSpec.from_hf_dir(folder / "model"), engine
 
 
 def child(folder: Path, rank: int, tp: int, bucket_bytes: int, runs: int) -> None:
@@ -111,11 +130,8 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Everything, as JSON; the rollout worker's part is played here."""
     import torch
 
-    from fp8slurm.config.schema import EngineSection
     from fp8slurm.engine.client import EngineClient
-    from fp8slurm.engine.server import Engine, EngineSettings
     from fp8slurm.models.names import NameTable
-    from fp8slurm.models.spec import ModelSpec
     from fp8slurm.sync.engine_link import EngineLink
     from fp8slurm.sync.groups import Group, host_store, publish
     from fp8slurm.sync.plan import source_names
@@ -124,13 +140,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from fp8slurm.sync.traffic import traffic
 
     bucket_bytes = int(args.bucket_mib * 2**20)
-    (folder / "model").mkdir()
-    (folder / "model/config.json").write_text(json.dumps(config_of(args)))
-    spec = ModelSpec.from_hf_dir(folder / "model")
-    section = EngineSection(max_running_requests=4, max_total_tokens=1024, context_length=256, ready_timeout_s=600,
-                            extra_args=["--load-format", "dummy"])  # fmt: skip
-    engine = Engine(folder / "model", folder / "log", EngineSettings(section, cpu=True, cpu_threads=1))
-    engine.start()
+    spec, engine = start_engine(args, folder)
     store, port = host_store("127.0.0.1")
     publish(folder / "store.json", "127.0.0.1", port)
     children = []
