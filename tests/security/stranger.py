@@ -12,6 +12,7 @@ import json
 import os
 import socket
 import sys
+import time
 import urllib.error
 import urllib.request
 from datetime import timedelta
@@ -44,6 +45,18 @@ def readable(path: Path) -> bool:
         return True
     except OSError:
         return False
+
+
+def command_in_flight(store) -> tuple[str, int]:
+    """The prefix of the job's keys and the number of a command that is not answered yet: an answered one is deleted."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        for key in store.list_keys():
+            prefix, command, number = key.partition("command/")
+            if command and number.isdigit():
+                return prefix, int(number)
+        time.sleep(0.01)
+    raise SystemExit("no command was seen in the store")
 
 
 def main() -> None:
@@ -121,12 +134,11 @@ def main() -> None:
             continue
     said["values"] = texts
     if forge:
-        numbers = [int(k.rsplit("/", 1)[1]) for k in keys if "command/" in k and k.rsplit("/", 1)[1].isdigit()]
-        prefix = next(k for k in keys if "command/" in k).partition("command/")[0]
+        prefix, number = command_in_flight(store)
         store.set(f"{prefix}noticed", "")
-        for number in range(max(numbers) + 1, max(numbers) + 40):
-            store.set(f"{prefix}command/{number}", json.dumps({"kind": "stop"}))
-        said["forged"] = max(numbers) + 1
+        for forged in range(number + 1, number + 40):
+            store.set(f"{prefix}command/{forged}", json.dumps({"kind": "stop"}))
+        said["forged"] = number + 1
     print(json.dumps(said))
 
 
