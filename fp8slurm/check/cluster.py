@@ -11,6 +11,7 @@ from fp8slurm.check.dry_run import Refusal
 from fp8slurm.config import RunConfig
 from fp8slurm.core.deadlines import REQUEUE_S, SAFETY
 from fp8slurm.core.errors import InputError
+from fp8slurm.plan import make_plan
 from fp8slurm.run.step_times import StepTimes
 from fp8slurm.scheduler import job as slurm
 from fp8slurm.scheduler.job import one_line
@@ -54,7 +55,8 @@ def check_cluster(config: RunConfig, timeout_s: float = slurm.COMMAND_TIMEOUT_S)
     except slurm.SlurmError as error:
         raise InputError(f"Slurm does not answer: {error}") from None
     chosen = _fitting(config, _chosen(config, partitions))
-    return _time(config) + _down(chosen) + _grace(config, chosen) + _sbatch_agrees(config, chosen, timeout_s)
+    memory = _memory(config, chosen, timeout_s)
+    return _time(config) + _down(chosen) + _grace(config, chosen) + memory + _sbatch_agrees(config, chosen, timeout_s)
 
 
 def requested_partition(config: RunConfig) -> tuple[str | None, str]:
@@ -148,6 +150,56 @@ def _grace(config: RunConfig, chosen: list[dict[str, str]]) -> list[str]:
                 f"run goes on from its newest checkpoint (checkpoint.every {config.checkpoint.every} steps)"
             )
     return warnings
+
+
+def _memory(config: RunConfig, chosen: list[dict[str, str]], timeout_s: float) -> list[str]:
+    """Host memory that the job asks for, or gets unasked, against the plan's: a cgroup ends the task that takes more,
+    pinned memory and /dev/shm counted in."""
+    if not config.slurm.gpus_per_node or any(name.startswith("SBATCH_MEM") for name in os.environ):
+        return []
+    try:
+        needed = sum(item.bytes for item in make_plan(config).host)
+        controller = slurm.settings(timeout_s)
+    except (InputError, slurm.SlurmError):  # said elsewhere
+        return []
+    warnings = []
+    for p in chosen:
+        given, who = _given_memory(config, p, controller)
+        if given is not None and given < needed:
+            warnings.append(
+                f"a node's tasks get {given / 1e9:.0f} GB of host memory ({who}), and need {needed / 1e9:.0f} GB by "
+                f"fp8slurm plan: give --slurm.memory (0: all of a node), or a task is ended when it takes more"
+            )
+    return warnings
+
+
+def _given_memory(config: RunConfig, p: dict[str, str], controller: dict[str, str]) -> tuple[int | None, str]:
+    """(bytes for the job on a node, what says so); None: all of the node, or what cannot be known here."""
+    s = config.slurm
+    cores, tasks = s.cpus_per_task or 1, s.ranks_per_node + 1
+    times = {"Node": 1, "CPU": cores * tasks, "GPU": s.gpus_per_node}
+    shown = {"Node": "node", "CPU": f"core of {cores * tasks}", "GPU": f"GPU of {s.gpus_per_node}"}
+    asked = {k.replace("_", "-"): str(v) for k, v in s.sbatch.items()}
+    for flag, kind in (("mem", "Node"), ("mem-per-cpu", "CPU"), ("mem-per-gpu", "GPU")):
+        text, name = asked.get(flag), f"--slurm.sbatch {flag}"
+        if flag == "mem" and s.memory:
+            text, name = s.memory, "--slurm.memory"
+        if text:
+            size = _mebibytes(text)
+            return (size * times[kind] * 2**20 if size else None), f"{name} {text}"
+    for where, fields in ((f"partition {p['PartitionName']}", p), ("this Slurm", controller)):
+        for kind in ("GPU", "CPU", "Node"):
+            per_gpu = re.search(r"DefMemPerGPU=(\d+)", fields.get("JobDefaults", ""))
+            text = fields.get(f"DefMemPer{kind}", per_gpu[1] if per_gpu and kind == "GPU" else "")
+            if text.isdigit() and int(text):
+                return int(text) * times[kind] * 2**20, f"{where} gives {text} MiB for each {shown[kind]} unasked"
+    return None, ""
+
+
+def _mebibytes(text: str) -> int:
+    """sbatch's --mem; 0: all of the node, or no size that sbatch would take."""
+    size = re.fullmatch(r"(\d+)([KMGT]?)B?", text.strip(), re.I)
+    return 0 if size is None else int(size[1]) * 1024 ** "KMGT".index(size[2].upper() or "M") // 1024
 
 
 def _sbatch_agrees(config: RunConfig, chosen: list[dict[str, str]], timeout_s: float) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -41,6 +42,8 @@ OURS = frozenset(
     "cpus-per-task gpus-per-node mem output error job-name".split()
 )
 """Options of sbatch that have a setting of their own, or follow from others."""
+BINDS = frozenset("gpu-bind gpus-per-task ntasks-per-gpu tres-bind tres-per-task".split())
+"""Options of sbatch and srun that give each task GPUs of its own."""
 
 OF_A_JOB = ("partition", "account", "qos", "reservation", "constraint", "exclude", "memory", "container_image",
             "setup", "sbatch", "srun")  # fmt: skip
@@ -318,6 +321,12 @@ def _limits(config: RunConfig) -> None:
             )
         if key.replace("_", "-") in OURS:
             raise InputError(f"--slurm.sbatch {key}: it has a setting of its own, or follows from others; leave it out")
+    flags = [f"--slurm.sbatch {key} {value}" for key, value in s.sbatch.items()]
+    flags += [f"--slurm.srun={argument}" for argument in s.srun]
+    for flag in flags:
+        name, _, value = re.sub(r"^--slurm\.s(batch |run=--)", "", flag).replace("=", " ").partition(" ")
+        if name.replace("_", "-") in BINDS and value.strip() not in ("none", "no"):
+            raise InputError(f"{flag}: every task of a node has to see all of the node's GPUs; leave it out")
 
 
 def _lengths(config: RunConfig, spec: ModelSpec) -> None:

@@ -46,6 +46,8 @@ def set_environment(config: RunConfig, placement: Placement, task: Task) -> None
     else:
         os.environ["GLOO_SOCKET_IFNAME"] = slurm.interface_of(slurm.address())
         os.environ.setdefault("NCCL_SOCKET_IFNAME", os.environ["GLOO_SOCKET_IFNAME"])
+        if problem := slurm.no_such_interface(os.environ["NCCL_SOCKET_IFNAME"]):
+            raise InputError(problem)
     if placement.gpus_per_node:
         set_gpus(placement.gpus_per_node)
         if transport_of(config) in ("nccl", "gloo-direct"):  # both ends of a group have to agree, and SGLang sets it so
@@ -77,8 +79,10 @@ def set_gpus(needed: int) -> None:
     index into them. Raises InputError where they are too few."""
     given = slurm.gpu_list()
     if Job.here() is not None and len(given) < needed:
+        bound = slurm.gpu_binding(os.environ)
         raise InputError(
-            f"Slurm gave this node {len(given)} GPUs ({','.join(given) or 'none'}), --slurm.gpus-per-node is {needed}"
+            f"Slurm gave this {'task' if bound else 'node'} {len(given)} GPUs ({','.join(given) or 'none'}), "
+            f"--slurm.gpus-per-node is {needed}{f'; {bound} binds GPUs to tasks: leave it out' if bound else ''}"
         )
     if given:
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(given)

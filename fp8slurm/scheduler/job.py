@@ -74,8 +74,9 @@ OTHER_NAMES = {
     "mem-per-gpu": "mem", "gpus": "gpus-per-node", "gpus-per-socket": "gpus-per-node", "gpus-per-task": "gpus-per-node",
 }  # fmt: skip
 """Options of sbatch, as its variables SBATCH_... or as flags name them, that say again (or contradict) another."""
-NEVER = {"array", "export", "wait"}
-"""Options that no variable may set: a run is one job with its submitter's environment, and sbatch returns at once."""
+NEVER = {"array", "export", "wait", "gpu-bind", "tres-bind"}
+"""Options that no variable may set: a run is one job with its submitter's environment whose tasks see all GPUs of their
+node, and sbatch returns at once."""
 OURS = {"gpus-per-node"}
 """Options that a script of ours says by leaving them out, too: a job without GPUs, a conversion."""
 
@@ -103,6 +104,12 @@ def environment_for_a_job(environment: dict[str, str], script: str = "") -> dict
 def available() -> bool:
     """Whether Slurm's commands are installed here."""
     return all(shutil.which(c) for c in ("sbatch", "srun", "scontrol", "squeue"))
+
+
+def settings(timeout_s: float = COMMAND_TIMEOUT_S) -> dict[str, str]:
+    """`scontrol show config`. Raises SlurmError."""
+    pairs = (line.partition("=") for line in ask("scontrol", "show", "config", timeout_s=timeout_s).splitlines())
+    return {key.strip(): value.strip() for key, separator, value in pairs if separator}
 
 
 def fields(line: str) -> dict[str, str]:
@@ -240,6 +247,39 @@ def interface_of(address: str) -> str:
         if any(a.family == socket.AF_INET and a.address == address for a in addresses):
             return name
     raise SlurmError(f"no network interface of this node has the address {address}")
+
+
+def no_such_interface(chosen: str) -> str:
+    """Why NCCL would find no interface by NCCL_SOCKET_IFNAME (NCCL's manual: names that interfaces begin with, by
+    commas; "=": whole names; "^": all but these), "" where it would."""
+    import psutil
+
+    listed = chosen.lstrip("^=")
+    names = [name.split(":")[0] for name in listed.split(",") if name]
+    there = sorted(psutil.net_if_addrs())
+
+    def meant(interface: str) -> bool:
+        return any(interface == n if "=" in chosen[:2] else interface.startswith(n) for n in names)
+
+    if not chosen or any(meant(interface) != chosen.startswith("^") for interface in there):
+        return ""
+    return (
+        f"NCCL_SOCKET_IFNAME={chosen}: no network interface of this node is meant by it; there are {', '.join(there)}"
+    )
+
+
+BINDING = ("SLURM_GPU_BIND", "SLURM_GPUS_PER_TASK", "SLURM_NTASKS_PER_GPU", "SLURM_TRES_PER_TASK")
+"""Variables by which srun and sbatch say that each task of a node has GPUs of its own."""
+UNBOUND = {"none", "0"}
+
+
+def gpu_binding(environment: Mapping[str, str]) -> str:
+    """The variable, with its value, that gives each task GPUs of its own; "" where all tasks of a node see all."""
+    for name in BINDING:
+        value = environment.get(name, "")
+        if value and value not in UNBOUND and ("gpu" in value or name != "SLURM_TRES_PER_TASK"):
+            return f"{name}={value}"
+    return ""
 
 
 def gpu_list() -> list[str]:

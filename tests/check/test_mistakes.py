@@ -251,6 +251,13 @@ ROWS: dict[str, tuple[int, Callable[[Place], list[str]], list[str]]] = {
         WARNED, lambda p: train(p, "--slurm.partition", "gpu"),
         ["slurm.partition with slurm.executor local: the run starts on this machine"],
     ),
+    "tasks with GPUs of their own": (
+        REFUSED, lambda p: train(p, "--slurm.sbatch", "gpus-per-task", "1"),
+        ["--slurm.sbatch gpus-per-task 1: every task of a node has to see all"],
+    ),
+    "tasks bound to GPUs by srun": (
+        REFUSED, lambda p: train(p, "--slurm.srun=--gpu-bind=single:1"), ["--slurm.srun=--gpu-bind=single:1: every task"],
+    ),
     "mounts without a container": (
         WARNED, lambda p: train(p, "--slurm.container-mounts", "/a:/b"), ["container_mounts without slurm.container_image"],
     ),

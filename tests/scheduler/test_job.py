@@ -57,6 +57,28 @@ def test_ranks_take_the_gpus_that_slurm_gave(monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "12")
     with pytest.raises(ValueError, match="4 GPUs.*2,3,6,7.*--slurm.gpus-per-node is 8"):
         set_gpus(8)
+    monkeypatch.setenv("SLURM_GPU_BIND", "single:1")
+    with pytest.raises(ValueError, match="gave this task 4 GPUs.*; SLURM_GPU_BIND=single:1 binds GPUs to tasks"):
+        set_gpus(8)
+
+
+@pytest.mark.parametrize("environment, bound", [
+    ({}, ""), ({"SLURM_GPU_BIND": "none"}, ""), ({"SLURM_TRES_PER_TASK": "cpu:4"}, ""),
+    ({"SLURM_GPUS_PER_TASK": "1"}, "SLURM_GPUS_PER_TASK=1"),
+    ({"SLURM_TRES_PER_TASK": "cpu:4,gres/gpu:1"}, "SLURM_TRES_PER_TASK=cpu:4,gres/gpu:1"),
+])  # fmt: skip
+def test_what_gives_each_task_gpus_of_its_own(environment, bound):
+    assert job.gpu_binding(environment) == bound
+
+
+@pytest.mark.parametrize("chosen", ["lo", "l", "=lo", "ib0,lo", "^ib", "^=l", ""])
+def test_an_interface_that_nccl_finds(chosen):
+    assert job.no_such_interface(chosen) == ""
+
+
+@pytest.mark.parametrize("chosen", ["ib7", "=l", "ib7,=lo", "=ib7:1"])
+def test_an_interface_that_nccl_does_not_find(chosen):
+    assert job.no_such_interface(chosen).startswith(f"NCCL_SOCKET_IFNAME={chosen}: no network interface")
 
 
 def test_fields_of_scontrol():

@@ -6,7 +6,7 @@ import pytest
 
 from fp8slurm.chain.links import links
 from fp8slurm.check import cluster
-from fp8slurm.config import RunConfig
+from fp8slurm.config import RunConfig, parse
 from fp8slurm.run.directory import SLURM_FOLDER, RunBusyError, RunDirectory
 from fp8slurm.scheduler import job
 from fp8slurm.scheduler.job import SlurmError
@@ -125,6 +125,29 @@ def test_a_partition_that_is_down_is_a_warning(slurm):
     slurm["scontrol"] = PARTITIONS.replace("TotalNodes=4", "TotalNodes=4 State=DOWN")
     assert cluster.check_cluster(config()) == ["partition gpu is DOWN: the job waits until it is UP"]
     assert cluster.check_cluster(config(partition="gpu,spot")) == [], "it starts in the other"
+
+
+@pytest.mark.parametrize(
+    "settings, partition, says",
+    [
+        ({}, "", ""),
+        ({}, "DefMemPerNode=UNLIMITED", ""),
+        ({}, "DefMemPerCPU=256", "partition gpu gives 256 MiB for each core of 9 unasked"),
+        ({"cpus_per_task": 16}, "DefMemPerCPU=16000", ""),
+        ({}, "JobDefaults=DefMemPerGPU=1000", "partition gpu gives 1000 MiB for each GPU of 8 unasked"),
+        ({"memory": "0"}, "DefMemPerCPU=256", ""),
+        ({"memory": "2G"}, "DefMemPerNode=UNLIMITED", "--slurm.memory 2G"),
+        ({"memory": "2T"}, "DefMemPerCPU=256", ""),
+        ({"sbatch": {"mem-per-gpu": "1024"}}, "", "--slurm.sbatch mem-per-gpu 1024"),
+    ],
+)
+def test_memory_that_is_less_than_the_plan_is_a_warning(slurm, settings, partition, says):
+    slurm["scontrol"] = PARTITIONS.replace("TotalNodes=4", f"TotalNodes=4 {partition}")
+    recipe = parse("qwen3-4b-fp8", [])
+    asked = {"executor": "slurm", "partition": "gpu", "memory": None, "cpus_per_task": None} | settings
+    recipe = recipe.model_copy(update={"slurm": recipe.slurm.model_copy(update=asked)})
+    warnings = cluster.check_cluster(recipe)
+    assert len(warnings) == bool(says) and all(says in w and "--slurm.memory (0: all of a node)" in w for w in warnings)
 
 
 def test_what_no_node_has_is_compared_with_what_they_have(slurm):

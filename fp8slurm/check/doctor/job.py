@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fp8slurm.check.doctor.finding import Check, Finding, merge
+from fp8slurm.check.doctor.machine import DOCTORS_JOB
 from fp8slurm.check.doctor.node import MARK, compare_paths
 from fp8slurm.config import RunConfig
 from fp8slurm.core.errors import InputError
@@ -110,7 +111,7 @@ def script(config: RunConfig, folder: Path) -> str:
     """The job script: the recipe's nodes, GPUs and site, MINUTES of them."""
     s = config.slurm
     directives = {
-        "job-name": "fp8slurm-doctor",
+        "job-name": DOCTORS_JOB,
         "nodes": s.nodes,
         "ntasks-per-node": 1,
         "time": MINUTES,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from fp8slurm.check.doctor.finding import Check, Finding
@@ -15,6 +16,10 @@ MEMORY, SHARED, LIMITS = Check("memory"), Check("shm"), Check("limits")
 
 SHM = Path("/dev/shm")
 MIB = 2**20
+DOCTORS_JOB = "fp8slurm-doctor"
+"""Name of the job that `fp8slurm doctor --slurm` queues."""
+NO_LIMIT = 2**60
+"""cgroup v1 says "none" as a number of this size."""
 SHM_A_PROCESS = 64 * MIB
 """Free /dev/shm for each task and engine rank: NCCL's buffers between GPUs without peer access, SGLang's queues,
 torch's shared tensors. Assumed, generous."""
@@ -39,8 +44,13 @@ def _memory(configs: list[RunConfig]) -> Iterator[Finding]:
 
     free, total = psutil.virtual_memory().available, psutil.virtual_memory().total
     given = os.environ.get("SLURM_MEM_PER_NODE", "")  # MiB; the job's limit
-    if given.isdigit() and int(given):
-        free = min(free, int(given) * MIB)
+    job = int(given) * MIB if given.isdigit() and int(given) else total
+    own = (
+        os.environ.get("SLURM_JOB_NAME") == DOCTORS_JOB and job == total
+    )  # has less than the run unless it says how much
+    group = total if own else min(cgroup_limits(), default=total)
+    limit, whose = min((total, ""), (job, ", the job's limit"), (group, ", the cgroup's limit"), key=lambda one: one[0])
+    free = min(free, limit)
     enough = True
     for config in configs:
         if not config.slurm.gpus_per_node:
@@ -57,12 +67,35 @@ def _memory(configs: list[RunConfig]) -> Iterator[Finding]:
             parts = ", ".join(f"{name} {size / 1e9:.0f}" for name, size in host.items())
             yield MEMORY.error(
                 f"{config.run.name}: a node needs {needed / 1e9:.0f} GB of host memory ({parts}); {free / 1e9:.0f} GB"
-                " are free here",
+                f" are free here{whose if free == limit else ''}",
                 "--slurm.memory 0 asks for all of the node; more nodes or --optim.no-cpu-offload lower the need"
                 " (fp8slurm plan)",
             )
     if enough:
-        yield MEMORY.ok(f"{free / 1e9:.0f} of {total / 1e9:.0f} GB of host memory free")
+        yield MEMORY.ok(f"{free / 1e9:.0f} of {total / 1e9:.0f} GB of host memory free{whose if free == limit else ''}")
+
+
+def cgroup_limits(process: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> list[int]:
+    """Bytes that this process' cgroup and those above it allow, of both versions (cgroups(7)). What is pinned or lies
+    in /dev/shm counts, and a process that takes more is ended."""
+    limits = []
+    try:
+        lines = process.read_text().splitlines()
+    except OSError:
+        return []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        base, name = (root / "memory", "memory.limit_in_bytes") if controllers else (root, "memory.max")
+        folder = base / path.lstrip("/")
+        for at in (folder, *folder.parents):
+            with suppress(OSError):
+                text = (at / name).read_text().strip()
+                limits += [int(text)] if text.isdigit() and int(text) < NO_LIMIT else []
+            if at == base:
+                break
+    return limits
 
 
 def _shm(count: int) -> Iterator[Finding]:

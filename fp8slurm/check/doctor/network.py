@@ -57,6 +57,8 @@ def check_interface() -> tuple[str, list[Finding]]:
     except (slurm.SlurmError, OSError) as error:
         fix = "the node's name must resolve to an address that other nodes reach (/etc/hosts, DNS)"
         return "127.0.0.1", [NETWORK.error(f"no address for the other nodes: {error}", fix)]
+    if problem := slurm.no_such_interface(os.environ.get("NCCL_SOCKET_IFNAME", "")):
+        return address, [NETWORK.error(problem, f"unset it: NCCL then takes {name}, on which nodes meet")]
     return address, [NETWORK.ok(f"nodes meet on {name}")]
 
 

@@ -18,19 +18,13 @@ SLURM = Check("slurm")
 SIGNAL_WAIT_S = 30.0
 
 
-def settings() -> dict[str, str]:
-    """`scontrol show config`. Raises SlurmError."""
-    pairs = (line.partition("=") for line in slurm.ask("scontrol", "show", "config").splitlines())
-    return {key.strip(): value.strip() for key, separator, value in pairs if separator}
-
-
 def check_slurm(configs: list[RunConfig]) -> Iterator[Finding]:
     """Requeueing, signals, preemption and time limits, asked of the controller."""
     if not slurm.available():
         yield SLURM.warning("no Slurm on this machine: only --slurm.executor local works", "run it on a login node")
         return
     try:
-        controller = settings()
+        controller = slurm.settings()
     except slurm.SlurmError as error:
         needed = any(c.slurm.executor == "slurm" for c in configs)
         text = f"the controller does not answer: {str(error).splitlines()[-1]}"

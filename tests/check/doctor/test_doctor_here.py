@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fp8slurm.check.doctor import versions
+from fp8slurm.check.doctor import machine, versions
 from fp8slurm.check.doctor.bandwidth import judge
 from fp8slurm.check.doctor.cli import main
 from fp8slurm.check.doctor.files import check_folder, check_paths
@@ -272,6 +272,22 @@ def test_host_memory_is_compared_with_the_plan(four_b, monkeypatch):
         and "GB of host memory" in findings[0].text
         and "--slurm.memory 0" in findings[0].fix
     )
+
+
+@pytest.mark.parametrize(
+    "controllers, base, name", [("", ".", "memory.max"), ("memory", "memory", "memory.limit_in_bytes")]
+)
+def test_the_cgroups_limit_counts(tmp_path, monkeypatch, four_b, controllers, base, name):
+    process, job = tmp_path / "cgroup", tmp_path / base / "slurm" / "job_1"
+    process.write_text(f"5:cpu:/elsewhere\n0:{controllers}:/slurm/job_1/step_0\n")
+    (job / "step_0").mkdir(parents=True)
+    (job / "step_0" / name).write_text("max" if not controllers else str(2**63 - 4096))
+    (job / name).write_text(str(32 * 10**9))
+    (job.parent / name).write_text(str(64 * 10**9))
+    assert sorted(machine.cgroup_limits(process, tmp_path)) == [32 * 10**9, 64 * 10**9]
+    monkeypatch.setattr(machine, "cgroup_limits", lambda: [10**9, 2 * 10**9])
+    (finding,) = (f for f in check_machine([four_b], plans=True) if f.check == "memory")
+    assert finding.level == "error" and "1 GB are free here, the cgroup's limit" in finding.text
 
 
 def test_few_open_files():
