@@ -85,6 +85,12 @@ def _asked(run: Run, checkpoint: Checkpoint, origin: Path, texts: Mapping[str, b
         path = origin / GENERATION
         said = read_json(path if path.is_file() else origin / "config.json")
     yield f"- A response ends with one of the tokens {said.get('eos_token_id')}."
+    if checkpoint.config.engine.kv_cache == "fp8":
+        yield (
+            "- In training engines kept keys and values in e4m3, with the scales that are here (`k_scale`, `v_scale`). "
+            "A server does so if it is told to, and with these scales if its model reads them: SGLang's Qwen3 (0.5.21) "
+            "does not."
+        )
     yield (
         f"- In training responses were sampled at temperature {rollout.temperature:g} with top-p {rollout.top_p:g}, at "
         f"most {rollout.max_tokens} tokens; what a server samples with by itself stands in {GENERATION}, if at all."
@@ -103,7 +109,7 @@ def _figures(run: Run, checkpoint: Checkpoint) -> list[tuple[str, str, str]]:
     for e in mine:
         who = "in training" if e.made_by == "training" else "by fp8slurm eval"
         of = f" of {_name(config.data.eval)}" if e.task == "held_out" and config.data.eval else ""
-        on = f"{e.questions} questions{of}, {e.samples} answers, served in {e.precision.upper()}, {who}"
+        on = f"{e.questions} questions{of}, {e.samples} answers, served in {e.served}, {who}"
         out.append((f"accuracy, {e.task}", _interval(e.accuracy), on))
     held_out = [(step, value) for step, value in run.series("eval/accuracy") if value is not None]
     if held_out and not mine:

@@ -22,6 +22,7 @@ from fp8slurm.config import RunConfig
 from fp8slurm.core.errors import InputError
 from fp8slurm.core.processes import PACKAGE_ROOT
 from fp8slurm.run.directory import RunDirectory
+from fp8slurm.run.evaluations import served_name
 from fp8slurm.slurm.attempt import WAITING, last_checkpoint
 from fp8slurm.slurm.script import SAFE_PATH, gpus_per_node, task_python
 
@@ -99,7 +100,7 @@ def links(
         Link(
             "eval",
             ("eval", f"--run={run}", f"--checkpoint={last}", f"--fp8-checkpoint={as_fp8.output}"),
-            run / "eval" / f"{last}-fp8" / "summary.json",
+            run / "eval" / f"{last}-{served_name('fp8', config.engine.kv_cache)}" / "summary.json",
             (as_fp8.name,),
             on_gpu,
         ),

@@ -6,9 +6,10 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from fp8slurm.checkpoint.formats.complete import damage
+from fp8slurm.checkpoint.formats.kv_scales import FILE as KV_SCALES
 from fp8slurm.config import RunConfig
 from fp8slurm.config.load import build
 from fp8slurm.core.errors import InputError
@@ -161,13 +162,15 @@ def prepare(checkpoint: Checkpoint, precision: Precision, keep: tuple[str, ...] 
     if precision == ("fp8" if checkpoint.kind.endswith("FP8") else "bf16") and not from_dist:
         return source, "as it is"
     target = checkpoint.eval_dir / "models" / f"{checkpoint.name}-{precision}"
-    expected = {
+    expected: dict[str, Any] = {
         "source": str(source.resolve()),
         "files": files_stamp(source),
         "precision": precision,
         "origin": str(checkpoint.origin.resolve()) if checkpoint.origin else None,
         "modules_to_not_convert": list(kept) if precision == "fp8" else [],
     }
+    if (source / KV_SCALES).is_file():  # earlier states converted without them
+        expected["kv_scales"] = True
     stamp = target.with_name(target.name + ".source.json")
     if target.is_dir() and stamp.is_file() and read_json(stamp) == expected:
         return target, "converted earlier"

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from fp8slurm.config.derived import spare_cores
 from fp8slurm.config.schema import DataSection, EngineSection, RewardSection, RolloutSection
@@ -21,15 +21,18 @@ from fp8slurm.core.errors import InputError
 from fp8slurm.core.signals import ended_is_interrupted
 from fp8slurm.engine.arguments import check_extra_arguments
 from fp8slurm.eval.checkpoints import Checkpoint, Precision, prepare, recognize
-from fp8slurm.eval.flags import WORSE, check, check_engine, engine_section, parser, tasks_of
+from fp8slurm.eval.flags import WORSE, check, check_engine, check_kv_cache, engine_section, parser, tasks_of
 from fp8slurm.eval.questions import load_questions, task_doubts
 from fp8slurm.eval.records import Records, choose_folder
 from fp8slurm.eval.tasks import EvalTask
+from fp8slurm.run.evaluations import served_title
 
 if TYPE_CHECKING:
     from fp8slurm.config import RunConfig
     from fp8slurm.eval.nodes import Place, StepRendezvous
     from fp8slurm.eval.run import EvalSpec, Serving
+
+KvCache = Literal["auto", "fp8"]
 
 
 def main(argv: list[str]) -> int:
@@ -49,7 +52,7 @@ def main(argv: list[str]) -> int:
     starts_step = args.nodes is not None and place is None
     if (place is None or place.number == 0) and (args.dry_run or not starts_step):
         print(checkpoint.describe(), flush=True)
-    engine = engine_section(checkpoint.config, rest)
+    engine = engine_section(checkpoint.config, rest, args.both_kv_caches)
     tasks = tasks_of(args, checkpoint.config)
     if warning := check_extra_arguments(engine.extra_args):
         _warn([warning])
@@ -118,8 +121,8 @@ def _run_on_nodes(plan: _Plan, place: Place) -> int:
     rendezvous = StepRendezvous(plan.checkpoint.eval_dir, place)
     try:
         if place.number:
-            for precision in plan.precisions:
-                assist(plan.spec, plan.serving, precision, rendezvous)
+            for precision, kv_cache in plan.ways:
+                assist(plan.spec, plan.with_cache(kv_cache), precision, rendezvous)
             return 0
         rendezvous.remove_old()
         rendezvous.wait_started()
@@ -213,9 +216,10 @@ class _Plan:
             _given_fp8(args, checkpoint)
         seed = args.seed if args.seed is not None else config.run.seed if config is not None else 0
         settings = engine_settings(config) if config is not None else EngineSettings()
+        elsewhere = args.nodes is not None and Place.here() is None
+        check_kv_cache(args, section, checkpoint, "cpu" if settings.on_cpu and not elsewhere else "cuda")
         deterministic = settings.deterministic or args.deterministic
         settings = replace(settings, section=section, seed=seed, deterministic=deterministic)
-        elsewhere = args.nodes is not None and Place.here() is None
         engines = args.engines if elsewhere else len(gpu_shares(settings, args.engines))
         if settings.on_cpu and engines > 1 and not settings.cpu_threads:
             cores = len(os.sched_getaffinity(0))
@@ -239,9 +243,18 @@ class _Plan:
         return cls(args, checkpoint, spec, Serving(settings, engines, size, limits))
 
     @property
-    def precisions(self) -> tuple[Precision, ...]:
-        """In the order in which they are evaluated."""
-        return ("bf16", "fp8") if self.args.precision == "both" else (self.args.precision,)
+    def ways(self) -> tuple[tuple[Precision, KvCache], ...]:
+        """(precision, engine.kv_cache), in the order in which they are evaluated: of two the baseline first."""
+        precision, kv_cache = self.args.precision, self.serving.engine.section.kv_cache
+        if self.args.both_kv_caches:
+            return (precision, "auto"), (precision, "fp8")
+        return (("bf16", kv_cache), ("fp8", kv_cache)) if precision == "both" else ((precision, kv_cache),)
+
+    def with_cache(self, kv_cache: KvCache) -> Serving:
+        """How it is served with this engine.kv_cache."""
+        engine = self.serving.engine
+        section = engine.section.model_copy(update={"kv_cache": kv_cache})
+        return replace(self.serving, engine=replace(engine, section=section))
 
     def describe(self, place: Place | None, command: list[str] | None) -> None:
         """Say what would be asked and started; of several tasks task 0 does."""
@@ -260,7 +273,7 @@ class _Plan:
         nodes = f" on each of {of} nodes" if of > 1 else ""
         engines = count(self.serving.engines, "engine") if self.serving.engines else "as many engines as the GPUs carry"
         print(
-            f"{count(self.spec.samples, 'sample')} in {' and in '.join(p.upper() for p in self.precisions)}, by "
+            f"{count(self.spec.samples, 'sample')} in {' and in '.join(served_title(*w) for w in self.ways)}, by "
             f"{engines}{nodes}; results in {self.checkpoint.eval_dir}"
         )
         if command is not None:
@@ -273,37 +286,36 @@ class _Plan:
         from fp8slurm.eval.display import show_comparison, show_summary
 
         console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
-        if self.args.precision != "both":
-            folder, summary = self.evaluate(self.args.precision, None, rendezvous)
-            show_summary(summary, console)
-            print(f"{folder}/summary.json, samples.jsonl")
+        first, *second = self.ways
+        base, summary = self.evaluate(*first, Path() if second else None, rendezvous)
+        show_summary(summary, console)
+        if not second:
+            print(f"{base}/summary.json, samples.jsonl")
             return 0
-        base, summary = self.evaluate("bf16", Path(), rendezvous)
+        folder, summary = self.evaluate(*second[0], base, rendezvous)
         show_summary(summary, console)
-        folder, summary = self.evaluate("fp8", base, rendezvous)
-        show_summary(summary, console)
-        name = f"compare-{folder.name.replace('-fp8', '', 1)}"
+        name = f"compare-{folder.name if self.args.both_kv_caches else folder.name.replace('-fp8', '', 1)}"
         return report(folder, base, self.checkpoint.eval_dir / name, self.args.fail_if_worse, console, show_comparison)
 
     def evaluate(
-        self, precision: Precision, score_of: Path | None, rendezvous: StepRendezvous | None = None
+        self, precision: Precision, kv_cache: KvCache, score_of: Path | None, rendezvous: StepRendezvous | None = None
     ) -> tuple[Path, dict[str, Any]]:
-        """(folder, summary) in one precision. score_of: see run.evaluate; Path() stands for its own."""
+        """(folder, summary) of one way. score_of: see run.evaluate; Path() stands for its own."""
         from fp8slurm.eval.run import evaluate
 
-        source = self.checkpoint
+        source, serving = self.checkpoint, self.with_cache(kv_cache)
         if precision == "fp8" and self.args.fp8_checkpoint is not None:
             source = replace(_given_fp8(self.args, source), name=source.name, step=source.step)
         model, how = prepare(source, precision, tuple(self.args.modules_to_not_convert))
-        print(f"{precision.upper()}: {model} ({how})", flush=True)
-        settings = self.spec.settings(source, precision, model, self.serving.engine)
-        folder = choose_folder(source.eval_dir, f"{source.name}-{precision}", settings, self.args.out)
+        print(f"{serving.title(precision)}: {model} ({how})", flush=True)
+        settings = self.spec.settings(source, precision, model, serving.engine)
+        folder = choose_folder(source.eval_dir, f"{source.name}-{serving.name(precision)}", settings, self.args.out)
         with Records(folder, settings) as records:
             if records.rows and not records.complete:
                 print(f"{folder}: going on, {len(records.rows)} of {self.spec.samples} samples are there", flush=True)
             of = folder if score_of == Path() else score_of
             return folder, evaluate(
-                self.spec, self.serving, source, precision, model, records, of, self.args.score_questions, rendezvous
+                self.spec, serving, source, precision, model, records, of, self.args.score_questions, rendezvous
             )
 
 

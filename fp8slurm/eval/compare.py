@@ -38,6 +38,8 @@ def load(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         raise TransientInputError(f"{folder / SUMMARY}: tasks are no JSON objects by name")
     if not all(isinstance(summary.get(key), str) for key in ("precision", "checkpoint")):
         raise TransientInputError(f"{folder / SUMMARY}: precision and checkpoint are no text")
+    if summary.get("kv_cache", "auto") not in ("auto", "fp8"):
+        raise TransientInputError(f"{folder / SUMMARY}: kv_cache {summary['kv_cache']!r:.50} is neither auto nor fp8")
     if speed is not None and number(speed) is None:
         raise TransientInputError(f"{folder / SUMMARY}: tokens_per_second {speed!r:.50} is no number")
     for line, row in enumerate(rows, 1):
@@ -74,6 +76,7 @@ def compare(a: Path, b: Path, fail_if_worse: float | None = None) -> dict[str, A
         "a": str(a),
         "b": str(b),
         "precision": [summary_a["precision"], summary_b["precision"]],
+        "kv_cache": [summary_a.get("kv_cache", "auto"), summary_b.get("kv_cache", "auto")],
         "checkpoint": summary_a["checkpoint"],
         "tasks": tasks,
         "logprob_gap": _gap(a / SCORED, b / SCORED),

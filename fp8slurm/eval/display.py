@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from fp8slurm.observe.console import format_duration
+from fp8slurm.run.evaluations import served_title
 
 LINE_EVERY_S = 30.0
 """Without a terminal: seconds between lines."""
@@ -80,7 +81,8 @@ def percent(estimate: dict[str, float]) -> str:
 
 def show_summary(summary: dict[str, Any], console: Console) -> None:
     """The tasks of one evaluation as a table."""
-    table = Table(title=f"{summary['checkpoint']} in {summary['precision'].upper()}", title_justify="left")
+    served = served_title(summary["precision"], summary.get("kv_cache", "auto"))
+    table = Table(title=f"{summary['checkpoint']} in {served}", title_justify="left")
     table.add_column("task")
     wide = any(t["n_samples"] > 1 for t in summary["tasks"].values())
     columns = ["questions", "n", "accuracy % [95%]", *(["pass@n % [95%]"] if wide else []), "tokens", "truncated %"]
@@ -108,7 +110,7 @@ def show_summary(summary: dict[str, Any], console: Console) -> None:
 
 def show_comparison(comparison: dict[str, Any], console: Console) -> None:
     """A comparison as a table, with what flipped, the gap, and the verdict."""
-    a, b = (p.upper() for p in comparison["precision"])
+    a, b = map(served_title, comparison["precision"], comparison["kv_cache"])
     if a == b:
         a, b = "A", "B"
     table = Table(title=f"{comparison['checkpoint']}: {a} against {b}", title_justify="left")

@@ -14,6 +14,7 @@ from fp8slurm.core.errors import InputError
 from fp8slurm.eval.tasks import EvalTask, held_out, parse_task, run_tasks, shipped, unique
 
 if TYPE_CHECKING:
+    from fp8slurm.eval.checkpoints import Checkpoint
     from fp8slurm.models.spec import ModelSpec
 
 WORSE = 3
@@ -62,7 +63,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--on-bad-line", choices=("error", "skip"), help="a line that cannot be used: stop, or leave it out")
     template = """enable_thinking False, or as JSON '{"enable_thinking": false}' (default: the run's, or none)"""
     p.add_argument("--chat-template-kwargs", nargs="+", metavar="NAME VALUE", help=template)
-    both = p.add_argument_group("with --precision both")
+    caches = "with the KV cache in the engine's dtype and in FP8, and compare (docs/eval.md)"
+    p.add_argument("--both-kv-caches", action="store_true", help=caches)
+    both = p.add_argument_group("with --precision both, or --both-kv-caches")
     worse = f"exit status {WORSE} when FP8 is significantly worse by more than X (0.02: two points)"
     both.add_argument("--fail-if-worse", type=float, metavar="X", help=worse)
     compared = "answers of each task whose log-probabilities are compared (default: 32)"
@@ -124,12 +127,16 @@ def check(args: argparse.Namespace) -> None:
         raise InputError(f'--srun {wrong[0]}: flags of srun are written --name=value, as in --srun="--partition=gpu"')
     if args.grader_timeout is not None and not 0 < args.grader_timeout < float("inf"):
         raise InputError(f"--grader-timeout {args.grader_timeout}; allowed: above 0 seconds")
-    if args.fail_if_worse is not None and (args.precision != "both" or not 0 <= args.fail_if_worse <= 1):
+    if args.both_kv_caches and args.precision == "both":
+        raise InputError("--both-kv-caches with --precision both: one difference at a time; allowed: fp8 or bf16")
+    two = "--precision both" if args.precision == "both" else "--both-kv-caches" if args.both_kv_caches else None
+    if args.fail_if_worse is not None and (two is None or not 0 <= args.fail_if_worse <= 1):
         raise InputError(
-            f"--fail-if-worse {args.fail_if_worse} needs --precision both; allowed: 0 to 1 (0.02: two points)"
+            f"--fail-if-worse {args.fail_if_worse} needs --precision both or --both-kv-caches; allowed: 0 to 1 (0.02: "
+            f"two points)"
         )
-    if args.out is not None and args.precision == "both":
-        raise InputError("--out names one evaluation; with --precision both give --eval-dir")
+    if args.out is not None and two is not None:
+        raise InputError(f"--out names one evaluation; with {two} give --eval-dir")
     if args.fp8_checkpoint is not None and args.precision == "bf16":
         raise InputError("--fp8-checkpoint is not used with --precision bf16")
     if args.chat_template_kwargs is not None:
@@ -139,9 +146,11 @@ def check(args: argparse.Namespace) -> None:
             raise InputError(f"--chat-template-kwargs {error}") from None
 
 
-def engine_section(config: RunConfig | None, flags: list[str]) -> EngineSection:
-    """[engine] of the run, or its defaults, with the --engine.KEY flags on top. InputError: any other flag, or a KV
-    cache in FP8: the weights of a checkpoint are served without the scales that the run's updates bring."""
+def engine_section(config: RunConfig | None, flags: list[str], both_kv_caches: bool = False) -> EngineSection:
+    """[engine] of the run, or its defaults, with the --engine.KEY flags on top.
+
+    InputError: any other flag; another source of an FP8 KV cache's scales than the checkpoint; a cache, where both are
+    asked for."""
     import tyro
 
     from fp8slurm.config.load import flags_named
@@ -150,15 +159,35 @@ def engine_section(config: RunConfig | None, flags: list[str]) -> EngineSection:
     if unknown or (flags and not flags[0].startswith("--engine.")):
         raise InputError(f"{(unknown or flags)[0]}: no such flag (fp8slurm eval --help)")
     section = config.engine if config is not None else EngineSection()
-    default = _Flags(engine=section.model_copy(update={"kv_cache": "auto"}))
     with flags_named():
-        chosen = tyro.cli(_Flags, prog="fp8slurm eval", args=flags, default=default).engine
-    if chosen.kv_cache != "auto":
+        chosen = tyro.cli(_Flags, prog="fp8slurm eval", args=flags, default=_Flags(engine=section)).engine
+    if both_kv_caches and any(flag.replace("_", "-").startswith("--engine.kv-cache") for flag in flags):
+        raise InputError("--engine.kv-cache with --both-kv-caches, which sets it; leave one of the two out")
+    if chosen.kv_scales != section.kv_scales:
         raise InputError(
-            f"--engine.kv-cache {chosen.kv_cache}: an evaluation has no scales for it; allowed: auto (the run's own "
-            f"evaluations, data.eval and eval.tasks, are with its cache)"
+            f"--engine.kv-scales {chosen.kv_scales}: an evaluation takes the checkpoint's own scales; leave it out"
         )
     return chosen
+
+
+def check_kv_cache(args: argparse.Namespace, section: EngineSection, checkpoint: Checkpoint, device: str) -> None:
+    """InputError: an FP8 KV cache is asked for, and a folder that would be served has not all scales, or the engine's
+    arguments do not go with it; BadCheckpoint. device: cpu or cuda."""
+    from fp8slurm.checkpoint.formats.kv_scales import check_scales
+    from fp8slurm.models.kv_scales import check_arguments
+    from fp8slurm.models.spec import ModelSpec
+
+    if args.both_kv_caches:
+        flag = "--both-kv-caches"
+    elif section.kv_cache == "fp8":
+        flag = "--engine.kv-cache fp8"
+    else:
+        return
+    check_arguments(section.extra_args, device)
+    layers = ModelSpec.from_hf_dir(checkpoint.tokenizer_folder).num_layers
+    served = [checkpoint.path] if args.precision != "fp8" or args.fp8_checkpoint is None else []
+    for folder in [*served, *([args.fp8_checkpoint] if args.fp8_checkpoint is not None else [])]:
+        check_scales(folder, layers, flag)
 
 
 def check_engine(args: argparse.Namespace, section: EngineSection, spec: ModelSpec) -> int:

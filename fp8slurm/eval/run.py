@@ -29,6 +29,7 @@ from fp8slurm.eval.records import FORMAT, SUMMARY, Key, Records, append_rows, ke
 from fp8slurm.eval.summary import RIGHT, document, speed, summarize
 from fp8slurm.eval.tasks import EvalTask
 from fp8slurm.models.spec import ModelSpec
+from fp8slurm.run.evaluations import served_name, served_title
 from fp8slurm.sessions.runner import SessionRunner, through
 from fp8slurm.sessions.session import Model
 
@@ -75,6 +76,7 @@ class EvalSpec:
             "model": str(model.resolve()),
             "model_config": sha256(model / "config.json"),
             "precision": precision,
+            **({} if engine.section.kv_cache == "auto" else {"kv_cache": engine.section.kv_cache}),
             "dtype": engine.section.dtype,
             "context_length": engine.section.context_length,
             "engine_arguments": engine.section.extra_args,
@@ -99,6 +101,14 @@ class Serving:
     """Samples in one request."""
     limits: RewardSection
     """Of each grader."""
+
+    def name(self, precision: str) -> str:
+        """fp8, or fp8-kv-fp8; in names of folders and between the tasks of a step."""
+        return served_name(precision, self.engine.section.kv_cache)
+
+    def title(self, precision: str) -> str:
+        """The same for people."""
+        return served_title(precision, self.engine.section.kv_cache)
 
 
 Work = list[list[EvalRequest]]
@@ -130,7 +140,7 @@ def evaluate(
     spec.check_context(context)
     work = missing(spec, serving, set(records.rows))
     if rendezvous is not None:
-        rendezvous.announce(precision, {
+        rendezvous.announce(serving.name(precision), {
             "batches": len(work), "digest": digest(spec, work), "model": str(model.resolve()), "context": context,
             "folder": str(records.folder.resolve()), "attempt": records.attempt, "done": list(records.rows),
         })  # fmt: skip
@@ -149,12 +159,12 @@ def evaluate(
         if work or score_of is not None:
             with Engines(model, records.folder, serving.engine, serving.engines) as pool:
                 engines = len(pool.engines)
-                with waiting(f"{precision.upper()}: starting {count(engines, 'engine')}"):
+                with waiting(f"{serving.title(precision)}: starting {count(engines, 'engine')}"):
                     pool.wait_ready()
                     if work:
                         pool.warm_up(work[0][0].request(spec.seed, spec.stop_ids))
                 if work:
-                    others = _ask(spec, precision, work, records, graders, pool, context, rendezvous)
+                    others = _ask(spec, serving, precision, work, records, graders, pool, context, rendezvous)
                     restarts, nodes = sum(o["restarts"] for o in others), 1 + len(others)
                     engines += sum(o["engines"] for o in others)
                 restarts += pool.restarts
@@ -162,24 +172,24 @@ def evaluate(
                     if sequences is None:
                         rows = list(records.rows.values())
                         sequences = compare.fixed_sequences(rows, spec.questions, score_questions)
-                    with waiting(f"{precision.upper()}: log-probabilities of {len(sequences)} answers"):
+                    with waiting(f"{serving.title(precision)}: log-probabilities of {len(sequences)} answers"):
                         compare.score(pool.client(pool.engines[0]), sequences, records.folder)
         if summary is not None:
             return summary
-        emulated = precision == "fp8" and serving.engine.on_cpu
+        emulated = serving.engine.on_cpu and "fp8" in serving.name(precision)
         counts = {"nodes": nodes, "engines": engines, "engine_restarts": restarts, "emulated": emulated}
-        return _finish(spec, checkpoint, precision, records, graders, counts)
+        return _finish(spec, serving, checkpoint, precision, records, graders, counts)
 
 
 def _ask(
-    spec: EvalSpec, precision: str, work: Work, records: Records, graders: Graders, pool: Engines, context: int,
-    rendezvous: StepRendezvous | None,
+    spec: EvalSpec, serving: Serving, precision: str, work: Work, records: Records, graders: Graders, pool: Engines,
+    context: int, rendezvous: StepRendezvous | None,
 ) -> list[dict[str, int]]:  # fmt: skip
     """Have all of it answered, with the other tasks of the step where there are any; what those report."""
-    lock = threading.Lock()
+    lock, name = threading.Lock(), serving.name(precision)
     if rendezvous is not None:
-        pool.share(rendezvous.claims(precision), rendezvous.all_ready(precision, len(pool.engines)))
-    with Meter(precision.upper(), spec.samples, len(records.rows)) as meter:
+        pool.share(rendezvous.claims(name), rendezvous.all_ready(name, len(pool.engines)))
+    with Meter(serving.title(precision), spec.samples, len(records.rows)) as meter:
         meter.scores = graders.scores
 
         def seen(rows: list[dict[str, Any]]) -> None:
@@ -202,7 +212,7 @@ def _ask(
             return []
         with ResultCollector(rendezvous, records.folder, others) as collector:
             _drive(spec, work, pool, context, records.attempt, kept)
-            return collector.finish(precision)
+            return collector.finish(name)
 
 
 def _drive(
@@ -256,7 +266,8 @@ def assist(spec: EvalSpec, serving: Serving, precision: str, rendezvous: StepRen
 
     EngineError: an engine cannot be kept alive, or another task failed. InputError: this node has other questions.
     """
-    job = rendezvous.work(precision)
+    name = serving.name(precision)
+    job = rendezvous.work(name)
     if not job["batches"]:
         return
     work = missing(spec, serving, {(task, id, sample) for task, id, sample in job["done"]})
@@ -269,7 +280,7 @@ def assist(spec: EvalSpec, serving: Serving, precision: str, rendezvous: StepRen
     with open(node_file(folder, number), "ab") as file, Engines(model, logs, serving.engine, serving.engines) as pool:
         pool.wait_ready()
         pool.warm_up(work[0][0].request(spec.seed, spec.stop_ids))
-        pool.share(rendezvous.claims(precision), rendezvous.all_ready(precision, len(pool.engines)))
+        pool.share(rendezvous.claims(name), rendezvous.all_ready(name, len(pool.engines)))
 
         def keep(rows: list[dict[str, Any]]) -> None:
             nonlocal count
@@ -278,12 +289,13 @@ def assist(spec: EvalSpec, serving: Serving, precision: str, rendezvous: StepRen
                 count += len(rows)
 
         _drive(spec, work, pool, job["context"], job["attempt"], keep)
-        rendezvous.done(precision, count, len(pool.engines), pool.restarts)
+        rendezvous.done(name, count, len(pool.engines), pool.restarts)
 
 
 def _finish(
-    spec: EvalSpec, checkpoint: Checkpoint, precision: str, records: Records, graders: Graders, counts: dict[str, int]
-) -> dict[str, Any]:
+    spec: EvalSpec, serving: Serving, checkpoint: Checkpoint, precision: str, records: Records, graders: Graders,
+    counts: dict[str, int],
+) -> dict[str, Any]:  # fmt: skip
     scores = graders.finish()
     order = [(t.name, q.id, k) for t in spec.tasks for q in spec.questions[t.name] for k in range(t.n_samples)]
     rows = [records.rows[key] | {"score": scores[key], "correct": scores[key] >= RIGHT} for key in order]
@@ -297,6 +309,7 @@ def _finish(
         {"kind": checkpoint.kind, "path": str(checkpoint.path)},
         checkpoint.step,
         precision,
+        serving.engine.section.kv_cache,
         "eval",
         spec.seed,
         entries,

@@ -62,16 +62,17 @@ def summarize(
 
 
 def document(
-    checkpoint: str, source: dict[str, str], step: int | None, precision: str, made_by: str, seed: int,
+    checkpoint: str, source: dict[str, str], step: int | None, precision: str, kv_cache: str, made_by: str, seed: int,
     tasks: dict[str, dict[str, Any]],
 ) -> dict[str, Any]:  # fmt: skip
-    """summary.json without what is measured on the clock."""
+    """summary.json without what is measured on the clock. kv_cache: of engine.kv_cache; auto is not written."""
     return {
         "format": FORMAT,
         "checkpoint": checkpoint,
         "source": source,
         "step": step,
         "precision": precision,
+        **({} if kv_cache == "auto" else {"kv_cache": kv_cache}),
         "made_by": made_by,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "seed": seed,

@@ -8,7 +8,7 @@ form.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from fp8slurm.core.errors import InputError
@@ -73,7 +73,12 @@ def check_kv_cache(config: RunConfig) -> None:
             "--engine.kv-cache fp8 with --sync.pause-mode in_place: cached keys would be read with the scales of "
             "another update; allowed: retract, abort"
         )
-    words = [part for text in e.extra_args for part in text.split("=", 1)]
+    check_arguments(e.extra_args, device)
+
+
+def check_arguments(extra_args: Sequence[str], device: str) -> None:
+    """Refuse arguments of SGLang's server that do not go with an FP8 cache. device: cpu or cuda. InputError."""
+    words = [part for text in extra_args for part in text.split("=", 1)]
     for name, value in zip(words, [*words[1:], ""]):
         if name.endswith("-attention-backend") or name == "--attention-backend":
             if value != ATTENTION[device]:

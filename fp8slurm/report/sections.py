@@ -134,8 +134,8 @@ def _evaluations(runs: list[Run], names: list[str]) -> list[Block]:
     out: list[Block] = []
     if own:
         drawn = [
-            (" ".join(p for p in (name if several else "", x.task, x.checkpoint, x.precision.upper()) if p),
-             i % 6 if several else int(x.precision != "fp8"), x.accuracy)
+            (" ".join(p for p in (name if several else "", x.task, x.checkpoint, x.served) if p),
+             i % 6 if several else int(x.precision != "fp8") + 2 * int(x.kv_cache != "auto"), x.accuracy)
             for i, name, x in own
         ]  # fmt: skip
         out.append(Intervals("evals", "Accuracy with 95% intervals", drawn[:INTERVALS_SHOWN]))
@@ -163,7 +163,7 @@ def _evaluation_table(rows: Sequence[tuple[int, str, Evaluation]], several: bool
         ks = sorted(x.pass_at_k.items(), key=lambda i: int(i[0]) if i[0].isdigit() else 0)
         passes = ", ".join(f"@{k} {figure(i[0])}" for k, i in ks if k != "1")
         cells.append((
-            name, x.task, x.checkpoint, x.precision.upper(), figure(x.accuracy[0]), _interval(x.accuracy),
+            name, x.task, x.checkpoint, x.served, figure(x.accuracy[0]), _interval(x.accuracy),
             passes or DASH, _count(x.questions), _count(x.samples), figure(x.response_tokens),
             DASH if x.truncated is None else f"{100 * x.truncated:.1f}%", figure(x.tokens_per_second),
         ))  # fmt: skip

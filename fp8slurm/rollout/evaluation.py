@@ -113,7 +113,8 @@ def merge(
         folder.mkdir(parents=True, exist_ok=True)
         source = {"kind": "weights in training", "path": str(run.path)}
         precision = "fp8" if engine_in_fp8(config) else "bf16"
-        summary = document(checkpoint, source, step, precision, "training", config.run.seed, entries)
+        kv_cache = config.engine.kv_cache
+        summary = document(checkpoint, source, step, precision, kv_cache, "training", config.run.seed, entries)
         write_atomic(folder / SUMMARY, json.dumps(summary, indent=1))
     return {key: value for name, entry in entries.items() for key, value in metrics(tasks[name], entry).items()}
 

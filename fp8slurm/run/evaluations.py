@@ -12,6 +12,16 @@ Interval = tuple[float, float | None, float | None]
 """(value, low, high); the bounds are None where they were not recorded."""
 
 
+def served_name(precision: str, kv_cache: str) -> str:
+    """How an evaluation was served, in names of folders: fp8, or fp8-kv-fp8 with an FP8 KV cache."""
+    return precision if kv_cache == "auto" else f"{precision}-kv-{kv_cache}"
+
+
+def served_title(precision: str, kv_cache: str) -> str:
+    """The same for people: FP8, or FP8 with FP8 KV."""
+    return precision.upper() if kv_cache == "auto" else f"{precision.upper()} with {kv_cache.upper()} KV"
+
+
 @dataclass
 class Evaluation:
     """One task of one summary.json."""
@@ -20,6 +30,8 @@ class Evaluation:
     checkpoint: str
     step: int | None
     precision: str
+    kv_cache: str
+    """auto or fp8, as engine.kv_cache."""
     made_by: str
     """eval or training."""
     task: str
@@ -32,6 +44,11 @@ class Evaluation:
     """Share of the samples."""
     tokens_per_second: float | None = None
     date: str = ""
+
+    @property
+    def served(self) -> str:
+        """FP8, BF16, FP8 with FP8 KV."""
+        return served_title(self.precision, self.kv_cache)
 
 
 @dataclass
@@ -91,7 +108,8 @@ def read_evaluations(folder: Path, notes: list[str]) -> list[Evaluation]:
             out.append(
                 Evaluation(
                     name, Path(str(summary.get("checkpoint", "?"))).name, _count(summary.get("step")),
-                    str(summary.get("precision", "?")), str(summary.get("made_by", "eval")), str(task), accuracy,
+                    str(summary.get("precision", "?")), str(summary.get("kv_cache", "auto")),
+                    str(summary.get("made_by", "eval")), str(task), accuracy,
                     {str(k): i for k, v in passes.items() if (i := _interval(v))} if isinstance(passes, dict) else {},
                     _count(figures.get("questions")), samples,
                     number(lengths.get("mean")) if isinstance(lengths, dict) else None, truncated,
@@ -103,7 +121,9 @@ def read_evaluations(folder: Path, notes: list[str]) -> list[Evaluation]:
         for path in _find(folder, "settings.json")
         if not (path.parent / "summary.json").is_file()
     )
-    return sorted(out, key=lambda e: (e.made_by != "eval", e.task, e.step if e.step is not None else -1, e.precision))
+    return sorted(
+        out, key=lambda e: (e.made_by != "eval", e.task, e.step if e.step is not None else -1, e.precision, e.kv_cache)
+    )
 
 
 def read_comparisons(folder: Path, notes: list[str]) -> list[Comparison]:
@@ -116,7 +136,10 @@ def read_comparisons(folder: Path, notes: list[str]) -> list[Comparison]:
         tasks, names = summary.get("tasks"), summary.get("precision")
         if not isinstance(tasks, dict):
             continue
-        both = tuple(str(n).upper() for n in names) if isinstance(names, list) and len(names) == 2 else ("A", "B")
+        caches = summary.get("kv_cache", ["auto", "auto"])
+        both = ("A", "B")
+        if isinstance(names, list) and isinstance(caches, list) and len(names) == len(caches) == 2:
+            both = (served_title(str(names[0]), str(caches[0])), served_title(str(names[1]), str(caches[1])))
         raw = summary.get("logprob_gap")
         gap = {k: v for k, x in raw.items() if (v := number(x)) is not None} if isinstance(raw, dict) else {}
         for task, figures in tasks.items():

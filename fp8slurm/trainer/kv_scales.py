@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,19 +18,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from fp8slurm.checkpoint.formats.kv_scales import FILE, read_scales, scales_in
 from fp8slurm.config import RunConfig
-from fp8slurm.core.errors import BadCheckpoint
-from fp8slurm.core.files import read_json, write_atomic
+from fp8slurm.core.files import write_atomic
 from fp8slurm.fp8.block import E4M3_MAX
-from fp8slurm.fp8.kv_cache import rounded_up, scale_of, through_cache
-from fp8slurm.models.kv_scales import is_scale, layer_of, scale_entries
+from fp8slurm.fp8.kv_cache import scale_of, through_cache
+from fp8slurm.models.kv_scales import scale_entries
 from fp8slurm.models.spec import ModelSpec
 from fp8slurm.trainer.weights import HfReader
 
 log = logging.getLogger(__name__)
-
-FILE = "kv_scales.json"
-"""In a checkpoint: the scales that its weights were sent with, {"scales": [[of keys, of values] of every layer]}."""
 
 
 class KvScales:
@@ -99,31 +96,7 @@ class KvScales:
         `write` made."""
         if not self.calibrated or not (folder / FILE).is_file():
             return
-        found = read_json(folder / FILE, BadCheckpoint).get("scales")
-        try:
-            values = torch.tensor(found, dtype=torch.float32)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise BadCheckpoint(f"{folder / FILE}: {error}") from None
-        if values.shape != self.values.shape or not (values.isfinite() & (values > 0)).all():
-            raise BadCheckpoint(
-                f"{folder / FILE}: {list(values.shape)}; two positive scales for each of {len(self.values)} layers "
-                f"are allowed"
-            )
-        self.values.copy_(rounded_up(values))
-
-
-def scales_in(tensors: Mapping[str, torch.Tensor], otherwise: torch.Tensor) -> torch.Tensor:
-    """A folder's scales, rounded up to powers of two, float32 [layers, 2]; `otherwise` where it has none."""
-    scales = otherwise.clone()
-    for name in filter(is_scale, tensors):
-        layer, which = layer_of(name)
-        value = tensors[name].float().flatten()
-        if layer >= len(scales) or len(value) != 1 or not (value.isfinite() & (value > 0)).all():
-            raise BadCheckpoint(
-                f"{name} {value.tolist()[:4]}: one positive number is allowed, of a layer that is there"
-            )
-        scales[layer, which] = rounded_up(value)[0]
-    return scales
+        self.values.copy_(read_scales(folder / FILE, len(self.values)))
 
 
 class _Rounded(torch.autograd.Function):

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from patch_list import check_replaced, rows
+from safetensors.torch import save_file
 
 from fp8slurm.config.schema import EngineSection
 from fp8slurm.engine.child import PATCHED
@@ -41,6 +42,8 @@ def buckets(tensors: dict[str, torch.Tensor], version: int, k_scale: float, v_sc
 def test_an_update_brings_scales_and_outputs_follow_them(tmp_path: Path, write_fp8_model, family: str) -> None:
     """Qwen3's attention has no scales in SGLang, Qwen2's has."""
     tensors = write_fp8_model(tmp_path / "model", 1, family=family)
+    in_folder = {f"model.layers.{n}.self_attn.{x}_scale": torch.tensor([0.01]) for n in range(2) for x in "kv"}
+    save_file(tensors | in_folder, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
     engine = Engine(tmp_path / "model", tmp_path, EngineSettings(SECTION, cpu=True, cpu_threads=1))
     engine.start()
     try:
@@ -51,6 +54,7 @@ def test_an_update_brings_scales_and_outputs_follow_them(tmp_path: Path, write_f
         mine = {n for names, where in rows("SGLang's processes") for n in names if "fp8" in where and "CPU" in where}
         assert len(mine) == 3 and mine <= set(replaced)
         client = EngineClient(engine.url, engine.api_key, timeout_s=60)
+        loaded = client.score(TEXT)
         link = EngineLink(client, 1)
         link.open()
 
@@ -61,6 +65,7 @@ def test_an_update_brings_scales_and_outputs_follow_them(tmp_path: Path, write_f
         unit = after(1, 1.0, 1.0)
         assert client.score(TEXT) == unit
         assert after(2, 2.0**-6, 2.0**-6) != unit  # the smallest are no longer subnormal
+        assert client.score(TEXT) == loaded, "0.01 of the folder, rounded up"
         coarse = after(3, 2.0**14, 1.0)  # keys are all cut to 0: attention is a mean
         assert coarse != unit and coarse != after(4, 1.0, 2.0**14)
         assert after(5, 1.0, 1.0) == unit

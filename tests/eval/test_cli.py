@@ -3,13 +3,16 @@ import shutil
 
 import pytest
 import tiny
+import torch
 from safetensors.torch import load_file
 
 from fp8slurm.checkpoint import hf_to_fp8, hf_to_torch_dist
+from fp8slurm.checkpoint.formats.kv_scales import FILE
 from fp8slurm.cli import main
 from fp8slurm.config import RunConfig
 from fp8slurm.eval.checkpoints import prepare, recognize
 from fp8slurm.eval.flags import engine_section
+from fp8slurm.models.kv_scales import missing_scales
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +103,12 @@ BAD = {
     "--checkpoint {m}/hf --tasks {m}/q.jsonl --grader exact --generate json:dumps": "--generate json:dumps is called as",
     "--checkpoint {m}/hf --tasks {m}/q.jsonl --grader exact --nodes 2 --generate examples.lookup:generate": "leave --nodes out",
     "--run {m}/hf": "",
+    "--checkpoint {m}/fp8 --tasks {m}/q.jsonl --grader exact --engine.kv-cache fp8": "fp8 has no model.layers.0.self_attn.k_scale",
+    "--checkpoint {m}/dist --origin-hf-dir {m}/hf --tasks {m}/q.jsonl --grader exact --both-kv-caches": "dist/kv_scales.json, which",
+    "--checkpoint {m}/hf --tasks {m}/q.jsonl --grader exact --both-kv-caches --precision both": "one difference at a time",
+    "--checkpoint {m}/hf --tasks {m}/q.jsonl --grader exact --both-kv-caches --engine.kv-cache auto": "leave one of the two out",
+    "--checkpoint {m}/hf --tasks {m}/q.jsonl --grader exact --engine.kv-scales unit": "takes the checkpoint's own scales",
+    "--checkpoint {m}/hf --tasks {m}/q.jsonl --grader exact --engine.kv-cache fp8 --engine.extra-args=--attention-backend triton": "that backend is not known",
 }
 
 
@@ -133,10 +142,32 @@ def test_dry_run_says_what_would_be_asked(models, tmp_path, capsys):
     assert output[-1].startswith("as this step: srun --nodes=2 ") and "--dry-run" not in output[-1]
 
 
-def test_an_evaluation_has_no_fp8_kv_cache() -> None:
-    """Nobody would bring its scales: a run's setting is left out, and the flag refused."""
-    run = RunConfig.model_validate({"engine": {"kv_cache": "fp8", "per_node": 2}})
-    section = engine_section(run, [])
-    assert (section.kv_cache, section.per_node) == ("auto", 2)
-    with pytest.raises(ValueError, match=r"--engine\.kv-cache fp8: an evaluation has no scales"):
-        engine_section(run, ["--engine.kv-cache", "fp8"])
+def test_scales_of_an_fp8_kv_cache_travel_in_the_checkpoint(models, tmp_path, capsys):
+    """From a run's file beside torch_dist into the folders made of it, and from those into others."""
+    shutil.copytree(models / "dist", tmp_path / "dist")
+    (tmp_path / "dist" / FILE).write_text(json.dumps({"scales": [[0.5, 0.25], [4.0, 1.0]]}))
+    dist = seen(tmp_path / "dist", origin=models / "hf", eval_dir=tmp_path)
+    made = {precision: prepare(dist, precision)[0] for precision in ("fp8", "bf16")}
+    hf_to_fp8(made["bf16"], tmp_path / "fp8")
+    hf_to_torch_dist(made["fp8"], tmp_path / "again")
+    wanted = {f"model.layers.{n}.self_attn.{x}_scale": s for n, pair in enumerate([(0.5, 0.25), (4.0, 1.0)])
+              for x, s in zip("kv", pair)}  # fmt: skip
+    for folder in (*made.values(), tmp_path / "fp8"):
+        tensors = load_file(folder / "model.safetensors")
+        assert {n: tensors[n].tolist() for n in wanted} == {n: [s] for n, s in wanted.items()}
+        assert not missing_scales(tensors, 2) and all(tensors[n].dtype == torch.float32 for n in wanted)
+    flags = f"--tasks {models}/q.jsonl --grader exact --dry-run --eval-dir {tmp_path}/e --checkpoint"
+    for more in ("--engine.kv-cache fp8", "--both-kv-caches", "--both-kv-caches --precision bf16"):
+        assert main(["eval", *flags.split(), str(made["fp8"]), *more.split()]) == 0
+    assert "1 sample in FP8 with FP8 KV, by 1 engine" in (out := capsys.readouterr().out)
+    assert "1 sample in FP8 and in FP8 with FP8 KV, by" in out and "in BF16 and in BF16 with FP8 KV" in out
+    for text in ('{"scales": [[1, 1]]}', '{"scales": [[1, 1], [1, -1]]}'):
+        (tmp_path / "dist" / FILE).write_text(text)
+        with pytest.raises(ValueError, match="two positive scales for each of 2 layers"):
+            prepare(dist, "fp8")
+
+
+def test_a_run_with_an_fp8_kv_cache_is_evaluated_with_it() -> None:
+    run = RunConfig.model_validate({"engine": {"kv_cache": "fp8", "kv_scales": "fixed", "per_node": 2}})
+    assert (engine_section(run, []).kv_cache, engine_section(run, []).per_node) == ("fp8", 2)
+    assert engine_section(run, ["--engine.kv-cache", "auto"]).kv_cache == "auto"

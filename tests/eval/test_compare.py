@@ -31,7 +31,7 @@ def rows_of(right, n=1, name="t"):
     ]
 
 
-def evaluation(folder, right, precision, n=1, scored=None, tokens_per_second=100.0, emulated=False):
+def evaluation(folder, right, precision, n=1, scored=None, tokens_per_second=100.0, emulated=False, **more):
     task, rows = EvalTask(name="t", n_samples=n), rows_of(right, n)
     folder.mkdir()
     (folder / "samples.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
@@ -41,7 +41,7 @@ def evaluation(folder, right, precision, n=1, scored=None, tokens_per_second=100
         "tokens_per_second": tokens_per_second,
         "emulated": emulated,
         "tasks": {"t": summarize(task, rows)},
-    }
+    } | more
     (folder / "summary.json").write_text(json.dumps(summary))
     if scored is not None:
         (folder / "scored.jsonl").write_text(
@@ -121,6 +121,11 @@ def test_exit_status_three_only_where_the_whole_interval_is_worse(tmp_path, caps
     assert "FP8 is worse on t, by more than 2 points" in out and "not significantly worse" in out
     assert main(["compare", str(bad), str(base), "--out", str(tmp_path / "c")]) == 0
     found = json.loads((tmp_path / "c" / "compare.json").read_text())
+    assert found["kv_cache"] == ["auto", "auto"]
+    cache = evaluation(tmp_path / "cache", [0] * 40 + [1] * 120 + [0] * 40, "fp8", kv_cache="fp8")
+    capsys.readouterr()
+    assert main(["compare", str(cache), str(same), "--fail-if-worse", "0.02"]) == 3
+    assert "FP8 with FP8 KV is worse on t, by more than 2 points" in capsys.readouterr().out
     assert found["fail_if_worse"] is None and len(found["tasks"]["t"]["lost"]) == 40
 
 

@@ -21,6 +21,7 @@ from fp8slurm.checkpoint.formats.hf_folder import INDEX, SINGLE, HfFolder, open_
 from fp8slurm.checkpoint.formats.sources import DequantizedSource, HfSource, Source
 from fp8slurm.checkpoint.formats.torch_dist_source import EMBEDDING, HEAD, TorchDistSource
 from fp8slurm.core.errors import BadCheckpoint
+from fp8slurm.models.kv_scales import is_scale
 from fp8slurm.models.names import NameTable
 from fp8slurm.models.spec import ModelSpec, listed_modules
 
@@ -227,7 +228,7 @@ def _check_names(source: Source, table: NameTable, where: Path) -> None:
                 f"{where}: {name} has shape {list(source.tensors[name].shape)}, config.json says {list(tensor.shape)}"
             )
     for name in source.tensors:
-        if name in expected:
+        if name in expected or is_scale(name):  # of an FP8 KV cache: torch_dist has no place for it
             continue
         if name != HEAD or not _same_rows(source, EMBEDDING, HEAD):
             raise BadCheckpoint(f"{where}: {name} is no tensor of this model (config.json)")

@@ -15,7 +15,7 @@ import torch
 
 from fp8slurm.core.patches import wrap
 from fp8slurm.fp8.block import E4M3_MAX
-from fp8slurm.fp8.kv_cache import codes
+from fp8slurm.fp8.kv_cache import codes, rounded_up
 from fp8slurm.models.kv_scales import engine_name, is_scale
 
 Pairs = Iterable[tuple[str, torch.Tensor]]
@@ -32,18 +32,20 @@ def apply(on_gpu: bool) -> None:
         _clamp_queries()
 
 
-def take_scales(model: torch.nn.Module, weights: Pairs) -> Pairs:
+def take_scales(model: torch.nn.Module, weights: Pairs, as_sent: bool) -> Pairs:
     """Copy the scales among these weights into their parameters; the others. Without an FP8 cache all of them.
 
-    Not SGLang's own way: of its models some know one name of a scale, some another, some none, and say nothing."""
-    return _without_scales(model, weights) if _on else weights
+    as_sent: the weights of an update, whose scales are powers of two; those of a folder are rounded up to them, as the
+    trainer does. Not SGLang's own way: of its models some know one name of a scale, some another, some none, and say
+    nothing."""
+    return _without_scales(model, weights, as_sent) if _on else weights
 
 
-def _without_scales(model: torch.nn.Module, weights: Pairs) -> Iterator[tuple[str, torch.Tensor]]:
+def _without_scales(model: torch.nn.Module, weights: Pairs, as_sent: bool) -> Iterator[tuple[str, torch.Tensor]]:
     for name, tensor in weights:
         if is_scale(name):
             parameter = model.get_parameter(engine_name(name))
-            parameter.data.copy_(tensor.reshape(parameter.shape))
+            parameter.data.copy_((tensor if as_sent else rounded_up(tensor)).reshape(parameter.shape))
         else:
             yield name, tensor
 

@@ -136,11 +136,11 @@ def _record_loads() -> None:
 
     def load_weights(original: Any, self: Any, weights: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(weights, FlatBucket):
-            return load_bucket(self, weights, lambda model, pairs: load(original, model, pairs, *args, **kwargs))
-        return load(original, self, weights, *args, **kwargs)
+            return load_bucket(self, weights, lambda model, pairs: load(original, model, pairs, True, *args, **kwargs))
+        return load(original, self, weights, False, *args, **kwargs)
 
-    def load(original: Any, model: Any, weights: Any, *args: Any, **kwargs: Any) -> Any:
-        return original(model, kv_cache.take_scales(model, weights), *args, **kwargs)
+    def load(original: Any, model: Any, weights: Any, as_sent: bool, *args: Any, **kwargs: Any) -> Any:
+        return original(model, kv_cache.take_scales(model, weights, as_sent), *args, **kwargs)
 
     patch(FlattenedTensorBucket, "reconstruct_tensors", reconstruct_tensors)
     for family in FAMILIES.values():
