@@ -15,6 +15,7 @@ from fp8slurm.observe.metrics import read_metrics
 pytestmark = pytest.mark.slow
 
 SFT_STEPS, STEPS = 6, 4
+YARN = {"type": "yarn", "factor": 8.0, "original_max_position_embeddings": 16}
 LAYOUTS: dict[str, dict[str, Any]] = {
     # biases are cut over the trainer's ranks, gathered, stacked, and cut over the engine's
     "qwen2": {"slurm__ranks_per_node": 2, "parallel__tensor_parallel_size": 2, "engine__tensor_parallel_size": 2},
@@ -30,6 +31,9 @@ def test_rl_steps(family: str, tiny_runs, tmp_path: Path) -> None:
         sft__stop_accuracy=1, rollout__prompts_per_step=6, rollout__n_samples=4, rollout__max_replacements=1,
         checkpoint__every=STEPS, eval__every=0, sync__verify="always", **layout,
     )  # fmt: skip
+    if family == "qwen2":  # questions and answers go beyond the original positions
+        config = json.loads((path := runs.folder / "model" / "config.json").read_text())
+        path.write_text(json.dumps(config | {"rope_scaling": YARN}))
     run = runs.run(family)
     records = [r for r in read_metrics(run) if r["phase"] == "rl"]
     assert [r["step"] for r in records] == list(range(STEPS + 1))

@@ -231,7 +231,7 @@ def as_transformers_reads(config: dict[str, Any]) -> dict[str, Any]:
     if llama and rope["rope_type"] == "llama3":
         scaling = rope.pop("factor")
         assert [rope.pop(key) for key in list(SCALED)[1:]] == list(SCALED.values())[1:], "Megatron knows no others"
-    elif rope["rope_type"] == "yarn" and config["model_type"].startswith("qwen3"):
+    elif rope["rope_type"] == "yarn" and not llama:
         yarn = Yarn(rope.pop("factor"), rope.pop("original_max_position_embeddings"))
     else:
         assert rope["rope_type"] == "default", "no other kind is supported, so none may be taken"

@@ -36,7 +36,7 @@ ONE_RANK = [
     "main_grad", "fp8_layers", "packed_modules", "tied_head", "refused", "resume_one_rank", "save_before_any_step",
     "save_one_rank", "full_disk", "snapshot_bytes", "hostile_checkpoint",
     "optimizer_sleep", "plain_optimizer_sleep", "warm_up", "optimizer_settings",
-    "one_rank_yarn", "yarn_frequencies", "one_rank_qwen2", "one_rank_qwen2_untied", "one_rank_llama", "one_rank_qwen2_fp8",
+    "one_rank_yarn", "one_rank_yarn_qwen2", "yarn_frequencies", "yarn_frequencies_qwen2", "one_rank_qwen2", "one_rank_qwen2_untied", "one_rank_llama", "one_rank_qwen2_fp8",
 ]  # fmt: skip
 TWO_RANKS = [
     "dp2", "dp2_plain_optimizer", "tp2", "tp2_sequence_parallel", "pp2", "pp2_untied", "tp2_fp8",
@@ -73,7 +73,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "qwen2_untied": write_model(folder / "qwen2_untied", seed=3, tie=False, **QWEN2),
         "llama": write_model(folder / "llama", seed=4, tie=False, **LLAMA),
         "yarn": write_model(folder / "yarn", **YARN),
+        "yarn_qwen2": write_model(folder / "yarn_qwen2", **QWEN2 | YARN),
         "short_yarn": write_model(folder / "short_yarn", seed=5, **SHORT_YARN),
+        "short_yarn_qwen2": write_model(folder / "short_yarn_qwen2", seed=6, **QWEN2 | SHORT_YARN),
         "truncated": changed("truncated", lambda t: t.pop("model.layers.1.mlp.up_proj.weight")),
         "tied_head": changed("tied_head", lambda t: t.update(head(t))),
         "other_head": changed("other_head", lambda t: t.update({n: w + 1 for n, w in head(t).items()})),
@@ -110,7 +112,7 @@ def expected(models: dict[str, Path]) -> Callable[[str], dict[str, Any]]:
     ("scenario", "model"),
     [("one_rank", "dense"), ("one_rank_plain_optimizer", "dense"), ("one_rank_recompute", "dense"),
      ("one_rank_untied", "untied"), ("one_rank_qwen2", "qwen2"), ("one_rank_qwen2_untied", "qwen2_untied"),
-     ("one_rank_llama", "llama"), ("one_rank_yarn", "short_yarn")],
+     ("one_rank_llama", "llama"), ("one_rank_yarn", "short_yarn"), ("one_rank_yarn_qwen2", "short_yarn_qwen2")],
 )  # fmt: skip
 def test_one_rank_is_transformers_and_adamw(one: Any, expected: Any, scenario: str, model: str) -> None:
     check(one.result(scenario), expected(model))
@@ -262,22 +264,23 @@ def test_yarn_turns_by_what_transformers_and_sglang_turn_by_at_every_position(
     """Beyond 32,768 positions, too; in another process, because SGLang's modules are not to be imported in this one."""
     from safetensors.torch import load_file
     from transformers import AutoConfig
+    from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
     from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
-    got, out = one.result("yarn_frequencies"), tmp_path / "table.safetensors"
     script, root = Path(__file__).with_name("sglang_yarn.py"), Path(__file__).parents[2]
-    command = [sys.executable, str(script), str(models["yarn"]), str(out)]
+    out, kinds = tmp_path / "tables.safetensors", {"": Qwen3RotaryEmbedding, "_qwen2": Qwen2RotaryEmbedding}
+    command = [sys.executable, str(script), str(out), *(str(models[f"yarn{kind}"]) for kind in kinds)]
     done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(root)}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    engine = load_file(out)["table"]
-    cos, sin = Qwen3RotaryEmbedding(AutoConfig.from_pretrained(models["yarn"]))(
-        torch.zeros(1), torch.arange(131072)[None]
-    )
-    for name, theirs, engines in (("cos", cos, engine[:, :64]), ("sin", sin, engine[:, 64:])):
-        assert len(engines) >= 131072
-        torch.testing.assert_close(got[name], theirs[0, :, :64], atol=1e-6, rtol=0)
-        torch.testing.assert_close(got[name], engines[:131072], atol=1e-6, rtol=0)
-    assert float(got["cos"][0, 0]) == pytest.approx(0.1 * math.log(4) + 1)
+    for kind, rotary in kinds.items():
+        got, engine = one.result(f"yarn_frequencies{kind}"), load_file(out)[f"yarn{kind}"]
+        config = AutoConfig.from_pretrained(models[f"yarn{kind}"])
+        cos, sin = rotary(config)(torch.zeros(1), torch.arange(131072)[None])
+        for name, theirs, engines in (("cos", cos, engine[:, :64]), ("sin", sin, engine[:, 64:])):
+            assert len(engines) >= 131072
+            torch.testing.assert_close(got[name], theirs[0, :, :64], atol=1e-6, rtol=0)
+            torch.testing.assert_close(got[name], engines[:131072], atol=1e-6, rtol=0)
+        assert float(got["cos"][0, 0]) == pytest.approx(0.1 * math.log(4) + 1)
 
 
 @pytest.mark.parametrize(

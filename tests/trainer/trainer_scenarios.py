@@ -699,9 +699,17 @@ def one_rank_yarn(ranks: Ranks) -> dict[str, Any]:
     return train(ranks, folder="short_yarn")
 
 
-def yarn_frequencies(ranks: Ranks) -> dict[str, torch.Tensor]:
+def one_rank_yarn_qwen2(ranks: Ranks) -> dict[str, Any]:
+    return train(ranks, folder="short_yarn_qwen2")
+
+
+def yarn_frequencies_qwen2(ranks: Ranks) -> dict[str, torch.Tensor]:
+    return yarn_frequencies(ranks, "yarn_qwen2")
+
+
+def yarn_frequencies(ranks: Ranks, folder: str = "yarn") -> dict[str, torch.Tensor]:
     """(cos, sin) [131072, d / 2] that queries and keys are turned by."""
-    with ranks.trainer(folder="yarn", load=False) as trainer:
+    with ranks.trainer(folder=folder, load=False) as trainer:
         angles, scale = trainer.module.rotary_pos_emb(131072, packed_seq=True)
         assert scale == trainer.module.decoder.layers[0].self_attention._yarn_concentration_factor
         half = angles[:, 0, 0, :64]

@@ -21,7 +21,7 @@ def _read(c: ConfigJson) -> dict[str, Any]:
     heads = c.size("num_attention_heads")
     head_dim = c.size("hidden_size") // heads
     c.only("head_dim", head_dim)  # another one is not SGLang's (0.5.21) on the CPU
-    return c.decoder(max_positions=32768) | {
+    return c.decoder(max_positions=32768, rope=("default", "yarn")) | {
         "num_kv_heads": c.size("num_key_value_heads", 32, null=heads),
         "head_dim": head_dim,
     }
