@@ -29,9 +29,11 @@ LAYER = {
     "post_attention_layernorm": "pre_mlp_layernorm",
     "mlp.gate_up_proj": "mlp.linear_fc1",
     "mlp.down_proj": "mlp.linear_fc2",
+    "mlp.experts": "mlp",
 }
 """Modules of a layer whose outputs mean the same: the engine's name, the trainer's. Those that one side fuses are left
-out of the comparison."""
+out of the comparison. A dense model has no experts, a mixture (its weighted sum is compared) none of the two above."""
+DENSE, MIXTURE = {"mlp.gate_up_proj", "mlp.down_proj"}, {"mlp.experts"}
 
 
 def config(model: Path, exact: bool) -> Any:
@@ -131,8 +133,10 @@ def compare(out: Path, model: Path, exact: bool) -> bool:
     engine = engine_states(out / "dump", tokens)
     trainer, logprobs = trainer_states(model, exact, sample)
     layers = 1 + max(int(name.split(".")[2]) for name in engine if name.startswith("model.layers."))
+    absent = DENSE if any(name.endswith(".mlp.experts") for name in engine) else MIXTURE
+    modules = [(a, b) for a, b in LAYER.items() if a not in absent]
     pairs = [("model.embed_tokens", "embedding.word_embeddings")]
-    pairs += [(f"model.layers.{i}.{a}", f"decoder.layers.{i}.{b}") for i in range(layers) for a, b in LAYER.items()]
+    pairs += [(f"model.layers.{i}.{a}", f"decoder.layers.{i}.{b}") for i in range(layers) for a, b in modules]
     pairs += [("model.norm", "decoder.final_layernorm")]
     equal = True
     for ours, theirs in pairs:

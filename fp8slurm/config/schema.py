@@ -110,7 +110,7 @@ class ModelSection(Section):
     """Dtype of the trainer's parameters outside FP8 GEMMs."""
     exact: bool = False
     """Trainer and engine compute the same bits: the gap is 0 on every token, and a token with any other log-probability
-    stops the run before it is trained on. Dense models in FP8 on both sides (docs/exact.md)."""
+    stops the run before it is trained on. Qwen3 in FP8 on both sides, mixtures without GPUs only (docs/exact.md)."""
 
 
 class Fp8Section(Section):

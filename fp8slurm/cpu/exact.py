@@ -102,7 +102,7 @@ def _by_tiles(x: Tensor, w: Blocks, blocks_of: object) -> Tensor:
     out = x.new_empty(flat.shape[0], w.codes.shape[0])
     for rows in _tiles(flat.shape[0], max(out.shape[1], flat.shape[1])):
         out[rows] = product(blocks_of(flat[rows]), w).float()
-    return out.view(*x.shape[:-1], -1)
+    return out.view(*x.shape[:-1], out.shape[1])  # an expert may have no row
 
 
 def _tiles(rows: int, width: int) -> Iterator[slice]:
@@ -150,6 +150,41 @@ def silu(x: Tensor) -> Tensor:
         e = exp(-part.abs())
         out[rows] = (part * torch.where(part >= 0, 1.0, e)).div_(1.0 + e).float()
     return out.view(x.shape)
+
+
+def top_experts(logits: Tensor, k: int) -> Tensor:
+    """The k largest of each row [T, E], of equal ones the first: int64 [T, k], in ascending order."""
+    return logits.sort(dim=-1, descending=True, stable=True).indices[:, :k].sort(-1).values
+
+
+def expert_weights(logits: Tensor, experts: Tensor, normalized: bool) -> Tensor:
+    """A router's weights of the chosen experts: softmax over all of them, or over the chosen if `normalized`.
+
+    logits fp32 [T, E], experts int64 [T, k] -> fp32 [T, k].
+    """
+    chosen = logits.double().gather(1, experts)
+    over = chosen if normalized else logits.double()
+    largest = over.amax(-1, keepdim=True)
+    one = 2.0 ** (52 - (over.shape[1] - 1).bit_length())
+    total = exp(over - largest).mul_(one).round_().sum(-1, keepdim=True).div_(one)  # of integers
+    return exp(chosen - largest).div_(total).float()
+
+
+def combine(outputs: Tensor, weights: Tensor) -> Tensor:
+    """Weighted sum of what a token's experts gave out, first to last: [T, k, H], fp32 [T, k] -> [T, H].
+
+    The slots are in ascending order of the experts. Products are exact in float64, the sum is rounded to the dtype of
+    the outputs.
+    """
+    t, k, h = outputs.shape
+    out = outputs.new_empty(t, h)
+    for rows in _tiles(t, k * h):
+        parts = outputs[rows].double().mul_(weights[rows].double()[..., None])
+        total = parts[:, 0]
+        for slot in range(1, k):
+            total = total + parts[:, slot]
+        out[rows] = total.float()
+    return out
 
 
 def rotation(theta: float, dim: int, length: int) -> Tensor:

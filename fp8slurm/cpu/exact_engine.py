@@ -16,6 +16,7 @@ def apply() -> None:
     """Patch SGLang in this process."""
     _norms()
     _activation()
+    _router()
     _rotary()
     _attention()
     _head()
@@ -46,6 +47,39 @@ def _activation() -> None:
         return exact.silu(gate) * up
 
     patch(SiluAndMul, "forward", forward)
+
+
+def _router() -> None:
+    from sglang.srt.layers.moe import topk
+    from sglang.srt.models.qwen3_moe import Qwen3MoeSparseMoeBlock
+
+    def forward(self: Any, hidden_states: torch.Tensor, *_: Any) -> torch.Tensor:
+        # SGLang rounds the logits to BF16
+        logits = exact.linear(hidden_states.float(), self.gate.weight)
+        return self.experts(hidden_states, self.topk(hidden_states, logits))
+
+    def choose(
+        hidden_states: torch.Tensor, gating_output: torch.Tensor, topk: int, renormalize: bool,
+        correction_bias: Any = None, scoring_func: str = "softmax",
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        assert correction_bias is None and scoring_func == "softmax"
+        experts = exact.top_experts(gating_output, topk)
+        return exact.expert_weights(gating_output, experts, renormalize), experts.int()
+
+    patch(Qwen3MoeSparseMoeBlock, "forward_normal", forward)
+    patch(topk, "fused_topk_native", choose)
+
+
+def experts(
+    x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor, gate_up: list[exact.Blocks], down: list[exact.Blocks]
+) -> torch.Tensor:
+    """A mixture's experts, all of them here: x [T, H], chosen int [T, k] ascending, weights fp32 [T, k] -> [T, H]."""
+    outputs = x.new_empty(*chosen.shape, x.shape[-1])
+    for expert in chosen.unique().tolist():
+        token, slot = (chosen == expert).nonzero(as_tuple=True)
+        gate, up = exact.linear_fp8(x[token], gate_up[expert]).chunk(2, dim=-1)
+        outputs[token, slot] = exact.linear_fp8(exact.silu(gate) * up, down[expert])
+    return exact.combine(outputs, weights)
 
 
 def _rotary() -> None:

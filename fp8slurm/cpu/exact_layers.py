@@ -11,6 +11,11 @@ from typing import Any
 
 import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.moe_utils import unpermute
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.moe.router_replay import RouterReplay
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from torch.distributed import ProcessGroup
 
 from fp8slurm.cpu import exact
@@ -112,6 +117,85 @@ class ExactRotary(RotaryEmbedding):
     def get_emb(self, max_seq_len: int, offset: int = 0) -> torch.Tensor:
         assert offset == 0
         return exact.rotation(self.theta, self.dim, max_seq_len)[:, None, None]
+
+
+class _Choice(RouterReplay):
+    """Hands a router the experts to take: those that are replayed, or else `own`."""
+
+    own: torch.Tensor
+    """int64 [T, k], of the router's present logits."""
+
+    def get_replay_topk(self, scores: torch.Tensor, topk: int, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        def choose(scores: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
+            return scores.gather(1, self.own), self.own
+
+        return super().get_replay_topk(scores, topk, default_compute_topk=choose)
+
+
+class ExactRouter(TopKRouter):
+    """A router with exact logits (FP32) and weights."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.router_replay = _Choice()
+
+    def gating(self, input: torch.Tensor) -> torch.Tensor:
+        return with_gradient_of(
+            lambda: super(ExactRouter, self).gating(input), lambda: exact.linear(input.float(), self.weight)
+        )
+
+    def routing(
+        self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        flat = logits.detach().view(-1, logits.shape[-1])
+        self.router_replay.own = exact.top_experts(flat, self.topk)
+        ordinary, chosen = super().routing(logits, padding_mask)
+
+        def values() -> torch.Tensor:
+            experts = chosen.nonzero()[:, 1].view(-1, self.topk)
+            weights = exact.expert_weights(flat, experts, not self.config.moe_router_pre_softmax)
+            return torch.zeros_like(flat).scatter_(1, experts, weights)
+
+        return with_gradient_of(lambda: ordinary, values), chosen
+
+
+class _ExactDispatcher(MoEAlltoAllTokenDispatcher):
+    """Weights what the experts gave out where it is summed, on the token's own rank and whatever rank had the expert.
+
+    Megatron weights what goes into the second product, which the engine does not; and sums in BF16.
+    """
+
+    def dispatch_preprocess(
+        self, hidden_states: torch.Tensor, routing_map: torch.Tensor, probs: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens, weights = super().dispatch_preprocess(hidden_states, routing_map, probs)
+        return tokens, torch.ones_like(weights)
+
+    def combine_postprocess(self, permutated_local_input_tokens: torch.Tensor) -> torch.Tensor:
+        outputs, token = permutated_local_input_tokens, self.reversed_local_input_permutation_mapping
+        shape, weights, chosen = self.hidden_shape_before_permute, self.probs, self.routing_map
+
+        def values() -> torch.Tensor:
+            slots = token.argsort(stable=True).view(len(chosen), -1)  # rows stand expert by expert
+            return exact.combine(outputs[slots], weights[chosen].view(len(chosen), -1))
+
+        combined = with_gradient_of(
+            lambda: unpermute(outputs, token, restore_shape=shape, probs=weights, routing_map=chosen), values
+        )
+        return combined.view(self.hidden_shape)
+
+
+class ExactMoELayer(MoELayer):
+    """A mixture of experts with exact routing and an exact sum; its experts are of exact linears."""
+
+    token_dispatcher: Any
+
+    def __init__(self, config: Any, *args: Any, pg_collection: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, pg_collection=pg_collection, **kwargs)
+        assert type(self.token_dispatcher) is MoEAlltoAllTokenDispatcher and not config.moe_permute_fusion
+        self.token_dispatcher = _ExactDispatcher(
+            self.num_local_experts, self.local_expert_indices, config=config, pg_collection=pg_collection
+        )
 
 
 def silu(x: torch.Tensor) -> torch.Tensor:

@@ -10,10 +10,18 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_submodu
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
-from fp8slurm.cpu.exact_layers import ExactAttention, ExactColumnParallelLinear, ExactRMSNorm, ExactRowParallelLinear
+from fp8slurm.cpu.exact_layers import (
+    ExactAttention,
+    ExactColumnParallelLinear,
+    ExactMoELayer,
+    ExactRMSNorm,
+    ExactRouter,
+    ExactRowParallelLinear,
+)
 from fp8slurm.cpu.fp8_linear import FP8ColumnParallelLinear, FP8RowParallelLinear
 from fp8slurm.cpu.packed_attention import PackedDotProductAttention
 from fp8slurm.cpu.rms_norm import RMSNorm
@@ -61,5 +69,8 @@ def layer_spec(config: TransformerConfig, fp8: bool, exact: bool = False) -> Tra
     layer.mlp = get_mlp_module_spec_for_backend(
         backend=backend, num_experts=config.num_moe_experts, moe_grouped_gemm=False
     )
+    if exact and config.num_moe_experts:
+        experts = MoESubmodules(experts=backend.grouped_mlp_modules(False), router=ExactRouter)
+        layer.mlp = partial(ExactMoELayer, submodules=experts)
     spec = ModuleSpec(module=TransformerLayer, submodules=layer)
     return TransformerBlockSubmodules(layer_specs=[spec] * get_num_layers_to_build(config), layer_norm=norm)

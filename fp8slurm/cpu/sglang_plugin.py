@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from fp8slurm.core.errors import InputError
 from fp8slurm.core.patches import note, patch, wrap
 from fp8slurm.cpu import exact_engine
-from fp8slurm.cpu.exact import linear_fp8, weight_blocks
+from fp8slurm.cpu.exact import Blocks, linear_fp8, weight_blocks
 from fp8slurm.fp8 import BLOCK
 from fp8slurm.fp8.block import E4M3, E4M3_MAX, BlockFP8
 from fp8slurm.fp8.kv_cache import through_cache
@@ -33,7 +33,7 @@ def apply(exact: bool = False, fp8_cache: bool = False) -> None:
     _patch_linear(exact)
     if exact:
         exact_engine.apply()
-    _patch_experts()
+    _patch_experts(exact)
     _patch_updates()
     _patch_routing()
     _patch_sampling()
@@ -80,6 +80,11 @@ def _values(layer: torch.nn.Module, weight: str, block: list[int]) -> torch.Tens
     return _kept(layer, weight, decoded)
 
 
+def _blocks_of_experts(codes: torch.Tensor, scales: torch.Tensor) -> list[Blocks]:
+    """Of a mixture's parameter, [E, N, K] and [E, N / 128, K / 128]: one for each expert."""
+    return [weight_blocks(c, s) for c, s in zip(codes, scales, strict=True)]
+
+
 def _loaded(layer: torch.nn.Module) -> None:
     """Forget the values of a layer whose weights were loaded."""
     layer.__dict__["fp8_loads"] = layer.__dict__.get("fp8_loads", 0) + 1
@@ -123,7 +128,7 @@ def _patch_linear(exact: bool) -> None:
     patch(Fp8LinearMethod, "process_weights_after_loading", process)
 
 
-def _patch_experts() -> None:
+def _patch_experts(exact: bool) -> None:
     from sglang.srt.layers.moe.token_dispatcher import StandardCombineInput
     from sglang.srt.layers.quantization.fp8 import Fp8MoEMethod
 
@@ -133,6 +138,11 @@ def _patch_experts() -> None:
         if config.activation != "silu" or config.apply_router_weight_on_input:
             raise NotImplementedError("on the CPU FP8 experts are SwiGLU with the router's weights on the output")
         x = dispatch_output.hidden_states
+        if exact:
+            assert _block_size(self) == [BLOCK, BLOCK]
+            weights, chosen, _ = dispatch_output.topk_output
+            blocks = (_kept(layer, name, _blocks_of_experts) for name in ("w13_weight", "w2_weight"))
+            return StandardCombineInput(hidden_states=exact_engine.experts(x, chosen, weights, *blocks))
         gate_up, down = (_values(layer, name, _block_size(self)) for name in ("w13_weight", "w2_weight"))
         router_weights, expert_ids, _ = dispatch_output.topk_output
         inputs, output = fake_quantize_activations(x), torch.zeros(x.shape, dtype=torch.float32)

@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 BUILT = frozenset({"cpu", "cuda"})
 """The devices on which both sides can compute exactly."""
-ARCHITECTURE = "Qwen3ForCausalLM"
+ARCHITECTURES = ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
 ATTENTION = {"cpu": "torch_native", "cuda": "fa3"}
 """The one attention backend of the engine, by device."""
 CHANGES_BITS = ("--kv-cache-dtype", "--quantization", "--speculative-", "--fp8-gemm", "--prefill-attention-backend",
-                "--decode-attention-backend", "--torchao", "--lora")  # fmt: skip
+                "--decode-attention-backend", "--torchao", "--lora", "--moe-")  # fmt: skip
 """Arguments of SGLang's server with which it computes something else than the trainer; the beginnings of names."""
 
 
@@ -42,10 +42,10 @@ def _obstacles(config: RunConfig, spec: ModelSpec) -> Iterator[tuple[str, str]]:
     if device not in BUILT:
         where, allowed = "GPUs" if device == "cuda" else "CPUs", ", ".join(BUILT) or "nothing"
         yield f"--slurm.gpus-per-node {c.slurm.gpus_per_node}", f"it is not there yet on {where}; allowed: {allowed}"
+    if spec.architecture not in ARCHITECTURES:
+        yield spec.architecture, f"the exact layers are another family's; allowed: {', '.join(ARCHITECTURES)}"
     if spec.is_moe:
-        yield spec.architecture, "a mixture's experts sum their outputs in another order; allowed: dense models"
-    elif spec.architecture != ARCHITECTURE:
-        yield spec.architecture, f"the exact layers are another family's; allowed: {ARCHITECTURE}"
+        yield from _mixture(c, spec, device)
     if spec.yarn is not None:
         yield "YaRN in config.json", "the exact layers have plain rotary embeddings; allowed: without rope_scaling"
     if c.fp8.backend == "off":
@@ -88,6 +88,25 @@ def _obstacles(config: RunConfig, spec: ModelSpec) -> Iterator[tuple[str, str]]:
     yield from _engine_arguments(c, ATTENTION[device])
 
 
+def _mixture(config: RunConfig, spec: ModelSpec, device: str) -> Iterator[tuple[str, str]]:
+    """Expert parallelism of the trainer is exact: a token's own rank sums what its experts gave out."""
+    if device == "cuda":
+        yield (
+            spec.architecture,
+            "on GPUs SGLang's routers round their logits to BF16 and its experts' outputs are weighted and summed in "
+            "another order than the trainer's, and no exact form of them has run; allowed there: dense models",
+        )
+    p, e = config.parallel, config.engine
+    for flag, size in (
+        ("--parallel.tensor-parallel-size", p.tensor_parallel_size),
+        ("--parallel.expert-tensor-parallel-size", p.expert_tensor_parallel_size),
+        ("--engine.tensor-parallel-size", e.tensor_parallel_size),
+        ("--engine.expert-parallel-size", e.expert_parallel_size),
+    ):
+        if size > 1:
+            yield f"{flag} {size}", "a mixture's sum over experts would be of ranks' rounded parts; allowed: 1"
+
+
 def _tensor_parallel(config: RunConfig, device: str) -> Iterator[tuple[str, str]]:
     """Each rank's part of a sum is rounded before it is added. The sum of two parts has no order, that of more has."""
     trainer, engine = config.parallel.tensor_parallel_size, config.engine.tensor_parallel_size
@@ -110,8 +129,10 @@ def _engine_arguments(config: RunConfig, attention: str) -> Iterator[tuple[str, 
 
 
 def _linears(spec: ModelSpec) -> list[str]:
-    """The Linear modules of all layers of a dense model, in Hugging Face's names."""
-    parts = [f"self_attn.{p}_proj" for p in "qkvo"] + [f"mlp.{p}_proj" for p in ("gate", "up", "down")]
+    """The Linear modules of all layers but routers, in Hugging Face's names."""
+    mlps = [f"mlp.experts.{expert}" for expert in range(spec.num_experts)] if spec.is_moe else ["mlp"]
+    parts = [f"self_attn.{p}_proj" for p in "qkvo"]
+    parts += [f"{mlp}.{p}_proj" for mlp in mlps for p in ("gate", "up", "down")]
     names = [f"model.layers.{layer}.{part}" for layer in range(spec.num_layers) for part in parts]
     assert all(LINEAR.fullmatch(f"{name}.weight") for name in names)
     return names

@@ -55,19 +55,44 @@ def check_equal(trainer: Any, batches: list[PackedBatch], groups: list[SampleGro
             before = len(group.samples[k].prompt_of(group.prompt)) - 1
             columns = (torch.full_like(at, number), at - before, b.labels[start:end][at])
             found.append(torch.stack([*(c.float() for c in columns), own[start:end][at], engine[start:end][at]], 1))
-    rows = gather_rows(_once(trainer, torch.cat(found)))
-    if not len(rows):
-        return
-    first, position, token, mine, engines = min(rows.tolist())
-    group, sample = samples[int(first)]
-    raise ImpossibleGap(
-        f"step {step}: --model.exact, and tokens have another log-probability in the trainer than in the engine: "
-        f"{len(rows)} of them. The first is token {int(position)} (id {int(token)}) of sample {sample} of prompt "
-        f"{group.prompt.index}: trainer {mine:.9g}, engine {engines:.9g}. Nothing was trained on it. They have other "
-        f"weights, another config.json (rope, norms), temperature or tokens; tools/exact_layers.py shows the "
-        f"first module that differs (docs/exact.md)",
-        permanent=step == 0,
-    )
+    rows, others = gather_rows(_once(trainer, torch.cat(found))), _other_experts(trainer, batches)
+    said = []
+    if len(rows):
+        first, position, token, mine, engines = min(rows.tolist())
+        group, sample = samples[int(first)]
+        said.append(
+            f"tokens have another log-probability in the trainer than in the engine: {len(rows)} of them. The first is "
+            f"token {int(position)} (id {int(token)}) of sample {sample} of prompt {group.prompt.index}: trainer "
+            f"{mine:.9g}, engine {engines:.9g}"
+        )
+    if others:
+        number, position, layer = min(others)
+        group, sample = samples[number]
+        said.append(
+            f"the trainer's routers choose other experts than the engine's for {len({o[:2] for o in others})} tokens. "
+            f"The first is token {position} of prompt and response of sample {sample} of prompt {group.prompt.index}, "
+            f"in model.layers.{layer - 1}"
+        )
+    if said:
+        raise ImpossibleGap(
+            f"step {step}: --model.exact, and {'; '.join(said)}. Nothing was trained on it. They have other "
+            f"weights, another config.json (rope, norms), temperature or tokens; tools/exact_layers.py shows the "
+            f"first module that differs (docs/exact.md)",
+            permanent=step == 0,
+        )
+
+
+def _other_experts(trainer: Any, batches: list[PackedBatch]) -> set[tuple[int, ...]]:
+    """Tokens for which a router of the pass before would have chosen otherwise than the engine's, on any rank:
+    (sample, position in prompt and response, layer from 1)."""
+    if trainer.replay is None:
+        return set()
+    found = [torch.zeros(0, 3)]
+    for b, differing in zip(batches, trainer.replay.differing, strict=True):
+        for number, start, end in zip(b.samples, b.cu_seqlens.tolist(), b.cu_seqlens.tolist()[1:]):
+            at = differing[start : end - 1].nonzero().flatten()
+            found.append(torch.stack((torch.full_like(at, number), at, differing[start:end][at]), 1).float())
+    return {tuple(int(x) for x in row) for row in gather_rows(torch.cat(found)).tolist()}
 
 
 def recompute(trainer: Any, batches: list[PackedBatch]) -> dict[str, float]:

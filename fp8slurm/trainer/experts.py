@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from fp8slurm.trainer.context_parallel import ModelInput
+from fp8slurm.trainer.context_parallel import ModelInput, whole
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
@@ -53,14 +53,22 @@ class RoutingReplay:
     process; here each is reached through its own router, so that a reference model is left alone.
     """
 
-    def __init__(self, module: GPTModel, sequence_rank: int = 0, sequence_size: int = 1) -> None:
+    def __init__(self, module: GPTModel, sequence_rank: int = 0, sequence_size: int = 1, compare: bool = False) -> None:
         """`module`: a GPTModel made with moe_enable_routing_replay. The sequence is cut into `sequence_size` equal
-        parts (sequence parallelism), this rank's being number `sequence_rank`."""
+        parts (sequence parallelism), this rank's being number `sequence_rank`. `compare`: note where routers would
+        choose otherwise; for those of model.exact (cpu/exact_layers.py)."""
         self._routers = [layer.mlp.router for layer in module.decoder.layers]
         self._rank, self._size = sequence_rank, sequence_size
-        self._active = False
+        self._active, self._compare = False, compare
+        self._noted: list[tuple[ModelInput, torch.Tensor]] = []
+        self.differing: list[torch.Tensor] = []
+        """With `compare`, of the micro-batches of the last pass: the first of this stage's layers (from 1) whose router
+        would send a token elsewhere than replayed, 0 where none would; int32 [T]. Means nothing for a segment's last
+        token and padding."""
         for router in self._routers:
             router.register_forward_pre_hook(self._choose)
+            if compare:
+                router.register_forward_hook(self._note)
 
     def set(self, given: ModelInput) -> None:
         """To be called before the forward pass of every micro-batch."""
@@ -70,10 +78,14 @@ class RoutingReplay:
         part = given.routing.chunk(self._size)[self._rank]
         for router in self._routers:
             router.router_replay.set_target_indices(part[:, router.layer_number - 1].long())
+        if self._compare:
+            self._noted.append((given, torch.zeros(len(part), dtype=torch.int32)))
 
-    def finish(self) -> None:
-        """Forget what was replayed, after the last micro-batch's backward pass."""
+    def finish(self, context: dist.ProcessGroup) -> None:
+        """Forget what was replayed, after the last micro-batch's backward pass. context: the context-parallel ranks."""
         self._active = False
+        self.differing = [whole(noted, given, context) for given, noted in self._noted]
+        self._noted = []
         for router in self._routers:
             router.router_replay.clear_indices()
 
@@ -82,11 +94,22 @@ class RoutingReplay:
 
         action = None
         if self._active:
-            # A layer that is recomputed runs without gradients first and with them in the backward pass, when later
-            # micro-batches have long been set: Megatron keeps a queue for that.
-            again = router.training and router.config.recompute_granularity == "full" and torch.is_grad_enabled()
+            # In the backward pass later micro-batches have long been set: Megatron keeps a queue for that.
+            again = _is_recomputed(router)
             action = RouterReplayAction.REPLAY_BACKWARD if again else RouterReplayAction.REPLAY_FORWARD
         router.router_replay.set_router_replay_action(action)
+
+    def _note(self, router: Any, _: Any, __: Any) -> None:
+        if not self._active or _is_recomputed(router):
+            return
+        replay, noted = router.router_replay, self._noted[-1][1]
+        other = (replay.own != replay.target_topk_idx.sort(-1).values).any(-1)
+        noted[other & (noted == 0)] = router.layer_number
+
+
+def _is_recomputed(router: Any) -> bool:
+    """A layer that is recomputed runs without gradients first, and with them in the backward pass."""
+    return bool(router.training and router.config.recompute_granularity == "full" and torch.is_grad_enabled())
 
 
 def scale_aux_loss(transformer_config: Any, tokens: int, group: dist.ProcessGroup) -> None:

@@ -63,7 +63,7 @@ def run_schedule(
         forward_only=forward_only,
     )
     if replay is not None:
-        replay.finish()
+        replay.finish(context)
     return kept
 
 

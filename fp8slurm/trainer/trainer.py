@@ -88,8 +88,9 @@ class Trainer:
         self.reference: Any = None
         self.replay: RoutingReplay | None = None
         if config.rollout.routing_replay:
-            sequence = (self.tensor_parallel_rank, self.tensor_parallel_size)
-            self.replay = RoutingReplay(self.module, *(sequence if config.parallel.sequence_parallel else (0, 1)))
+            cut = config.parallel.sequence_parallel
+            part = (self.tensor_parallel_rank, self.tensor_parallel_size) if cut else (0, 1)
+            self.replay = RoutingReplay(self.module, part[0], part[1], compare=config.model.exact)
 
     def _set_ranks(self, ps: Any) -> None:
         """Who this rank is, for those that pack batches and send weights."""

@@ -37,6 +37,8 @@ BY_ROW: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "linear": lambda x: exact.linear(x, random(320, 384, seed=2)),
     "rms_norm": lambda x: exact.rms_norm(x, random(384, seed=3), 1e-6),
     "silu": exact.silu,
+    "combine": lambda x: exact.combine(x.view(-1, 3, 128), x[:, :3].float()),
+    "expert_weights": lambda x: exact.expert_weights(x.float(), exact.top_experts(x.float(), 8), True),
     "logprobs": lambda x: exact.logprobs(x, torch.arange(len(x)) % 384, 0.7),
 }
 
@@ -48,7 +50,7 @@ def test_a_row_does_not_feel_the_others_nor_the_threads(name: str) -> None:
     try:
         for number in (1, 3):
             torch.set_num_threads(number)
-            for rows in (slice(0, 1), slice(5, 36), slice(100, 690)):
+            for rows in (slice(0, 0), slice(0, 1), slice(5, 36), slice(100, 690)):
                 part = x[rows].clone()
                 alone = (
                     exact.logprobs(part, torch.arange(700)[rows] % 384, 0.7)
@@ -89,6 +91,23 @@ def test_values_are_right() -> None:
         z = (x.float() / torch.tensor(temperature)).double()
         reference = torch.log_softmax(z, -1).gather(1, labels[:, None])[:, 0]
         assert (exact.logprobs(x, labels, temperature) - reference).abs().div(reference.abs() + 1).max() < 1e-7
+
+
+def test_a_routers_choice_and_weights() -> None:
+    """Of equal logits the first experts; softmax over the chosen or over all; a sum from the first to the last."""
+    logits = torch.tensor([[1.0, 2.0, 2.0, 0.5, 2.0], [0.0, -1.0, 5.0, -1.0, -1.0]])
+    assert exact.top_experts(logits, 2).tolist() == [[1, 2], [0, 2]]
+    x = torch.randn(60, 40, generator=torch.Generator().manual_seed(0))
+    experts = exact.top_experts(x, 8)
+    assert torch.equal(experts, x.topk(8).indices.sort(-1).values)
+    for normalized, over in ((True, x.gather(1, experts)), (False, x)):
+        reference = torch.exp(x.gather(1, experts).double() - torch.logsumexp(over.double(), -1, keepdim=True))
+        assert ((exact.expert_weights(x, experts, normalized) - reference).abs() <= 2**-24 * reference + 1e-15).all()
+    outputs, weights = random(60, 8, 256, spread=1.0), torch.rand(60, 8, generator=torch.Generator().manual_seed(0))
+    reference = (outputs.double() * weights.double()[..., None]).sum(1)
+    assert misrounded(exact.combine(outputs, weights), reference) < 2e-3
+    parts = torch.tensor([2.0**70, 1.0, -(2.0**70), 1.0])[None, :, None]
+    assert exact.combine(parts, torch.ones(1, 4)).item() == 1
 
 
 def test_exp() -> None:

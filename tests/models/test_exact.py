@@ -1,7 +1,5 @@
 """What model.exact cannot do is refused by name, with the reason and what is allowed."""
 
-from dataclasses import replace
-
 import pytest
 from tiny import write_model
 
@@ -27,10 +25,16 @@ def built(monkeypatch):
     monkeypatch.setattr(exact, "BUILT", frozenset({"cpu", "cuda"}))
 
 
-def checked(folder, *flags: str, exact: bool = True, moe: bool = False) -> None:
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model") / "moe"
+    folder.mkdir()
+    write_model(folder, moe=True)
+    return folder
+
+
+def checked(folder, *flags: str, exact: bool = True) -> None:
     spec = ModelSpec.from_hf_dir(folder)
-    if moe:
-        spec = replace(spec, num_experts=8)
     switch = ["--model.exact"] if exact else []
     check_exact(parse("tiny-fp8", ["--model.hf-checkpoint", str(folder), *switch, *flags]), spec)
 
@@ -65,15 +69,35 @@ def test_refused(folder, flags, says):
     checked(folder, *flags.split(), exact=False)
 
 
-def test_mixtures_are_refused(folder):
-    with pytest.raises(ValueError, match="Qwen3ForCausalLM: a mixture's experts"):
-        checked(folder, moe=True)
-    checked(folder, moe=True, exact=False)
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        (GPU, "Qwen3MoeForCausalLM: on GPUs SGLang's routers .*no exact form of them has run; allowed there: dense"),
+        ("--parallel.tensor-parallel-size 2 --engine.tensor-parallel-size 2 --parallel.sequence-parallel",
+         "--parallel.tensor-parallel-size 2: a mixture's sum over experts"),
+        ("--engine.tensor-parallel-size 2 --engine.expert-parallel-size 2", "--engine.tensor-parallel-size 2: a mixture"),
+        ("--parallel.expert-tensor-parallel-size 2", "--parallel.expert-tensor-parallel-size 2: a mixture's .*allowed: 1"),
+        ("--engine.extra-args=--moe-runner-backend triton", "--engine.extra-args --moe-runner-backend"),
+    ],
+)  # fmt: skip
+def test_what_mixtures_cannot_do_is_refused(mixture, flags, says):
+    with pytest.raises(ValueError, match=says):
+        checked(mixture, *flags.split())
+    checked(mixture, *flags.split(), exact=False)
+
+
+def test_layouts_of_mixtures_that_can_be_exact_pass(mixture):
+    for flags in ("", "--rollout.routing-replay", "--parallel.expert-parallel-size 2 --slurm.ranks-per-node 2",
+                  "--parallel.pipeline-parallel-size 2", "--parallel.context-parallel-size 2 "
+                  "--parallel.expert-parallel-size 2", "--moe.aux-loss-coef 0.01", "--train.recompute full"):  # fmt: skip
+        checked(mixture, *flags.split())
 
 
 def test_other_families_are_refused(tmp_path):
     write_model(tmp_path, family="llama")
-    with pytest.raises(ValueError, match="LlamaForCausalLM: the exact layers are another family's; allowed: Qwen3For"):
+    with pytest.raises(
+        ValueError, match="LlamaForCausalLM: the exact layers are another family's; allowed: Qwen3ForCausalLM, Qwen3Moe"
+    ):
         checked(tmp_path)
     checked(tmp_path, exact=False)
 
@@ -83,6 +107,13 @@ def test_an_engine_checkpoint_that_keeps_a_linear_is_refused(folder, tmp_path):
     hf_to_fp8(folder, tmp_path / "fp8", modules_to_not_convert=kept)
     with pytest.raises(ValueError, match=rf"{tmp_path}/fp8: it keeps {kept[0]} out of FP8"):
         checked(folder, "--model.rollout-checkpoint", str(tmp_path / "fp8"))
+
+
+def test_an_engine_checkpoint_that_keeps_experts_is_refused(mixture, tmp_path):
+    kept = ["model.layers.1.mlp.experts"]
+    hf_to_fp8(mixture, tmp_path / "fp8", modules_to_not_convert=kept)
+    with pytest.raises(ValueError, match=rf"{tmp_path}/fp8: it keeps {kept[0]}.0.gate_proj out of FP8"):
+        checked(mixture, "--model.rollout-checkpoint", str(tmp_path / "fp8"))
 
 
 def test_layouts_that_can_be_exact_pass(folder):

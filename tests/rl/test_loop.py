@@ -392,6 +392,7 @@ def gap_loop(monkeypatch: pytest.MonkeyPatch, leader: bool = True, **sections) -
     trainer = rank_of(
         logprobs=lambda batches, reference=False: [b.rollout_logprobs + (2.0 if reference else 0.5) for b in batches],
         is_data_parallel_leader=leader,
+        replay=None,
     )
     groups = [group_of(i, Sample([5, 6, 258], [-1.0, -2.0, -0.25], [0] * 3, "stop")) for i in range(2)]
     for group in groups if config.rollout.routing_replay else ():
@@ -587,6 +588,27 @@ def test_an_exact_run_leaves_nan_on_both_sides_to_the_optimizer(monkeypatch: pyt
     batches[0].trainer_logprobs[:] = -1.0
     with pytest.raises(ImpossibleGap, match="trainer -1, engine nan"):
         check_equal(loop.trainer, batches, groups, 1)
+
+
+def test_an_exact_run_ends_at_a_token_that_goes_to_other_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its log-probability may be the engine's. A sequence's last token and padding go anywhere."""
+    loop, groups, _ = gap_loop(monkeypatch)
+    monkeypatch.setattr(recompute_module, "gather_rows", lambda rows: rows)
+    (batches,) = loop.pack(loop.deal(groups, 1), groups, [[0.0], [0.0]])
+    for b in batches:
+        b.trainer_logprobs = b.rollout_logprobs.clone()
+    nowhere = [torch.zeros(len(b.tokens), dtype=torch.int32) for b in batches]
+    for b, differing in zip(batches, nowhere):
+        differing[b.cu_seqlens[1:].long() - 1] = 1
+        differing[b.cu_seqlens[len(b.samples)] :] = 1
+    loop.trainer.replay = SimpleNamespace(differing=nowhere)
+    check_equal(loop.trainer, batches, groups, 1)
+    number, start = batches[-1].samples[-1], int(batches[-1].cu_seqlens[len(batches[-1].samples) - 1])
+    nowhere[-1][start + 1], nowhere[-1][start + 2] = 2, 1
+    with pytest.raises(ImpossibleGap) as error:
+        check_equal(loop.trainer, batches, groups, 1)
+    says = f"2 tokens. The first is token 1 of prompt and response of sample 0 of prompt {number}, in model.layers.1. "
+    assert "choose other experts" in str(error.value) and says in str(error.value), error.value
 
 
 def test_a_gap_of_nothing_but_nan_is_the_optimizers_to_skip() -> None:
