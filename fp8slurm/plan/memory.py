@@ -258,6 +258,20 @@ def context_traffic(config: RunConfig, spec: ModelSpec, layout: Layout) -> int:
     return times * each * spec.num_layers // layout.pipeline
 
 
+def tensor_traffic(config: RunConfig, spec: ModelSpec, layout: Layout) -> int:
+    """Bytes that a rank takes in for tensor parallelism in a micro-batch's forward and backward pass through dense
+    layers: with sequence parallelism 4 collectives of the hidden state forward (gathered before, scattered behind
+    attention and FFN) and 6 backward (two inputs are gathered again); without it 2 and 2 all-reduces, which count
+    twice. Recomputed layers are gone through forward once more. 0 for mixtures: how tokens go to experts is not
+    counted."""
+    if layout.tensor == 1 or spec.is_moe:
+        return 0
+    times = 10 if layout.sequence_parallel else 8
+    times += 4 if config.train.recompute == "full" else 0
+    state = config.train.tokens_per_micro_batch // layout.context * spec.hidden_size * weight_bytes(config)
+    return times * (state * (layout.tensor - 1) // layout.tensor) * spec.num_layers // layout.pipeline
+
+
 def checkpoint_bytes(config: RunConfig, table: NameTable) -> int:
     """Bytes of one checkpoint of a run: the weights, and FP32 masters and two moments."""
     return sum(math.prod(t.shape) for t in table.hf_tensors().values()) * (weight_bytes(config) + 12)

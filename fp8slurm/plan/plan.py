@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -129,6 +129,10 @@ class Plan:
     """Samples of a step for each engine."""
     context_traffic: int = 0
     """Bytes that context parallelism moves to a rank in a micro-batch."""
+    tensor_traffic: int = 0
+    """The same of tensor parallelism; 0 for mixtures, where it is not counted."""
+    context_instead: int = 0
+    """context_traffic where context parallelism took the place of tensor parallelism too."""
 
     def to_json(self) -> dict[str, Any]:
         """The plan as plain values; bytes are integers."""
@@ -192,6 +196,10 @@ def make_plan(config: RunConfig, gpu_memory: dict[str, int] | None = None) -> Pl
         gpus_per_node=config.slurm.gpus_per_node,
         samples_per_engine=-(-config.rollout.prompts_per_step * config.rollout.n_samples // len(placement.engines)),
         context_traffic=memory.context_traffic(config, spec, layout),
+        tensor_traffic=memory.tensor_traffic(config, spec, layout),
+        context_instead=memory.context_traffic(
+            config, spec, replace(layout, tensor=1, context=layout.context * layout.tensor)
+        ),
     )
 
 

@@ -12,6 +12,8 @@ from rich.text import Text
 from fp8slurm.plan.plan import Fit, Plan, Stage
 
 COLUMNS = 4
+LONG = 16_384
+"""Tokens of a sequence from which context parallelism is worth a thought (docs/context.md)."""
 """Pipeline stages that the memory table shows; of more the first, the second and the last."""
 
 
@@ -275,6 +277,16 @@ def _pipeline(plan: Plan) -> RenderableType:
             f"context parallelism moves {gb(plan.context_traffic)} GB of keys, values and their gradients to a rank "
             f"in a micro-batch"
         )
+    if plan.tensor_traffic:
+        line = f"tensor parallelism moves {gb(plan.tensor_traffic)} GB of hidden states to a rank in a micro-batch"
+        instead = f"--parallel.context-parallel-size {plan.layout.context * plan.layout.tensor}"
+        together = plan.tensor_traffic + plan.context_traffic
+        if plan.longest_sequence >= LONG and plan.context_instead < together:
+            line += (
+                f"; {instead} in its place would move {gb(plan.context_instead)} GB in all, if weights and gradients "
+                f"fit uncut (docs/context.md)"
+            )
+        lines.append(line)
     return _spaced(Group(Text("Pipeline", style="bold"), *map(Text, lines)))
 
 

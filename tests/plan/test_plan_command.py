@@ -191,6 +191,22 @@ def test_context_parallel_ranks_share_tokens_and_nothing_else_but_the_optimizer(
     assert two.pipeline[0].micro_batches == 2 * alone.pipeline[0].micro_batches
 
 
+def test_what_tensor_parallelism_moves_and_when_context_parallelism_would_move_less(capsys):
+    """docs/context.md has the formulas, and 35,840 bytes a token and layer for the recipe's shape."""
+    cut = ["--parallel.context-parallel-size", "1", "--parallel.tensor-parallel-size", "2"]
+    plan = plan_of("qwen3-4b-fp8-32k", *cut, "--parallel.sequence-parallel")
+    assert plan.tensor_traffic == 36 * 34816 * 35840 and plan.context_traffic == 0
+    assert plan.context_instead == plan_of("qwen3-4b-fp8-32k").context_traffic
+    alone = plan_of("qwen3-4b-fp8-32k", *cut, "--parallel.no-sequence-parallel")
+    assert alone.tensor_traffic == plan.tensor_traffic * 12 // 14
+    assert plan_of("qwen3-30b-a3b-fp8").tensor_traffic == 0
+    for flags, said in (([], True), (["--rollout.max-tokens", "8192", "--rollout.overlong-buffer", "4096"], False)):
+        assert main(["plan", "--recipe", "qwen3-4b-fp8-32k", *cut, "--parallel.sequence-parallel", *flags]) == 0
+        out = " ".join(capsys.readouterr().out.split())
+        assert "tensor parallelism moves 44.9 GB of hidden states to a rank in a micro-batch" in out
+        assert ("; --parallel.context-parallel-size 2 in its place would move 10.3 GB in all" in out) == said
+
+
 def test_recomputation_offload_and_stages_move_what_they_should():
     def on_gpu(plan, kind):
         return [sum(i.bytes for i in (*s.memory.state, *s.memory.working) if i.name == kind) for s in plan.stages]
