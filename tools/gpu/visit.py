@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What docs/gpu.md reports, made on a machine with GPUs: many runs at once, each on its share of the GPUs.
 
-usage: visit.py WORK OUT [--seconds 550] PART...
+usage: visit.py WORK OUT [--seconds 550] [--rehearse] PART...
 
     tests        pytest -m gpu, by rooms
     faults       of these what is about ranks and engines that stop inside NCCL
@@ -37,6 +37,8 @@ usage: visit.py WORK OUT [--seconds 550] PART...
     grouped      the test of a BF16 mixture's grouped products
     doctor       fp8slurm doctor
     30b          RL steps of some of Qwen3-30B-A3B's layers on all GPUs together
+    eight        the recipes for 4B and 30B-A3B on eight GPUs, with faults, in parts; what is left is done by the next call
+    nodes        two Slurm nodes of a GPU each, NCCL over sockets; the parts of both are in eight.py
 
 Models and recipes are made in WORK. OUT gets every run's records, errors and the ends of its logs, what each job said, and
 results.json. A job that does not fit at the moment waits for those before it.
@@ -64,6 +66,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools" / "gpu")]
 
+from eight import MULTICAST_OFF  # noqa: E402
 from recipes import PRECISIONS, write_model, write_recipe  # noqa: E402
 from turns import arrive  # noqa: E402
 
@@ -102,6 +105,10 @@ class Visit:
     out: Path
     gpus: int
     jobs: list[Job] = field(default_factory=list)
+    seconds: float = 500.0
+    """That the parts of eight.py may take together."""
+    rehearse: bool = False
+    """Those with tiny models, on the CPU."""
 
     def tiny(self, moe: bool = False) -> Path:
         folder = self.work / ("tiny-moe" if moe else "tiny")
@@ -495,7 +502,15 @@ def thirty_b(v: Visit, layers: int = 8) -> None:
     v.jobs[-1].limit_s = 540  # its kernels for experts are compiled when they are first needed
 
 
+def recipes_in_parts(v: Visit, which: str) -> None:
+    """eight.py does its parts one after the other: they start labs and runs of their own."""
+    more = ["--rehearse"] if v.rehearse else []
+    v.script(which, 0, 1.0, "tools/gpu/eight.py", which, str(v.work), str(v.out), "--seconds", f"{v.seconds:.0f}", *more,
+             limit_s=v.seconds + END_S)  # fmt: skip
+
+
 PARTS: dict[str, Callable[[Visit], None]] = {
+    "eight": lambda v: recipes_in_parts(v, "eight"), "nodes": lambda v: recipes_in_parts(v, "nodes"),
     "tests": tests, "faults": faults, "models": models, "nccl": nccl, "memory": memory, "measures": measures, "tiny": tiny, "small": small, "small-probe": small_probe, "variants": variants, "experts": experts,
     "4b": four_b, "4b-bf16": lambda v: four_b(v, "bf16-bf16", name="4b-bf16"),
     "4b-sleep": lambda v: four_b(v, name="4b-sleep", optim={"sleep": True}),
@@ -519,6 +534,7 @@ def run_all(v: Visit, deadline: float) -> None:
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tools" / "gpu"), os.environ.get("PYTHONPATH", "")]),
         "SGLANG_JIT_DEEPGEMM_PRECOMPILE": "0",
+        **MULTICAST_OFF,
     }
     while (waiting or running) and time.time() < deadline:
         for job in list(waiting):
@@ -652,12 +668,15 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("parts", nargs="+", choices=list(PARTS))
     parser.add_argument("--seconds", type=float, default=550, help="of all of it")
+    parser.add_argument("--rehearse", action="store_true", help="eight, nodes: with tiny models on the CPU")
     args = parser.parse_args()
+    if args.rehearse and (wrong := set(args.parts) - {"eight", "nodes"}):
+        parser.error(f"--rehearse with {', '.join(sorted(wrong))}: these need GPUs; allowed: eight, nodes")
     deadline = time.time() + args.seconds - END_S
     import torch
 
     args.out.mkdir(parents=True, exist_ok=True)
-    v = Visit(args.work.resolve(), args.out.resolve(), torch.cuda.device_count())
+    v = Visit(args.work.resolve(), args.out.resolve(), torch.cuda.device_count(), rehearse=args.rehearse)
     names = [torch.cuda.get_device_name(i) for i in range(v.gpus)]
     print(f"{v.gpus} GPUs: {', '.join(sorted(set(names)))}; torch {torch.__version__}", flush=True)
     setup_s = setup_seconds(Path(os.environ.get("GPU_SITE", "/opt/fp8slurm-gpu")))
@@ -665,11 +684,13 @@ def main() -> None:
         print(f"setting up took {setup_s} s from the first pack on", flush=True)
         (v.out / "setup.json").write_text(json.dumps({"seconds": setup_s}))
     v.tiny()
+    v.seconds = deadline - time.time() - END_S
     for part in args.parts:
         PARTS[part](v)
     print(f"ready with {len(v.jobs)} jobs, {deadline - time.time():.0f} s left", flush=True)
     over = threading.Event()
-    threading.Thread(target=watch_memory, args=(v.out / "memory.txt", over), daemon=True).start()
+    if v.gpus:
+        threading.Thread(target=watch_memory, args=(v.out / "memory.txt", over), daemon=True).start()
     run_all(v, deadline)
     over.set()
     collect(v)
