@@ -154,7 +154,7 @@ test-fast: tiny-data  ## the tests without servers and process groups, under fiv
 	$(PYTEST) -m "not slow" $(ARGS)
 
 test-faults: tiny-data  ## every fault on a real two-node Slurm cluster that is started here (root, Debian's Slurm)
-	$(PYTEST) --numprocesses 0 -m 'slurm or faults' $(ARGS)
+	$(PYTEST) -m 'slurm or faults' $(ARGS)
 
 FUZZ_CASES ?= 2000
 FUZZ_SEED  ?= 0
