@@ -224,7 +224,7 @@ def test_tests_are_chosen_by_their_markers(project):
     for target, how in (
         ("test", f"{side_by_side} -m not faults"),
         ("test-fast", f"{side_by_side} -m not slow"),
-        ("test-faults", f"{side_by_side} --numprocesses 0 -m slurm or faults"),
+        ("test-faults", f"{side_by_side} -m slurm or faults"),
     ):
         ran = project.make(target, "ARGS=-x").stdout.splitlines()[-1]
         assert ran.strip() == f"python -m pytest {how} -x"
