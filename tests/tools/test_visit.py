@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -46,10 +47,13 @@ def test_every_part_has_jobs_whose_recipes_parse_and_whose_scripts_are_there(par
         "gpu/update_peer.py",
         "gpu/seed_probe.py",
         "gpu/grouped_probe.py",
+        "gpu/kv_probe.py",
+        "gpu/host_adam_probe.py",
+        "gpu/delta_probe.py",
     ],
 )
 def test_scripts_of_a_visit_take_the_flags_that_it_gives(script: str, place: visit.Visit) -> None:
-    for part in ("rollout", "update", "moe-train", "moe-grouped", "seeds"):
+    for part in ("rollout", "update", "moe-train", "moe-grouped", "seeds", "kv", "host-adam", "delta"):
         visit.PARTS[part](place)
     said = subprocess.run(
         [sys.executable, ROOT / "tools" / script, "--help"], capture_output=True, text=True, check=True
@@ -80,6 +84,24 @@ with alone(sys.argv[1]):
         assert [job.wait(20) for job in jobs] == [0, 0]
     lines = log.read_text().split("\n")[:4]
     assert lines in (["a begins", "a ends", "b begins", "b ends"], ["b begins", "b ends", "a begins", "a ends"])
+
+
+def test_what_jobs_left_is_packed_when_each_of_them_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    v = visit.Visit(tmp_path, tmp_path / "out", 0, archive=tmp_path / "out" / "all.tar.gz")
+    v.out.mkdir()
+    packed: list[list[str]] = []
+    pack = visit.pack
+
+    def look(folder: Path, archive: Path) -> None:
+        pack(folder, archive)
+        with tarfile.open(archive) as tar:
+            packed.append(sorted(name for name in tar.getnames() if name.endswith(".log")))
+
+    monkeypatch.setattr(visit, "pack", look)
+    for name, wait in (("a", "0"), ("b", "1")):
+        v.jobs.append(visit.Job(name, [sys.executable, "-c", f"import time; time.sleep({wait})"], gpus=0))
+    visit.run_all(v, time.time() + 60)
+    assert packed == [["./a.log", "./b.log"]] * 2 and [p.name for p in v.out.glob("*.tar.gz*")] == ["all.tar.gz"]
 
 
 def test_what_setting_up_took_is_said_once_and_stays(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What docs/gpu.md reports, made on a machine with GPUs: many runs at once, each on its share of the GPUs.
 
-usage: visit.py WORK OUT [--seconds 550] [--rehearse] PART...
+usage: visit.py WORK OUT [--seconds 550] [--archive OUT.tar.gz] [--rehearse] PART...
 
     tests        pytest -m gpu, by rooms
     faults       of these what is about ranks and engines that stop inside NCCL
@@ -33,6 +33,9 @@ usage: visit.py WORK OUT [--seconds 550] [--rehearse] PART...
     update       weight updates of the 4B over CUDA IPC, ours and the way of others, in turns
     moe-train    training steps of five layers of 30B-A3B in BF16, with cuBLAS's and CUTLASS's grouped products, and in FP8
     moe-grouped  these experts with one launch a product: are they right, how long does each launch take, and the same training steps, profiled
+    kv           an FP8 KV cache of the 4B's engine against BF16: scales that take effect, sequences held, tokens/s, gap by position
+    host-adam    FP8 primary weights with Adam in host memory: bytes, seconds and memory against the other two ways
+    delta        updates of changes only: shares that change, seconds to encode, into an engine
     seeds        whether requests with a sampling_seed draw the same tokens again, and if not, why
     grouped      the test of a BF16 mixture's grouped products
     doctor       fp8slurm doctor
@@ -41,7 +44,8 @@ usage: visit.py WORK OUT [--seconds 550] [--rehearse] PART...
     nodes        two Slurm nodes of a GPU each, NCCL over sockets; the parts of both are in eight.py
 
 Models and recipes are made in WORK. OUT gets every run's records, errors and the ends of its logs, what each job said, and
-results.json. A job that does not fit at the moment waits for those before it.
+results.json; with --archive a file has all of OUT whenever a job has ended, for machines from which few files come back, and
+only what was there when they were taken away. A job that does not fit at the moment waits for those before it.
 
 Seconds that parts took on one H200 with 16 cores, nothing compiled before (2026-11-30): tiny 285, rollout 150, seeds 160 (beside small-0), moe-train
 more than 105, 4b-one more than 160, small-0 more than 175 beside seeds.
@@ -56,6 +60,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 from collections.abc import Callable
@@ -109,6 +114,7 @@ class Visit:
     """That the parts of eight.py may take together."""
     rehearse: bool = False
     """Those with tiny models, on the CPU."""
+    archive: Path | None = None
 
     def tiny(self, moe: bool = False) -> Path:
         folder = self.work / ("tiny-moe" if moe else "tiny")
@@ -413,6 +419,20 @@ def moe_grouped(v: Visit) -> None:
                  "--json", str(v.out / f"{name}.json"), "--profile", str(v.out / f"{name}-profile.json"), limit_s=120)  # fmt: skip
 
 
+def kv(v: Visit) -> None:
+    fp8 = v.fp8(write_model(v.work / "Qwen3-4B", "Qwen3-4B", v.tiny()))
+    v.script("kv", 1, 0.8, "tools/gpu/kv_probe.py", str(v.work), str(v.out / "kv.json"), "--fp8", str(fp8), limit_s=240)
+
+
+def host_adam(v: Visit) -> None:
+    v.script("host-adam", 1, 1.0, "tools/gpu/host_adam_probe.py", "--limit", "150", "--timeout", "70", "--json", str(v.out / "host-adam.jsonl"),
+             limit_s=230)  # fmt: skip
+
+
+def delta(v: Visit) -> None:
+    v.script("delta", 1, 0.4, "tools/gpu/delta_probe.py", str(v.work / "delta"), str(v.out / "delta"), limit_s=240)
+
+
 def seeds(v: Visit) -> None:
     v.script("seeds", 1, 0.1, "tools/gpu/seed_probe.py", str(v.fp8(v.tiny())), "--json", str(v.out / "seeds.json"), "--trace", str(v.out / "seeds"),
              limit_s=240)  # fmt: skip
@@ -523,7 +543,7 @@ PARTS: dict[str, Callable[[Visit], None]] = {
     "exact-cost": exact_cost, "unsteady-search": unsteady_search, "unsteady": unsteady, "trace": trace,
     "4b-one": lambda v: four_b_one(v, "fp8-fp8", "4b-one"), "4b-one-bf16": lambda v: four_b_one(v, "bf16-bf16", "4b-one-bf16"),
     "4b-one-always": lambda v: four_b_one(v, "fp8-fp8", "4b-one-always", train={"recompute_logprobs": "always"}),
-    "model-4b": model_4b, "rollout": rollout, "update": update, "moe-train": moe_train, "moe-grouped": moe_grouped, "seeds": seeds, "grouped": grouped, "doctor": doctor,
+    "model-4b": model_4b, "rollout": rollout, "update": update, "moe-train": moe_train, "moe-grouped": moe_grouped, "kv": kv, "host-adam": host_adam, "delta": delta, "seeds": seeds, "grouped": grouped, "doctor": doctor,
 }  # fmt: skip
 
 
@@ -592,6 +612,16 @@ def finish(v: Visit, job: Job, free: list[float]) -> None:
     if job.turn is not None:  # nobody waits for it any more
         arrive(job.turn, job.name)
     print(f"{job.name}: status {job.status} after {job.seconds:.0f} s on GPUs {job.on}{said(job)}", flush=True)
+    if v.archive is not None:
+        collect(v)
+        pack(v.out, v.archive)
+
+
+def pack(folder: Path, archive: Path) -> None:
+    partial = archive.with_name(f".{archive.name}.partial")
+    with tarfile.open(partial, "w:gz") as tar:
+        tar.add(folder, arcname=".", filter=lambda info: None if info.name == f"./{archive.name}" else info)
+    partial.replace(archive)
 
 
 def records_of(job: Job) -> list[dict[str, Any]]:
@@ -668,6 +698,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("parts", nargs="+", choices=list(PARTS))
     parser.add_argument("--seconds", type=float, default=550, help="of all of it")
+    parser.add_argument("--archive", type=Path, metavar="FILE", help="a tar.gz of OUT, made anew when a job has ended")
     parser.add_argument("--rehearse", action="store_true", help="eight, nodes: with tiny models on the CPU")
     args = parser.parse_args()
     if args.rehearse and (wrong := set(args.parts) - {"eight", "nodes"}):
@@ -676,7 +707,9 @@ def main() -> None:
     import torch
 
     args.out.mkdir(parents=True, exist_ok=True)
-    v = Visit(args.work.resolve(), args.out.resolve(), torch.cuda.device_count(), rehearse=args.rehearse)
+    v = Visit(
+        args.work.resolve(), args.out.resolve(), torch.cuda.device_count(), rehearse=args.rehearse, archive=args.archive
+    )
     names = [torch.cuda.get_device_name(i) for i in range(v.gpus)]
     print(f"{v.gpus} GPUs: {', '.join(sorted(set(names)))}; torch {torch.__version__}", flush=True)
     setup_s = setup_seconds(Path(os.environ.get("GPU_SITE", "/opt/fp8slurm-gpu")))
